@@ -1,0 +1,57 @@
+"""specdec makes a Hugging Face causal LM decode faster without changing what it says.
+
+out = specdec.generate(model, **inputs, max_new_tokens=256)      # everything model.generate() takes
+specdec.enable(model)                                            # model.generate(...) is now accelerated
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from specdec.errors import (
+    DraftError,
+    ModelError,
+    NumericalError,
+    SpecdecError,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
+
+if TYPE_CHECKING:
+    from specdec import drafters
+    from specdec.generation import SpeculativeOutput, disable, enable, generate
+    from specdec.stats import DecodingStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecodingStats",
+    "DraftError",
+    "ModelError",
+    "NumericalError",
+    "SpecdecError",
+    "SpeculativeOutput",
+    "UnsupportedModelError",
+    "UnsupportedOptionError",
+    "disable",
+    "drafters",
+    "enable",
+    "generate",
+]
+
+_LAZY = {
+    "DecodingStats": "specdec.stats",
+    "SpeculativeOutput": "specdec.generation",
+    "disable": "specdec.generation",
+    "enable": "specdec.generation",
+    "generate": "specdec.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch and transformers only when something needs them, so that `specdec --help` is quick."""
+    from importlib import import_module
+
+    if name == "drafters":
+        return import_module("specdec.drafters")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'specdec' has no attribute {name!r}")

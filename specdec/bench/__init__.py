@@ -1,0 +1,1 @@
+"""What `specdec bench` measures with: prompts, methods, the harness and its report."""

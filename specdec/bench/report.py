@@ -1,0 +1,204 @@
+"""What the runs come to: one row per method and category, as a table and as a JSON document."""
+
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from statistics import median
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from specdec.bench.equality import TIE_BOUND, Verdict
+from specdec.bench.harness import BatchResult, Run, Settings
+from specdec.bench.methods import PLAIN
+from specdec.bench.suite import ALL
+
+LEGEND = (
+    "tok/s: new tokens / sum of each batch's median seconds; speedup: tok/s relative to plain; "
+    "tok/round counts the bonus token."
+)
+_NUMBERS = ("tok/s", "speedup", "tok/round", "accepted", "identical", "TTFT ms", "ms/tok p50/90/99", "MiB")
+_NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodReport:
+    """One method on one category, or on `"all"`; the fields are those of the JSON document.
+
+    `tokens_per_second` is the number of new tokens over the sum of each batch's median seconds. `ttft_ms` is
+    the median over all runs. In `ms_per_token`, the time between two commits is shared out evenly among the
+    tokens of the later one, and the first commit is left out. None: not applicable, or not measurable.
+    """
+
+    name: str
+    category: str
+    tokens_per_second: float
+    speedup_vs_plain: float
+    tokens_per_round: float | None
+    acceptance_rate: float | None
+    identical_to_plain: bool | None
+    ties: int | None
+    num_prompts: int
+    num_tokens: int
+    ttft_ms: float
+    ms_per_token: dict[str, float | None]
+    peak_memory_mib: float | None
+
+
+def summarise(results: list[BatchResult]) -> list[MethodReport]:
+    """A report per category and method, then one per method over all categories."""
+    categories = dict.fromkeys(result.category for result in results)
+    parts = {name: [result for result in results if result.category == name] for name in categories}
+    parts[ALL] = results
+    return [_report(method, name, part) for name, part in parts.items() for method in part[0].runs]
+
+
+def mismatches(results: list[BatchResult]) -> Iterator[str]:
+    """A line for every greedy output that differs from the reference's by more than a tie."""
+    for result in results:
+        for method, comparisons in result.comparisons.items():
+            for prompt, comparison in zip(result.prompts, comparisons, strict=True):
+                if comparison.verdict is Verdict.DIFFERENT:
+                    yield f"{method} differs on {result.category} prompt {prompt.text[:50]!r}: {comparison}"
+
+
+def to_json(
+    results: list[BatchResult],
+    *,
+    model: PreTrainedModel,
+    model_name: str,
+    suite_name: str,
+    settings: Settings,
+) -> dict[str, object]:
+    """The document of `specdec bench --json`."""
+    return {
+        "environment": environment(model, settings),
+        "model": model_name,
+        "suite": suite_name,
+        "methods": [asdict(report) for report in summarise(results)],
+    }
+
+
+def environment(model: PreTrainedModel, settings: Settings) -> dict[str, object]:
+    """What the numbers depend on besides the model and the prompts."""
+    return {
+        "specdec": version("specdec-runtime"),
+        "transformers": version("transformers"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "settings": asdict(settings) | {"tie_bound": TIE_BOUND[model.dtype]},
+    }
+
+
+def to_table(reports: list[MethodReport], *, title: str) -> Table:
+    table = Table(title=title, caption=LEGEND, caption_justify="left")
+    for heading in ("category", "method"):
+        table.add_column(heading)
+    for heading in _NUMBERS:
+        table.add_column(heading, justify="right")
+    previous = None
+    for report in reports:
+        if previous not in (None, report.category):
+            table.add_section()
+        table.add_row("" if report.category == previous else escape(report.category), *_cells(report))
+        previous = report.category
+    return table
+
+
+def _cells(report: MethodReport) -> list[str]:
+    latencies = [_number(value, ".1f") for value in report.ms_per_token.values()]
+    return [
+        escape(report.name),
+        _number(report.tokens_per_second, ".1f"),
+        _number(report.speedup_vs_plain, ".2f"),
+        _number(report.tokens_per_round, ".2f"),
+        _number(report.acceptance_rate, ".0%"),
+        _identical(report),
+        _number(report.ttft_ms, ".0f"),
+        " / ".join(latencies),
+        _number(report.peak_memory_mib, ".0f"),
+    ]
+
+
+def _identical(report: MethodReport) -> str:
+    if report.identical_to_plain is None:
+        return _NOT_MEASURED
+    if not report.identical_to_plain:
+        return "[red]NO[/red]"
+    return f"yes, {report.ties} tied" if report.ties else "yes"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return _NOT_MEASURED if value is None else format(value, spec)
+
+
+def _report(method: str, category: str, results: list[BatchResult]) -> MethodReport:
+    runs = [run for result in results for run in result.runs[method]]
+    verdicts = [comparison.verdict for result in results for comparison in result.comparisons.get(method, [])]
+    tokens_per_second = _tokens_per_second(method, results)
+    peaks = [run.peak_memory_mib for run in runs if run.peak_memory_mib is not None]
+    return MethodReport(
+        name=method,
+        category=category,
+        tokens_per_second=tokens_per_second,
+        speedup_vs_plain=tokens_per_second / _tokens_per_second(PLAIN, results),
+        tokens_per_round=_ratio(runs, "num_committed", "num_rounds"),
+        acceptance_rate=_ratio(runs, "num_accepted", "num_drafted"),
+        identical_to_plain=Verdict.DIFFERENT not in verdicts if verdicts else None,
+        ties=verdicts.count(Verdict.TIE) if verdicts else None,
+        num_prompts=sum(len(result.prompts) for result in results),
+        num_tokens=sum(result.runs[method][0].num_tokens for result in results),
+        ttft_ms=1e3 * median(run.token_seconds[0] for run in runs),
+        ms_per_token=_percentiles([cost for run in runs for cost in token_costs_ms(run.token_seconds)]),
+        peak_memory_mib=max(peaks, default=None),
+    )
+
+
+def _tokens_per_second(method: str, results: list[BatchResult]) -> float:
+    num_tokens = sum(result.runs[method][0].num_tokens for result in results)
+    return num_tokens / sum(median(run.seconds for run in result.runs[method]) for result in results)
+
+
+def _ratio(runs: list[Run], numerator: str, denominator: str) -> float | None:
+    """The ratio of two counts, each summed over the runs; None if there are none to divide by."""
+    stats = [run.stats for run in runs if run.stats is not None]
+    total = sum(getattr(one, denominator) for one in stats)
+    return sum(getattr(one, numerator) for one in stats) / total if total else None
+
+
+def token_costs_ms(token_seconds: list[float]) -> list[float]:
+    """The cost of every token after the first commit; the tokens of one commit share a stamp."""
+    num_tokens_at = Counter(token_seconds)
+    return [
+        1e3 * (stamp - previous) / num_tokens_at[stamp]
+        for previous, stamp in pairwise(sorted(num_tokens_at))
+        for _ in range(num_tokens_at[stamp])
+    ]
+
+
+def _percentiles(values: list[float]) -> dict[str, float | None]:
+    """Nearest-rank percentiles."""
+    ranked = sorted(values)
+    return {
+        f"p{percent}": ranked[math.ceil(percent / 100 * len(ranked)) - 1] if ranked else None
+        for percent in (50, 90, 99)
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type != "cpu":
+        return str(device)
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"

@@ -1,0 +1,242 @@
+"""The KV cache of a tree-decoding model. The only file that touches HF cache classes.
+
+Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
+of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
+commit, at `lengths[row] + 0, + 1, ...`. `commit` keeps a path through the tail and forgets the rest; `rollback`
+forgets it all. Buffers grow by half of their size, so a generation of n tokens copies O(n).
+
+All positions are kept, in sliding-window layers too: there the mask hides what has left the window.
+
+Shape legend: B rows, H heads, S slots, T new slots, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+
+RowStates: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Committed keys and values of one row, each [H, S, D], layer by layer."""
+
+_MIN_CAPACITY = 64
+
+
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The attention window of each layer, None where a layer sees everything.
+
+    Raises:
+        UnsupportedModelError: a layer keeps a state that cannot be rolled back or masked by tree.
+    """
+    windows: list[int | None] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and not getattr(config, "attention_chunk_size", None):
+            windows.append(layer.sliding_window)
+        else:
+            raise UnsupportedModelError(
+                f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
+                "take back drafted tokens; specdec decodes full-attention and sliding-window models: "
+                "use model.generate() instead"
+            )
+    return windows
+
+
+class TreeCache(Cache):
+    """KV of B rows with lengths of their own and a common speculative tail.
+
+    Args:
+        num_layers: number of decoder layers.
+        num_rows: B.
+        capacity: slots to allocate at the start; more are allocated when needed.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int = _MIN_CAPACITY):
+        self.lengths = [0] * num_rows
+        self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        super().__init__(layers=[_TreeLayer(self, capacity) for _ in range(num_layers)])
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, num_layers: int, num_rows: int, capacity: int) -> TreeCache:
+        """A tree cache that starts with a copy of a `DynamicCache` (which stays as it is).
+
+        Raises:
+            UnsupportedOptionError: the cache has another batch size.
+        """
+        adopted = cls(num_layers, num_rows, capacity)
+        length = cache.get_seq_length()
+        if length == 0:
+            return adopted
+        for layer, source in zip(adopted.layers, cache.layers, strict=True):
+            keys, values = source.keys, source.values
+            if keys.shape[0] != num_rows:
+                raise UnsupportedOptionError(
+                    f"past_key_values holds {keys.shape[0]} rows but the input has {num_rows}: "
+                    "pass a cache of the same batch size, or none"
+                )
+            # a window that has already forgotten its first slots never shows them again
+            forgotten = (0, 0, length - keys.shape[-2], 0)
+            layer.update(torch.nn.functional.pad(keys, forgotten), torch.nn.functional.pad(values, forgotten))
+        adopted.commit([range(length)] * num_rows)
+        return adopted
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tail(self) -> int:
+        """Number of speculative slots that every layer holds."""
+        return min(layer.tail for layer in self.layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have the same length (then writes are slices)."""
+        return min(self.lengths) == max(self.lengths)
+
+    def commit(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these tail slots of each row, in this order, as committed; forget the others.
+
+        Args:
+            kept: for each row increasing tail indices (0 is the first slot after the committed ones).
+        """
+        moves = [
+            (row, length + slot, length + place)
+            for row, (length, slots) in enumerate(zip(self.lengths, kept, strict=True))
+            for place, slot in enumerate(slots)
+            if slot != place
+        ]
+        if moves:
+            rows, sources, targets = (list(column) for column in zip(*moves, strict=True))
+            for layer in self.layers:
+                layer.move(rows, sources, targets)
+        self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
+        self.rollback()
+
+    def rollback(self) -> None:
+        """Forget the tail; also repairs a forward that broke off between two layers."""
+        self._slots_memo = None
+        for layer in self.layers:
+            layer.tail = 0
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        assert self.tail == 0, "rows leave between rounds"
+        self.lengths = [self.lengths[row] for row in rows]
+        self._slots_memo = None
+        for layer in self.layers:
+            layer.select_rows(rows)
+
+    def row_states(self, row: int) -> RowStates:
+        """Copies of a row's committed states."""
+        length = self.lengths[row]
+        return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers]
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between rounds."""
+        for layer in self.layers:
+            assert layer.tail == 0
+            if layer.keys is not None:
+                assert layer.keys.shape[0] == layer.values.shape[0] == self.num_rows
+                assert layer.keys.shape[2] >= max(self.lengths)
+
+    def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Row and slot indices, each [B, T], of the tail slots start .. start + count - 1 (ragged rows)."""
+        key = (start, count)
+        if self._slots_memo is None or self._slots_memo[0] != key:
+            first_B1 = torch.tensor(self.lengths).unsqueeze(1) + start
+            slots_BT = first_B1 + torch.arange(count)
+            rows_BT = torch.arange(self.num_rows).unsqueeze(1).expand_as(slots_BT)
+            self._slots_memo = (key, (rows_BT, slots_BT))
+        return self._slots_memo[1]
+
+
+class _TreeLayer(CacheLayerMixin):
+    """One layer's buffers [B, H, capacity, D]; the book-keeping of rows is the cache's."""
+
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache, capacity: int):
+        super().__init__()
+        self._cache = cache
+        self._capacity = max(capacity, _MIN_CAPACITY)
+        self.tail = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # zeros, because a masked slot still enters the weighted sum and 0 * NaN is NaN
+        self.keys, self.values = (
+            states.new_zeros((*states.shape[:2], self._capacity, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append T slots to the tail; returns views of everything written so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[2]
+        stop = self.get_seq_length() + count
+        if stop > self._capacity:
+            self._grow(stop)
+        if self._cache.is_uniform:
+            self.keys[:, :, stop - count : stop] = key_states
+            self.values[:, :, stop - count : stop] = value_states
+        else:
+            rows_BT, slots_BT = self._cache.slots(self.tail, count)
+            self.keys[rows_BT, :, slots_BT] = key_states.transpose(1, 2)
+            self.values[rows_BT, :, slots_BT] = value_states.transpose(1, 2)
+        self.tail += count
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def _grow(self, needed: int) -> None:
+        extra = max(needed, self._capacity + self._capacity // 2) - self._capacity
+        self.keys, self.values = (
+            torch.cat([buffer, buffer.new_zeros((*buffer.shape[:2], extra, buffer.shape[3]))], dim=2)
+            for buffer in (self.keys, self.values)
+        )
+        self._capacity += extra
+
+    def move(self, rows: list[int], sources: list[int], targets: list[int]) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[rows, :, targets] = buffer[rows, :, sources]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        if self.is_initialized:
+            rows_B = torch.tensor(rows, device=self.keys.device)
+            self.keys, self.values = self.keys.index_select(0, rows_B), self.values.index_select(0, rows_B)
+
+    def get_seq_length(self) -> int:
+        return max(self._cache.lengths, default=0) + self.tail
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def refill(cache: DynamicCache, rows: Sequence[RowStates]) -> None:
+    """Give a `DynamicCache` the states of finished rows, as plain decoding would have left them.
+
+    Rows are aligned to the left; a row that finished early is filled with zeros to the longest one's length.
+
+    Args:
+        rows: for each row what `TreeCache.row_states` returned.
+    """
+    cache.reset()
+    num_slots = max(keys.shape[1] for keys, _ in (row[0] for row in rows))
+    for index in range(len(rows[0])):
+        keys, values = (torch.stack([_pad_slots(row[index][part], num_slots) for row in rows]) for part in (0, 1))
+        cache.update(keys, values, index)
+
+
+def _pad_slots(states: Tensor, num_slots: int) -> Tensor:
+    return torch.nn.functional.pad(states, (0, 0, 0, num_slots - states.shape[1]))

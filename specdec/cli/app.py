@@ -1,0 +1,38 @@
+"""The table of commands."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from specdec.cli import bench, chat, doctor, generate, pull
+
+app = typer.Typer(
+    name="specdec",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (pull, generate, chat, bench, doctor):
+    command.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("specdec-runtime"))
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Speculative decoding: the same tokens from a Hugging Face language model, sooner."""
+
+
+def main() -> None:
+    app()

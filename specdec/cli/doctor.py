@@ -1,0 +1,141 @@
+"""`specdec doctor`: what this machine has, and what to do with it."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specdec.cli.common import friendly_errors
+
+PACKAGES = ("specdec-runtime", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+@friendly_errors
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Show versions, devices, threads, dtype advice and the models found on this machine."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        Console().print(_table(report))
+
+
+def examine() -> dict[str, Any]:
+    """The report of `specdec doctor`, ready for JSON."""
+    devices = _devices()
+    threads = _threads()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "devices": devices,
+        "threads": threads,
+        "advice": _advice(devices, threads),
+        "models": _demo_models() + _hub_models(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cpu = {"device": "cpu", "name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    gpus = [
+        {
+            "device": f"cuda:{index}",
+            "name": torch.cuda.get_device_name(index),
+            "memory_mib": torch.cuda.get_device_properties(index).total_memory >> 20,
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+    return [cpu, *gpus]
+
+
+def _threads() -> dict[str, int | None]:
+    import torch
+
+    return {
+        "cores": os.cpu_count(),
+        "torch": torch.get_num_threads(),
+        "torch_interop": torch.get_num_interop_threads(),
+    }
+
+
+def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
+    if len(devices) > 1:
+        return ["--dtype auto: the checkpoint's own dtype on the GPU, float32 on the CPU."]
+    advice = [
+        "--dtype auto is float32 here: on a CPU bfloat16 is slower once a few rows are verified together."
+    ]
+    if threads["torch"] != 1:
+        advice.append("--threads 1 can be faster for small models when other programs keep the cores busy.")
+    return advice
+
+
+def _demo_models() -> list[dict[str, Any]]:
+    from specdec.models import cache_folder
+
+    home = cache_folder()
+    folders = [config.parent for config in sorted(home.glob("*/config.json"))]
+    return [_found(path.name, path) for path in [*folders, *sorted(home.glob("*.gguf"))]]
+
+
+def _hub_models() -> list[dict[str, Any]]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return [
+        _found(repo.repo_id, repo.repo_path)
+        for repo in sorted(repos, key=lambda repo: repo.repo_id)
+        if repo.repo_type == "model"
+    ]
+
+
+def _found(name: str, path: Path) -> dict[str, Any]:
+    files = (
+        [path]
+        if path.is_file()
+        else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    )
+    return {"name": name, "path": str(path), "size_mib": sum(file.stat().st_size for file in files) >> 20}
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("python", f"{report['python']} on {report['platform']}")
+    for package, number in report["packages"].items():
+        table.add_row(package, number or "not installed")
+    for device in report["devices"]:
+        memory = f", {device['memory_mib']} MiB" if "memory_mib" in device else ""
+        table.add_row(device["device"], f"{device['name']}{memory}")
+    threads = report["threads"]
+    table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
+    for advice in report["advice"]:
+        table.add_row("advice", advice)
+    for model in report["models"]:
+        table.add_row("model", f"{model['name']} ({model['size_mib']} MiB) {model['path']}")
+    if not report["models"]:
+        table.add_row("model", "none found; `specdec pull demo` fetches one")
+    return table

@@ -1,0 +1,42 @@
+"""The target and its draft, as the commands load them."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec import models
+from specdec.errors import DraftError
+
+
+def load_pair(
+    model: str,
+    draft: str | None,
+    *,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+) -> tuple[models.LoadedModel, PreTrainedModel | None]:
+    """Load a target, and a draft model if one is named.
+
+    Raises:
+        ModelError: a model cannot be found, fetched or read.
+        DraftError: the draft's tokenizer gives a token another id than the target's does.
+    """
+    target = models.load(
+        model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+    )
+    if draft is None:
+        return target, None
+    small = models.load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _check_same_ids(target.tokenizer, small.tokenizer)
+    return target, small.model
+
+
+def _check_same_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    target_ids = target.get_vocab()
+    for token, draft_id in draft.get_vocab().items():
+        target_id = target_ids.get(token, draft_id)
+        if target_id != draft_id:
+            raise DraftError(
+                f"the draft model has another tokenizer: {token!r} is token {draft_id} there and {target_id} in "
+                "the target. Take a draft of the target's own family"
+            )

@@ -1,0 +1,66 @@
+"""Options that generate, chat and bench have in common, beside those of every command in `common`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
+DraftOption = Annotated[
+    str | None,
+    typer.Option("--draft", "-d", help="A smaller model with the same tokenizer that drafts for --model."),
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter",
+        help="auto, plain, prompt-lookup or small-model; with parameters: prompt-lookup:num_tokens=8. "
+        "Without it: small-model if there is a --draft, otherwise auto.",
+    ),
+]
+SampleOption = Annotated[
+    bool, typer.Option("--sample", help="Sample; the default is greedy decoding.", show_default=False)
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", "-t", help="With --sample; the model's own value if absent.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", help="With --sample; the model's own value if absent.")
+]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", help="With --sample; the model's own value if absent.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="With --sample: the same seed gives the same text.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The sampling options of a command. Raises `ValueError` for one that has no effect without --sample."""
+
+    sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "top_k", "seed"):
+            if getattr(self, name) is not None and not self.sample:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} needs --sample: without it, decoding is greedy")
+
+    @property
+    def generation_kwargs(self) -> dict[str, object]:
+        """What `generate()` takes; what was not given is left to the model's own generation config."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": self.sample} | {
+            name: value for name, value in given.items() if value is not None
+        }
+
+    def seed_torch(self) -> None:
+        if self.seed is not None:
+            import torch
+
+            torch.manual_seed(self.seed)

@@ -1,0 +1,138 @@
+"""Which models can be decoded by tree exactly, found out before any work is done.
+
+Known families are listed with the tests that cover them; any other model is compared once, on a few random
+tokens, with its own ordinary forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.target import TreeModel
+from trees import ROOT, TokenTree, TreeBatch
+
+VERIFIED_FAMILIES = frozenset(
+    [
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
+"""`config.model_type` of the families whose greedy equality the test suite checks."""
+
+_MASKED_ATTENTION = ("sdpa", "eager")
+_checked: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what cannot be decoded exactly.
+
+    Raises:
+        UnsupportedModelError: says what is in the way and what to use instead.
+    """
+    config = model.config
+    name = type(model).__name__
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; specdec decodes decoder-only models: use model.generate()"
+        )
+    if not model.can_generate():
+        raise UnsupportedModelError(f"{name} has no language-modelling head: load it with AutoModelForCausalLM")
+    if model._is_stateful:
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
+        )
+    attention = config.get_text_config(decoder=True)._attn_implementation
+    if attention not in _MASKED_ATTENTION:
+        raise UnsupportedModelError(
+            f"attn_implementation={attention!r} takes no tree mask: load the model with "
+            f"attn_implementation='sdpa' (or 'eager')"
+        )
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise UnsupportedModelError(
+            f"{name} derives its ALiBi positions from the slots of a 2-D mask, which trees do not have: "
+            "use model.generate()"
+        )
+    if config.model_type not in VERIFIED_FAMILIES and model not in _checked:
+        _compare_with_forward(model)
+        _checked.add(model)
+
+
+def position_limit(model: PreTrainedModel) -> int:
+    """Number of positions that the model was made for."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else limit
+
+
+def check_positions(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
+    """Refuse prompts that do not fit, and runs in which the rotary embedding would change under way.
+
+    Raises:
+        UnsupportedOptionError: says which length is the limit.
+    """
+    limit = position_limit(model)
+    if prompt_length > limit:
+        raise UnsupportedOptionError(
+            f"the prompt has {prompt_length} tokens but {type(model).__name__} has {limit} positions: shorten it"
+        )
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings", limit)
+    if rope.get("rope_type") in ("dynamic", "longrope") and prompt_length <= original < max_length:
+        raise UnsupportedOptionError(
+            f"this model changes its rotary embedding at {original} tokens (rope_type {rope['rope_type']!r}), which "
+            f"a run from {prompt_length} to {max_length} would cross: lower max_new_tokens or use model.generate()"
+        )
+
+
+@torch.no_grad()
+def _compare_with_forward(model: PreTrainedModel) -> None:
+    """Forward a small tree and, one by one, its two paths; the logits must agree."""
+    try:
+        by_tree, by_path = _trial_logits(model)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} failed a trial of tree decoding ({error}): use model.generate()"
+        ) from error
+    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * by_path.abs().max().clamp_min(1.0)
+    if not bool((by_tree - by_path).abs().max() <= tolerance):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives other logits when tokens are verified as a tree: use model.generate()"
+        )
+
+
+def _trial_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits after the root and three nodes, once by tree and once by ordinary forwards."""
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    *prompt, root, left, right, leaf = (7919 * (i + 1) % vocab_size for i in range(7))
+    tree = TokenTree(tokens=[left, right, leaf], parents=[ROOT, ROOT, 1])
+    trial = TreeModel(model)
+    trial.prefill(torch.tensor([prompt], device=model.device))
+    trees = TreeBatch.stack([tree], model.device)
+    by_tree = trial.verify(trees, torch.tensor([[root]], device=model.device))[0]
+    left_path, right_path = (
+        model(input_ids=torch.tensor([path], device=model.device), use_cache=False).logits[0, len(prompt) :]
+        for path in ([*prompt, root, left], [*prompt, root, right, leaf])
+    )
+    return by_tree.float(), torch.cat([left_path, right_path[1:]]).float()

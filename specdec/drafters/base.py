@@ -1,0 +1,100 @@
+"""The contract of a drafter.
+
+A `Drafter` is configuration and may serve many runs, also at the same time; `start` makes the `DraftSession` of one
+`generate()` call, before any work is done. The loop prefills and tells the session with `observe` the first tokens (a
+round without a draft); then each round it calls `propose`, verifies the trees, commits, and tells with `observe` what
+became of them. Rows that have finished leave with `select_rows`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.sampling import Sampler
+from specdec.sequences import Sequences
+from trees import Draft, GrowthPolicy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What a session knows of the `generate()` call that it serves.
+
+    Args:
+        target: the model that verifies.
+        vocab_size: width of the target's distributions; proposed ids lie below it.
+        sequences: the committed tokens, kept up to date by the loop. Read, never written, by sessions.
+        sampler: the user's processors: q must be taken after them, on each node's own prefix.
+        tree: the growth policy that the caller asked for; None leaves the choice to the drafter.
+        input_ids: int64 [B, P] the prompt (empty if the caller passed embeddings).
+        attention_mask: [B, P], None if nothing is masked.
+    """
+
+    target: PreTrainedModel
+    vocab_size: int
+    sequences: Sequences
+    sampler: Sampler
+    tree: GrowthPolicy | None
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.sequences.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a round committed, for each row that took part in it.
+
+    Args:
+        paths: accepted nodes of each row's tree, from the root down.
+        tokens: committed tokens of each row: the path's, then the bonus or the correction.
+    """
+
+    paths: Sequence[Sequence[int]]
+    tokens: Sequence[Sequence[int]]
+
+
+class DraftSession(ABC):
+    """A drafter at work on one batch."""
+
+    num_forwards: int = 0
+    """Forwards of a draft model so far."""
+
+    @abstractmethod
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        """Draft a tree for each row of `run.sequences`.
+
+        Deterministic trees (`q_BTV` None) are always lossless. Drawn ones must come from exactly the `q_BTV` that is
+        returned, without replacement among siblings.
+
+        Args:
+            max_depths: for each row the depth past which nothing can be committed any more (0: do not draft).
+        """
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these. `run.sequences` has already done so."""
+
+    def close(self) -> None:
+        """The run is over, also when it ended in an exception."""
+
+
+class Drafter(ABC):
+    """Proposes tokens for the target to verify."""
+
+    @abstractmethod
+    def start(self, run: Run) -> DraftSession:
+        """Begin a run.
+
+        Raises:
+            DraftError: the drafter does not fit the target or the call.
+        """

@@ -1,0 +1,23 @@
+"""No speculation: the base line, through the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.drafters.base import Drafter, DraftSession, Run
+from trees import Draft, TreeBatch
+
+
+class Plain(Drafter):
+    """Drafts nothing; every round commits the target's next token."""
+
+    def start(self, run: Run) -> DraftSession:
+        return _PlainSession(run)
+
+
+class _PlainSession(DraftSession):
+    def __init__(self, run: Run):
+        self._run = run
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))

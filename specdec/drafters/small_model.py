@@ -1,0 +1,149 @@
+"""A smaller model of the same tokenizer drafts (Leviathan et al. 2023; Chen et al. 2023).
+
+Its cache follows the target's without recomputation: what the target accepts of the drafted tail is kept as it
+is, and the tokens that the draft has not seen yet (the bonus, and the last drafted leaf) open its next round.
+
+Shape legend: B rows, M nodes of a layer, K nodes so far, W pending tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.compatibility import check_model
+from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.errors import DraftError
+from specdec.sampling import Prefixes
+from specdec.target import TreeModel
+from trees import Chain, Draft, GrowthPolicy, TreeBatch
+
+_PADDING_ROWS = 0.01
+"""Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
+
+
+class SmallModel(Drafter):
+    """Drafts with a causal LM.
+
+    Args:
+        model: a decoder-only model with the target's tokenizer.
+        num_tokens: length of the chain that it drafts, unless the call names a tree.
+
+    Raises:
+        UnsupportedModelError: the model cannot be decoded by tree.
+        ValueError: `num_tokens` is not a positive integer.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_tokens: int = 5):
+        self.policy: GrowthPolicy = Chain(num_tokens)
+        check_model(model)
+        self.model = model
+
+    def start(self, run: Run) -> DraftSession:
+        self._check_fit(run)
+        return _SmallModelSession(self, run)
+
+    def _check_fit(self, run: Run) -> None:
+        draft_size = self.model.config.get_text_config(decoder=True).vocab_size
+        if abs(draft_size - run.vocab_size) > _PADDING_ROWS * max(draft_size, run.vocab_size):
+            raise DraftError(
+                f"the draft model has a vocabulary of {draft_size} and the target one of {run.vocab_size}: they do "
+                "not share a tokenizer. Take a draft of the target's own family"
+            )
+        if run.input_ids.shape[1] == 0:
+            raise DraftError(
+                "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
+                "specdec.drafters.PromptLookup()"
+            )
+
+
+class _SmallModelSession(DraftSession):
+    def __init__(self, drafter: SmallModel, run: Run):
+        self._run = run
+        self._policy = run.tree or drafter.policy
+        self._model = TreeModel(drafter.model)
+        self._cached: list[int] | None = None
+        """Committed tokens (padding included) that each row's draft cache holds; None before the prefill."""
+
+    @property
+    def num_forwards(self) -> int:
+        return self._model.num_forwards
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        grown = TreeBatch.empty(len(max_depths), self._run.device)
+        if max(max_depths) == 0:
+            return Draft(trees=grown)
+        if self._cached is None:
+            self._prefill()
+        sampler = self._run.sampler
+        grower = self._policy.start(max_depths=max_depths, sample=sampler.do_sample, generator=sampler.generator)
+        scores_BMV = self._process(self._read_pending(), grown, range(1))
+        while True:
+            layer = grower.grow(scores_BMV)
+            if not grower.hungry:
+                return grower.finish()
+            grown = grown.extended(layer.tokens_BM, layer.parents_BM)
+            scores_BMV = self._score_layer(grown, layer.tokens_BM.shape[1])
+
+    def observe(self, outcome: Outcome) -> None:
+        if self._cached is None:
+            return
+        forwarded = self._model.cache.tail
+        kept = [[node for node in path if node < forwarded] for path in outcome.paths]
+        self._model.commit(kept)
+        self._cached = [cached + len(nodes) for cached, nodes in zip(self._cached, kept, strict=True)]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        if self._cached is not None:
+            self._model.select_rows(rows)
+            self._cached = [self._cached[row] for row in rows]
+
+    def _prefill(self) -> None:
+        rows, mask = self._run.sequences.rows, self._run.attention_mask
+        input_ids = self._run.input_ids[rows]
+        device = self._model.device
+        if mask is not None:
+            mask = mask[rows][:, -input_ids.shape[1] :].to(device)
+        self._model.prefill(input_ids.to(device), attention_mask=mask)
+        self._cached = [input_ids.shape[1]] * len(rows)
+
+    def _read_pending(self) -> Tensor:
+        """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
+        sequences, cached = self._run.sequences, self._cached
+        assert cached is not None
+        sizes = [length - seen for length, seen in zip(sequences.lengths, cached, strict=True)]
+        width = max(sizes)
+        tokens_BW = torch.zeros((len(sizes), width), dtype=torch.long, device=self._model.device)
+        for row, (seen, size) in enumerate(zip(cached, sizes, strict=True)):
+            tokens_BW[row, :size] = sequences.prefix(row)[seen:]
+        offsets_BW = torch.arange(width, device=self._model.device).expand_as(tokens_BW)
+        seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
+        logits_BWV = self._model.forward(tokens_BW, offsets_BW, seen_BWW)
+        self._model.commit([range(size) for size in sizes])
+        self._cached = list(sequences.lengths)
+        last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
+        return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+
+    def _score_layer(self, grown: TreeBatch, num_new: int) -> Tensor:
+        """Forward the newest nodes of the growing trees; their processed scores."""
+        newest = range(grown.num_slots - num_new, grown.num_slots)
+        device = self._model.device
+        sees_all = grown.is_chain and num_new == 1
+        seen_BMK = None if sees_all else grown.ancestors_BTT[:, newest.start :, 1:].to(device)
+        logits_BMV = self._model.forward(
+            grown.tokens_BN[:, -num_new:].to(device),
+            grown.depths_BT[:, newest.start :].to(device) - 1,
+            seen_BMK,
+        )
+        return self._process(logits_BMV, grown, newest)
+
+    def _process(self, logits_BMV: Tensor, grown: TreeBatch, slots: range) -> Tensor:
+        """Scores over the target's vocabulary, after the user's processors."""
+        missing = self._run.vocab_size - logits_BMV.shape[-1]
+        if missing:
+            logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
+        prefixes = Prefixes(self._run.sequences, grown, slots)
+        return self._run.sampler.process(logits_BMV.to(self._run.device), prefixes)

@@ -1,0 +1,11 @@
+/* The kernels for processors with AVX2 and FMA. */
+#include "common.h"
+
+#include <immintrin.h>
+#include <math.h>
+
+#define KERNELS kernels_avx2
+#define INSTRUCTION_SET "avx2"
+#include "simd_avx2.h"
+
+#include "layer.h"

@@ -1,0 +1,11 @@
+/* The kernels for processors with AVX-512 with VNNI. */
+#include "common.h"
+
+#include <immintrin.h>
+#include <math.h>
+
+#define KERNELS kernels_avx512
+#define INSTRUCTION_SET "avx512"
+#include "simd_avx512.h"
+
+#include "layer.h"

@@ -1,0 +1,161 @@
+/* A decoder layer in two calls, with the cache update between them: norm, q/k/v and rotation; then attention, output
+ * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c and
+ * avx512.c include this file after choosing a vocabulary. */
+
+#include "rows.h"
+
+#include "product.h"
+
+#include "attention.h"
+
+/* ---- products over the pool ---- */
+
+typedef struct {
+    Product products[3];
+    int64_t ends[3]; /* running number of strips */
+    int count;
+    int64_t strips_per_chunk;
+    int gated; /* products 0 and 1 are gate and up: leave silu(gate) * up in 0 */
+} Products;
+
+TARGET static void product_chunk(void *context, int chunk) {
+    const Products *all = context;
+    int64_t strip = chunk * all->strips_per_chunk, begin = 0;
+    const int64_t last = strip + all->strips_per_chunk;
+    for (int i = 0; i < all->count && strip < last; begin = all->ends[i++]) {
+        const int64_t stop = all->ends[i] < last ? all->ends[i] : last;
+        if (stop <= strip) continue;
+        const Product *p = &all->products[i];
+        const int64_t n = (strip - begin) * STRIP, end = (stop - begin) * STRIP < p->matrix->n ? (stop - begin) * STRIP : p->matrix->n;
+        outputs(p, n, end);
+        if (all->gated) {
+            const Product *up = &all->products[1];
+            outputs(up, n, end);
+            for (int64_t row = 0; row < p->rows; row++)
+                silu_times(p->out + row * p->matrix->n + n, up->out + row * p->matrix->n + n, end - n);
+            return;
+        }
+        strip = stop;
+    }
+}
+
+/* Runs up to three products of the same rows as one job. */
+static void multiply(Products *all) {
+    int64_t strips = 0, bytes = 0;
+    for (int i = 0; i < all->count; i++) {
+        const Matrix *w = all->products[i].matrix;
+        if (!(all->gated && i)) strips += (w->n + STRIP - 1) / STRIP;
+        all->ends[i] = strips;
+        bytes += w->n * w->k * (w->scale ? 1 : 4);
+    }
+    int64_t chunks = bytes / CHUNK_BYTES, least = 4 * num_active_threads();
+    chunks = chunks < least ? least : chunks > 4096 ? 4096 : chunks;
+    all->strips_per_chunk = (strips + chunks - 1) / chunks;
+    parallel_for(product_chunk, all, (strips + all->strips_per_chunk - 1) / all->strips_per_chunk);
+}
+
+/* ---- rows: optional norm, then quantisation where the next product is int8 ---- */
+
+typedef struct {
+    const float *x, *weight; /* weight NULL: no norm */
+    float eps;
+    int64_t rows, k;
+    float *normed;           /* NULL when there is no norm */
+    Quantized *quantized;    /* NULL when the next product is float32 */
+} Rows;
+
+TARGET static void row_chunk(void *context, int row) {
+    const Rows *r = context;
+    const float *x = r->x + row * r->k;
+    if (r->weight) {
+        rms_norm(x, r->weight, r->eps, r->k, r->normed + row * r->k);
+        x = r->normed + row * r->k;
+    }
+    if (r->quantized) quantize_one(r->quantized, x, row);
+}
+
+/* Gets rows ready for products with matrices like `w`; returns the rows that a float32 product reads. */
+static const float *ready_rows(const Matrix *w, const float *x, const float *norm, float eps, int64_t rows,
+                                    Quantized *quantized) {
+    Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
+    if (w->scale) {
+        quantized->rows = rows;
+        quantized->k = w->k;
+        quantized->groups = (w->k + GROUP - 1) / GROUP;
+        quantized->q = take((size_t)(rows * quantized->groups * GROUP));
+        quantized->scales = take((size_t)(rows * quantized->groups) * sizeof(float));
+        quantized->totals = take((size_t)(rows * quantized->groups) * sizeof(int32_t));
+        r.quantized = quantized;
+    }
+    if (norm || w->scale) parallel_for(row_chunk, &r, (int)rows);
+    return norm ? r.normed : x;
+}
+
+static void linear(const Matrix *w, const float *x, int64_t rows, float *out) {
+    Quantized quantized;
+    Products all = {.count = 1};
+    const float *ready = ready_rows(w, x, NULL, 0, rows, &quantized);
+    all.products[0] = (Product){w, ready, &quantized, rows, out, NULL};
+    multiply(&all);
+}
+
+/* ---- the two halves of a layer ---- */
+
+typedef struct {
+    const Layer *layer;
+    const float *cos, *sin;
+    float *q, *k;
+} Rotation;
+
+TARGET static void rotate_chunk(void *context, int row) {
+    const Rotation *r = context;
+    const Layer *l = r->layer;
+    for (int64_t h = 0; h < l->num_heads + l->num_kv_heads; h++) {
+        const int is_query = h < l->num_heads;
+        float *head = is_query ? r->q + (row * l->num_heads + h) * l->head_dim
+                               : r->k + (row * l->num_kv_heads + h - l->num_heads) * l->head_dim;
+        const float *norm = is_query ? l->q_norm : l->k_norm;
+        if (norm) rms_norm(head, norm, l->head_eps, l->head_dim, head);
+        if (r->cos) rotate(head, r->cos + row * l->head_dim, r->sin + row * l->head_dim, l->head_dim);
+    }
+}
+
+static void attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin,
+                                  float *q, float *k, float *v) {
+    Quantized quantized;
+    Products all = {.count = 3};
+    const float *ready = ready_rows(&l->q, x, l->input_norm, l->input_eps, rows, &quantized);
+    all.products[0] = (Product){&l->q, ready, &quantized, rows, q, NULL};
+    all.products[1] = (Product){&l->k, ready, &quantized, rows, k, NULL};
+    all.products[2] = (Product){&l->v, ready, &quantized, rows, v, NULL};
+    multiply(&all);
+    Rotation r = {l, cos, sin, q, k};
+    parallel_for(rotate_chunk, &r, (int)rows);
+}
+
+static void attention_and_mlp(const Layer *l, Attention *attention, const float *x, float *out) {
+    const int64_t rows = attention->B * attention->T;
+    float *mixed = take((size_t)(rows * l->o.k) * sizeof(float));
+    float *hidden = take((size_t)(rows * l->o.n) * sizeof(float));
+    float *gate = take((size_t)(rows * l->gate.n) * sizeof(float));
+    float *up = take((size_t)(rows * l->gate.n) * sizeof(float));
+    Quantized quantized;
+
+    attention->out = mixed;
+    attend(attention);
+    const float *ready = ready_rows(&l->o, mixed, NULL, 0, rows, &quantized);
+    Products output = {.count = 1, .products = {{&l->o, ready, &quantized, rows, hidden, x}}};
+    multiply(&output);
+
+    ready = ready_rows(&l->gate, hidden, l->post_norm, l->post_eps, rows, &quantized);
+    Products gated = {.count = 2, .gated = 1};
+    gated.products[0] = (Product){&l->gate, ready, &quantized, rows, gate, NULL};
+    gated.products[1] = (Product){&l->up, ready, &quantized, rows, up, NULL};
+    multiply(&gated);
+
+    ready = ready_rows(&l->down, gate, NULL, 0, rows, &quantized);
+    Products down = {.count = 1, .products = {{&l->down, ready, &quantized, rows, out, hidden}}};
+    multiply(&down);
+}
+
+const Kernels KERNELS = {INSTRUCTION_SET, linear, attend, attention_inputs, attention_and_mlp};

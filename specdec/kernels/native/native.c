@@ -1,0 +1,75 @@
+/* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
+ *
+ * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI): no torch headers, so any C compiler builds it in
+ * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
+ * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; simd_*.h as needed. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <sys/mman.h>
+
+#include "common.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+static const Kernels *kernels;
+
+/* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
+EXPORT const char *specdec_select(const char *name) {
+    __builtin_cpu_init();
+    const Kernels *best = NULL;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (!name || !strcmp(name, "avx2")))
+        best = &kernels_avx2;
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        (!name || !strcmp(name, "avx512")))
+        best = &kernels_avx512;
+    if (best) kernels = best;
+    return best ? best->name : NULL;
+}
+
+EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k) {
+    return (n + STRIP - 1) / STRIP * STRIP * ((k + GROUP - 1) / GROUP * GROUP);
+}
+
+/* w [n][k] -> packed int8 (layout in product.h) and one scale per output: w ~ scale * q, q in -127..127. */
+EXPORT void specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale) {
+    const int64_t padded = (k + GROUP - 1) / GROUP * GROUP, bytes = specdec_packed_bytes(n, k);
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)packed + page - 1) & ~(page - 1);
+    const uintptr_t last = ((uintptr_t)packed + (uintptr_t)bytes) & ~(page - 1);
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
+#endif
+    memset(packed, 0, (size_t)bytes);
+    for (int64_t i = 0; i < n; i++) {
+        float largest = 0;
+        for (int64_t j = 0; j < k; j++) largest = fmaxf(largest, fabsf(w[i * k + j]));
+        scale[i] = largest / 127.0f;
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int8_t *row = packed + i / 16 * 16 * padded + i % 16 * 4;
+        for (int64_t j = 0; j < k; j++) row[j / 4 * 64 + j % 4] = (int8_t)lrintf(w[i * k + j] * inverse);
+    }
+}
+
+EXPORT void specdec_linear(const Matrix *w, const float *x, int64_t rows, float *out, int num_threads) {
+    begin_call(num_threads);
+    kernels->linear(w, x, rows, out);
+    end_call();
+}
+
+EXPORT void specdec_attend(Attention *a, int num_threads) {
+    begin_call(num_threads);
+    kernels->attend(a);
+    end_call();
+}
+
+EXPORT void specdec_attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin,
+                                     float *q, float *k, float *v, int num_threads) {
+    begin_call(num_threads);
+    kernels->attention_inputs(l, x, rows, cos, sin, q, k, v);
+    end_call();
+}
+
+EXPORT void specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
+    begin_call(num_threads);
+    kernels->attention_and_mlp(l, a, x, out);
+    end_call();
+}

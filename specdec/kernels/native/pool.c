@@ -1,0 +1,156 @@
+/* Worker threads for work of a few microseconds.
+ *
+ * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
+ * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
+ * share, never a stall. Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep
+ * after SPIN_NS without one. After a fork the child has no workers and the caller does all the work. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "common.h"
+
+#define MAX_THREADS 64
+#define MAX_CHUNKS 0xFFFF
+#define SPIN_NS 300000
+
+static struct {
+    /* job number (32 bits), chunks in the job (16), next chunk to draw (16): one word, so a draw is one exchange */
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic int num_done;
+    _Alignas(64) chunk_fn fn;
+    void *context;
+    _Atomic int num_active, num_sleeping; /* threads allowed to work, the caller included; workers asleep */
+    int num_workers;
+    pthread_mutex_t sleep_lock;
+    pthread_cond_t wake;
+} pool = {.num_active = 1, .sleep_lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+/* One forward at a time: the pool and the scratch memory are shared by the process. */
+static pthread_mutex_t call_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+static int run_one_chunk(void) {
+    uint64_t ticket = atomic_load(&pool.ticket);
+    while ((ticket & 0xFFFF) < (ticket >> 16 & 0xFFFF))
+        if (atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) {
+            pool.fn(pool.context, (int)(ticket & 0xFFFF));
+            atomic_fetch_add(&pool.num_done, 1);
+            return 1;
+        }
+    return 0;
+}
+
+static int has_work(int id) {
+    uint64_t ticket = atomic_load(&pool.ticket);
+    return id < atomic_load(&pool.num_active) && (ticket & 0xFFFF) < (ticket >> 16 & 0xFFFF);
+}
+
+static void sleep_until_next_job(int id) {
+    pthread_mutex_lock(&pool.sleep_lock);
+    atomic_fetch_add(&pool.num_sleeping, 1);
+    const uint64_t last_job = atomic_load(&pool.ticket) >> 32;
+    while (!has_work(id) && (atomic_load(&pool.ticket) >> 32 == last_job || id >= atomic_load(&pool.num_active)))
+        pthread_cond_wait(&pool.wake, &pool.sleep_lock);
+    atomic_fetch_sub(&pool.num_sleeping, 1);
+    pthread_mutex_unlock(&pool.sleep_lock);
+}
+
+static void *worker(void *argument) {
+    const int id = (int)(intptr_t)argument;
+    int64_t idle_since = now_ns();
+    for (unsigned turn = 1;; turn++) {
+        if (has_work(id) && run_one_chunk()) {
+            idle_since = now_ns();
+        } else if (turn % 64 || now_ns() - idle_since < SPIN_NS) {
+            __builtin_ia32_pause();
+        } else {
+            sleep_until_next_job(id);
+            idle_since = now_ns();
+        }
+    }
+    return NULL;
+}
+
+static void forget_workers(void) {
+    pool.num_workers = 0;
+    pool.num_sleeping = 0;
+    pool.ticket = 0;
+    pthread_mutex_init(&pool.sleep_lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pthread_mutex_init(&call_lock, NULL);
+}
+
+/* Scratch memory of the running call: released as a whole when the next call begins. */
+static struct {
+    char *memory;
+    size_t size, used, wanted;
+    void *extra[64];
+    int num_extra;
+} scratch;
+
+void *take(size_t bytes) {
+    bytes = (bytes + 127) & ~(size_t)63;
+    scratch.wanted += bytes;
+    if (scratch.used + bytes <= scratch.size) {
+        scratch.used += bytes;
+        return scratch.memory + scratch.used - bytes;
+    }
+    void *memory = aligned_alloc(64, bytes);
+    if (!memory || scratch.num_extra == 64) abort();
+    return scratch.extra[scratch.num_extra++] = memory;
+}
+
+static void reset_scratch(void) {
+    while (scratch.num_extra) free(scratch.extra[--scratch.num_extra]);
+    if (scratch.wanted > scratch.size) {
+        free(scratch.memory);
+        scratch.size = scratch.wanted + scratch.wanted / 4;
+        scratch.size = (scratch.size + 63) & ~(size_t)63;
+        scratch.memory = aligned_alloc(64, scratch.size);
+        if (!scratch.memory) scratch.size = 0;
+    }
+    scratch.used = scratch.wanted = 0;
+}
+
+void begin_call(int num_threads) {
+    pthread_mutex_lock(&call_lock);
+    reset_scratch();
+    num_threads = num_threads < 1 ? 1 : num_threads > MAX_THREADS ? MAX_THREADS : num_threads;
+    while (pool.num_workers < num_threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.num_workers + 1))) break;
+        pthread_detach(thread);
+        if (pool.num_workers++ == 0) pthread_atfork(NULL, NULL, forget_workers);
+    }
+    atomic_store(&pool.num_active, num_threads);
+}
+
+int num_active_threads(void) { return atomic_load(&pool.num_active); }
+
+void end_call(void) { pthread_mutex_unlock(&call_lock); }
+
+void parallel_for(chunk_fn fn, void *context, int num_chunks) {
+    if (num_chunks == 1 || pool.num_active == 1) {
+        for (int chunk = 0; chunk < num_chunks; chunk++) fn(context, chunk);
+        return;
+    }
+    pool.fn = fn;
+    pool.context = context;
+    atomic_store(&pool.num_done, 0);
+    uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
+    atomic_store(&pool.ticket, job << 32 | (uint64_t)num_chunks << 16);
+    if (atomic_load(&pool.num_sleeping) > pool.num_workers - (pool.num_active - 1)) {
+        pthread_mutex_lock(&pool.sleep_lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.sleep_lock);
+    }
+    while (run_one_chunk()) {}
+    while (atomic_load(&pool.num_done) < num_chunks) __builtin_ia32_pause();
+}

@@ -1,0 +1,131 @@
+/* Products of a few rows with a big weight matrix: out[m][n] = sum_k x[m][k] w[n][k].
+ *
+ * The weights are streamed from memory once, whatever the number of rows, and every (m, n) is summed in one fixed
+ * order: a row's result does not depend on its company.
+ *
+ * float32 weights stay as torch stores them, [n][k].
+ * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64; one
+ * float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], with a float scale and an
+ * integer sum per (group, row). Sums are exact integers within a group; groups are added in float32, in order. */
+
+/* Where rows go after they are quantised: tiles of TILE rows, each with room for `groups` groups. */
+typedef struct {
+    int64_t rows, k, groups;
+    int8_t *q;
+    float *scales;
+    int32_t *totals;
+} Quantized;
+
+/* What becomes of a product: out = product * scale + bias (+ residual). */
+typedef struct {
+    const Matrix *matrix;
+    const float *x;            /* [rows][k], for float32 weights */
+    const Quantized *quantized; /* for int8 weights */
+    int64_t rows;
+    float *out;
+    const float *residual; /* NULL or [rows][n], added to the result */
+} Product;
+
+INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
+    const int64_t tile = row / TILE, first = tile * TILE;
+    const int rows = (int)(to->rows - first < TILE ? to->rows - first : TILE), m = (int)(row - first);
+    quantize_row(x, to->k, to->groups, rows, to->q + first * to->groups * GROUP + 4 * m,
+                      to->scales + first * to->groups + m, to->totals + first * to->groups + m);
+}
+
+TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t row, int64_t n, int64_t count, const float *sums) {
+    const Matrix *w = p->matrix;
+    float *out = p->out + row * w->n + n;
+    const float *residual = p->residual ? p->residual + row * w->n + n : NULL;
+    for (int64_t i = 0; i < count; i++) { /* count <= 0 in the padding of the last strip */
+        float value = w->scale ? sums[i] * w->scale[n + i] : sums[i];
+        if (w->bias) value += w->bias[n + i];
+        out[i] = residual ? residual[i] + value : value;
+    }
+}
+
+/* int8: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
+INLINE void int8_tile(const int blocks, const int rows, const Product *p, int64_t block, int64_t first_row) {
+    const int64_t groups = p->quantized->groups, block_bytes = groups * GROUP * 16;
+    const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
+    const int8_t *x = p->quantized->q + first_row * groups * GROUP;
+    const float *scales = p->quantized->scales + first_row * groups;
+    const int32_t *totals = p->quantized->totals + first_row * groups;
+    float sums[blocks * rows * 16] __attribute__((aligned(64)));
+    for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
+    for (int64_t g = 0; g < groups; g++)
+        dot_group(blocks, rows, w + g * GROUP * 16, block_bytes, x + g * GROUP * rows, scales + g * rows,
+                       totals + g * rows, sums);
+    for (int b = 0; b < blocks; b++) {
+        const int64_t n = (block + b) * 16, left = p->matrix->n - n;
+        for (int m = 0; m < rows; m++)
+            finish(p, first_row + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
+    }
+}
+
+/* The inputs beyond the last whole vector. */
+TARGET static __attribute__((noinline)) float tail_product(const float *w, const float *x, int64_t count) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += w[i] * x[i];
+    return sum;
+}
+
+/* float32: `outputs` outputs from n on, against `rows` rows. */
+INLINE void float_tile(const int outputs, const int rows, const Product *p, int64_t n, int64_t first_row) {
+    const int64_t k = p->matrix->k;
+    const float *w = (const float *)p->matrix->data + n * k, *x = p->x + first_row * k;
+    VF acc[outputs][rows];
+    for (int i = 0; i < outputs; i++)
+        for (int m = 0; m < rows; m++) acc[i][m] = vf_zero();
+    int64_t at = 0;
+    for (; at + VL <= k; at += VL) {
+        VF row[rows];
+        for (int m = 0; m < rows; m++) row[m] = vf_load(x + m * k + at);
+        for (int i = 0; i < outputs; i++) {
+            VF weight = vf_load(w + i * k + at);
+            for (int m = 0; m < rows; m++) acc[i][m] = vf_fma(weight, row[m], acc[i][m]);
+        }
+    }
+    for (int m = 0; m < rows; m++) {
+        float sums[outputs];
+        for (int i = 0; i < outputs; i++) {
+            sums[i] = vf_sum(acc[i][m]);
+            if (at < k) sums[i] += tail_product(w + i * k + at, x + m * k + at, k - at);
+        }
+        finish(p, first_row + m, n, outputs, sums);
+    }
+}
+
+/* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
+TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
+#define EACH_TILE(M)                                                                                                   \
+    for (int64_t row = 0; row < p->rows; row += TILE) switch (p->rows - row < TILE ? p->rows - row : TILE) {           \
+            M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8)                                                                    \
+        }
+    if (p->matrix->scale) {
+        for (; n < end; n += STRIP) {
+            const int64_t block = n / 16;
+#define STRIP_OF_INT8(r)                                                                                               \
+    case r:                                                                                                            \
+        if (4 * r <= INT8_ACC)                                                                                         \
+            int8_tile(4, r, p, block, row);                                                                       \
+        else                                                                                                           \
+            for (int half = 0; half < 4; half += 2) int8_tile(2, r, p, block + half, row);                        \
+        break;
+            EACH_TILE(STRIP_OF_INT8)
+        }
+    } else {
+        for (; n + 4 <= end; n += 4) {
+#define STRIP_OF_FLOAT(r)                                                                                              \
+    case r:                                                                                                            \
+        if (4 * r <= FLOAT_ACC)                                                                                        \
+            float_tile(4, r, p, n, row);                                                                          \
+        else                                                                                                           \
+            for (int half = 0; half < 4; half += 2) float_tile(2, r, p, n + half, row);                           \
+        break;
+            EACH_TILE(STRIP_OF_FLOAT)
+        }
+        for (; n < end; n++)
+            for (int64_t row = 0; row < p->rows; row++) float_tile(1, 1, p, n, row);
+    }
+}

@@ -1,0 +1,115 @@
+/* The vector vocabulary of the kernels, 8 floats wide (AVX2 + FMA). Same names as simd_avx512.h. */
+#define TARGET __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+#define VL 8
+#define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
+#define FLOAT_ACC 8
+
+#define VF __m256
+#define VI __m256i
+#define vf_zero _mm256_setzero_ps
+#define vf_set1 _mm256_set1_ps
+#define vf_load _mm256_loadu_ps
+#define vf_store _mm256_storeu_ps
+#define vf_add _mm256_add_ps
+#define vf_sub _mm256_sub_ps
+#define vf_mul _mm256_mul_ps
+#define vf_div _mm256_div_ps
+#define vf_fma _mm256_fmadd_ps
+#define vf_fnma _mm256_fnmadd_ps
+#define vf_max _mm256_max_ps
+#define vf_min _mm256_min_ps
+#define vf_abs(v) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)
+#define vf_round(v) _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define vf_from_int _mm256_cvtepi32_ps
+#define vf_to_int _mm256_cvtps_epi32
+#define vi_zero _mm256_setzero_si256
+#define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
+#define vi_set1 _mm256_set1_epi32
+#define vi_add _mm256_add_epi32
+
+INLINE float vf_sum(VF v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+INLINE float vf_peak(VF v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+INLINE int32_t vi_sum(VI v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+
+/* v * 2^n for integral n held as floats, -126 <= n <= 127. */
+INLINE VF vf_scale2(VF v, VF n) {
+    VI power = _mm256_slli_epi32(_mm256_add_epi32(vf_to_int(n), vi_set1(127)), 23);
+    return vf_mul(v, _mm256_castsi256_ps(power));
+}
+
+/* v, with zero in the lanes where x < limit. */
+INLINE VF vf_zero_below(VF v, VF x, float limit) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, vf_set1(limit), _CMP_NLT_UQ), v);
+}
+
+/* v where the byte is non-zero, -inf elsewhere. */
+INLINE VF vf_mask_bytes(VF v, const uint8_t *bytes) {
+    VI wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
+    VI hidden = _mm256_cmpeq_epi32(wide, vi_zero());
+    return _mm256_blendv_ps(v, vf_set1(-INFINITY), _mm256_castsi256_ps(hidden));
+}
+
+/* 8 small integers, one byte each. */
+INLINE void store_bytes(int8_t *out, VI v) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i *)out, _mm_packs_epi16(words, words));
+}
+
+/* out[c * 8 + r] = rows[r][c] for c in 0..3: each load takes the same 128-bit column of every fourth row. */
+INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
+    __m256 part[4];
+    for (int r = 0; r < 4; r++)
+        part[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[r] + column)),
+                                       _mm_loadu_ps(rows[r + 4] + column), 1);
+    __m256 a = _mm256_unpacklo_ps(part[0], part[1]), b = _mm256_unpacklo_ps(part[2], part[3]);
+    __m256 c = _mm256_unpackhi_ps(part[0], part[1]), d = _mm256_unpackhi_ps(part[2], part[3]);
+    vf_store(out, _mm256_shuffle_ps(a, b, 0x44));
+    vf_store(out + VL, _mm256_shuffle_ps(a, b, 0xEE));
+    vf_store(out + 2 * VL, _mm256_shuffle_ps(c, d, 0x44));
+    vf_store(out + 3 * VL, _mm256_shuffle_ps(c, d, 0xEE));
+}
+
+/* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. |x| is
+ * the unsigned side and x's sign moves to the weights; both lie in -127..127, so 16-bit pair sums cannot saturate. */
+INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
+                           const float *scales, const int32_t *totals, float *sums) {
+    const VI ones = _mm256_set1_epi16(1);
+    VI acc[blocks][rows][2];
+    (void)totals;
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) acc[b][m][0] = acc[b][m][1] = vi_zero();
+#pragma GCC unroll 2
+    for (int step = 0; step < 16; step++)
+        for (int b = 0; b < blocks; b++) {
+            const int8_t *weights = w + b * block_bytes + 64 * step;
+            VI low = vi_load(weights), high = vi_load(weights + 32);
+            for (int m = 0; m < rows; m++) {
+                VI row = vi_set1(load_int32(x + 4 * (step * rows + m))), size = _mm256_abs_epi8(row);
+                VI pairs0 = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, row));
+                VI pairs1 = _mm256_maddubs_epi16(size, _mm256_sign_epi8(high, row));
+                acc[b][m][0] = vi_add(acc[b][m][0], _mm256_madd_epi16(pairs0, ones));
+                acc[b][m][1] = vi_add(acc[b][m][1], _mm256_madd_epi16(pairs1, ones));
+            }
+        }
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++)
+            for (int half = 0; half < 2; half++) {
+                float *sum = sums + (b * rows + m) * 16 + half * 8;
+                vf_store(sum, vf_fma(vf_from_int(acc[b][m][half]), vf_set1(scales[m]), vf_load(sum)));
+            }
+}

@@ -1,0 +1,224 @@
+"""The arguments of a call, looked through before any work: what is honoured passes, what is not is refused here.
+
+An option is honoured or refused, never silently dropped. What transformers itself checks (unknown names, lengths,
+config conflicts) is left to it, so that its users see the messages that they know.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
+from transformers.generation import logits_process as lp
+
+from specdec.errors import UnsupportedOptionError
+from specdec.stopping import StopChecker
+from trees import GrowthPolicy
+
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "pass it as drafter=",
+    "assistant_tokenizer": "a draft with another tokenizer is not supported; pass a draft of the same tokenizer as drafter=",
+    "custom_generate": "specdec.generate() is itself a decoding method; call model.generate(custom_generate=...)",
+    "negative_prompt_ids": "guidance runs a second model pass a token; call model.generate()",
+    "negative_prompt_attention_mask": "guidance runs a second model pass a token; call model.generate()",
+    "synced_gpus": "sharded parameters (FSDP, ZeRO 3) are not supported; call model.generate()",
+}
+
+_REFUSED_SETTINGS = {
+    "output_attentions": "attention weights of drafted tokens are not kept; call model.generate()",
+    "output_hidden_states": "hidden states of drafted tokens are not kept; call model.generate()",
+    "prompt_lookup_num_tokens": "pass drafter=specdec.drafters.PromptLookup(num_tokens=...)",
+    "assistant_early_exit": "pass a drafter=; early exit is not part of this version",
+    "use_mtp": "pass a drafter=; multi-token prediction heads are not part of this version",
+    "dola_layers": "DoLa is another decoding method; call model.generate()",
+    "token_healing": "heal the prompt first (model.heal_tokens), then pass it",
+    "guidance_scale": "guidance runs a second model pass a token; call model.generate()",
+}
+
+_MODE_ADVICE = {
+    GenerationMode.BEAM_SEARCH: "beams have no draft to verify; use num_beams=1 or call model.generate()",
+    GenerationMode.BEAM_SAMPLE: "beams have no draft to verify; use num_beams=1 or call model.generate()",
+    GenerationMode.CONTRASTIVE_SEARCH: "remove penalty_alpha, or call model.generate()",
+}
+
+_KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
+_STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
+
+
+def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: torch.Generator | None) -> None:
+    """Check the arguments that only specdec has.
+
+    Raises:
+        ValueError: a wrong argument.
+        UnsupportedOptionError: one that this version does not have.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a transformers PreTrainedModel, got {type(model).__name__}")
+    if tree is not None and not isinstance(tree, GrowthPolicy):
+        raise ValueError(f"tree={tree!r}: pass a growth policy such as trees.Chain(5), or None")
+    if verify not in ("topdown", "traversal"):
+        raise ValueError(f"verify={verify!r}: it is 'topdown' or 'traversal'")
+    if verify == "traversal":
+        raise UnsupportedOptionError("verify='traversal' is not part of this version: use verify='topdown'")
+    if router is not None:
+        raise UnsupportedOptionError("router=... is not part of this version: step-level routing comes later")
+    if generator is not None and generator.device.type != model.device.type:
+        raise ValueError(
+            f"the generator is on {generator.device} and the model on {model.device}: make it with "
+            f"torch.Generator({model.device.type!r})"
+        )
+
+
+def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `model.generate(custom_generate=...)`.
+
+    Raises:
+        UnsupportedOptionError: an option that is not possible here.
+        ValueError: a wrong prompt.
+    """
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name, advice in _REFUSED_ARGUMENTS.items():
+        if arguments.pop(name, None):
+            raise UnsupportedOptionError(f"{name} is not possible with specdec: {advice}")
+    tokenizer = arguments.pop("tokenizer", None)
+    config = _effective_config(model, arguments)
+    _check_settings(config)
+    _check_prompt(model, arguments)
+    _check_cache(arguments.get("past_key_values"))
+    if config.stop_strings is not None:
+        arguments = _with_stop_strings(arguments, config.stop_strings, tokenizer)
+    return arguments
+
+
+def check_model_inputs(model_inputs: dict[str, Any]) -> None:
+    """Refuse inputs of the forward that drafted tokens would need too.
+
+    Raises:
+        UnsupportedOptionError: names them.
+    """
+    unknown = sorted(
+        name for name, value in model_inputs.items() if value is not None and name not in _KNOWN_MODEL_INPUTS
+    )
+    if unknown:
+        raise UnsupportedOptionError(
+            f"specdec does not know how to continue these model inputs over drafted tokens: {', '.join(unknown)}; "
+            "leave them out or call model.generate()"
+        )
+    positions = model_inputs.get("position_ids")
+    if positions is not None and positions.ndim != 2:
+        raise UnsupportedOptionError(
+            f"position_ids are [rows, tokens], got {tuple(positions.shape)} (multimodal rotary positions are not "
+            "supported): call model.generate()"
+        )
+
+
+def check_batch(processors: LogitsProcessorList, stop: StopChecker, num_rows: int) -> None:
+    """Refuse processors that keep a model pass of their own, and rows that could not be padded.
+
+    Raises:
+        UnsupportedOptionError: says what to do.
+    """
+    for processor in processors:
+        if isinstance(processor, _STATEFUL_PROCESSORS):
+            raise UnsupportedOptionError(
+                f"{type(processor).__name__} keeps a state of its own per token: call model.generate()"
+            )
+    if num_rows > 1 and stop.stops_rows_apart and not stop.has_eos:
+        raise UnsupportedOptionError(
+            "rows of a batch that stop at different lengths are filled with padding, which transformers does only "
+            "when an eos_token_id is set: pass eos_token_id= (and pad_token_id=)"
+        )
+
+
+def _effective_config(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:
+    """The generation config that the call amounts to (transformers merges it again, from the same parts)."""
+    own = {name: value for name, value in arguments.items() if name not in ("inputs", "generation_config")}
+    given = arguments.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(f"generation_config is a GenerationConfig, got {type(given).__name__}")
+    return model._prepare_generation_config(given, **own)[0]
+
+
+def _check_settings(config: GenerationConfig) -> None:
+    for name, advice in _REFUSED_SETTINGS.items():
+        value = getattr(config, name, None)
+        if value and not (name == "guidance_scale" and value == 1):
+            raise UnsupportedOptionError(f"{name}={value!r} is not possible with specdec: {advice}")
+    if config.use_cache is False:
+        raise UnsupportedOptionError("use_cache=False: drafts are verified on a cache; leave it out")
+    if config.cache_implementation not in (None, "dynamic"):
+        raise UnsupportedOptionError(
+            f"cache_implementation={config.cache_implementation!r}: specdec brings its own cache; leave it out"
+        )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        advice = _MODE_ADVICE.get(mode, "call model.generate()")
+        raise UnsupportedOptionError(f"{mode.value} is not possible with specdec: {advice}")
+
+
+def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    mask = arguments.get("attention_mask")
+    input_ids = arguments.get("input_ids", arguments.get("inputs"))
+    if input_ids is not None and "inputs_embeds" not in arguments:
+        _check_input_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size)
+        if mask is not None and "past_key_values" not in arguments and mask.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)} but input_ids are {tuple(input_ids.shape)}: one entry a token"
+            )
+    if mask is not None and mask.ndim == 2:
+        if bool((mask[:, -1] == 0).any()):
+            raise ValueError(
+                "the last token of a row is masked: prompts are padded to the left (tokenizer.padding_side = 'left')"
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("attention_mask holds something else than 0 and 1")
+
+
+def _check_input_ids(input_ids: Any, vocab_size: int) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids are a tensor (return_tensors='pt'), got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids are int64 token ids, got {input_ids.dtype}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids are [rows, tokens], got shape {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"the prompt is empty (input_ids are {tuple(input_ids.shape)}): pass at least one token")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None and type(cache) is not DynamicCache:
+        raise UnsupportedOptionError(
+            f"past_key_values is a {type(cache).__name__}: pass a transformers.DynamicCache, or none"
+        )
+
+
+def _with_stop_strings(arguments: dict[str, Any], stop_strings: Any, tokenizer: Any) -> dict[str, Any]:
+    """Turn stop strings into the criterion that transformers makes of them.
+
+    On the way through `custom_generate` it would lose the tokenizer and refuse the call.
+    """
+    if tokenizer is None:
+        raise ValueError("stop_strings need the model's tokenizer: pass tokenizer=")
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
+    given = arguments.get("stopping_criteria", ())
+    changed = {**arguments, "stopping_criteria": StoppingCriteriaList([criterion, *given])}
+    if "generation_config" in arguments:
+        changed["generation_config"] = copy.deepcopy(arguments["generation_config"])
+        changed["generation_config"].stop_strings = None
+    changed["stop_strings"] = None
+    return changed

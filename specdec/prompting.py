@@ -1,0 +1,68 @@
+"""From what a person wrote to what a model reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+Message: TypeAlias = dict[str, str]
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The number of positions that the model was built for; None if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def user_turn(text: str, system: str | None = None) -> list[Message]:
+    """A conversation that starts with `text`."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": text}]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    """Texts as they are: `input_ids` and `attention_mask`, [B, P], left-padded."""
+    return _encode(tokenizer, texts, add_special_tokens=True)
+
+
+def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]) -> BatchEncoding:
+    """Conversations through the chat template, up to where the reply begins: [B, P], left-padded.
+
+    Raises `ValueError` if the template refuses a conversation (some know no system role).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+    return _encode(tokenizer, texts, add_special_tokens=False)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    """Each text as one user turn if the tokenizer has a chat template, and as it is otherwise."""
+    if has_chat_template(tokenizer):
+        return encode_chats(tokenizer, [user_turn(text) for text in texts])
+    return encode_texts(tokenizer, texts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> BatchEncoding:
+    needs_padding = len(texts) > 1
+    if needs_padding and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        padding=needs_padding,
+        padding_side="left",
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )

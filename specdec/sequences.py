@@ -1,0 +1,72 @@
+"""The committed tokens of the rows that are still being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Sequences:
+    """Tokens on the device (padding included, as processors expect them) and on the host (without padding).
+
+    Args:
+        input_ids: int64 [B, P] prompts.
+        attention_mask: [B, P], 0 where a prompt token is padding; None if none is.
+        capacity: largest length that a row can reach.
+    """
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None, capacity: int):
+        num_rows, self.prompt_length = input_ids.shape
+        self.num_all_rows = num_rows
+        self.rows = list(range(num_rows))
+        """Index of every row in the caller's batch."""
+        self.lengths = [self.prompt_length] * num_rows
+        self._ids_BL = input_ids.new_zeros((num_rows, max(capacity, self.prompt_length)))
+        self._ids_BL[:, : self.prompt_length] = input_ids
+        real_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real_BP = real_BP[:, real_BP.shape[1] - self.prompt_length :].bool()
+        self.tokens = [ids[real].tolist() for ids, real in zip(input_ids, real_BP, strict=True)]
+        """Real tokens of every row, prompt and output."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self._ids_BL.device
+
+    @property
+    def num_new(self) -> list[int]:
+        """Generated tokens of every row."""
+        return [length - self.prompt_length for length in self.lengths]
+
+    @property
+    def roots_B1(self) -> Tensor:
+        """int64 the last committed token of every row."""
+        last_B = torch.tensor(self.lengths, device=self.device) - 1
+        return self._ids_BL.gather(1, last_B.unsqueeze(1))
+
+    def prefix(self, row: int, length: int | None = None) -> Tensor:
+        """int64 view of a row's first `length` tokens, padding included (all committed ones by default)."""
+        return self._ids_BL[row, : self.lengths[row] if length is None else length]
+
+    def put(self, row: int, tokens: Sequence[int]) -> None:
+        """Write candidates after a row's committed tokens, without committing them."""
+        start = self.lengths[row]
+        if start + len(tokens) > self._ids_BL.shape[1]:
+            self._ids_BL = torch.nn.functional.pad(self._ids_BL, (0, start + len(tokens)))
+        self._ids_BL[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.device)
+
+    def commit(self, row: int, tokens: Sequence[int]) -> None:
+        """Commit the first of the candidates written by `put`."""
+        self.lengths[row] += len(tokens)
+        self.tokens[row].extend(tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self.rows, self.lengths, self.tokens = (
+            [column[row] for row in rows] for column in (self.rows, self.lengths, self.tokens)
+        )
+        self._ids_BL = self._ids_BL[list(rows)]

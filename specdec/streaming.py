@@ -1,0 +1,40 @@
+"""Feeds a `transformers` streamer exactly as plain decoding does: one token of every row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class StreamFeed:
+    """Holds tokens back until every unfinished row has one for the same place.
+
+    Args:
+        streamer: receives int64 [B] tensors on the CPU.
+        num_rows: B.
+        pad_token_id: stands in for the tokens of rows that have finished.
+    """
+
+    def __init__(self, streamer: BaseStreamer, num_rows: int, pad_token_id: int):
+        self._streamer = streamer
+        self._pad = pad_token_id
+        self._waiting: list[list[int]] = [[] for _ in range(num_rows)]
+        self._finished = [False] * num_rows
+
+    def put(self, row: int, tokens: Sequence[int], finished: bool) -> None:
+        """Take a row's newly committed tokens."""
+        self._waiting[row].extend(tokens)
+        self._finished[row] = finished
+
+    def flush(self) -> None:
+        """Pass on the places that are complete."""
+        while any(self._waiting) and all(
+            waiting or finished for waiting, finished in zip(self._waiting, self._finished, strict=True)
+        ):
+            self._streamer.put(torch.tensor([row.pop(0) if row else self._pad for row in self._waiting]))
+
+    def end(self) -> None:
+        """All rows have finished."""
+        self._streamer.end()

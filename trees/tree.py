@@ -1,0 +1,232 @@
+"""One token tree for people, a batch of them for tensors.
+
+Shape legend: B rows, N nodes, T = N + 1 slots (slot 0 is the root, slot i + 1 is node i), D depth.
+
+The *root* is the last committed token. It is verified together with the nodes but is not one of them:
+a tree without nodes is ordinary decoding. A *chain* is the tree in which node i hangs on node i - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+ROOT = -1
+"""The parent of the nodes that hang on the root."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenTree:
+    """The draft of one row.
+
+    Args:
+        tokens: N token ids.
+        parents: N node indices, `ROOT` for children of the root. A parent stands before its children.
+        probs: N draft probabilities (of each token among its parent's children-to-be), or None.
+        values: N pre-sample values (DySpec, section 4: the chance that a slot is tested), or None.
+
+    Raises:
+        ValueError: lengths differ, or a parent does not stand before its child.
+    """
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    probs: Sequence[float] | None = None
+    values: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("parents", "probs", "values"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.tokens):
+                raise ValueError(f"a tree of {len(self.tokens)} tokens needs as many {name}, got {len(column)}")
+        for node, parent in enumerate(self.parents):
+            if not ROOT <= parent < node:
+                raise ValueError(
+                    f"node {node} names parent {parent}: parents stand before their children, "
+                    f"and {ROOT} stands for the root"
+                )
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probs: Sequence[float] | None = None) -> TokenTree:
+        """The tree in which every token follows the one before it."""
+        return cls(tokens=tokens, parents=range(ROOT, len(tokens) - 1), probs=probs)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """N depths; children of the root have depth 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Children of every slot in node order: `children[0]` are the root's, `children[i + 1]` node i's."""
+        children: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for node, parent in enumerate(self.parents):
+            children[parent + 1].append(node)
+        return children
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from a child of the root down to `node`."""
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def dfs_order(self) -> list[int]:
+        """Nodes in depth-first order, siblings in node order: subtrees become contiguous."""
+        order, stack = [], self.children[0][::-1]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(reversed(self.children[node + 1]))
+        return order
+
+    def render(self, decode: Callable[[int], str] = str) -> str:
+        """Draw the tree, one node a line; `decode` turns a token id into text."""
+        lines = ["root"]
+        open_branches: list[bool] = []
+        for node in self.dfs_order():
+            siblings = self.children[self.parents[node] + 1]
+            last = node == siblings[-1]
+            del open_branches[self.depths[node] - 1 :]
+            indent = "".join("│  " if is_open else "   " for is_open in open_branches)
+            prob = "" if self.probs is None else f"  q={self.probs[node]:.3f}"
+            value = "" if self.values is None else f"  v={self.values[node]:.3f}"
+            branch = "└─ " if last else "├─ "
+            lines.append(f"{indent}{branch}{decode(int(self.tokens[node]))}{prob}{value}")
+            open_branches.append(not last)
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TreeBatch:
+    """The drafts of B rows, padded to the largest tree.
+
+    Args:
+        tokens_BN: int64 token ids on the model's device; padding may hold any valid id.
+        parents_BN: int64 on the same device, `ROOT` for children of the root. A parent stands before its
+            children; padding hangs on the root.
+        sizes: number of nodes of each row (the host knows the structure, never needs to ask the device).
+        depth: depth of the deepest node.
+        is_chain: whether every row is a chain (then masks, walks and cache commits take the short way).
+    """
+
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    sizes: tuple[int, ...]
+    depth: int
+    is_chain: bool
+
+    @classmethod
+    def empty(cls, num_rows: int, device: torch.device | str = "cpu") -> TreeBatch:
+        """No drafts at all: verifying it is one step of ordinary decoding."""
+        nothing = torch.empty((num_rows, 0), dtype=torch.long, device=device)
+        return cls(tokens_BN=nothing, parents_BN=nothing, sizes=(0,) * num_rows, depth=0, is_chain=True)
+
+    @classmethod
+    def chains(cls, tokens_BN: Tensor, sizes: Sequence[int] | None = None) -> TreeBatch:
+        """One chain a row; `sizes` cuts rows that are shorter than N."""
+        num_rows, width = tokens_BN.shape
+        sizes = (width,) * num_rows if sizes is None else tuple(sizes)
+        parents_N = torch.arange(ROOT, width - 1, device=tokens_BN.device)
+        return cls(
+            tokens_BN=tokens_BN,
+            parents_BN=parents_N.expand(num_rows, width),
+            sizes=sizes,
+            depth=max(sizes, default=0),
+            is_chain=True,
+        )
+
+    @classmethod
+    def stack(cls, rows: Sequence[TokenTree], device: torch.device | str = "cpu") -> TreeBatch:
+        """Pad and stack one tree a row."""
+        width = max((len(row) for row in rows), default=0)
+        tokens = [[*row.tokens, *[0] * (width - len(row))] for row in rows]
+        parents = [[*row.parents, *[ROOT] * (width - len(row))] for row in rows]
+        return cls(
+            tokens_BN=torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), width),
+            parents_BN=torch.tensor(parents, dtype=torch.long, device=device).view(len(rows), width),
+            sizes=tuple(len(row) for row in rows),
+            depth=max((max(row.depths, default=0) for row in rows), default=0),
+            is_chain=all(list(row.parents) == list(range(ROOT, len(row) - 1)) for row in rows),
+        )
+
+    def extended(self, tokens_BM: Tensor, parents_BM: Tensor) -> TreeBatch:
+        """These trees and one more layer of M nodes a row (none of them padding)."""
+        num_new = tokens_BM.shape[1]
+        return TreeBatch(
+            tokens_BN=torch.cat([self.tokens_BN, tokens_BM], 1),
+            parents_BN=torch.cat([self.parents_BN, parents_BM], 1),
+            sizes=tuple(size + num_new for size in self.sizes),
+            depth=self.depth + 1,
+            is_chain=self.is_chain and num_new == 1,
+        )
+
+    def row(self, index: int) -> TokenTree:
+        """The tree of one row (copies to the host: for people and tests, not for the loop)."""
+        size = self.sizes[index]
+        return TokenTree(tokens=self.tokens_BN[index, :size].tolist(), parents=self.parents_BN[index, :size].tolist())
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def width(self) -> int:
+        """N, the number of nodes of the largest row."""
+        return self.tokens_BN.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """T = N + 1: the nodes and the root."""
+        return self.width + 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_BN.device
+
+    @cached_property
+    def ancestors_BTT(self) -> Tensor:
+        """bool: slot i may see slot j, that is, j is i itself or lies on its path to the root (slot 0)."""
+        slots = self.num_slots
+        if self.is_chain:
+            causal = torch.ones((slots, slots), dtype=torch.bool, device=self.device).tril()
+            return causal.expand(self.num_rows, slots, slots)
+        parent_BT = self._parent_slots_BT
+        seen_BTT = torch.eye(slots, dtype=torch.bool, device=self.device).repeat(self.num_rows, 1, 1)
+        above_BT = parent_BT
+        for _ in range(self.depth):
+            seen_BTT.scatter_(2, above_BT.unsqueeze(2), True)
+            above_BT = parent_BT.gather(1, above_BT)
+        return seen_BTT
+
+    @cached_property
+    def depths_BT(self) -> Tensor:
+        """int64 depth of every slot; 0 for the root."""
+        if self.is_chain:
+            return torch.arange(self.num_slots, device=self.device).expand(self.num_rows, self.num_slots)
+        return self.ancestors_BTT.sum(-1) - 1
+
+    @property
+    def _parent_slots_BT(self) -> Tensor:
+        """Slot of every slot's parent; the root is its own."""
+        return torch.nn.functional.pad(self.parents_BN + 1, (1, 0), value=0)
+
+    @cached_property
+    def real_BN(self) -> Tensor:
+        """bool: node, not padding."""
+        sizes_B = torch.tensor(self.sizes, device=self.device)
+        return torch.arange(self.width, device=self.device) < sizes_B.unsqueeze(1)
