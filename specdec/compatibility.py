@@ -18,26 +18,10 @@ from specdec.target import TreeModel
 from trees import ROOT, TokenTree, TreeBatch
 
 VERIFIED_FAMILIES = frozenset(
-    [
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "olmo",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    ]
+    {
+        *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2"),
+        *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    }
 )
 """`config.model_type` of the families whose greedy equality the test suite checks."""
 

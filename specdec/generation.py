@@ -7,6 +7,7 @@ a call means what it means there; what it would drop on that way (streamer, toke
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ from specdec.streaming import StreamFeed
 from specdec.target import TreeModel
 from trees import GrowthPolicy
 
-_MAX_PREALLOCATED = 1024
+_MAX_RESERVED = 1024
 """Slots reserved past the prompt at the start; longer runs grow as they go."""
 
 
@@ -90,26 +91,11 @@ def generate(
     """
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
-    chosen = as_drafter(drafter)
     arguments = options.prepare(model, {"inputs": inputs, "generation_config": generation_config, **kwargs})
-    streamer = arguments.get("streamer")
-
-    def decode(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_inputs: Any,
-    ) -> SpeculativeOutput | Tensor:
-        sampler = Sampler(logits_processor, do_sample=generation_config.do_sample, verify=verify, generator=generator)
-        stop = StopChecker(stopping_criteria)
-        prompt = _Prompt.from_prepared(input_ids, model_inputs)
-        options.check_batch(sampler.processors, stop, num_rows=input_ids.shape[0])
-        check_positions(model, input_ids.shape[1], stop.max_length)
-        return _decode(model, prompt, generation_config, sampler, stop, chosen, tree, streamer)
-
-    return type(model).generate(model, **arguments, custom_generate=decode)
+    method = _DecodingMethod(
+        drafter=as_drafter(drafter), tree=tree, verify=verify, generator=generator, streamer=arguments.get("streamer")
+    )
+    return type(model).generate(model, **arguments, custom_generate=method)
 
 
 def enable(
@@ -131,10 +117,12 @@ def enable(
     options.check_call(model, tree=tree, verify=verify, router=None, generator=None)
     check_model(model)
     defaults = {"drafter": as_drafter(drafter), "tree": tree, "verify": verify}
+    names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
 
     @functools.wraps(type(model).generate)
     def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> SpeculativeOutput | Tensor:
-        return generate(self, *args, **{**defaults, **kwargs})
+        positional = dict(zip(names, args, strict=False))
+        return generate(self, **{**defaults, **positional, **kwargs})
 
     model.generate = types.MethodType(speculative_generate, model)
     return model
@@ -185,74 +173,109 @@ class _Prompt:
         return cls(input_ids=input_ids, attention_mask=mask, cache=cache, others=others)
 
 
-def _decode(
-    model: PreTrainedModel,
-    prompt: _Prompt,
-    config: GenerationConfig,
-    sampler: Sampler,
-    stop: StopChecker,
-    drafter: Drafter,
-    tree: GrowthPolicy | None,
-    streamer: BaseStreamer | None,
-) -> SpeculativeOutput | Tensor:
-    """Run the loop on a prepared call, and give the result the form that the call asks for."""
-    num_rows, prompt_length = prompt.input_ids.shape
-    capacity = min(stop.max_length, prompt_length + _MAX_PREALLOCATED)
-    pad_token_id = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-    returns_dict = bool(config.return_dict_in_generate)
-    recorder = Recorder(
-        num_rows,
-        scores=returns_dict and bool(config.output_scores),
-        logits=returns_dict and bool(config.output_logits),
-        states=returns_dict or getattr(prompt.cache, "_is_user_defined", False),
-    )
-    target = TreeModel(model)
-    sequences = Sequences(prompt.input_ids, prompt.attention_mask, capacity)
-    stats = DecodingStats.for_rows(num_rows)
-    session = drafter.start(
-        Run(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _DecodingMethod:
+    """The decoding method that transformers calls once it has prepared the arguments."""
+
+    drafter: Drafter
+    tree: GrowthPolicy | None
+    verify: str
+    generator: torch.Generator | None
+    streamer: BaseStreamer | None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_inputs: Any,
+    ) -> SpeculativeOutput | Tensor:
+        prompt = _Prompt.from_prepared(input_ids, model_inputs)
+        stop = StopChecker(stopping_criteria)
+        options.check_batch(logits_processor, stop, num_rows=input_ids.shape[0])
+        check_positions(model, input_ids.shape[1], stop.max_length)
+        sampler = Sampler(
+            logits_processor,
+            do_sample=generation_config.do_sample,
+            verify=self.verify,
+            generator=self.generator,
+        )
+        loop = self._loop(model, prompt, sampler, stop, generation_config)
+        try:
+            loop.run(
+                functools.partial(
+                    loop.target.prefill,
+                    input_ids,
+                    attention_mask=prompt.attention_mask,
+                    past_key_values=prompt.cache,
+                    generation_config=generation_config,
+                    capacity=_capacity(prompt, stop),
+                    **prompt.others,
+                )
+            )
+        finally:
+            loop.session.close()
+        return _result(loop, prompt, generation_config)
+
+    def _loop(
+        self,
+        model: PreTrainedModel,
+        prompt: _Prompt,
+        sampler: Sampler,
+        stop: StopChecker,
+        config: GenerationConfig,
+    ) -> DecodingLoop:
+        num_rows = prompt.input_ids.shape[0]
+        target = TreeModel(model)
+        sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
+        run = Run(
             target=model,
             vocab_size=target.vocab_size,
             sequences=sequences,
             sampler=sampler,
-            tree=tree,
+            tree=self.tree,
             input_ids=prompt.input_ids,
             attention_mask=prompt.attention_mask,
         )
-    )
-    loop = DecodingLoop(
-        target=target,
-        session=session,
-        sampler=sampler,
-        stop=stop,
-        sequences=sequences,
-        recorder=recorder,
-        stats=stats,
-        feed=None if streamer is None else StreamFeed(streamer, num_rows, pad_token_id),
-        context_length=position_limit(model),
-    )
-    try:
-        loop.run(
-            lambda: target.prefill(
-                prompt.input_ids,
-                attention_mask=prompt.attention_mask,
-                past_key_values=prompt.cache,
-                generation_config=config,
-                capacity=capacity,
-                **prompt.others,
-            )
+        returns_dict = bool(config.return_dict_in_generate)
+        return DecodingLoop(
+            target=target,
+            session=self.drafter.start(run),
+            sampler=sampler,
+            stop=stop,
+            sequences=sequences,
+            recorder=Recorder(
+                num_rows,
+                scores=returns_dict and bool(config.output_scores),
+                logits=returns_dict and bool(config.output_logits),
+                states=returns_dict or getattr(prompt.cache, "_is_user_defined", False),
+            ),
+            feed=None if self.streamer is None else StreamFeed(self.streamer, num_rows, _pad_token_id(config)),
+            context_length=position_limit(model),
         )
-    finally:
-        session.close()
-    recorder.refill(prompt.cache)
-    stats.target_forwards, stats.draft_forwards = target.num_forwards, session.num_forwards
-    ids = recorder.sequences(pad_token_id)
-    if not returns_dict:
+
+
+def _capacity(prompt: _Prompt, stop: StopChecker) -> int:
+    """Slots to reserve at the start: the whole run, unless it is far longer than most."""
+    return min(stop.max_length, prompt.input_ids.shape[1] + _MAX_RESERVED)
+
+
+def _pad_token_id(config: GenerationConfig) -> int:
+    return 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+
+
+def _result(loop: DecodingLoop, prompt: _Prompt, config: GenerationConfig) -> SpeculativeOutput | Tensor:
+    """What the call asked for; also fills the cache that the caller can see, at the very end."""
+    loop.recorder.refill(prompt.cache)
+    ids = loop.recorder.sequences(_pad_token_id(config))
+    if not config.return_dict_in_generate:
         return ids
     return SpeculativeOutput(
         sequences=ids,
-        scores=recorder.scores(),
-        logits=recorder.logits(),
+        scores=loop.recorder.scores(),
+        logits=loop.recorder.logits(),
         past_key_values=prompt.cache,
-        stats=stats,
+        stats=loop.stats,
     )

@@ -43,9 +43,11 @@ class DecodingLoop:
     stop: StopChecker
     sequences: Sequences
     recorder: Recorder
-    stats: DecodingStats
     feed: StreamFeed | None
     context_length: int
+
+    def __post_init__(self) -> None:
+        self.stats = DecodingStats.for_rows(len(self.sequences))
 
     def run(self, prefill: Callable[[], Tensor]) -> None:
         """Decode until every row has stopped.
@@ -61,6 +63,8 @@ class DecodingLoop:
             self.round()
         if self.feed is not None:
             self.feed.end()
+        self.stats.target_forwards = self.target.num_forwards
+        self.stats.draft_forwards = self.session.num_forwards
         self.stats.finish(perf_counter() - self._start)
 
     def round(self) -> None:

@@ -4,8 +4,10 @@ Weights are read from safetensors and GGUF files only: unpickling a checkpoint c
 """
 
 import contextlib
+import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from specdec.download import WheelFile, fetch, require_space, staging_folder
 from specdec.errors import ModelError
@@ -229,7 +230,7 @@ def pull_demo(to: str | os.PathLike[str] | None = None, *, progress: bool = True
 
     Args:
         to: the folder to install into; `cache_folder()` if None.
-        progress: draw a progress bar on stderr.
+        progress: draw a progress bar on stderr if that is a terminal.
 
     Raises:
         ModelError: no network, no space, a wrong checksum, a folder that cannot be written.
@@ -262,23 +263,13 @@ def _convert(gguf: Path, folder: Path, staging: Path, bars: Progress) -> None:
     bars.add_task("converting", total=None)
     checkpoint = _gguf_checkpoint(gguf)
     unfinished = staging / folder.name
-    with _no_transformers_bars():
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars of its own
         checkpoint.read_tokenizer().save_pretrained(unfinished)
         checkpoint.read_model(torch.float32).save_pretrained(unfinished)
     unfinished.replace(folder)
 
 
-@contextlib.contextmanager
-def _no_transformers_bars() -> Iterator[None]:
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
 def _progress_bars(enabled: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not enabled)
+    visible = enabled and sys.stderr.isatty()
+    return Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not visible)

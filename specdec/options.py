@@ -28,7 +28,7 @@ from trees import GrowthPolicy
 
 _REFUSED_ARGUMENTS = {
     "assistant_model": "pass it as drafter=",
-    "assistant_tokenizer": "a draft with another tokenizer is not supported; pass a draft of the same tokenizer as drafter=",
+    "assistant_tokenizer": "pass a draft of the same tokenizer as drafter=; another one cannot be used",
     "custom_generate": "specdec.generate() is itself a decoding method; call model.generate(custom_generate=...)",
     "negative_prompt_ids": "guidance runs a second model pass a token; call model.generate()",
     "negative_prompt_attention_mask": "guidance runs a second model pass a token; call model.generate()",
@@ -87,9 +87,9 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]
         UnsupportedOptionError: an option that is not possible here.
         ValueError: a wrong prompt.
     """
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    arguments = dict(arguments)
     for name, advice in _REFUSED_ARGUMENTS.items():
-        if arguments.pop(name, None):
+        if arguments.pop(name, None) not in (None, False):
             raise UnsupportedOptionError(f"{name} is not possible with specdec: {advice}")
     tokenizer = arguments.pop("tokenizer", None)
     config = _effective_config(model, arguments)
@@ -169,10 +169,11 @@ def _check_settings(config: GenerationConfig) -> None:
 
 def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     mask = arguments.get("attention_mask")
-    input_ids = arguments.get("input_ids", arguments.get("inputs"))
-    if input_ids is not None and "inputs_embeds" not in arguments:
+    inputs = arguments.get("inputs")
+    input_ids = arguments.get("input_ids") if inputs is None else inputs
+    if input_ids is not None and arguments.get("inputs_embeds") is None:
         _check_input_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size)
-        if mask is not None and "past_key_values" not in arguments and mask.shape[:2] != input_ids.shape:
+        if mask is not None and arguments.get("past_key_values") is None and mask.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"attention_mask is {tuple(mask.shape)} but input_ids are {tuple(input_ids.shape)}: one entry a token"
             )
@@ -215,9 +216,9 @@ def _with_stop_strings(arguments: dict[str, Any], stop_strings: Any, tokenizer: 
     if tokenizer is None:
         raise ValueError("stop_strings need the model's tokenizer: pass tokenizer=")
     criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
-    given = arguments.get("stopping_criteria", ())
+    given = arguments.get("stopping_criteria") or ()
     changed = {**arguments, "stopping_criteria": StoppingCriteriaList([criterion, *given])}
-    if "generation_config" in arguments:
+    if arguments["generation_config"] is not None:
         changed["generation_config"] = copy.deepcopy(arguments["generation_config"])
         changed["generation_config"].stop_strings = None
     changed["stop_strings"] = None

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Message: TypeAlias = dict[str, str]
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The number of positions that the model was built for; None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def user_turn(text: str, system: str | None = None) -> list[Message]:

@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from specdec.acceptance import Acceptance, draw, topdown, walk
+from specdec.errors import NumericalError
 from specdec.sequences import Sequences
 from trees import Draft, TreeBatch
 
@@ -122,8 +123,11 @@ class Sampler:
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """Verify a draft against the processed scores of its slots."""
         if not self.do_sample:
-            return walk(draft.trees, scores_BTV.argmax(-1))
+            best_BT = scores_BTV.argmax(-1)
+            _refuse_nan(scores_BTV.gather(2, best_BT.unsqueeze(2)))
+            return walk(draft.trees, best_BT)
         p_BTV = scores_BTV.softmax(-1)
+        _refuse_nan(p_BTV[..., 0])
         if draft.q_BTV is None:
             return walk(draft.trees, draw(p_BTV, self.generator))
         return topdown(draft, p_BTV, self.generator)
@@ -157,6 +161,15 @@ class Sampler:
             processed = self.processors(input_ids, scores)
             for row, place, slot, _ in present:
                 scores_BTV[row, slot] = processed[place]
+
+
+def _refuse_nan(witnesses: Tensor) -> None:
+    """Raise if any of these values, one of each distribution, is NaN (argmax and softmax pass a NaN on to them)."""
+    if bool(witnesses.isnan().any()):
+        raise NumericalError(
+            "the target's scores are not numbers (NaN, or infinite everywhere): check the weights and the dtype "
+            "(float16 overflows on CPU), or pass remove_invalid_values=True"
+        )
 
 
 def _is_row_wise(processor: lp.LogitsProcessor) -> bool:

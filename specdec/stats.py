@@ -12,9 +12,9 @@ class DecodingStats:
     """Counts and times of one `generate()` call.
 
     The prefill yields the first token of every row; rounds yield the others. `num_rounds`, `num_drafted` and the
-    like count *row rounds* (a round of a batch of 4 unfinished rows counts 4), so that ratios mean the same at every batch
-    size; `target_forwards` counts forwards of the whole batch. `other_seconds` is the run without drafting and
-    verification: prefill excluded, sampling, stopping, streaming and book-keeping included.
+    like count *row rounds* (a round of a batch of 4 unfinished rows counts 4), so that ratios mean the same at
+    every batch size; `target_forwards` counts forwards of the whole batch. `other_seconds` is the run without
+    prefill, drafting and verification: sampling, stopping, streaming and book-keeping.
     """
 
     num_rounds: int = 0

@@ -28,6 +28,12 @@ class TreeModel:
     """
 
     cache: TreeCache
+    _prompt_BP: Tensor | None
+    """bool: which prompt slots are no padding; None if all are."""
+    _lag_B: Tensor
+    """How far positions lag behind slots."""
+    _offsets_BK: Tensor
+    """Offsets of the tail's slots."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -68,6 +74,8 @@ class TreeModel:
         num_rows = input_ids.shape[0]
         past = past_key_values if past_key_values is not None else DynamicCache()
         self.cache = TreeCache.adopt(past, len(self._windows), num_rows, capacity)
+        if attention_mask is not None and "position_ids" not in model_inputs:
+            model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
         cached = {"attention_mask": attention_mask, "past_key_values": self.cache, "use_cache": True}
@@ -79,15 +87,12 @@ class TreeModel:
         return outputs.logits[:, -1:]
 
     def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Remember which prompt slots are padding and how far positions lag behind slots."""
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        if position_ids is not None:
-            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
-        elif self._prompt_BP is not None:
-            self._lag_B = (~self._prompt_BP).sum(1)
-        else:
+        if position_ids is None:
             self._lag_B = torch.zeros_like(lengths_B)
+        else:
+            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
 
     def verify(self, trees: TreeBatch, roots_B1: Tensor) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+import specdec
 from specdec import models
 from specdec.cli.app import app
 from specdec.cli.common import USER_ERROR, friendly_errors
@@ -122,3 +123,7 @@ def test_the_command_line_starts_without_the_heavy_imports() -> None:
     program = "import sys, specdec.cli; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_version_is_the_package_version() -> None:
+    assert run("--version").stdout == f"{specdec.__version__}\n"

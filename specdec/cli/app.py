@@ -1,10 +1,10 @@
 """The table of commands."""
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from specdec import __version__
 from specdec.cli import bench, chat, doctor, generate, pull
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ for command in (pull, generate, chat, bench, doctor):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(version("specdec-runtime"))
+        print(__version__)
         raise typer.Exit
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOT_IDENTICAL = 1
 INTERRUPTED = 130
-TABLE_WIDTH = 120
+TABLE_WIDTH = 110
 """Where stdout is not a terminal."""
 
 
@@ -74,15 +74,11 @@ def bench(
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-r", min=1, help="Timed calls of each method on each batch.")
     ] = 3,
-    warmup: Annotated[
-        int, typer.Option("--warmup", min=0, help="Calls of each method before anything is timed.")
-    ] = 1,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls of each method before anything is timed.")] = 1,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every call, with --sample.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of the table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -99,7 +95,7 @@ def bench(
     suite = load_suite(prompts).select(category or (), limit)
 
     from specdec.bench.harness import Harness, Method, Settings
-    from specdec.bench.report import mismatches, summarise, to_json, to_table
+    from specdec.bench.report import LEGEND, mismatches, summarise, to_json, to_table
     from specdec.cli.loading import load_pair
 
     settings = Settings(
@@ -114,20 +110,16 @@ def bench(
     (target, tokenizer, model_name), draft_model = load_pair(
         model, draft, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
     )
-    drafters = [
-        Method(name, None if spec is None else spec.build(draft_model)) for name, spec in specs.items()
-    ]
+    drafters = [Method(name, None if spec is None else spec.build(draft_model)) for name, spec in specs.items()]
     harness = Harness(target, tokenizer, drafters, settings)
     results, was_interrupted = _measure(harness, suite.prompts)
     if not results:
         raise SpecdecError("interrupted before the first prompt was measured")
     if as_json:
-        document = to_json(
-            results, model=target, model_name=model_name, suite_name=suite.name, settings=settings
-        )
+        document = to_json(results, model=target, model_name=model_name, suite_name=suite.name, settings=settings)
         print(json.dumps(document, indent=2, allow_nan=False))
     else:
-        _print_table(to_table(summarise(results), title=f"{model_name}, {suite.name} suite"))
+        _print_table(to_table(summarise(results), title=f"{model_name} on {suite.name}"), LEGEND)
     _exit(list(mismatches(results)), was_interrupted)
 
 
@@ -145,11 +137,12 @@ def _measure(harness: "Harness", prompts: "list[Prompt]") -> "tuple[list[BatchRe
     return results, False
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: Table, legend: str) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     console.print(table)
+    console.print(legend, style="dim", highlight=False)
 
 
 def _exit(differences: list[str], was_interrupted: bool) -> None:

@@ -15,9 +15,7 @@ R = TypeVar("R")
 
 USER_ERROR = 2
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="'demo', a hub id, a local folder or a .gguf file.")
-]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="'demo', a hub id, a local folder or a .gguf file.")]
 DtypeOption = Annotated[
     str,
     typer.Option(

@@ -5,8 +5,9 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from specdec.cli.common import err_console
+from specdec.compatibility import position_limit
 from specdec.errors import SpecdecError
-from specdec.prompting import Message, context_length, encode_chats, has_chat_template
+from specdec.prompting import Message, encode_chats, has_chat_template
 
 HELP = """\
 /help           this text
@@ -44,7 +45,7 @@ class Conversation:
         self._drafter = drafter
         self._system = system
         self._max_new_tokens = max_new_tokens
-        self._context_length = context_length(model)
+        self._num_positions = position_limit(model)
         self._generation_kwargs = generation_kwargs
         self._turns: list[Message] = []
         self._is_over = False
@@ -119,7 +120,7 @@ class Conversation:
         if self._room(inputs) < 1:
             raise ValueError(
                 f"the message is too long: with its prompt it has {inputs['input_ids'].shape[1]} tokens, "
-                f"and the model's context {self._context_length}"
+                f"and the model's context {self._num_positions}"
             )
         if len(turns) < num_turns:
             _notify(f"the context is full: forgot the oldest {num_turns - len(turns)} messages")
@@ -132,15 +133,11 @@ class Conversation:
     @property
     def _wanted_room(self) -> int:
         """The room that old messages make way for: a full reply, but at most a quarter of the context."""
-        if self._context_length is None:
-            return self._max_new_tokens
-        return min(self._max_new_tokens, self._context_length // 4)
+        return min(self._max_new_tokens, self._num_positions // 4)
 
     def _room(self, inputs: BatchEncoding) -> int:
         """How many tokens a reply may have."""
-        if self._context_length is None:
-            return self._max_new_tokens
-        return min(self._max_new_tokens, self._context_length - inputs["input_ids"].shape[1])
+        return min(self._max_new_tokens, self._num_positions - inputs["input_ids"].shape[1])
 
 
 class _ReplyStreamer(TextStreamer):

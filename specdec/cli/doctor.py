@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specdec import __version__
 from specdec.cli.common import friendly_errors
 
-PACKAGES = ("specdec-runtime", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +38,7 @@ def examine() -> dict[str, Any]:
     devices = _devices()
     threads = _threads()
     return {
+        "specdec": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {package: _version(package) for package in PACKAGES},
@@ -82,9 +84,7 @@ def _threads() -> dict[str, int | None]:
 def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
     if len(devices) > 1:
         return ["--dtype auto: the checkpoint's own dtype on the GPU, float32 on the CPU."]
-    advice = [
-        "--dtype auto is float32 here: on a CPU bfloat16 is slower once a few rows are verified together."
-    ]
+    advice = ["--dtype auto is float32 here: on a CPU bfloat16 is slower once a few rows are verified together."]
     if threads["torch"] != 1:
         advice.append("--threads 1 can be faster for small models when other programs keep the cores busy.")
     return advice
@@ -114,16 +114,13 @@ def _hub_models() -> list[dict[str, Any]]:
 
 
 def _found(name: str, path: Path) -> dict[str, Any]:
-    files = (
-        [path]
-        if path.is_file()
-        else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    )
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
     return {"name": name, "path": str(path), "size_mib": sum(file.stat().st_size for file in files) >> 20}
 
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("specdec", report["specdec"])
     table.add_row("python", f"{report['python']} on {report['platform']}")
     for package, number in report["packages"].items():
         table.add_row(package, number or "not installed")

@@ -43,9 +43,7 @@ def register(app: typer.Typer) -> None:
 
 @friendly_errors
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="Read from stdin if absent.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Read from stdin if absent.", show_default=False)] = None,
     model: ModelOption = "demo",
     draft: DraftOption = None,
     drafter: DrafterOption = None,
@@ -76,9 +74,7 @@ def generate(
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     drafter_spec = choose_drafter(drafter, draft)
     if raw and system is not None:
-        raise ValueError(
-            "--system is part of the chat template, which --raw leaves out: give only one of them"
-        )
+        raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
     text = _read_stdin() if prompt is None else prompt
     if not text.strip():
         raise ValueError("the prompt is empty")
@@ -124,9 +120,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str | None
     if not raw and has_chat_template(tokenizer):
         return encode_chats(tokenizer, [user_turn(text, system)])
     if system is not None:
-        raise ValueError(
-            "this model has no chat template, so --system has no place: write it into the prompt"
-        )
+        raise ValueError("this model has no chat template, so --system has no place: write it into the prompt")
     return encode_texts(tokenizer, [text])
 
 

@@ -21,9 +21,7 @@ def load_pair(
         ModelError: a model cannot be found, fetched or read.
         DraftError: the draft's tokenizer gives a token another id than the target's does.
     """
-    target = models.load(
-        model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
-    )
+    target = models.load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
     if draft is None:
         return target, None
     small = models.load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

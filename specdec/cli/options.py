@@ -24,12 +24,8 @@ SampleOption = Annotated[
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", "-t", help="With --sample; the model's own value if absent.")
 ]
-TopPOption = Annotated[
-    float | None, typer.Option("--top-p", help="With --sample; the model's own value if absent.")
-]
-TopKOption = Annotated[
-    int | None, typer.Option("--top-k", help="With --sample; the model's own value if absent.")
-]
+TopPOption = Annotated[float | None, typer.Option("--top-p", help="With --sample; the model's own value if absent.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="With --sample; the model's own value if absent.")]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", min=0, help="With --sample: the same seed gives the same text.")
 ]
@@ -55,9 +51,7 @@ class Sampling:
     def generation_kwargs(self) -> dict[str, object]:
         """What `generate()` takes; what was not given is left to the model's own generation config."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"do_sample": self.sample} | {
-            name: value for name, value in given.items() if value is not None
-        }
+        return {"do_sample": self.sample} | {name: value for name, value in given.items() if value is not None}
 
     def seed_torch(self) -> None:
         if self.seed is not None:

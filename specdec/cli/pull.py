@@ -21,9 +21,7 @@ def pull(
 ) -> None:
     """Fetch the demo model (93 MB; 640 MB on disk) and check it; does nothing if it is there."""
     if name != "demo":
-        raise ValueError(
-            f"cannot pull {name!r}; only 'demo' is pulled, a hub model is fetched when it is first used"
-        )
+        raise ValueError(f"cannot pull {name!r}; only 'demo' is pulled, a hub model is fetched when it is first used")
     from specdec import models
 
     print(models.pull_demo(to))

@@ -64,8 +64,10 @@ class Outcome:
 class DraftSession(ABC):
     """A drafter at work on one batch."""
 
-    num_forwards: int = 0
-    """Forwards of a draft model so far."""
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of a draft model so far."""
+        return 0
 
     @abstractmethod
     def propose(self, max_depths: Sequence[int]) -> Draft:
@@ -78,6 +80,7 @@ class DraftSession(ABC):
             max_depths: for each row the depth past which nothing can be committed any more (0: do not draft).
         """
 
+    # a session that has nothing to learn or to free leaves these as they are
     def observe(self, outcome: Outcome) -> None:
         """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
 

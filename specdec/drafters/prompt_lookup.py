@@ -71,7 +71,7 @@ class _LookupSession(DraftSession):
     def __init__(self, drafter: PromptLookup, run: Run):
         self._drafter = drafter
         self._run = run
-        self._num_tokens = run.tree.length if run.tree is not None else drafter.num_tokens
+        self._num_tokens = run.tree.length if isinstance(run.tree, Chain) else drafter.num_tokens
         self._rows = [_RowText(SuffixAutomaton()) for _ in run.sequences.rows]
         for row, tokens in zip(self._rows, run.sequences.tokens, strict=True):
             self._read(row, tokens)
@@ -101,9 +101,9 @@ class _LookupSession(DraftSession):
         match = row.own.longest_match()
         if max(match.length, row.corpus_match) < self._drafter.min_match:
             return []
-        if match.length >= row.corpus_match:
-            return _copy(row.own.tokens, match.next, length)
         corpus = self._drafter.corpus
+        if corpus is None or match.length >= row.corpus_match:
+            return _copy(row.own.tokens, match.next, length)
         text = corpus.tokens[corpus.position_after(row.corpus_state) :][:length]
         end = text.index(_BOUNDARY) if _BOUNDARY in text else len(text)
         return [token for token in text[:end] if token < self._run.vocab_size]

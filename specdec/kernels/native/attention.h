@@ -6,6 +6,7 @@
  * makes a token verified in a tree bit-identical to the same token decoded alone. */
 
 #define KEY_BLOCK 64
+#define MAX_QUERIES 6
 #define MAX_HEAD_DIM 256
 
 INLINE float *scores_of(const Attention *a, int64_t b, int64_t h, int64_t t) {
@@ -15,8 +16,8 @@ INLINE float *scores_of(const Attention *a, int64_t b, int64_t h, int64_t t) {
 /* Dot products of `count` queries with one group of VL transposed keys. */
 INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_t h0, int64_t first, int64_t s,
                                const float *keys) {
-    const float *query[count];
-    VF acc[count];
+    const float *query[MAX_QUERIES];
+    VF acc[MAX_QUERIES];
     for (int i = 0; i < count; i++) {
         query[i] = a->q + ((b * a->T + (first + i) % a->T) * a->H + h0 + (first + i) / a->T) * a->D;
         acc[i] = vf_zero();
@@ -84,15 +85,15 @@ INLINE void weigh(const Attention *a, int64_t b, int64_t h, int64_t t) {
 /* out = weights @ values / sum(weights) for `count` queries of one key/value head, `width` vectors of d at a time. */
 INLINE void mix_queries(const int count, const int width, const Attention *a, int64_t b, int64_t h0,
                              int64_t first, const float *v, int64_t d) {
-    const float *weights[count];
-    VF acc[count][width], sum[count];
+    const float *weights[MAX_QUERIES];
+    VF acc[MAX_QUERIES][4], sum[MAX_QUERIES];
     for (int i = 0; i < count; i++) {
         weights[i] = scores_of(a, b, h0 + (first + i) / a->T, (first + i) % a->T);
         sum[i] = vf_zero();
         for (int j = 0; j < width; j++) acc[i][j] = vf_zero();
     }
     for (int64_t s = 0; s < a->S; s++) {
-        VF value[width];
+        VF value[4];
         for (int j = 0; j < width; j++) value[j] = vf_load(v + s * a->v_strides[2] + d + j * VL);
         for (int i = 0; i < count; i++) {
             VF weight = vf_set1(weights[i][s]);

@@ -51,7 +51,7 @@ INLINE void int8_tile(const int blocks, const int rows, const Product *p, int64_
     const int8_t *x = p->quantized->q + first_row * groups * GROUP;
     const float *scales = p->quantized->scales + first_row * groups;
     const int32_t *totals = p->quantized->totals + first_row * groups;
-    float sums[blocks * rows * 16] __attribute__((aligned(64)));
+    float sums[4 * TILE * 16] __attribute__((aligned(64)));
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
     for (int64_t g = 0; g < groups; g++)
         dot_group(blocks, rows, w + g * GROUP * 16, block_bytes, x + g * GROUP * rows, scales + g * rows,
@@ -74,12 +74,12 @@ TARGET static __attribute__((noinline)) float tail_product(const float *w, const
 INLINE void float_tile(const int outputs, const int rows, const Product *p, int64_t n, int64_t first_row) {
     const int64_t k = p->matrix->k;
     const float *w = (const float *)p->matrix->data + n * k, *x = p->x + first_row * k;
-    VF acc[outputs][rows];
+    VF acc[4][TILE];
     for (int i = 0; i < outputs; i++)
         for (int m = 0; m < rows; m++) acc[i][m] = vf_zero();
     int64_t at = 0;
     for (; at + VL <= k; at += VL) {
-        VF row[rows];
+        VF row[TILE];
         for (int m = 0; m < rows; m++) row[m] = vf_load(x + m * k + at);
         for (int i = 0; i < outputs; i++) {
             VF weight = vf_load(w + i * k + at);
@@ -87,7 +87,7 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
         }
     }
     for (int m = 0; m < rows; m++) {
-        float sums[outputs];
+        float sums[4];
         for (int i = 0; i < outputs; i++) {
             sums[i] = vf_sum(acc[i][m]);
             if (at < k) sums[i] += tail_product(w + i * k + at, x + m * k + at, k - at);

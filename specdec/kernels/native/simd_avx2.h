@@ -89,7 +89,7 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
                            const float *scales, const int32_t *totals, float *sums) {
     const VI ones = _mm256_set1_epi16(1);
-    VI acc[blocks][rows][2];
+    VI acc[4][TILE][2];
     (void)totals;
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) acc[b][m][0] = acc[b][m][1] = vi_zero();

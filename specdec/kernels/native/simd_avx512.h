@@ -70,12 +70,12 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
                            const float *scales, const int32_t *totals, float *sums) {
     const VI flip = _mm512_set1_epi8((char)0x80);
-    VI acc[blocks][rows];
+    VI acc[4][TILE];
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) acc[b][m] = vi_set1(-128 * totals[m]);
 #pragma GCC unroll 2
     for (int step = 0; step < 16; step++) {
-        VI row[rows];
+        VI row[TILE];
         for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * rows + m)));
         for (int b = 0; b < blocks; b++) {
             VI weight = _mm512_xor_si512(vi_load(w + b * block_bytes + 64 * step), flip);

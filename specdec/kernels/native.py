@@ -1,0 +1,193 @@
+"""The C library in native/: built once per machine with the system's compiler, called on tensors' memory.
+
+Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on a
+processor without AVX2, and torch then does the work. `describe()` says which it is and why.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno"),  # a sum is rounded the same way wherever it is inlined
+)
+MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
+
+_Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
+
+
+class Matrix(ctypes.Structure):
+    """float32 weights [n, k] (scale is None) or packed int8 ones; mirrors common.h, as do the two below."""
+
+    _fields_ = (("data", _Pointer), ("scale", _Pointer), ("bias", _Pointer), ("n", _Int), ("k", _Int))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _Pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps")),
+        *((name, _Int) for name in ("num_heads", "num_kv_heads", "head_dim")),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _Int) for name in "BTSHKD"),
+        *((name, _Pointer) for name in "qkv"),
+        ("k_strides", _Int * 3),
+        ("v_strides", _Int * 3),
+        ("mask", _Pointer),
+        ("mask_is_bool", _Int),
+        ("mask_strides", _Int * 3),
+        ("scale", ctypes.c_float),
+        ("out", _Pointer),
+        ("scores", _Pointer),
+        ("padded_keys", _Int),
+    )
+
+
+class Library:
+    """The native functions, typed. Callers pass contiguous float32 CPU tensors unless said otherwise."""
+
+    def __init__(self, path: Path, instruction_set: str | None = None) -> None:
+        """`instruction_set`: "avx2", "avx512" or None for the best one. The choice is the process's, not the object's."""
+        self._dll = ctypes.CDLL(str(path))
+        self._dll.specdec_select.restype = ctypes.c_char_p
+        self._dll.specdec_packed_bytes.restype = _Int
+        layer, attention, num_threads = ctypes.POINTER(Layer), ctypes.POINTER(Attention), ctypes.c_int
+        signatures: dict[str, Sequence[type]] = {
+            "select": (ctypes.c_char_p,),
+            "packed_bytes": (_Int, _Int),
+            "pack": (_Pointer, _Int, _Int, _Pointer, _Pointer),
+            "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, _Pointer, num_threads),
+            "attend": (attention, num_threads),
+            "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
+            "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
+        }
+        for name, arguments in signatures.items():
+            getattr(self._dll, f"specdec_{name}").argtypes = arguments
+        self.attention_inputs = self._dll.specdec_attention_inputs
+        self.attention_and_mlp = self._dll.specdec_attention_and_mlp
+        self.instruction_set = self.select(instruction_set)
+
+    def select(self, instruction_set: str | None) -> str:
+        name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
+        if name is None:
+            raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
+        return name.decode()
+
+    def pack(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed int8 weights (opaque layout) and the scale of each of the N outputs."""
+        n, k = weight_NK.shape
+        packed = torch.empty(self._dll.specdec_packed_bytes(n, k), dtype=torch.int8)
+        scale_N = torch.empty(n)
+        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, packed.data_ptr(), scale_N.data_ptr())
+        return packed, scale_N
+
+    def linear(self, matrix: Matrix, x_MK: torch.Tensor) -> torch.Tensor:
+        out_MN = torch.empty(x_MK.shape[0], matrix.n)
+        self._dll.specdec_linear(matrix, x_MK.data_ptr(), x_MK.shape[0], out_MN.data_ptr(), torch.get_num_threads())
+        return out_MN
+
+    def attend(self, query_BTHD: torch.Tensor, attention: Attention) -> torch.Tensor:
+        out_BTHD = torch.empty_like(query_BTHD)
+        attention.out = out_BTHD.data_ptr()
+        self._dll.specdec_attend(attention, torch.get_num_threads())
+        return out_BTHD
+
+
+def matrix(weight: torch.Tensor, n: int, k: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Matrix:
+    return Matrix(weight.data_ptr(), address(scale), address(bias), n, k)
+
+
+def attention(
+    query_BTHD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[Attention, tuple[torch.Tensor | None, ...]]:
+    """The arguments of one attention, and the tensors that must outlive it.
+
+    Keys and values may have any strides but the last, which is made 1. `mask` broadcasts to [B, H, T, S] and is bool
+    (True: visible) or float (added); None is causal, the last query being the last key.
+    """
+    B, T, H, D = query_BTHD.shape
+    K, S = key_BKSD.shape[1], key_BKSD.shape[2]
+    key, value = plain(key_BKSD), plain(value_BKSD)
+    a = Attention(B, T, S, H, K, D, query_BTHD.data_ptr(), key.data_ptr(), value.data_ptr(), scale=scale)
+    a.k_strides, a.v_strides = key.stride()[:3], value.stride()[:3]
+    if mask is not None:
+        mask = mask if mask.dtype is torch.bool else mask.float()
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+        a.mask, a.mask_is_bool = mask.data_ptr(), mask.dtype is torch.bool
+        sizes, strides = mask.shape, mask.stride()
+        a.mask_strides = tuple(0 if sizes[i] == 1 else strides[i] for i in range(3))
+    return a, (key, value, mask)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 with a last stride of 1: the tensor itself in the usual case."""
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, built if need be; None where torch has to do. Takes seconds once per machine, then milliseconds."""
+    loaded = _load()
+    return loaded if isinstance(loaded, Library) else None
+
+
+def describe() -> str:
+    """One line for people: which kernels are in use here, and why."""
+    loaded = _load()
+    if isinstance(loaded, Library):
+        return f"native kernels ({loaded.instruction_set})"
+    return f"torch kernels, no native ones: {loaded}"
+
+
+@functools.cache
+def _load() -> Library | str:
+    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
+        return f"they are for x86-64 on Linux and macOS, this is {platform.machine()} on {platform.system()}"
+    try:
+        return Library(_build())
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+
+
+def _build() -> Path:
+    """The path of the built library; the file's name changes with sources, flags and compiler."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise OSError("no C compiler found (cc, gcc or clang); install one and the kernels will be built")
+    files = sorted(SOURCES.glob("*.[ch]"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    digest = hashlib.sha256(b"\0".join([version, " ".join(FLAGS).encode(), *(f.read_bytes() for f in files)]))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+    target = folder / f"kernels-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "kernels.so"
+            units = [str(f) for f in files if f.suffix == ".c"]
+            command = [compiler, *FLAGS, "-o", str(built), *units, "-lm"]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if run.returncode:
+                raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
+            built.replace(target)  # atomic: another process sees no file or a whole one
+    return target

@@ -1,0 +1,116 @@
+"""prepare() and unprepare(): a model's linears and decoder layers are swapped in place, and back."""
+
+import copy
+import dataclasses
+import itertools
+from typing import TypeVar
+
+from torch import nn
+
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.kernels import native
+from specdec.kernels.layer import LeanForward, agrees, fits
+from specdec.kernels.linear import Int8Linear, calibrate, is_plain, small_batch_forward
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_MARK = "_specdec_prepared"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """What prepare() did to a model; kept on the model."""
+
+    weights: str | None
+    num_linears: int
+    num_lean_layers: int
+
+
+def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
+    """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
+
+    weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
+        weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
+        `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float. The float weights are then
+        gone, what remains becomes float32, and `unprepare` refuses.
+    compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
+
+    Idempotent. Change no weights between prepare() and unprepare().
+    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
+    on the CPU ("int8") or has no `nn.Linear`.
+    """
+    if weights not in (None, "int8"):
+        raise UnsupportedOptionError(f"weights={weights!r} is not known: use None (float) or 'int8'")
+    if compile:
+        raise UnsupportedOptionError("compile=True is not available: leave it out, the native kernels are faster on CPUs")
+    done: Prepared | None = model.__dict__.get(_MARK)
+    if done is not None:
+        if done.weights == weights:
+            return model
+        unprepare(model)  # refuses to go from int8 to float
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
+    num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
+    num_layers = _to_lean_layers(model) if native.library() else 0
+    setattr(model, _MARK, Prepared(weights, num_linears, num_layers))
+    return model
+
+
+def unprepare(model: Model) -> Model:
+    """Undoes prepare(model): modules and weights are those from before, bit for bit.
+
+    Refuses an int8 model (UnsupportedOptionError): its float weights are gone, load the model again.
+    """
+    done: Prepared | None = model.__dict__.get(_MARK)
+    if done is None:
+        return model
+    if done.weights == "int8":
+        raise UnsupportedOptionError("the model was prepared with weights='int8', its float weights are gone: reload it")
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), LeanForward):
+            module.__dict__.pop("forward", None)
+    delattr(model, _MARK)
+    return model
+
+
+def quantized_copy(model: Model) -> Model:
+    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms are shared, so it costs only the
+    int8 weights: a quarter of the float ones."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return prepare(copy.deepcopy(model, shared), "int8")
+
+
+def _to_int8(model: nn.Module) -> int:
+    """Replaces the linears one by one, so that at most one is held in both forms."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise UnsupportedModelError("weights='int8' is for models on the CPU; move it there first")
+    replaced: dict[nn.Module, Int8Linear] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                if child not in replaced:
+                    replaced[child] = Int8Linear(child)
+                setattr(parent, name, replaced[child])
+                child.weight = None  # whoever still holds the old module must not hold its weights
+    model.float()
+    return len(replaced)
+
+
+def _to_small_batch(model: nn.Module) -> int:
+    linears = [module for module in model.modules() if type(module) is nn.Linear and is_plain(module.weight)]
+    by_shape: dict[torch.Size, list[nn.Linear]] = {}
+    for linear in linears:
+        by_shape.setdefault(linear.weight.shape, []).append(linear)
+    for group in by_shape.values():
+        choices = calibrate(group)
+        for linear in group:
+            linear.forward = small_batch_forward(linear, choices)
+    return len(linears)
+
+
+def _to_lean_layers(model: nn.Module) -> int:
+    layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+    lean = [layer for layer in layers if fits(layer) and agrees(layer)]
+    for layer in lean:
+        layer.forward = LeanForward(layer)
+    return len(lean)

@@ -1,0 +1,386 @@
+"""What `specdec bench` measures with: prompts, method names, verdicts, and the arithmetic of the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import specdec
+from specdec import drafters
+from specdec.bench import harness
+from specdec.bench.equality import TIE_BOUND, Comparison, Verdict, compare
+from specdec.bench.harness import BatchResult, Harness, Method, Run, Settings, without_padding
+from specdec.bench.methods import AUTO, TRANSFORMERS, DrafterSpec, choose_drafter, choose_methods
+from specdec.bench.report import mismatches, summarise, to_json, token_costs_ms
+from specdec.bench.suite import Prompt, load_suite
+from specdec.errors import SpecdecError
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+METHODS = [
+    Method("transformers", None),
+    Method("plain", drafters.Plain()),
+    Method("prompt-lookup", drafters.PromptLookup()),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+# Prompts
+
+
+def test_builtin_suite_has_six_prompts_in_each_category() -> None:
+    suite = load_suite()
+    assert suite.categories == ["code", "edit", "summarise", "math", "chat"]
+    for category in suite.categories:
+        assert len({prompt.text for prompt in suite.select([category]).prompts}) == 6
+
+
+def test_suite_reads_prompts_and_first_turns(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "mixed.jsonl",
+        {"question_id": 81, "category": "writing", "turns": ["Compose a post.", "Rewrite it."]},
+        "",
+        {"prompt": "a line\u2028separator", "category": "odd"},
+        {"prompt": "no category"},
+    )
+    suite = load_suite(path)
+    assert suite.name == "mixed.jsonl"
+    assert suite.prompts == [
+        Prompt(text="Compose a post.", category="writing"),
+        Prompt(text="a line\u2028separator", category="odd"),
+        Prompt(text="no category", category="prompts"),
+    ]
+
+
+def test_selection_groups_by_category_and_limits_each(tmp_path: Path) -> None:
+    lines = [{"prompt": f"{category}{index}", "category": category} for index in range(3) for category in "ab"]
+    suite = load_suite(write_lines(tmp_path / "two.jsonl", *lines))
+    assert [prompt.text for prompt in suite.select(limit=2).prompts] == ["a0", "a1", "b0", "b1"]
+    assert [prompt.text for prompt in suite.select(["b"]).prompts] == ["b0", "b1", "b2"]
+    with pytest.raises(ValueError, match=r"unknown category 'c' in suite two.jsonl; it has: a, b"):
+        suite.select(["c"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "unfinished', "line 2: Unterminated string"),
+        ("[1]", "line 2: expected a JSON object, got list"),
+        ({"category": "a"}, "line 2: expected either 'prompt'"),
+        ({"prompt": "a", "turns": ["b"]}, "line 2: expected either 'prompt'"),
+        ({"prompt": " "}, "line 2: a prompt must be a non-empty string"),
+        ({"prompt": 3}, "line 2: a prompt must be a non-empty string, got 3"),
+        ({"turns": []}, "line 2: 'turns' must be a non-empty list"),
+        ({"turns": "text"}, "line 2: 'turns' must be a non-empty list"),
+        ({"prompt": "a", "category": 5}, "line 2: 'category' must be a non-empty string"),
+        ({"prompt": "a", "category": "all"}, "line 2: the category name 'all' is taken"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", {"prompt": "good"}, line)
+    with pytest.raises(ValueError, match=message):
+        load_suite(path)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read the prompts"):
+        load_suite(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        load_suite(write_lines(tmp_path / "empty.jsonl", ""))
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot read the prompts"):
+        load_suite(binary)
+
+
+# Method names
+
+
+def test_names_become_drafters(model: PreTrainedModel) -> None:
+    lookup = DrafterSpec.parse("prompt-lookup:num_tokens=8:min_match=3").build()
+    assert isinstance(lookup, drafters.PromptLookup)
+    assert (lookup.num_tokens, lookup.min_match) == (8, 3)
+    assert isinstance(DrafterSpec.parse("plain").build(), drafters.Plain)
+    assert isinstance(DrafterSpec.parse("small-model:num_tokens=3").build(model), drafters.SmallModel)
+    assert DrafterSpec.parse("auto").build() == AUTO
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eagle", "unknown method 'eagle'; choose from: auto, plain, prompt-lookup, small-model"),
+        ("", "unknown method ''"),
+        ("transformers", "unknown method 'transformers'"),
+        ("plain:num_tokens=3", "plain has no parameter 'num_tokens'; it takes: none"),
+        ("prompt-lookup:length=3", "it takes: num_tokens, min_match"),
+        ("prompt-lookup:num_tokens", "num_tokens must be a whole number, got ''"),
+        ("prompt-lookup:num_tokens=many", "num_tokens must be a whole number, got 'many'"),
+    ],
+)
+def test_wrong_names_say_what_is_allowed(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DrafterSpec.parse(name)
+
+
+def test_the_draft_decides_the_default() -> None:
+    assert choose_drafter(None, None).kind == AUTO
+    assert choose_drafter(None, "some/model").kind == "small-model"
+    with pytest.raises(ValueError, match="give it with --draft"):
+        choose_drafter("small-model", None)
+    with pytest.raises(ValueError, match="--draft is for small-model"):
+        choose_drafter("plain", "some/model")
+
+
+def test_reference_and_plain_always_run_first() -> None:
+    default = choose_methods(None, reference=TRANSFORMERS, draft="some/model")
+    assert list(default) == ["transformers", "plain", "prompt-lookup", "small-model"]
+    assert default["transformers"] is None
+    assert list(choose_methods("auto, plain,auto", reference="plain", draft=None)) == ["plain", "auto"]
+    with pytest.raises(ValueError, match="choose from: transformers, auto"):
+        choose_methods("eagle", reference="plain", draft=None)
+
+
+# Verdicts
+
+
+def test_padding_ends_a_row_only_if_nothing_else_follows() -> None:
+    assert without_padding([5, 6, 2, 0, 0], eos_ids=[2], pad_id=0) == [5, 6, 2]
+    assert without_padding([5, 2, 2, 2], eos_ids=[2, 3], pad_id=2) == [5, 2]
+    assert without_padding([5, 2, 7, 0], eos_ids=[2], pad_id=0) == [5, 2, 7, 0]
+    assert without_padding([5, 6], eos_ids=[], pad_id=None) == [5, 6]
+
+
+def test_verdicts(model: PreTrainedModel) -> None:
+    prompt_ids = torch.tensor([40, 41, 42])
+    best, *rest = greedy = model.generate(prompt_ids[None], **GREEDY)[0, 3:].tolist()
+    twin = (best + 1) % 250
+
+    def verdict(output: list[int]) -> Comparison:
+        return compare(model, prompt_ids, greedy, output, GREEDY)
+
+    assert verdict(greedy).verdict is Verdict.IDENTICAL
+    different = verdict([twin, *rest])
+    assert different.verdict is Verdict.DIFFERENT
+    assert different.position == 0
+    assert different.logit_gap > TIE_BOUND[torch.float32]
+    shorter = verdict(greedy[:-1])
+    assert shorter == Comparison(verdict=Verdict.DIFFERENT, position=len(greedy) - 1)
+
+
+def test_equal_logits_are_a_tie_and_a_third_token_is_not(tiny: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    prompt_ids = torch.tensor([40, 41, 42])
+    best = model.generate(prompt_ids[None], **GREEDY)[0, 3].item()
+    twin, third = (best + 1) % 250, (best + 2) % 250
+    with torch.no_grad():
+        model.lm_head.weight[twin] = model.lm_head.weight[best]
+    assert compare(model, prompt_ids, [best], [twin], GREEDY).verdict is Verdict.TIE
+    assert compare(model, prompt_ids, [best], [third], GREEDY).verdict is Verdict.DIFFERENT
+
+
+def test_gap_is_measured_after_the_processors(model: PreTrainedModel) -> None:
+    prompt_ids = torch.tensor([40, 41, 42])
+    best = model.generate(prompt_ids[None], **GREEDY)[0, 3].item()
+    banned = GREEDY | {"suppress_tokens": [best]}
+    assert compare(model, prompt_ids, [best], [best - 1], banned).logit_gap == float("inf")
+
+
+# Measuring
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    methods: list[Method] = METHODS,
+    **settings: object,
+) -> list[BatchResult]:
+    measure = Harness(model, tokenizer, methods, Settings(max_new_tokens=12, **settings))
+    calls: list[None] = []
+    results = list(measure.run(prompts, on_call=lambda: calls.append(None)))
+    assert len(calls) == measure.num_calls(prompts)
+    return results
+
+
+PROMPTS = [
+    Prompt(text="to be or not to be or not to", category="repeat"),
+    Prompt(text="one", category="repeat"),
+    Prompt(text="a much longer prompt than the others", category="repeat"),
+    Prompt(text="1 + 1 =", category="math"),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_every_method_says_the_same(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    results = run_harness(model, tokenizer, PROMPTS, batch_size=batch_size, repetitions=2)
+    assert [len(result.prompts) for result in results] == ([1, 1, 1, 1] if batch_size == 1 else [2, 1, 1])
+    assert not list(mismatches(results))
+    for result in results:
+        assert list(result.runs) == [method.name for method in METHODS]
+        for runs in result.runs.values():
+            assert len(runs) == 2
+            assert all(len(run.token_seconds) == run.num_tokens for run in runs)
+            assert all(run.token_seconds == sorted(run.token_seconds) for run in runs)
+            assert all(0 < run.token_seconds[0] <= run.token_seconds[-1] <= run.seconds for run in runs)
+
+
+def test_repetitions_are_interleaved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    original = Harness._run
+    monkeypatch.setattr(
+        Harness, "_run", lambda self, method, inputs: (order.append(method.name), original(self, method, inputs))[1]
+    )
+    run_harness(model, tokenizer, PROMPTS[:1], repetitions=2, warmup=1)
+    assert order == ["transformers", "plain", "prompt-lookup"] * 3
+
+
+def test_sampling_repeats_itself_and_is_not_compared(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (result,) = run_harness(model, tokenizer, PROMPTS[:1], sample=True, temperature=0.9, seed=3, repetitions=2)
+    assert result.comparisons == {}
+    for runs in result.runs.values():
+        assert runs[0].tokens == runs[1].tokens
+    assert {(report.identical_to_plain, report.ties) for report in summarise([result])} == {(None, None)}
+
+
+def test_wrong_output_is_a_mismatch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = specdec.generate
+
+    def generate_wrongly(*args: object, drafter: object, **kwargs: object) -> object:
+        out = generate(*args, drafter=drafter, **kwargs)
+        if isinstance(drafter, drafters.PromptLookup):
+            out.sequences[:, -1] = (out.sequences[:, -1] + 1) % 250
+        return out
+
+    monkeypatch.setattr(harness.specdec, "generate", generate_wrongly)
+    results = run_harness(model, tokenizer, PROMPTS[:1], repetitions=1)
+    (line,) = mismatches(results)
+    assert "prompt-lookup differs on repeat prompt 'to be or not" in line
+    assert "logit gap" in line
+    identical = {(report.name, report.category): report.identical_to_plain for report in summarise(results)}
+    assert identical == {
+        (name, category): name != "prompt-lookup"
+        for name in ("transformers", "plain", "prompt-lookup")
+        for category in ("repeat", "all")
+    }
+
+
+def test_failing_method_fails_the_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    methods = [*METHODS, Method("broken", object())]
+    with pytest.raises(SpecdecError, match=r"broken failed on the prompt 'to be or not"):
+        run_harness(model, tokenizer, PROMPTS, methods)
+
+
+def test_prompt_that_does_not_fit_is_found_before_anything_runs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [*PROMPTS, Prompt(text="x" * 300, category="long")]
+    with pytest.raises(ValueError, match=r"'x+' \(long\) has 3\d\d tokens; with 12 new ones"):
+        run_harness(model, tokenizer, prompts, methods=[Method("broken", object())])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"repetitions": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"warmup": -1}, {"temperature": 0.5}]
+)
+def test_wrong_settings(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+# The report
+
+
+def make_run(seconds: float, num_tokens: int, stats: specdec.DecodingStats | None = None) -> Run:
+    return Run(
+        seconds=seconds,
+        tokens=[[7] * num_tokens],
+        token_seconds=[0.5 * seconds] * num_tokens,
+        stats=stats,
+        peak_memory_mib=100 * seconds,
+    )
+
+
+def test_speed_is_tokens_over_the_sum_of_medians() -> None:
+    stats = specdec.DecodingStats(num_rounds=5, num_drafted=20, num_accepted=10, num_committed=15)
+    results = [
+        BatchResult(
+            prompts=[Prompt(text="a", category=category)],
+            runs={
+                "plain": [make_run(seconds, 10) for seconds in plain_seconds],
+                "fast": [make_run(seconds, 10, stats) for seconds in fast_seconds],
+            },
+            comparisons={},
+        )
+        for category, plain_seconds, fast_seconds in (
+            ("x", (4.0, 9.0, 4.0), (2.0, 2.0, 7.0)),
+            ("y", (2.0, 2.0, 2.0), (1.0, 1.0, 1.0)),
+        )
+    ]
+    reports = {(report.name, report.category): report for report in summarise(results)}
+    assert list(reports) == [(name, category) for category in ("x", "y", "all") for name in ("plain", "fast")]
+    total = reports["fast", "all"]
+    assert total.tokens_per_second == pytest.approx(20 / 3)
+    assert total.speedup_vs_plain == pytest.approx(2.0)
+    assert (total.tokens_per_round, total.acceptance_rate) == (3.0, 0.5)
+    assert (total.num_prompts, total.num_tokens) == (2, 20)
+    assert total.peak_memory_mib == 700
+    assert total.ttft_ms == pytest.approx(750)
+    assert total.ms_per_token == {"p50": None, "p90": None, "p99": None}
+    assert reports["plain", "x"].tokens_per_round is None
+
+
+def test_time_between_commits_is_shared_by_their_tokens() -> None:
+    assert token_costs_ms([1.0, 2.0, 2.0, 5.0]) == [500.0, 500.0, 3000.0]
+    assert token_costs_ms([1.0]) == []
+
+
+def test_document_has_the_agreed_shape(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = Settings(max_new_tokens=12, repetitions=1, warmup=0)
+    results = list(Harness(model, tokenizer, METHODS, settings).run(PROMPTS, on_call=lambda: None))
+    document = to_json(results, model=model, model_name="tiny", suite_name="three", settings=settings)
+    document = json.loads(json.dumps(document, allow_nan=False))
+    assert list(document) == ["environment", "model", "suite", "methods"]
+    assert document["environment"]["settings"]["max_new_tokens"] == 12
+    assert document["environment"]["settings"]["tie_bound"] == 1e-3
+    assert len(document["methods"]) == len(METHODS) * 3
+    for method in document["methods"]:
+        assert list(method) == [
+            "name",
+            "category",
+            "tokens_per_second",
+            "speedup_vs_plain",
+            "tokens_per_round",
+            "acceptance_rate",
+            "identical_to_plain",
+            "ties",
+            "num_prompts",
+            "num_tokens",
+            "ttft_ms",
+            "ms_per_token",
+            "peak_memory_mib",
+        ]
+        assert list(method["ms_per_token"]) == ["p50", "p90", "p99"]
+        assert method["identical_to_plain"] is True
+        assert method["ties"] == 0

@@ -1,0 +1,360 @@
+"""The commands as a user types them, on tiny models on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+import specdec
+from specdec.bench.harness import Harness
+from specdec.cli.app import app
+from specdec.cli.conversation import Conversation
+from tests.tiny_models import save_tiny_model
+
+CONTEXT_LENGTH = 256
+"""Positions of the tiny models."""
+PROMPT = "to be or not to be or not to be"
+
+
+def specdec_command(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(args), input=stdin)
+
+
+def error_of(result: Result) -> str:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+def plain_text(folder: str, text: str, *, max_new_tokens: int = 16, raw: bool = False) -> str:
+    """What transformers says."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = text if raw else f"user: {text}\nassistant: "
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys; from specdec.cli.app import app; from typer.testing import CliRunner; "
+        "CliRunner().invoke(app, ['bench', '--help']); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+# generate
+
+
+@pytest.mark.parametrize("drafter", ["auto", "plain", "prompt-lookup:num_tokens=4", "small-model"])
+def test_generate_streams_what_transformers_says(tiny: str, tiny_draft: str, drafter: str) -> None:
+    draft = ["--draft", tiny_draft] if drafter == "small-model" else []
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-n", "16", "--drafter", drafter, *draft)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == plain_text(tiny, PROMPT) + "\n"
+    assert "tokens per round" in result.stderr
+
+
+def test_generate_reads_stdin(tiny: str) -> None:
+    result = specdec_command("generate", "-m", tiny, "-n", "16", stdin=PROMPT + "\n")
+    assert result.stdout == plain_text(tiny, PROMPT) + "\n"
+
+
+def test_generate_raw_leaves_the_template_out(tiny: str, tiny_without_template: str) -> None:
+    raw = specdec_command("generate", PROMPT, "-m", tiny, "-n", "16", "--raw")
+    assert raw.stdout == plain_text(tiny, PROMPT, raw=True) + "\n"
+    untemplated = specdec_command("generate", PROMPT, "-m", tiny_without_template, "-n", "16")
+    assert untemplated.stdout == plain_text(tiny_without_template, PROMPT, raw=True) + "\n"
+
+
+def test_generate_prints_one_json_document(tiny: str, tiny_draft: str) -> None:
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-d", tiny_draft, "-n", "16", "--json")
+    document = json.loads(result.stdout)
+    assert list(document) == ["text", "tokens", "stats"]
+    assert document["text"] == plain_text(tiny, PROMPT)
+    stats = document["stats"]
+    assert stats["num_new_tokens"] == len(document["tokens"]) == len(stats["token_seconds"])
+    assert {"tokens_per_round", "acceptance_rate", "accepted_histogram", "ttft_seconds"} <= set(stats)
+
+
+def test_generate_stops_at_a_string(tiny: str) -> None:
+    stop = next(char for char in plain_text(tiny, PROMPT) if char.isalpha())
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-n", "16", "--stop", stop, "--json")
+    text = json.loads(result.stdout)["text"]
+    assert text.count(stop) == 1
+    assert text.endswith(stop)
+
+
+def test_generate_samples_by_seed(tiny: str) -> None:
+    def sampled(seed: int) -> str:
+        options = ("--sample", "-t", "0.9", "--top-p", "0.95", "--top-k", "50", "--seed", str(seed))
+        return specdec_command("generate", PROMPT, "-m", tiny, "-n", "16", *options).stdout
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_generate_passes_the_system_prompt(tiny: str) -> None:
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-n", "16", "--system", "Be brief.")
+    by_hand = f"system: Be brief.\nuser: {PROMPT}\nassistant: "
+    assert result.stdout == plain_text(tiny, by_hand, raw=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drafter", "eagle"], "unknown method 'eagle'; choose from: auto, plain, prompt-lookup, small-model"),
+        (["--drafter", "small-model"], "give it with --draft"),
+        (["--drafter", "prompt-lookup:num_tokens=0"], "num_tokens"),
+        (["--drafter", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--temperature", "0.5"], "--temperature needs --sample"),
+        (["--top-k", "5"], "--top-k needs --sample"),
+        (["--seed", "5"], "--seed needs --sample"),
+        (["--raw", "--system", "Be brief."], "--raw leaves out"),
+        (["--dtype", "float8"], "float8"),
+        (["--device", "tpu"], "tpu"),
+        (["-m", "no/such/folder"], "no/such/folder"),
+        (["-n", "0"], "--max-new-tokens"),
+        (["--sample", "-t", "0"], "temperature"),
+    ],
+)
+def test_generate_refuses_wrong_options(tiny: str, options: list[str], message: str) -> None:
+    model = [] if "-m" in options else ["-m", tiny]
+    assert message in error_of(specdec_command("generate", PROMPT, *model, *options))
+
+
+def test_generate_refuses_an_empty_prompt(tiny: str) -> None:
+    assert "the prompt is empty" in error_of(specdec_command("generate", " ", "-m", tiny))
+    assert "the prompt is empty" in error_of(specdec_command("generate", "-m", tiny, stdin=""))
+
+
+def test_generate_refuses_a_system_prompt_without_a_template(tiny_without_template: str) -> None:
+    result = specdec_command("generate", PROMPT, "-m", tiny_without_template, "--system", "Be brief.")
+    assert "no chat template" in error_of(result)
+
+
+def test_generate_refuses_a_draft_with_another_tokenizer(tiny: str, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other")
+    tokenizer_file = tmp_path / "other" / "tokenizer.json"
+    document = json.loads(tokenizer_file.read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    tokenizer_file.write_text(json.dumps(document))
+    result = specdec_command("generate", PROMPT, "-m", tiny, "--draft", other)
+    assert "another tokenizer" in error_of(result)
+
+
+def test_template_that_refuses_a_conversation_is_reported(tmp_path: Path) -> None:
+    template = "{{ raise_exception('no system role') }}"
+    picky = save_tiny_model(tmp_path / "picky", chat_template=template)
+    assert "chat template refuses" in error_of(specdec_command("generate", PROMPT, "-m", picky))
+
+
+# chat
+
+
+def chat(folder: str, *lines: str, options: tuple[str, ...] = ("-n", "8")) -> Result:
+    return specdec_command("chat", "-m", folder, *options, stdin="".join(f"{line}\n" for line in lines))
+
+
+def test_chat_keeps_the_history(tiny: str) -> None:
+    first = plain_text(tiny, "hello", max_new_tokens=8)
+    history = f"user: hello\nassistant: {first}\nuser: again\nassistant: "
+    second = plain_text(tiny, history, max_new_tokens=8, raw=True)
+    result = chat(tiny, "hello", "", "again")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"> {first}\n> > {second}\n> \n"
+    assert result.stderr.count("tokens per round") == 2
+
+
+def test_chat_commands(tiny: str) -> None:
+    plain = plain_text(tiny, "hello", max_new_tokens=8)
+    by_hand = "system: Be brief.\nuser: hello\nassistant: "
+    brief = plain_text(tiny, by_hand, max_new_tokens=8, raw=True)
+    lines = ("/regen", "hello", "/regen", "/clear", "/system Be brief.", "hello", "/system", "/regen")
+    result = chat(tiny, *lines, "/dance", "/help", "/exit", "never read")
+    assert result.stdout == f"> > {plain}\n> {plain}\n> > > {brief}\n> > {plain}\n> > > "
+    for message in (
+        "error: there is no reply yet",
+        "conversation forgotten",
+        "system prompt set",
+        "system prompt removed",
+        "error: unknown command /dance",
+        "/system TEXT",
+    ):
+        assert message in result.stderr
+
+
+def test_chat_needs_a_template(tiny_without_template: str) -> None:
+    result = chat(tiny_without_template, "hello")
+    assert "specdec generate --raw" in error_of(result)
+
+
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(tiny: str) -> None:
+    long = "x" * (CONTEXT_LENGTH // 2)
+    result = chat(tiny, long, long, "short", options=("-n", "4"))
+    assert result.exit_code == 0, result.output
+    assert "the context is full: forgot the oldest 2 messages" in result.stderr
+
+
+def test_chat_refuses_a_message_longer_than_the_context_and_goes_on(tiny: str) -> None:
+    result = chat(tiny, "x" * CONTEXT_LENGTH, "hello")
+    assert "error: the message is too long" in result.stderr
+    assert plain_text(tiny, "hello", max_new_tokens=8) in result.stdout
+
+
+def test_interrupted_reply_stays_in_the_conversation(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    conversation = Conversation(
+        model, tokenizer, drafter=None, system=None, max_new_tokens=8, generation_kwargs={"do_sample": False}
+    )
+
+    def interrupted(*args: object, input_ids: object, streamer: object, **kwargs: object) -> None:
+        streamer.put(input_ids)
+        streamer.put(tokenizer("so far", return_tensors="pt").input_ids[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(specdec, "generate", interrupted, raising=False)
+        conversation._handle("hello")
+    captured = capsys.readouterr()
+    assert captured.out == "so far\n"
+    assert "stopped" in captured.err
+    assert [turn["content"] for turn in conversation._turns] == ["hello", "so far"]
+
+
+def test_chat_in_a_terminal(tiny: str) -> None:
+    environment = os.environ | {"TERM": "dumb", "NO_COLOR": "1"}
+    script = "from specdec.cli import main; main()"
+    arguments = ["-c", script, "chat", "-m", tiny, "-n", "100", "--threads", "1"]
+    terminal = pexpect.spawn(sys.executable, arguments, env=environment, encoding="utf-8", timeout=60)
+    terminal.expect("> ")
+    terminal.sendintr()
+    terminal.expect("Ctrl-D or /exit to leave")
+    terminal.expect("> ")
+    terminal.sendline("hello")
+    terminal.expect("tokens per round")
+    terminal.expect("> ")
+    terminal.sendeof()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
+# bench
+
+FAST = ("-n", "8", "-r", "1", "--warmup", "0")
+
+
+def write_prompts(path: Path, *prompts: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": prompt, "category": "few"}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> str:
+    return write_prompts(tmp_path / "few.jsonl", PROMPT, "one", "two")
+
+
+def test_bench_prints_a_table(tiny: str, tiny_draft: str, few: str) -> None:
+    result = specdec_command("bench", "-m", tiny, "--draft", tiny_draft, "--prompts", few, *FAST)
+    assert result.exit_code == 0, result.output
+    for method in ("transformers", "plain", "prompt-lookup", "small-model"):
+        assert method in result.stdout
+    assert "counts the bonus token" in result.stdout.splitlines()[-1]
+
+
+def test_bench_prints_one_json_document(tiny: str, few: str) -> None:
+    options = ("--methods", "prompt-lookup:num_tokens=4", "--limit", "2", "--batch-size", "2", "--json")
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, *options, *FAST)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["suite"] == "few.jsonl"
+    rows = [(method["name"], method["category"], method["num_prompts"]) for method in document["methods"]]
+    names = ("transformers", "plain", "prompt-lookup:num_tokens=4")
+    assert rows == [(name, category, 2) for category in ("few", "all") for name in names]
+
+
+def test_bench_samples(tiny: str, few: str) -> None:
+    options = ("--sample", "--temperature", "0.8", "--seed", "5", "--limit", "1", "--json")
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, *options, *FAST)
+    assert result.exit_code == 0, result.output
+    assert all(method["identical_to_plain"] is None for method in json.loads(result.stdout)["methods"])
+
+
+def test_bench_exits_with_1_if_an_output_differs(tiny: str, few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specdec.bench import equality
+
+    monkeypatch.setitem(equality.TIE_BOUND, AutoModelForCausalLM.from_pretrained(tiny).dtype, 0.0)
+    generate = specdec.generate
+
+    def generate_wrongly(*args: object, **kwargs: object) -> object:
+        out = generate(*args, **kwargs)
+        out.sequences[:, -1] = (out.sequences[:, -1] + 1) % 250
+        return out
+
+    monkeypatch.setattr(specdec, "generate", generate_wrongly, raising=False)
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, "--limit", "1", "--json", *FAST)
+    assert result.exit_code == 1
+    assert "plain differs on few prompt" in result.stderr
+    methods = json.loads(result.stdout)["methods"]
+    assert {method["name"]: method["identical_to_plain"] for method in methods} == {
+        "transformers": True,
+        "plain": False,
+        "prompt-lookup": False,
+    }
+
+
+def test_bench_reports_what_was_measured_before_an_interrupt(
+    tiny: str, few: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all, num_batches = Harness._run_all, 0
+
+    def interrupt_the_third(*args: object) -> object:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 3:
+            raise KeyboardInterrupt
+        return run_all(*args)
+
+    monkeypatch.setattr(Harness, "_run_all", interrupt_the_third)
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, "--json", *FAST)
+    assert result.exit_code == 130
+    assert {method["num_prompts"] for method in json.loads(result.stdout)["methods"]} == {2}
+    assert "interrupted" in result.stderr
+
+
+def test_bench_fails_when_a_method_fails(tiny: str, few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of ideas")
+
+    monkeypatch.setattr(specdec, "generate", broken, raising=False)
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, "--json", *FAST)
+    assert "plain failed on the prompt 'to be" in error_of(result)
+    assert "RuntimeError: out of ideas" in error_of(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "plain,eagle"], "choose from: transformers, auto, plain, prompt-lookup, small-model"),
+        (["--methods", "small-model"], "give it with --draft"),
+        (["--methods", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--category", "poetry"], "unknown category 'poetry'"),
+        (["--prompts", "missing.jsonl"], "cannot read the prompts"),
+        (["--temperature", "0.5"], "temperature"),
+        (["--reference", "prompt-lookup"], "--reference"),
+        (["--max-new-tokens", str(CONTEXT_LENGTH)], "positions of the model"),
+    ],
+)
+def test_bench_refuses_wrong_options(tiny: str, options: list[str], message: str) -> None:
+    assert message in error_of(specdec_command("bench", "-m", tiny, *options))
