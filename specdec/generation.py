@@ -34,7 +34,7 @@ from specdec.sequences import Sequences
 from specdec.stats import DecodingStats
 from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
-from specdec.target import TreeModel
+from specdec.target import TreeModel, home_device
 from trees import GrowthPolicy
 
 _MAX_RESERVED = 1024
@@ -166,11 +166,14 @@ class _Prompt:
     others: dict[str, Any]
 
     @classmethod
-    def from_prepared(cls, input_ids: Tensor, model_inputs: dict[str, Any]) -> _Prompt:
+    def from_prepared(cls, model: PreTrainedModel, input_ids: Tensor, model_inputs: dict[str, Any]) -> _Prompt:
+        device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop("past_key_values")
         options.check_model_inputs(others)
-        return cls(input_ids=input_ids, attention_mask=mask, cache=cache, others=others)
+        if mask is not None:
+            mask = mask.to(device)
+        return cls(input_ids=input_ids.to(device), attention_mask=mask, cache=cache, others=others)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,7 +195,7 @@ class _DecodingMethod:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
-        prompt = _Prompt.from_prepared(input_ids, model_inputs)
+        prompt = _Prompt.from_prepared(model, input_ids, model_inputs)
         stop = StopChecker(stopping_criteria)
         options.check_batch(logits_processor, stop, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)
@@ -207,7 +210,7 @@ class _DecodingMethod:
             loop.run(
                 functools.partial(
                     loop.target.prefill,
-                    input_ids,
+                    prompt.input_ids,
                     attention_mask=prompt.attention_mask,
                     past_key_values=prompt.cache,
                     generation_config=generation_config,
@@ -217,7 +220,7 @@ class _DecodingMethod:
             )
         finally:
             loop.session.close()
-        return _result(loop, prompt, generation_config)
+        return _result(loop, prompt, generation_config, input_ids.device)
 
     def _loop(
         self,
@@ -266,10 +269,12 @@ def _pad_token_id(config: GenerationConfig) -> int:
     return 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
 
 
-def _result(loop: DecodingLoop, prompt: _Prompt, config: GenerationConfig) -> SpeculativeOutput | Tensor:
+def _result(
+    loop: DecodingLoop, prompt: _Prompt, config: GenerationConfig, device: torch.device
+) -> SpeculativeOutput | Tensor:
     """What the call asked for; also fills the cache that the caller can see, at the very end."""
     loop.recorder.refill(prompt.cache)
-    ids = loop.recorder.sequences(_pad_token_id(config))
+    ids = loop.recorder.sequences(_pad_token_id(config)).to(device)
     if not config.return_dict_in_generate:
         return ids
     return SpeculativeOutput(

@@ -20,6 +20,11 @@ from specdec.cache import TreeCache, sliding_windows
 from trees import TreeBatch
 
 
+def home_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs; the CPU for one that accelerate has offloaded (its hooks move them on)."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 class TreeModel:
     """A causal LM with its cache and masks, for the length of one run.
 
@@ -41,11 +46,8 @@ class TreeModel:
         self._windows = sliding_windows(config)
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
+        self.device = home_device(model)
         self.num_forwards = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def prefill(
         self,

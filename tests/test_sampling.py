@@ -26,7 +26,7 @@ from trees import ROOT, TokenTree, TreeBatch
 
 VOCAB_SIZE = 6
 NUM_NEW = 3
-NUM_SAMPLES = 5_000
+NUM_SAMPLES = 3_000
 PROMPT = torch.tensor([[1, 4, 2, 1]])
 BRANCHES = TokenTree(tokens=[0, 2, 5, 1, 3, 0], parents=[ROOT, ROOT, ROOT, 0, 0, 1])
 
@@ -88,7 +88,7 @@ def exact_distribution(
     model: PreTrainedModel, prompt: Tensor, mask: Tensor | None = None, **options: Any
 ) -> dict[tuple[int, ...], float]:
     """Probability of every continuation by three tokens, from the scores that transformers samples from."""
-    joint = {(): 1.0}
+    joint: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(NUM_NEW):
         prefixes = torch.tensor(list(joint)).long()
         input_ids = torch.cat([prompt.expand(len(joint), -1), prefixes], 1)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def compare(
     prompt_ids: torch.Tensor,
     reference: list[int],
     output: list[int],
-    generation_kwargs: dict[str, object],
+    generation_kwargs: dict[str, Any],
 ) -> Comparison:
     """Compare two greedy continuations of `prompt_ids` (1-D, unpadded); costs one forward if they differ.
 
@@ -59,9 +60,7 @@ def compare(
     return Comparison(verdict=verdict, position=position, logit_gap=gap)
 
 
-def _next_logits(
-    model: PreTrainedModel, prefix_ids: torch.Tensor, generation_kwargs: dict[str, object]
-) -> torch.Tensor:
+def _next_logits(model: PreTrainedModel, prefix_ids: torch.Tensor, generation_kwargs: dict[str, Any]) -> torch.Tensor:
     one_token = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
     mask = torch.ones_like(prefix_ids)
     out = model.generate(prefix_ids[None], attention_mask=mask[None], **(generation_kwargs | one_token))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from specdec.bench.equality import Comparison, compare
 from specdec.bench.memory import PeakMemory
 from specdec.bench.suite import Prompt
 from specdec.compatibility import position_limit
+from specdec.drafters import Drafter
 from specdec.errors import SpecdecError
 from specdec.prompting import encode_prompts
 
@@ -23,7 +25,7 @@ class Method:
     """A way to generate: `drafter` is what `specdec.generate` takes; None is the model's own `generate()`."""
 
     name: str
-    drafter: object | None
+    drafter: Drafter | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Settings:
             raise ValueError("temperature needs sampling: greedy decoding has none")
 
     @property
-    def generation_kwargs(self) -> dict[str, object]:
+    def generation_kwargs(self) -> dict[str, Any]:
         temperature = {} if self.temperature is None else {"temperature": self.temperature}
         return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, **temperature}
 
@@ -163,6 +165,7 @@ class Harness:
                 drafter=method.drafter,
                 return_dict_in_generate=True,
             )
+            assert isinstance(out, specdec.SpeculativeOutput)
             sequences, stats = out.sequences, out.stats
         new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         seconds = clock.seconds()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from specdec.drafters import Drafter
+
 TRANSFORMERS = "transformers"
 """The bench's name for the model's own `generate()`: the one method that is not a drafter."""
 PLAIN = "plain"
@@ -18,18 +20,18 @@ SMALL_MODEL = "small-model"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    class_name: str
+    class_name: str | None
+    """In `specdec.drafters`; None: `specdec.generate` knows the name itself."""
     parameters: tuple[str, ...] = ()
     needs_draft: bool = False
 
 
 _KINDS = {
+    AUTO: _Kind(class_name=None),
     PLAIN: _Kind(class_name="Plain"),
     PROMPT_LOOKUP: _Kind(class_name="PromptLookup", parameters=("num_tokens", "min_match")),
     SMALL_MODEL: _Kind(class_name="SmallModel", parameters=("num_tokens",), needs_draft=True),
 }
-
-DRAFTER_NAMES = (AUTO, *_KINDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,23 +46,24 @@ class DrafterSpec:
     def parse(cls, text: str) -> DrafterSpec:
         """`NAME` or `NAME:parameter=value:...`; raises `ValueError` that lists what is allowed."""
         kind, *assignments = text.split(":")
-        _check_known(kind, DRAFTER_NAMES)
-        allowed = _KINDS[kind].parameters if kind in _KINDS else ()
+        _check_known(kind, tuple(_KINDS))
+        allowed = _KINDS[kind].parameters
         parameters = dict(_parse_parameter(kind, assignment, allowed) for assignment in assignments)
         return cls(text=text, kind=kind, parameters=parameters)
 
     @property
     def needs_draft(self) -> bool:
-        return self.kind in _KINDS and _KINDS[self.kind].needs_draft
+        return _KINDS[self.kind].needs_draft
 
-    def build(self, draft: PreTrainedModel | None = None) -> object:
+    def build(self, draft: PreTrainedModel | None = None) -> Drafter | str:
         """What `specdec.generate` takes as `drafter`."""
         from specdec import drafters
 
-        if self.kind == AUTO:
-            return AUTO
+        class_name = _KINDS[self.kind].class_name
+        if class_name is None:
+            return self.kind
         models = [draft] if self.needs_draft else []
-        return getattr(drafters, _KINDS[self.kind].class_name)(*models, **self.parameters)
+        return getattr(drafters, class_name)(*models, **self.parameters)
 
 
 def check_draft(specs: list[DrafterSpec], draft: str | None) -> None:
@@ -87,7 +90,7 @@ def choose_methods(names: str | None, *, reference: str, draft: str | None) -> d
     asked = _default_methods(draft) if names is None else [name.strip() for name in names.split(",")]
     specs: dict[str, DrafterSpec | None] = {}
     for name in (reference, PLAIN, *asked):
-        _check_known(name.partition(":")[0], (TRANSFORMERS, *DRAFTER_NAMES))
+        _check_known(name.partition(":")[0], (TRANSFORMERS, *_KINDS))
         specs[name] = None if name == TRANSFORMERS else DrafterSpec.parse(name)
     check_draft([spec for spec in specs.values() if spec is not None], draft)
     return specs

@@ -1,11 +1,14 @@
 """What happens inside `specdec chat`: read a line, obey it or reply to it."""
 
+from typing import Any
+
 from rich.text import Text
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import specdec
 from specdec.cli.common import err_console
 from specdec.compatibility import position_limit
+from specdec.drafters import Drafter
 from specdec.errors import SpecdecError
 from specdec.prompting import Message, encode_chats, has_chat_template
 
@@ -30,10 +33,10 @@ class Conversation:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        drafter: object,
+        drafter: Drafter | str,
         system: str | None,
         max_new_tokens: int,
-        generation_kwargs: dict[str, object],
+        generation_kwargs: dict[str, Any],
     ) -> None:
         if not has_chat_template(tokenizer):
             raise ValueError(
@@ -104,6 +107,7 @@ class Conversation:
                 streamer=streamer,
                 return_dict_in_generate=True,
             )
+            assert isinstance(out, specdec.SpeculativeOutput)
             _notify(str(out.stats))
         except KeyboardInterrupt:
             streamer.end()

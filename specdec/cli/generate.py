@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -100,6 +100,7 @@ def generate(
         streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         return_dict_in_generate=True,
     )
+    assert isinstance(out, specdec.SpeculativeOutput)
     if as_json:
         new_ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         answer = tokenizer.decode(new_ids, skip_special_tokens=True)
@@ -124,7 +125,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str | None
     return encode_texts(tokenizer, [text])
 
 
-def _stats_document(stats: DecodingStats) -> dict[str, object]:
+def _stats_document(stats: DecodingStats | None) -> dict[str, Any]:
+    assert stats is not None
     counts = {field.name: getattr(stats, field.name) for field in fields(stats)}
     return counts | {
         name: getattr(stats, name) for name in ("tokens_per_round", "acceptance_rate", "tokens_per_second")

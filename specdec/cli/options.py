@@ -1,7 +1,7 @@
 """Options that generate, chat and bench have in common, beside those of every command in `common`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ class Sampling:
                 raise ValueError(f"{option} needs --sample: without it, decoding is greedy")
 
     @property
-    def generation_kwargs(self) -> dict[str, object]:
+    def generation_kwargs(self) -> dict[str, Any]:
         """What `generate()` takes; what was not given is left to the model's own generation config."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {"do_sample": self.sample} | {name: value for name, value in given.items() if value is not None}
