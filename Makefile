@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)  ## fetch the demo model and measure it: about 5 minutes on 2 cores
 	$(BIN)/specdec pull demo
-	$(BIN)/specdec bench --model demo --limit 1 --max-new-tokens 64 --repetitions 2
+	$(BIN)/specdec bench --model demo --limit 1 --max-new-tokens 48 --repetitions 1
 
 test: $(READY)  ## no network, no downloads
 	$(BIN)/python -m pytest

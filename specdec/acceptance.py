@@ -1,13 +1,18 @@
 """Which drafted nodes survive: pure functions of (draft tokens, q, p, generator). No model, no cache, no config.
 
-Shape legend: B rows, N nodes, T = N + 1 slots (slot 0 is the root), D depth, V vocabulary.
-p is the target's and q the draft's distribution at a slot, both after the user's processors.
+A node's chance to survive, *given that it is tested*, depends on no coin: a test presumes that all tests before it
+failed. So the chances of all nodes are computed first, then all coins are thrown at once, and the path is read off.
+
+Shape legend: B rows, N nodes, T = N + 1 slots (slot 0 is the root), F = B * T slots of all rows, I slots that have
+children, D depth, V vocabulary. p is the target's and q the draft's distribution at a slot, both after the user's
+processors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,21 +43,9 @@ def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     Args:
         chosen_BT: int64 token that the target chose (argmax or sample) after each slot.
     """
-    if trees.is_chain:
-        agree_BN = (trees.tokens_BN == chosen_BT[:, :-1]) & trees.real_BN
-        return _chain_acceptance(trees, agree_BN, chosen_BT)
-    rows_B = torch.arange(trees.num_rows, device=trees.device)
-    slot_B = torch.zeros_like(rows_B)
-    counts_B = torch.zeros_like(rows_B)
-    path = []
-    for _ in range(trees.depth):
-        wanted_B = chosen_BT[rows_B, slot_B]
-        hit_BN = (trees.parents_BN + 1 == slot_B[:, None]) & (trees.tokens_BN == wanted_B[:, None])
-        found_B, node_B = (hit_BN & trees.real_BN).max(1)
-        path.append(node_B)
-        counts_B += found_B
-        slot_B = torch.where(found_B, node_B + 1, slot_B)
-    return Acceptance(path_BD=torch.stack(path, 1), counts_B=counts_B, next_B=chosen_BT[rows_B, slot_B])
+    wanted_BN = chosen_BT[:, :-1] if trees.is_chain else chosen_BT.gather(1, trees.parents_BN + 1)
+    path_BD, counts_B, last_B = _descend(trees, trees.tokens_BN == wanted_BN)
+    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=chosen_BT.gather(1, last_B[:, None])[:, 0])
 
 
 def topdown(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
@@ -65,11 +58,38 @@ def topdown(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = Non
     Args:
         p_BTV: float32 target distribution after each slot.
     """
-    trees, q_BTV = draft.trees, draft.q_BTV
-    assert q_BTV is not None, "a deterministic draft is walked"
+    trees = draft.trees
+    assert draft.q_BTV is not None, "a deterministic draft is walked"
     if trees.is_chain:
-        return _topdown_chain(trees, p_BTV, q_BTV, generator)
-    return _topdown_tree(trees, p_BTV, q_BTV, generator)
+        return _topdown_chain(trees, p_BTV, draft.q_BTV, generator)
+    trial = _Trial(draft, p_BTV, by_depth=False)
+    chance_F = torch.zeros_like(trial.reach_F)
+    for start, children_N in trial.rounds:
+        chance_F[children_N] = trial.refuse(start, children_N)
+    kept_BT = _throw(chance_F, generator).view(trees.num_rows, -1)
+    return trial.outcome(kept_BT[:, 1:], generator)
+
+
+def traversal(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
+    """Traversal verification (Weng et al. 2025): from the leaves up, so that a whole path is judged at once.
+
+    A node is entered with the reach min(1, r p(y)/q(y)), r the reach of its parent. Leaves come first, in draw order:
+    a leaf is kept, with all its path, with its reach as probability; otherwise it is dropped, its parent's p becomes
+    norm(max(r p - q, 0)), of mass s, and its parent's r becomes s / (s + 1 - r). A slot that has lost all its
+    children is a leaf. On a chain this is block verification (Sun et al. 2024). Accepts at least as many tokens as
+    `topdown` and is as exact.
+
+    Args:
+        p_BTV: float32 target distribution after each slot.
+    """
+    trees = draft.trees
+    assert draft.q_BTV is not None, "a deterministic draft is walked"
+    trial = _Trial(draft, p_BTV, by_depth=True)
+    for start, children_N in trial.rounds:
+        trial.reach_F[children_N] = trial.refuse(start, children_N)
+    kept_BT = _throw(trial.reach_F, generator).view(trees.num_rows, -1)
+    kept_beneath_BT = (trees.ancestors_BTT & (kept_BT & trees.real_BT).unsqueeze(2)).any(1)
+    return trial.outcome(kept_beneath_BT[:, 1:], generator)
 
 
 def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -78,75 +98,134 @@ def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return flat.view(p_BTV.shape[:2])
 
 
-def _chain_acceptance(trees: TreeBatch, kept_BN: Tensor, next_BT: Tensor) -> Acceptance:
-    counts_B = kept_BN.long().cumprod(1).sum(1)
-    path_BD = torch.arange(trees.width, device=trees.device).expand(trees.num_rows, trees.width)
-    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=next_BT.gather(1, counts_B[:, None])[:, 0])
+def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the root always on to the first open child: path_BD, counts_B, and the slot where the way ends."""
+    open_BN = open_BN & trees.real_BN
+    if trees.is_chain:
+        counts_B = open_BN.long().cumprod(1).sum(1)
+        path_BD = torch.arange(trees.width, device=trees.device).expand(trees.num_rows, trees.width)
+        return path_BD, counts_B, counts_B
+    rows_B = torch.arange(trees.num_rows, device=trees.device)
+    slot_B, counts_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B)
+    path = []
+    for _ in range(trees.depth):
+        found_B, node_B = (open_BN & (trees.parents_BN + 1 == slot_B[:, None])).max(1)
+        path.append(node_B)
+        counts_B += found_B
+        slot_B = torch.where(found_B, node_B + 1, slot_B)
+    return torch.stack(path, 1), counts_B, slot_B
 
 
 def _topdown_chain(trees: TreeBatch, p_BTV: Tensor, q_BTV: Tensor, generator: torch.Generator | None) -> Acceptance:
+    """`topdown`, but the residual is computed only where a chain breaks."""
     drafted_BN1 = trees.tokens_BN.unsqueeze(-1)
     p_BN = p_BTV[:, :-1].gather(2, drafted_BN1).squeeze(-1)
     q_BN = q_BTV[:, :-1].gather(2, drafted_BN1).squeeze(-1)
-    coins_BN = torch.rand(p_BN.shape, generator=generator, device=p_BN.device)
-    kept_BN = (coins_BN * q_BN < p_BN) & trees.real_BN
-    counts_B = kept_BN.long().cumprod(1).sum(1)
+    path_BD, counts_B, _ = _descend(trees, _throw(p_BN / q_BN, generator))
     rows_B = torch.arange(trees.num_rows, device=trees.device)
     final_BV = p_BTV[rows_B, counts_B]
     refused_B = counts_B < torch.tensor(trees.sizes, device=trees.device)
-    final_BV = torch.where(refused_B[:, None], _residual(final_BV, q_BTV[rows_B, counts_B]), final_BV)
-    path_BD = torch.arange(trees.width, device=trees.device).expand(trees.num_rows, trees.width)
+    left_BV = (final_BV - q_BTV[rows_B, counts_B]).clamp_min(0)
+    final_BV = torch.where(refused_B[:, None], _or_else(left_BV, final_BV), final_BV)
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
 
 
-def _topdown_tree(trees: TreeBatch, p_BTV: Tensor, q_BTV: Tensor, generator: torch.Generator | None) -> Acceptance:
-    rows_B = torch.arange(trees.num_rows, device=trees.device)
-    slot_B = torch.zeros_like(rows_B)
-    counts_B = torch.zeros_like(rows_B)
-    target_BV, draft_BV = p_BTV[:, 0], q_BTV[:, 0]
-    untested_BN = trees.real_BN.clone()
-    path = []
+class _Trial:
+    """The distributions of all slots that have children, as they stand after the children tried so far.
+
+    Args:
+        by_depth: try children depth by depth, so that a slot's reach is known before its children are tried.
+
+    Attributes:
+        rounds: who is tried together, as (first index in I, one child of each slot from there on): in every round
+            the next child of slots that have one.
+        reach_F: chance that a slot is kept, given that it is tested and that all children tried so far are refused.
+    """
+
+    def __init__(self, draft: Draft, p_BTV: Tensor, *, by_depth: bool):
+        self._trees = draft.trees
+        self._tokens_F = torch.nn.functional.pad(draft.trees.tokens_BN, (1, 0)).flatten()
+        self._p_FV = p_BTV.flatten(0, 1)
+        self._slots_I, self.rounds = _families(draft.trees, by_depth=by_depth)
+        self._p_IV = self._p_FV.index_select(0, self._slots_I)
+        self._q_IV = draft.q_BTV.flatten(0, 1).index_select(0, self._slots_I)
+        self._p_mass_I, self._q_mass_I = self._p_IV.new_ones((2, len(self._slots_I)))
+        self.reach_F = self._p_FV.new_ones(len(self._p_FV))
+
+    def refuse(self, start: int, children_N: Tensor) -> Tensor:
+        """Try children and refuse them all; returns the chances that they had."""
+        mine = slice(start, start + len(children_N))
+        p_NV, q_NV, p_mass_N, q_mass_N = self._p_IV[mine], self._q_IV[mine], self._p_mass_I[mine], self._q_mass_I[mine]
+        reach_N = self.reach_F[self._slots_I[mine]]
+        token_N1 = self._tokens_F[children_N].unsqueeze(1)
+        p_scale_N, q_scale_N = reach_N / p_mass_N.clamp_min(_tiny(p_mass_N)), 1 / q_mass_N
+        chance_N = (p_NV.gather(1, token_N1)[:, 0] * p_scale_N) / (q_NV.gather(1, token_N1)[:, 0] * q_scale_N)
+        p_NV.mul_(p_scale_N[:, None]).addcmul_(q_NV, -q_scale_N[:, None]).clamp_min_(0)
+        q_NV.scatter_(1, token_N1, 0)
+        p_mass_N[:], q_mass_N[:] = p_NV.sum(-1), q_NV.sum(-1)
+        self.reach_F[self._slots_I[mine]] = p_mass_N / (p_mass_N + 1 - reach_N).clamp_min(_tiny(p_mass_N))
+        return chance_N.clamp_max(1)
+
+    def outcome(self, open_BN: Tensor, generator: torch.Generator | None) -> Acceptance:
+        """Descend through open nodes and draw the next token where the way ends."""
+        path_BD, counts_B, last_B = _descend(self._trees, open_BN)
+        slot_B = last_B + torch.arange(len(last_B), device=last_B.device) * self._trees.num_slots
+        p_BV = self._p_FV[slot_B]
+        if not self.rounds:
+            return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(p_BV, generator))
+        index_F = torch.full_like(self._tokens_F, -1)
+        index_F[self._slots_I] = torch.arange(len(self._slots_I), device=index_F.device)
+        index_B = index_F[slot_B]
+        has_children_B1 = index_B[:, None] >= 0
+        final_BV = torch.where(has_children_B1, _or_else(self._p_IV[index_B.clamp_min(0)], p_BV), p_BV)
+        return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
+
+
+def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """Slots that have children, and the rounds in which those are tried (see `_Trial`)."""
+    parents_BN, num_slots = trees.host_parents_BN, trees.num_slots
+    row_N, node_N = np.nonzero(np.arange(trees.width) < np.array(trees.sizes)[:, None])
+    parent_N = row_N * num_slots + parents_BN[row_N, node_N] + 1
+    in_families_N = np.argsort(parent_N, kind="stable")
+    child_N = (row_N * num_slots + node_N + 1)[in_families_N]
+    slot_I, first_I, size_I = np.unique(parent_N[in_families_N], return_index=True, return_counts=True)
+    depth_I = _host_depths(trees).ravel()[slot_I] if by_depth else np.zeros_like(slot_I)
+    order_I = np.lexsort((-size_I, depth_I))
+    slot_I, first_I, size_I, depth_I = slot_I[order_I], first_I[order_I], size_I[order_I], depth_I[order_I]
+    starts, rounds = [], []
+    for depth in range(depth_I.max(initial=-1) + 1):
+        start, stop = np.searchsorted(depth_I, (depth, depth + 1))
+        for rank in range(size_I[start]):
+            stop = start + np.searchsorted(-size_I[start:stop], -rank)
+            starts.append(int(start))
+            rounds.append(child_N[first_I[start:stop] + rank])
+    tensors = torch.from_numpy(np.concatenate([slot_I, *rounds])).to(trees.device)
+    slots_I, *children = tensors.split([len(slot_I), *map(len, rounds)])
+    return slots_I, list(zip(starts, children, strict=True))
+
+
+def _host_depths(trees: TreeBatch) -> np.ndarray:
+    """Depth of every slot [B, T]."""
+    parent_BT = np.pad(trees.host_parents_BN + 1, ((0, 0), (1, 0)))
+    above_BT, depth_BT = np.broadcast_to(np.arange(trees.num_slots), parent_BT.shape), np.zeros_like(parent_BT)
     for _ in range(trees.depth):
-        descended_B = torch.zeros_like(rows_B, dtype=torch.bool)
-        node_B = torch.zeros_like(rows_B)
-        for _ in range(_most_siblings(trees)):
-            waiting_BN = untested_BN & (trees.parents_BN + 1 == slot_B[:, None]) & ~descended_B[:, None]
-            testing_B, child_B = waiting_BN.max(1)
-            token_B = trees.tokens_BN[rows_B, child_B]
-            coin_B = torch.rand(rows_B.shape, generator=generator, device=trees.device)
-            kept_B = testing_B & (coin_B * draft_BV[rows_B, token_B] < target_BV[rows_B, token_B])
-            refused_B = testing_B & ~kept_B
-            target_BV = torch.where(refused_B[:, None], _residual(target_BV, draft_BV), target_BV)
-            draft_BV = torch.where(refused_B[:, None], _without(draft_BV, token_B), draft_BV)
-            untested_BN[rows_B, child_B] &= ~testing_B
-            node_B = torch.where(kept_B, child_B, node_B)
-            descended_B |= kept_B
-        path.append(node_B)
-        counts_B += descended_B
-        slot_B = torch.where(descended_B, node_B + 1, slot_B)
-        target_BV = torch.where(descended_B[:, None], p_BTV[rows_B, slot_B], target_BV)
-        draft_BV = torch.where(descended_B[:, None], q_BTV[rows_B, slot_B], draft_BV)
-    return Acceptance(path_BD=torch.stack(path, 1), counts_B=counts_B, next_B=_draw_one(target_BV, generator))
+        depth_BT += above_BT > 0
+        above_BT = np.take_along_axis(parent_BT, above_BT, 1)
+    return depth_BT
 
 
-def _most_siblings(trees: TreeBatch) -> int:
-    parent_slots_BN = torch.where(trees.real_BN, trees.parents_BN + 1, trees.num_slots)
-    family_sizes = torch.nn.functional.one_hot(parent_slots_BN, trees.num_slots + 1)[..., :-1].sum(1)
-    return int(family_sizes.max())
+def _throw(chance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """bool: independent coins that show True with these chances."""
+    return torch.rand(chance.shape, dtype=chance.dtype, generator=generator, device=chance.device) < chance
 
 
-def _residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
-    """norm(max(p - q, 0)); p itself where nothing is left (p == q, where a refusal is a rounding accident)."""
-    left_BV = (p_BV - q_BV).clamp_min(0)
-    mass_B1 = left_BV.sum(-1, keepdim=True)
-    return torch.where(mass_B1 > 0, left_BV / mass_B1, p_BV)
+def _or_else(left_BV: Tensor, p_BV: Tensor) -> Tensor:
+    """Weights, or p where none is left (p == q there, and the refusal was a rounding accident)."""
+    return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
 
 
-def _without(q_BV: Tensor, token_B: Tensor) -> Tensor:
-    """q without a token, renormalised; all zero once its support is exhausted."""
-    left_BV = q_BV.scatter(1, token_B[:, None], 0.0)
-    mass_B1 = left_BV.sum(-1, keepdim=True)
-    return torch.where(mass_B1 > 0, left_BV / mass_B1, left_BV)
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
 
 
 def _draw_one(p_BV: Tensor, generator: torch.Generator | None) -> Tensor:

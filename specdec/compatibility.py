@@ -58,6 +58,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} derives its ALiBi positions from the slots of a 2-D mask, which trees do not have: "
             "use model.generate()"
         )
+    if "local" in getattr(config, "attention_layers", ()):
+        raise UnsupportedModelError(
+            f"{name} cuts the window of its local attention by cache slot, which is not a tree's position: "
+            "use model.generate()"
+        )
     if config.model_type not in VERIFIED_FAMILIES and model not in _checked:
         _compare_with_forward(model)
         _checked.add(model)

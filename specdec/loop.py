@@ -79,7 +79,8 @@ class DecodingLoop:
 
     def propose(self) -> Draft:
         """A tree for each row, no deeper than tokens can still be committed."""
-        return self.session.propose([self._max_depth(length) for length in self.sequences.lengths])
+        lengths, cached = self.sequences.lengths, self.target.cache.lengths
+        return self.session.propose([self._max_depth(*row) for row in zip(lengths, cached, strict=True)])
 
     def commit(self, draft: Draft, logits_BTV: Tensor) -> None:
         """Accept, cut at the stop, and bring everything that follows the sequences up to date."""
@@ -99,9 +100,9 @@ class DecodingLoop:
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
-    def _max_depth(self, length: int) -> int:
-        """Drafted tokens that can be committed: one more always follows them."""
-        return max(0, min(self.stop.max_length - 1, self.context_length) - length)
+    def _max_depth(self, length: int, cached: int) -> int:
+        """Drafted tokens that can be committed (one more always follows them) and have a position."""
+        return max(0, min(self.stop.max_length - length, self.context_length - cached) - 1)
 
     def _commit_cache(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         """Keep the root and the accepted nodes; the last committed token becomes the next root."""

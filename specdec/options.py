@@ -56,7 +56,7 @@ _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 
 
-def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: torch.Generator | None) -> None:
+def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: Any) -> None:
     """Check the arguments that only specdec has.
 
     Raises:
@@ -69,10 +69,10 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: to
         raise ValueError(f"tree={tree!r}: pass a growth policy such as trees.Chain(5), or None")
     if verify not in ("topdown", "traversal"):
         raise ValueError(f"verify={verify!r}: it is 'topdown' or 'traversal'")
-    if verify == "traversal":
-        raise UnsupportedOptionError("verify='traversal' is not part of this version: use verify='topdown'")
     if router is not None:
         raise UnsupportedOptionError("router=... is not part of this version: step-level routing comes later")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)")
     if generator is not None and generator.device.type != model.device.type:
         raise ValueError(
             f"the generator is on {generator.device} and the model on {model.device}: make it with "
@@ -89,7 +89,8 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]
     """
     arguments = dict(arguments)
     for name, advice in _REFUSED_ARGUMENTS.items():
-        if arguments.pop(name, None) not in (None, False):
+        value = arguments.pop(name, None)
+        if value is not None and value is not False:
             raise UnsupportedOptionError(f"{name} is not possible with specdec: {advice}")
     tokenizer = arguments.pop("tokenizer", None)
     config = _effective_config(model, arguments)

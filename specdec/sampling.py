@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
-from specdec.acceptance import Acceptance, draw, topdown, walk
+from specdec.acceptance import Acceptance, draw, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
 from trees import Draft, TreeBatch
@@ -98,7 +98,7 @@ class Sampler:
         self.processors = processors
         self.do_sample = do_sample
         self.generator = generator
-        self._verify = verify
+        self._verify = {"topdown": topdown, "traversal": traversal}[verify]
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
         self._row_wise = all(_is_row_wise(processor) for processor in processors)
 
@@ -130,7 +130,7 @@ class Sampler:
         _refuse_nan(p_BTV[..., 0])
         if draft.q_BTV is None:
             return walk(draft.trees, draw(p_BTV, self.generator))
-        return topdown(draft, p_BTV, self.generator)
+        return self._verify(draft, p_BTV, self.generator)
 
     def _process_together(self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
         """One call for all slots of one prefix length."""

@@ -277,7 +277,7 @@ def test_wrong_output_is_a_mismatch(
     monkeypatch.setattr(harness.specdec, "generate", generate_wrongly)
     results = run_harness(model, tokenizer, PROMPTS[:1], repetitions=1)
     (line,) = mismatches(results)
-    assert "prompt-lookup differs on repeat prompt 'to be or not" in line
+    assert "prompt-lookup differs from transformers on repeat prompt 'to be or not" in line
     assert "logit gap" in line
     identical = {(report.name, report.category): report.identical_to_plain for report in summarise(results)}
     assert identical == {
@@ -364,6 +364,7 @@ def test_document_has_the_agreed_shape(model: PreTrainedModel, tokenizer: PreTra
     assert list(document) == ["environment", "model", "suite", "methods"]
     assert document["environment"]["settings"]["max_new_tokens"] == 12
     assert document["environment"]["settings"]["tie_bound"] == 1e-3
+    assert document["environment"]["settings"]["reference"] == "transformers"
     assert len(document["methods"]) == len(METHODS) * 3
     for method in document["methods"]:
         assert list(method) == [

@@ -305,7 +305,7 @@ def test_bench_exits_with_1_if_an_output_differs(tiny: str, few: str, monkeypatc
     monkeypatch.setattr(specdec, "generate", generate_wrongly, raising=False)
     result = specdec_command("bench", "-m", tiny, "--prompts", few, "--limit", "1", "--json", *FAST)
     assert result.exit_code == 1
-    assert "plain differs on few prompt" in result.stderr
+    assert "plain differs from transformers on few prompt" in result.stderr
     methods = json.loads(result.stdout)["methods"]
     assert {method["name"]: method["identical_to_plain"] for method in methods} == {
         "transformers": True,

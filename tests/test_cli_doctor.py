@@ -46,6 +46,7 @@ def test_doctor_prints_one_json_document(cache: Path) -> None:
     assert report["python"] == platform.python_version()
     assert report["packages"]["torch"].startswith("2.")
     assert report["devices"][0]["device"] == "cpu"
+    assert "kernels" in report["kernels"]
     assert report["threads"]["torch"] >= 1
     assert "--dtype" in report["advice"][0]
     assert report["models"] == []

@@ -303,7 +303,7 @@ GREEDY_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", GREEDY_OPTIONS)
 def test_every_processor_gives_plain_greedy_output(option: str):
-    """Self-drafting drafts far and gets all of it accepted, so every processor meets prefixes that are not there yet."""
+    """The target drafts for itself, so every processor meets long drafted prefixes that are all accepted."""
     model = tiny_model("llama", seed=3, vocab_size=20)
     prompts = torch.randint(3, 20, (3, 6), generator=torch.Generator().manual_seed(7))
     masks = torch.tensor([[1] * 6, [0] * 3 + [1] * 3, [0] + [1] * 5])

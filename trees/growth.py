@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trees.tree import ROOT, TreeBatch
+from trees.tree import TreeBatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,19 +30,25 @@ class Draft:
         q_BTV: float32. Row t holds the distribution, after the user's processors, from which slot t's children
             were drawn in node order without replacement; rows of leaves are not read. None says that the trees
             are deterministic (no chance was involved): then the target alone decides.
+        places: for each row the place of every node among the tokens of the layers that `Grower.grow` returned,
+            -1 for a node that was in none. None says that node i was the i-th.
     """
 
     trees: TreeBatch
     q_BTV: Tensor | None = None
+    places: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """The newest nodes of every row, to be forwarded by the draft model.
+    """Nodes to be forwarded by the draft model, because the grower wants to know what follows them.
+
+    The tokens of all layers of a round are numbered in order: their *places*. A row that has fewer nodes in a
+    layer than another repeats one of its own.
 
     Args:
         tokens_BM: int64 token ids.
-        parents_BM: int64 node indices of their parents, `ROOT` for children of the root.
+        parents_BM: int64 places of their parents, `ROOT` for children of the root.
     """
 
     tokens_BM: Tensor
@@ -59,7 +65,13 @@ class Grower(ABC):
 
     @abstractmethod
     def grow(self, scores_BMV: Tensor) -> Layer:
-        """Take the processed draft scores of the newest layer (M slots a row) and return the next layer."""
+        """Take the processed draft scores of the newest layer (M tokens a row) and return the next layer.
+
+        The layer is not meaningful once the grower is no longer hungry.
+
+        Args:
+            scores_BMV: float32 (or float64, which the trees' q then has too).
+        """
 
     @abstractmethod
     def finish(self) -> Draft:
@@ -70,62 +82,20 @@ class GrowthPolicy(ABC):
     """Decides the shape of the trees."""
 
     @abstractmethod
-    def start(self, *, max_depths: Sequence[int], sample: bool, generator: torch.Generator | None = None) -> Grower:
+    def start(
+        self,
+        *,
+        max_depths: Sequence[int],
+        sample: bool,
+        generator: torch.Generator | None = None,
+        previous: Grower | None = None,
+    ) -> Grower:
         """Begin a round.
 
         Args:
-            max_depths: for each row the depth past which nothing can be committed any more.
+            max_depths: for each row the depth past which nothing can be committed any more; one is positive.
             sample: draw tokens from the draft distribution; False takes the likeliest ones.
             generator: source of randomness, None for torch's global one.
+            previous: the finished grower of the run's round before, for policies that learn from round to round.
+                It may have grown for more rows.
         """
-
-
-@dataclass(frozen=True)
-class Chain(GrowthPolicy):
-    """A chain of `length` tokens (speculative sampling; Leviathan et al. 2023, Chen et al. 2023).
-
-    Raises:
-        ValueError: `length` is not a positive integer.
-    """
-
-    length: int = 5
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"Chain(length={self.length!r}): length is a positive integer")
-
-    def start(self, *, max_depths: Sequence[int], sample: bool, generator: torch.Generator | None = None) -> Grower:
-        sizes = tuple(min(self.length, depth) for depth in max_depths)
-        return _ChainGrower(sizes, sample, generator)
-
-
-class _ChainGrower(Grower):
-    def __init__(self, sizes: tuple[int, ...], sample: bool, generator: torch.Generator | None):
-        self._sizes = sizes
-        self._sample = sample
-        self._generator = generator
-        self._tokens: list[Tensor] = []
-        self._q: list[Tensor] = []
-
-    @property
-    def hungry(self) -> bool:
-        return len(self._tokens) < max(self._sizes)
-
-    def grow(self, scores_BMV: Tensor) -> Layer:
-        scores_BV = scores_BMV[:, 0]
-        if self._sample:
-            q_BV = scores_BV.float().softmax(-1)
-            self._q.append(q_BV)
-            token_B1 = torch.multinomial(q_BV, 1, generator=self._generator)
-        else:
-            token_B1 = scores_BV.argmax(-1, keepdim=True)
-        parent = ROOT + len(self._tokens)
-        self._tokens.append(token_B1)
-        return Layer(tokens_BM=token_B1, parents_BM=torch.full_like(token_B1, parent))
-
-    def finish(self) -> Draft:
-        trees = TreeBatch.chains(torch.cat(self._tokens, 1), self._sizes)
-        if not self._sample:
-            return Draft(trees=trees)
-        unread = torch.zeros_like(self._q[0])
-        return Draft(trees=trees, q_BTV=torch.stack([*self._q, unread], 1))

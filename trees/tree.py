@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,6 +123,7 @@ class TreeBatch:
         sizes: number of nodes of each row (the host knows the structure, never needs to ask the device).
         depth: depth of the deepest node.
         is_chain: whether every row is a chain (then masks, walks and cache commits take the short way).
+        rows: the same trees on the host, where that is where they were made.
     """
 
     tokens_BN: Tensor
@@ -129,6 +131,7 @@ class TreeBatch:
     sizes: tuple[int, ...]
     depth: int
     is_chain: bool
+    rows: tuple[TokenTree, ...] | None = None
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device | str = "cpu") -> TreeBatch:
@@ -162,6 +165,7 @@ class TreeBatch:
             sizes=tuple(len(row) for row in rows),
             depth=max((max(row.depths, default=0) for row in rows), default=0),
             is_chain=all(list(row.parents) == list(range(ROOT, len(row) - 1)) for row in rows),
+            rows=tuple(rows),
         )
 
     def extended(self, tokens_BM: Tensor, parents_BM: Tensor) -> TreeBatch:
@@ -176,7 +180,9 @@ class TreeBatch:
         )
 
     def row(self, index: int) -> TokenTree:
-        """The tree of one row (copies to the host: for people and tests, not for the loop)."""
+        """The tree of one row (may copy to the host: for people and tests, not for the loop)."""
+        if self.rows is not None:
+            return self.rows[index]
         size = self.sizes[index]
         return TokenTree(tokens=self.tokens_BN[index, :size].tolist(), parents=self.parents_BN[index, :size].tolist())
 
@@ -220,6 +226,15 @@ class TreeBatch:
             return torch.arange(self.num_slots, device=self.device).expand(self.num_rows, self.num_slots)
         return self.ancestors_BTT.sum(-1) - 1
 
+    @cached_property
+    def host_parents_BN(self) -> np.ndarray:
+        """`parents_BN` on the host; copied from the device only if the trees were made there and are no chains."""
+        if self.is_chain:
+            return np.broadcast_to(np.arange(ROOT, self.width - 1), (self.num_rows, self.width))
+        if self.rows is not None:
+            return np.array([[*row.parents, *[ROOT] * (self.width - len(row))] for row in self.rows])
+        return self.parents_BN.cpu().numpy()
+
     @property
     def _parent_slots_BT(self) -> Tensor:
         """Slot of every slot's parent; the root is its own."""
@@ -230,3 +245,8 @@ class TreeBatch:
         """bool: node, not padding."""
         sizes_B = torch.tensor(self.sizes, device=self.device)
         return torch.arange(self.width, device=self.device) < sizes_B.unsqueeze(1)
+
+    @property
+    def real_BT(self) -> Tensor:
+        """bool: root or node, not padding."""
+        return torch.nn.functional.pad(self.real_BN, (1, 0), value=True)

@@ -84,6 +84,11 @@ class BatchResult:
     def category(self) -> str:
         return self.prompts[0].category
 
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with."""
+        return next(iter(self.runs))
+
 
 class Harness:
     """Runs `methods` on one model; the first one is the reference that greedy outputs are compared with."""
@@ -181,11 +186,11 @@ class Harness:
     def _compare(self, inputs: BatchEncoding, runs: dict[str, list[Run]]) -> dict[str, list[Comparison]]:
         if self._settings.sample:
             return {}
-        reference = runs[self._methods[0].name][0].tokens
+        first_run, *_ = runs[self._methods[0].name]
         prompts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         return {
             name: [
-                self._worst(prompts[row], reference[row], [run.tokens[row] for run in repetitions])
+                self._worst(prompts[row], first_run.tokens[row], [run.tokens[row] for run in repetitions])
                 for row in range(len(prompts))
             ]
             for name, repetitions in runs.items()

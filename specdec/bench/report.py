@@ -22,8 +22,8 @@ from specdec.bench.harness import BatchResult, Run, Settings
 from specdec.bench.methods import PLAIN
 from specdec.bench.suite import ALL
 
-LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup: tok/s over plain's"
-_NUMBERS = ("tok/s", "speedup", "tok/round", "accepted", "identical", "TTFT ms", "ms/tok p50/90/99", "MiB")
+LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup = tok/s vs plain"
+_NUMBERS = ("tok/s", "speedup", "tok/round", "accept", "identical", "TTFT ms", "ms p50/90/99", "MiB")
 _NOT_MEASURED = "-"
 
 
@@ -65,7 +65,8 @@ def mismatches(results: list[BatchResult]) -> Iterator[str]:
         for method, comparisons in result.comparisons.items():
             for prompt, comparison in zip(result.prompts, comparisons, strict=True):
                 if comparison.verdict is Verdict.DIFFERENT:
-                    yield f"{method} differs on {result.category} prompt {prompt.text[:50]!r}: {comparison}"
+                    where = f"{result.category} prompt {prompt.text[:50]!r}"
+                    yield f"{method} differs from {result.reference} on {where}: {comparison}"
 
 
 def to_json(
@@ -78,14 +79,14 @@ def to_json(
 ) -> dict[str, object]:
     """The document of `specdec bench --json`."""
     return {
-        "environment": environment(model, settings),
+        "environment": _environment(model, asdict(settings) | {"reference": results[0].reference}),
         "model": model_name,
         "suite": suite_name,
         "methods": [asdict(report) for report in summarise(results)],
     }
 
 
-def environment(model: PreTrainedModel, settings: Settings) -> dict[str, object]:
+def _environment(model: PreTrainedModel, settings: dict[str, object]) -> dict[str, object]:
     """What the numbers depend on besides the model and the prompts."""
     return {
         "specdec": specdec.__version__,
@@ -96,7 +97,7 @@ def environment(model: PreTrainedModel, settings: Settings) -> dict[str, object]
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "settings": asdict(settings) | {"tie_bound": TIE_BOUND[model.dtype]},
+        "settings": settings | {"tie_bound": TIE_BOUND[model.dtype]},
     }
 
 
@@ -135,7 +136,7 @@ def _identical(report: MethodReport) -> str:
         return _NOT_MEASURED
     if not report.identical_to_plain:
         return "[red]NO[/red]"
-    return f"yes, {report.ties} tied" if report.ties else "yes"
+    return f"{report.ties} tied" if report.ties else "yes"
 
 
 def _milliseconds(value: float | None) -> str:

@@ -127,7 +127,7 @@ def _measure(harness: "Harness", prompts: "list[Prompt]") -> "tuple[list[BatchRe
     """The results, and whether Ctrl-C cut them short."""
     results: list[BatchResult] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err_console, transient=True) as progress:
+    with Progress(*columns, console=err_console, transient=True, refresh_per_second=1) as progress:
         task = progress.add_task("calls", total=harness.num_calls(prompts))
         try:
             for result in harness.run(prompts, on_call=lambda: progress.advance(task)):

@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {package: _version(package) for package in PACKAGES},
         "devices": devices,
+        "kernels": _kernels(),
         "threads": threads,
         "advice": _advice(devices, threads),
         "models": _demo_models() + _hub_models(),
@@ -69,6 +70,12 @@ def _devices() -> list[dict[str, Any]]:
         for index in range(torch.cuda.device_count())
     ]
     return [cpu, *gpus]
+
+
+def _kernels() -> str:
+    from specdec.kernels import describe
+
+    return describe()
 
 
 def _threads() -> dict[str, int | None]:
@@ -127,6 +134,7 @@ def _table(report: dict[str, Any]) -> Table:
     for device in report["devices"]:
         memory = f", {device['memory_mib']} MiB" if "memory_mib" in device else ""
         table.add_row(device["device"], f"{device['name']}{memory}")
+    table.add_row("kernels", report["kernels"])
     threads = report["threads"]
     table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
     for advice in report["advice"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.suffix_automaton import SuffixAutomaton
@@ -104,9 +105,9 @@ class _LookupSession(DraftSession):
         corpus = self._drafter.corpus
         if corpus is None or match.length >= row.corpus_match:
             return _copy(row.own.tokens, match.next, length)
-        text = corpus.tokens[corpus.position_after(row.corpus_state) :][:length]
-        end = text.index(_BOUNDARY) if _BOUNDARY in text else len(text)
-        return [token for token in text[:end] if token < self._run.vocab_size]
+        start = corpus.position_after(row.corpus_state)
+        text = corpus.tokens[start : start + length]
+        return list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, text))
 
 
 def _copy(tokens: Sequence[int], start: int, length: int) -> list[int]:

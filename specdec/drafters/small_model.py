@@ -19,7 +19,7 @@ from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.errors import DraftError
 from specdec.sampling import Prefixes
 from specdec.target import TreeModel
-from trees import Chain, Draft, GrowthPolicy, TreeBatch
+from trees import Chain, Draft, Grower, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
 """Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
@@ -67,6 +67,8 @@ class _SmallModelSession(DraftSession):
         self._model = TreeModel(drafter.model)
         self._cached: list[int] | None = None
         """Committed tokens (padding included) that each row's draft cache holds; None before the prefill."""
+        self._grower: Grower | None = None
+        self._draft: Draft | None = None
 
     @property
     def num_forwards(self) -> int:
@@ -79,20 +81,25 @@ class _SmallModelSession(DraftSession):
         if self._cached is None:
             self._prefill()
         sampler = self._run.sampler
-        grower = self._policy.start(max_depths=max_depths, sample=sampler.do_sample, generator=sampler.generator)
+        grower = self._grower = self._policy.start(
+            max_depths=max_depths,
+            sample=sampler.do_sample,
+            generator=sampler.generator,
+            previous=self._grower,
+        )
         scores_BMV = self._process(self._read_pending(), grown, range(1))
         while True:
             layer = grower.grow(scores_BMV)
             if not grower.hungry:
-                return grower.finish()
+                self._draft = grower.finish()
+                return self._draft
             grown = grown.extended(layer.tokens_BM, layer.parents_BM)
             scores_BMV = self._score_layer(grown, layer.tokens_BM.shape[1])
 
     def observe(self, outcome: Outcome) -> None:
         if self._cached is None:
             return
-        forwarded = self._model.cache.tail
-        kept = [[node for node in path if node < forwarded] for path in outcome.paths]
+        kept = [self._forwarded(row, path) for row, path in enumerate(outcome.paths)]
         self._model.commit(kept)
         self._cached = [cached + len(nodes) for cached, nodes in zip(self._cached, kept, strict=True)]
 
@@ -101,13 +108,18 @@ class _SmallModelSession(DraftSession):
             self._model.select_rows(rows)
             self._cached = [self._cached[row] for row in rows]
 
+    def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
+        """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
+        places = path if self._draft is None or self._draft.places is None else [self._draft.places[row][n] for n in path]
+        return [place for place in places if 0 <= place < self._model.cache.tail]
+
     def _prefill(self) -> None:
         rows, mask = self._run.sequences.rows, self._run.attention_mask
         input_ids = self._run.input_ids[rows]
         device = self._model.device
         if mask is not None:
             mask = mask[rows][:, -input_ids.shape[1] :].to(device)
-        self._model.prefill(input_ids.to(device), attention_mask=mask)
+        self._model.prefill(self._readable(input_ids.to(device)), attention_mask=mask)
         self._cached = [input_ids.shape[1]] * len(rows)
 
     def _read_pending(self) -> Tensor:
@@ -121,11 +133,15 @@ class _SmallModelSession(DraftSession):
             tokens_BW[row, :size] = sequences.prefix(row)[seen:]
         offsets_BW = torch.arange(width, device=self._model.device).expand_as(tokens_BW)
         seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        logits_BWV = self._model.forward(tokens_BW, offsets_BW, seen_BWW)
+        logits_BWV = self._model.forward(self._readable(tokens_BW), offsets_BW, seen_BWW)
         self._model.commit([range(size) for size in sizes])
         self._cached = list(sequences.lengths)
         last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
         return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """The tokens, with a stand-in for those of the target's padding rows that the draft does not have."""
+        return tokens.clamp(max=self._model.vocab_size - 1)
 
     def _score_layer(self, grown: TreeBatch, num_new: int) -> Tensor:
         """Forward the newest nodes of the growing trees; their processed scores."""

@@ -1,11 +1,11 @@
 """What makes a forward of a few tokens cheap on a CPU.
 
-    prepare.py      prepare(), unprepare(), quantized_copy(): swap modules in place
-    layer.py        a decoder layer in two native calls, checked against the original
-    linear.py       the two linears: exact int8, and float32 for small batches
-    naive.py        what each kernel computes, in plain torch: the oracle of the tests
-    native.py       builds, loads and calls the C library in native/; torch does the work where there is none
-    threads.py      calibrate_threads()
+prepare.py      prepare(), unprepare(), quantized_copy(): swap modules in place
+layer.py        a decoder layer in two native calls, checked against the original
+linear.py       the two linears: exact int8, and float32 for small batches
+naive.py        what each kernel computes, in plain torch: the oracle of the tests
+native.py       builds, loads and calls the C library in native/; torch does the work where there is none
+threads.py      calibrate_threads()
 """
 
 from specdec.kernels.native import describe

@@ -26,13 +26,15 @@ class Int8Linear(nn.Module):
 
     packed: torch.Tensor
     scale: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         """Copies nothing but the bias: the float weights can go as soon as `linear` does."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         weight_NK = linear.weight.detach().float().contiguous()
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+        bias_N = None if linear.bias is None else linear.bias.detach().float().clone()
+        self.register_buffer("bias", bias_N, persistent=False)
         self.library = native.library()
         self.prepacked = None
         if self.library:
@@ -50,6 +52,7 @@ class Int8Linear(nn.Module):
         if self.library:
             out_MN = self.library.linear(self.matrix(), x_MK)
         else:
+            assert self.prepacked is not None
             out_MN = _torch_int8_linear(x_MK, self.prepacked)
             out_MN = out_MN if self.bias is None else out_MN + self.bias
         return out_MN.view(*x.shape[:-1], self.out_features).to(x.dtype)

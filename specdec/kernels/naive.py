@@ -11,16 +11,19 @@ GROUP = 64
 def quantize_weight(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 weights in -127..127 and one scale per output: weight ~ q * scale."""
     largest_N = weight_NK.abs().amax(dim=1)
-    inverse_N = torch.where(largest_N > 0, 127 / largest_N, 0)
-    return (weight_NK * inverse_N[:, None]).round().to(torch.int8), largest_N / 127
+    return (weight_NK * _steps_per_unit(largest_N)[:, None]).round().to(torch.int8), largest_N / 127
 
 
 def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 rows [M, G, 64] in -127..127 and one scale per row and group [M, G]; K is padded with zeros."""
     groups_MGK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     largest_MG = groups_MGK.abs().amax(dim=2)
-    inverse_MG = torch.where(largest_MG > 0, 127 / largest_MG, 0)
-    return (groups_MGK * inverse_MG[..., None]).round().to(torch.int8), largest_MG / 127
+    return (groups_MGK * _steps_per_unit(largest_MG)[..., None]).round().to(torch.int8), largest_MG / 127
+
+
+def _steps_per_unit(largest: torch.Tensor) -> torch.Tensor:
+    """127 / largest, rounded once (127 / tensor would multiply by a rounded reciprocal); 0 for 0."""
+    return torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
 
 
 def int8_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -46,9 +49,7 @@ def attention(
     scores_BHTS = query_BTHD.transpose(1, 2) @ key_BKSD.repeat_interleave(group, 1).transpose(2, 3) * scale
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    if mask.dtype is torch.bool:
-        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
-    else:
-        scores_BHTS = scores_BHTS + mask
+    bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype is torch.bool else mask
+    scores_BHTS = scores_BHTS + bias
     weights_BHTS = scores_BHTS.softmax(-1).nan_to_num(0)
     return (weights_BHTS @ value_BKSD.repeat_interleave(group, 1)).transpose(1, 2)

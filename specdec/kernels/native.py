@@ -30,6 +30,8 @@ _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 class Matrix(ctypes.Structure):
     """float32 weights [n, k] (scale is None) or packed int8 ones; mirrors common.h, as do the two below."""
 
+    alive: tuple[torch.Tensor | None, ...]  # the tensors that the pointers point into
+
     _fields_ = (("data", _Pointer), ("scale", _Pointer), ("bias", _Pointer), ("n", _Int), ("k", _Int))
 
 
@@ -43,6 +45,7 @@ class Layer(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
+    alive: tuple[torch.Tensor | None, ...]
     _fields_ = (
         *((name, _Int) for name in "BTSHKD"),
         *((name, _Pointer) for name in "qkv"),
@@ -62,7 +65,7 @@ class Library:
     """The native functions, typed. Callers pass contiguous float32 CPU tensors unless said otherwise."""
 
     def __init__(self, path: Path, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avx512" or None for the best one. The choice is the process's, not the object's."""
+        """`instruction_set`: "avx2", "avx512" or None for the best. The choice is the process's, not the object's."""
         self._dll = ctypes.CDLL(str(path))
         self._dll.specdec_select.restype = ctypes.c_char_p
         self._dll.specdec_packed_bytes.restype = _Int
@@ -70,7 +73,7 @@ class Library:
         signatures: dict[str, Sequence[type]] = {
             "select": (ctypes.c_char_p,),
             "packed_bytes": (_Int, _Int),
-            "pack": (_Pointer, _Int, _Int, _Pointer, _Pointer),
+            "pack": (_Pointer, _Int, _Int, _Pointer, _Pointer, num_threads),
             "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, _Pointer, num_threads),
             "attend": (attention, num_threads),
             "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
@@ -93,7 +96,8 @@ class Library:
         n, k = weight_NK.shape
         packed = torch.empty(self._dll.specdec_packed_bytes(n, k), dtype=torch.int8)
         scale_N = torch.empty(n)
-        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, packed.data_ptr(), scale_N.data_ptr())
+        addresses = packed.data_ptr(), scale_N.data_ptr()
+        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, *addresses, torch.get_num_threads())
         return packed, scale_N
 
     def linear(self, matrix: Matrix, x_MK: torch.Tensor) -> torch.Tensor:
@@ -109,13 +113,15 @@ class Library:
 
 
 def matrix(weight: torch.Tensor, n: int, k: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Matrix:
-    return Matrix(weight.data_ptr(), address(scale), address(bias), n, k)
+    m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k)
+    m.alive = (weight, scale, bias)
+    return m
 
 
 def attention(
     query_BTHD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuple[Attention, tuple[torch.Tensor | None, ...]]:
-    """The arguments of one attention, and the tensors that must outlive it.
+) -> Attention:
+    """The arguments of one attention; holds on to its tensors.
 
     Keys and values may have any strides but the last, which is made 1. `mask` broadcasts to [B, H, T, S] and is bool
     (True: visible) or float (added); None is causal, the last query being the last key.
@@ -123,15 +129,16 @@ def attention(
     B, T, H, D = query_BTHD.shape
     K, S = key_BKSD.shape[1], key_BKSD.shape[2]
     key, value = plain(key_BKSD), plain(value_BKSD)
-    a = Attention(B, T, S, H, K, D, query_BTHD.data_ptr(), key.data_ptr(), value.data_ptr(), scale=scale)
-    a.k_strides, a.v_strides = key.stride()[:3], value.stride()[:3]
+    addresses = query_BTHD.data_ptr(), key.data_ptr(), value.data_ptr()
+    visibility: tuple[int | None, bool, tuple[int, ...]] = (None, False, (0, 0, 0))
     if mask is not None:
-        mask = mask if mask.dtype is torch.bool else mask.float()
+        mask = mask if mask.dtype is torch.bool else plain(mask)
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
-        a.mask, a.mask_is_bool = mask.data_ptr(), mask.dtype is torch.bool
-        sizes, strides = mask.shape, mask.stride()
-        a.mask_strides = tuple(0 if sizes[i] == 1 else strides[i] for i in range(3))
-    return a, (key, value, mask)
+        strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
+        visibility = (mask.data_ptr(), mask.dtype is torch.bool, strides[:3])
+    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], *visibility, scale)
+    a.alive = (query_BTHD, key, value, mask)
+    return a
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

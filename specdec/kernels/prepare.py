@@ -5,11 +5,12 @@ import dataclasses
 import itertools
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
-from specdec.kernels.layer import LeanForward, agrees, fits
+from specdec.kernels.layer import LeanForward, Once, agrees, contiguous, fits
 from specdec.kernels.linear import Int8Linear, calibrate, is_plain, small_batch_forward
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +43,7 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     if weights not in (None, "int8"):
         raise UnsupportedOptionError(f"weights={weights!r} is not known: use None (float) or 'int8'")
     if compile:
-        raise UnsupportedOptionError("compile=True is not available: leave it out, the native kernels are faster on CPUs")
+        raise UnsupportedOptionError("compile=True is not available: leave it out, native kernels are faster on CPUs")
     done: Prepared | None = model.__dict__.get(_MARK)
     if done is not None:
         if done.weights == weights:
@@ -65,7 +66,9 @@ def unprepare(model: Model) -> Model:
     if done is None:
         return model
     if done.weights == "int8":
-        raise UnsupportedOptionError("the model was prepared with weights='int8', its float weights are gone: reload it")
+        raise UnsupportedOptionError(
+            "the model was prepared with weights='int8': its float weights are gone, reload it"
+        )
     for module in model.modules():
         if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), LeanForward):
             module.__dict__.pop("forward", None)
@@ -91,7 +94,7 @@ def _to_int8(model: nn.Module) -> int:
                 if child not in replaced:
                     replaced[child] = Int8Linear(child)
                 setattr(parent, name, replaced[child])
-                child.weight = None  # whoever still holds the old module must not hold its weights
+                child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     model.float()
     return len(replaced)
 
@@ -104,13 +107,14 @@ def _to_small_batch(model: nn.Module) -> int:
     for group in by_shape.values():
         choices = calibrate(group)
         for linear in group:
-            linear.forward = small_batch_forward(linear, choices)
+            linear.__dict__["forward"] = small_batch_forward(linear, choices)
     return len(linears)
 
 
 def _to_lean_layers(model: nn.Module) -> int:
     layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
     lean = [layer for layer in layers if fits(layer) and agrees(layer)]
+    rotation = Once(contiguous)
     for layer in lean:
-        layer.forward = LeanForward(layer)
+        layer.__dict__["forward"] = LeanForward(layer, rotation)
     return len(lean)

@@ -12,7 +12,7 @@ _REPETITIONS = 7
 
 @torch.inference_mode()
 def calibrate_threads(model: nn.Module, num_tokens: int = 4) -> int:
-    """The thread count with the fastest forward of `num_tokens` tokens, from 1, 2, 4 ... and all cores, in about a second.
+    """The thread count with the fastest forward of `num_tokens` tokens, of 1, 2, 4 ... and all cores.
 
     Only measures: torch's setting is as before on return. Give the answer to `torch.set_num_threads`; the native
     kernels obey that too. Runs are interleaved and the best of each counts, because a busy machine lies upwards.

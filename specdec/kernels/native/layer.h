@@ -54,6 +54,28 @@ static void multiply(Products *all) {
     parallel_for(product_chunk, all, (strips + all->strips_per_chunk - 1) / all->strips_per_chunk);
 }
 
+/* ---- packing of int8 weights ---- */
+
+typedef struct {
+    const float *w;
+    int64_t n, k;
+    int8_t *packed;
+    float *scale;
+} Packing;
+
+TARGET static void pack_strip(void *context, int strip) {
+    const Packing *p = context;
+    const int64_t padded = (p->k + GROUP - 1) / GROUP * GROUP, first = (int64_t)strip * STRIP;
+    memset(p->packed + first * padded, 0, (size_t)(STRIP * padded));
+    for (int64_t n = first; n < p->n && n < first + STRIP; n++)
+        p->scale[n] = pack_row(p->w + n * p->k, p->k, p->packed + n / 16 * 16 * padded + n % 16 * 4);
+}
+
+static void pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale) {
+    Packing p = {w, n, k, packed, scale};
+    parallel_for(pack_strip, &p, (int)((n + STRIP - 1) / STRIP));
+}
+
 /* ---- rows: optional norm, then quantisation where the next product is int8 ---- */
 
 typedef struct {
@@ -158,4 +180,4 @@ static void attention_and_mlp(const Layer *l, Attention *attention, const float 
     multiply(&down);
 }
 
-const Kernels KERNELS = {INSTRUCTION_SET, linear, attend, attention_inputs, attention_and_mlp};
+const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp};

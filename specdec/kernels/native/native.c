@@ -4,7 +4,6 @@
  * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
  * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; simd_*.h as needed. */
 #define _GNU_SOURCE
-#include <math.h>
 #include <sys/mman.h>
 
 #include "common.h"
@@ -31,22 +30,15 @@ EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k) {
 }
 
 /* w [n][k] -> packed int8 (layout in product.h) and one scale per output: w ~ scale * q, q in -127..127. */
-EXPORT void specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale) {
-    const int64_t padded = (k + GROUP - 1) / GROUP * GROUP, bytes = specdec_packed_bytes(n, k);
+EXPORT void specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale, int num_threads) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, first = ((uintptr_t)packed + page - 1) & ~(page - 1);
-    const uintptr_t last = ((uintptr_t)packed + (uintptr_t)bytes) & ~(page - 1);
+    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k);
+    const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
     if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
 #endif
-    memset(packed, 0, (size_t)bytes);
-    for (int64_t i = 0; i < n; i++) {
-        float largest = 0;
-        for (int64_t j = 0; j < k; j++) largest = fmaxf(largest, fabsf(w[i * k + j]));
-        scale[i] = largest / 127.0f;
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        int8_t *row = packed + i / 16 * 16 * padded + i % 16 * 4;
-        for (int64_t j = 0; j < k; j++) row[j / 4 * 64 + j % 4] = (int8_t)lrintf(w[i * k + j] * inverse);
-    }
+    begin_call(num_threads);
+    kernels->pack(w, n, k, packed, scale);
+    end_call();
 }
 
 EXPORT void specdec_linear(const Matrix *w, const float *x, int64_t rows, float *out, int num_threads) {

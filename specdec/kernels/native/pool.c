@@ -2,9 +2,12 @@
  *
  * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
  * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
- * share, never a stall. Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep
+ * share, not a stall; one that is put aside in the middle of a chunk does cost a stall, so after one of those the pool
+ * works alone for a while, longer each time it happens again (on a busy machine two threads are slower than one).
+ * Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep
  * after SPIN_NS without one. After a fork the child has no workers and the caller does all the work. */
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -14,6 +17,10 @@
 #define MAX_THREADS 64
 #define MAX_CHUNKS 0xFFFF
 #define SPIN_NS 300000
+#define STALL_NS 150000         /* waiting longer than this (and than a few chunks take) is a stall */
+#define MIN_ALONE_NS 5000000ll  /* how long to work alone after a stall: doubled by each new one, */
+#define MAX_ALONE_NS 320000000ll /* halved by CALM_JOBS jobs without */
+#define CALM_JOBS 500
 
 static struct {
     /* job number (32 bits), chunks in the job (16), next chunk to draw (16): one word, so a draw is one exchange */
@@ -22,7 +29,8 @@ static struct {
     _Alignas(64) chunk_fn fn;
     void *context;
     _Atomic int num_active, num_sleeping; /* threads allowed to work, the caller included; workers asleep */
-    int num_workers;
+    int num_workers, num_calm_jobs;
+    int64_t alone_ns, alone_until; /* set by stalls */
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
 } pool = {.num_active = 1, .sleep_lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -136,21 +144,48 @@ int num_active_threads(void) { return atomic_load(&pool.num_active); }
 
 void end_call(void) { pthread_mutex_unlock(&call_lock); }
 
+/* Waits for the workers' last chunks. `patience_ns`: a wait beyond this is a stall. */
+static void wait_for_workers(int num_chunks, int64_t patience_ns) {
+    const int64_t start = now_ns();
+    int stalled = 0;
+    for (unsigned turn = 1; atomic_load(&pool.num_done) < num_chunks; turn++) {
+        if (stalled)
+            sched_yield();
+        else
+            __builtin_ia32_pause();
+        if (turn % 64 == 0) stalled = now_ns() - start > patience_ns;
+    }
+    if (stalled) {
+        pool.alone_ns = pool.alone_ns * 2 < MIN_ALONE_NS ? MIN_ALONE_NS : pool.alone_ns * 2;
+        if (pool.alone_ns > MAX_ALONE_NS) pool.alone_ns = MAX_ALONE_NS;
+        pool.alone_until = now_ns() + pool.alone_ns;
+        pool.num_calm_jobs = 0;
+    } else if (++pool.num_calm_jobs == CALM_JOBS) {
+        pool.alone_ns /= 2;
+        pool.num_calm_jobs = 0;
+    }
+}
+
 void parallel_for(chunk_fn fn, void *context, int num_chunks) {
-    if (num_chunks == 1 || pool.num_active == 1) {
+    const int64_t start = now_ns();
+    if (num_chunks == 1 || pool.num_active == 1 || start < pool.alone_until) {
         for (int chunk = 0; chunk < num_chunks; chunk++) fn(context, chunk);
         return;
     }
     pool.fn = fn;
     pool.context = context;
     atomic_store(&pool.num_done, 0);
-    uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
+    const uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
     atomic_store(&pool.ticket, job << 32 | (uint64_t)num_chunks << 16);
     if (atomic_load(&pool.num_sleeping) > pool.num_workers - (pool.num_active - 1)) {
         pthread_mutex_lock(&pool.sleep_lock);
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.sleep_lock);
     }
-    while (run_one_chunk()) {}
-    while (atomic_load(&pool.num_done) < num_chunks) __builtin_ia32_pause();
+    int mine = 0;
+    while (run_one_chunk()) mine++;
+    if (atomic_load(&pool.num_done) < num_chunks) {
+        const int64_t chunk_ns = mine ? (now_ns() - start) / mine : STALL_NS;
+        wait_for_workers(num_chunks, STALL_NS + 4 * chunk_ns);
+    }
 }

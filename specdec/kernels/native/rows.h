@@ -73,3 +73,20 @@ INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, in
         totals[g * rows] = vi_sum(total);
     }
 }
+
+/* One output's weights -> bytes in groups of four, 64 bytes apart; returns the scale. */
+INLINE float pack_row(const float *w, int64_t k, int8_t *packed) {
+    VF peak = vf_zero();
+    float part[VL] = {0};
+    const int64_t whole = k / VL * VL;
+    memcpy(part, w + whole, (size_t)(k - whole) * sizeof(float));
+    for (int64_t i = 0; i < k; i += VL) peak = vf_max(peak, vf_abs(vf_load(i < whole ? w + i : part)));
+    const float largest = vf_peak(peak);
+    const VF inverse = vf_set1(largest > 0 ? 127.0f / largest : 0.0f);
+    for (int64_t i = 0; i < k; i += VL) {
+        int8_t bytes[VL];
+        store_bytes(bytes, vf_to_int(vf_mul(vf_load(i < whole ? w + i : part), inverse)));
+        for (int g = 0; g < VL / 4; g++) memcpy(packed + (i / 4 + g) * 64, bytes + 4 * g, 4);
+    }
+    return largest / 127.0f;
+}

@@ -1,0 +1,306 @@
+"""Whatever breaks a run off, anywhere: the error comes out as it is, and nothing of the run stays behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import specdec
+from specdec.drafters import Drafter, DraftSession, Outcome, PromptLookup, Run, SmallModel
+from specdec.testing import tiny_model
+from trees import Draft
+
+PROMPT = torch.tensor([list(b"mind the gap, mind the")])
+GREEDY = {"max_new_tokens": 20, "do_sample": False}
+NUM_CACHED = 9
+
+
+class Bomb:
+    """Goes off when it is touched for the n-th time."""
+
+    def __init__(self, error: BaseException, fuse: int):
+        self.error = error
+        self.fuse = fuse
+
+    def touch(self) -> None:
+        self.fuse -= 1
+        if self.fuse == 0:
+            raise self.error
+
+
+class BombedStreamer(BaseStreamer):
+    def __init__(self, bomb: Bomb):
+        self.bomb = bomb
+
+    def put(self, value: Tensor) -> None:
+        self.bomb.touch()
+
+    def end(self) -> None:
+        pass
+
+
+class BombedProcessor(LogitsProcessor):
+    def __init__(self, bomb: Bomb):
+        self.bomb = bomb
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bomb.touch()
+        return scores
+
+
+class BombedCriterion(StoppingCriteria):
+    def __init__(self, bomb: Bomb):
+        self.bomb = bomb
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.bomb.touch()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Watched(Drafter):
+    """Another drafter, of which we know how many sessions were opened and closed; calls may be bombed."""
+
+    def __init__(self, drafter: Drafter, bombs: dict[str, Bomb] | None = None):
+        self.drafter = drafter
+        self.bombs = bombs or {}
+        self.num_opened = self.num_closed = 0
+
+    def start(self, run: Run) -> DraftSession:
+        self.touch("start")
+        self.num_opened += 1
+        return _WatchedSession(self, self.drafter.start(run))
+
+    def touch(self, call: str) -> None:
+        if call in self.bombs:
+            self.bombs[call].touch()
+
+
+class _WatchedSession(DraftSession):
+    def __init__(self, drafter: Watched, session: DraftSession):
+        self.drafter = drafter
+        self.session = session
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        self.drafter.touch("propose")
+        return self.session.propose(max_depths)
+
+    def observe(self, outcome: Outcome) -> None:
+        self.drafter.touch("observe")
+        self.session.observe(outcome)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.session.select_rows(rows)
+
+    def close(self) -> None:
+        self.drafter.num_closed += 1
+        self.session.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama", seed=8)
+
+
+@pytest.fixture(scope="module")
+def draft_model() -> PreTrainedModel:
+    return tiny_model("llama", seed=8, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def expected(model: PreTrainedModel) -> Tensor:
+    return model.generate(PROMPT, **GREEDY)
+
+
+@contextmanager
+def bombed_forward(model: PreTrainedModel, bomb: Bomb) -> Iterator[None]:
+    hook = model.register_forward_hook(lambda *_: bomb.touch())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def bombed_layer(model: PreTrainedModel, bomb: Bomb) -> Iterator[None]:
+    """Between two layers: one has written to the cache, the next has not."""
+    with bombed_forward(model.model.layers[-1], bomb):
+        yield
+
+
+@contextmanager
+def watched_caches(*models: PreTrainedModel) -> Iterator[list[weakref.ref[Any]]]:
+    """Weak references to every cache that the models' forwards are given."""
+    caches: list[weakref.ref[Any]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        caches.append(weakref.ref(kwargs["past_key_values"]))
+
+    hooks = [model.register_forward_pre_hook(note, with_kwargs=True) for model in models]
+    try:
+        yield caches
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def cache_of_prompt(model: PreTrainedModel) -> DynamicCache:
+    return model(PROMPT[:, :NUM_CACHED], use_cache=True).past_key_values
+
+
+def states_of(cache: DynamicCache) -> list[Tensor]:
+    return [states.clone() for layer in cache.layers for states in (layer.keys, layer.values)]
+
+
+PLACES = (
+    "streamer",
+    "processor",
+    "criterion",
+    "prefix function",
+    "drafter's start",
+    "propose",
+    "observe",
+    "target's forward",
+    "target's layer",
+    "draft's forward",
+)
+
+
+@contextmanager
+def bombed_call(
+    place: str, bomb: Bomb, model: PreTrainedModel, draft_model: PreTrainedModel
+) -> Iterator[dict[str, Any]]:
+    """The options of a call with the bomb in its place."""
+    drafter = Watched(SmallModel(draft_model, num_tokens=3))
+    options: dict[str, Any] = {"drafter": drafter, **GREEDY}
+    match place:
+        case "streamer":
+            options["streamer"] = BombedStreamer(bomb)
+        case "processor":
+            options["logits_processor"] = LogitsProcessorList([BombedProcessor(bomb)])
+        case "criterion":
+            options["stopping_criteria"] = StoppingCriteriaList([BombedCriterion(bomb)])
+        case "prefix function":
+            options["prefix_allowed_tokens_fn"] = lambda row, ids: bomb.touch() or list(range(200))
+        case "drafter's start" | "propose" | "observe":
+            drafter.bombs[place.removeprefix("drafter's ")] = bomb
+        case "target's forward" | "draft's forward":
+            with bombed_forward(model if place.startswith("target") else draft_model, bomb):
+                yield options
+            return
+        case "target's layer":
+            with bombed_layer(model, bomb):
+                yield options
+            return
+    yield options
+
+
+def catch(error: BaseException, model: PreTrainedModel, **options: Any) -> BaseException | None:
+    """Run the call and return what it raised, without its traceback (which would keep the run alive)."""
+    try:
+        specdec.generate(model, PROMPT, **options)
+    except type(error) as caught:
+        return caught.with_traceback(None)
+    return None
+
+
+@pytest.mark.parametrize("fuse", [1, 4])
+@pytest.mark.parametrize("error", [LookupError("bang"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_breaks_off(
+    model: PreTrainedModel,
+    draft_model: PreTrainedModel,
+    expected: Tensor,
+    place: str,
+    error: BaseException,
+    fuse: int,
+):
+    if place == "drafter's start":
+        fuse = 1
+    cache = cache_of_prompt(model)
+    before, attributes = states_of(cache), set(vars(model))
+    with (
+        watched_caches(model, draft_model) as caches,
+        bombed_call(place, Bomb(error, fuse), model, draft_model) as options,
+    ):
+        assert catch(error, model, past_key_values=cache, **options) is error
+    drafter = options["drafter"]
+    assert drafter.num_opened == drafter.num_closed
+
+    assert cache.get_seq_length() == NUM_CACHED
+    assert all(torch.equal(now, then) for now, then in zip(states_of(cache), before, strict=True))
+    gc.collect()
+    assert {reference() for reference in caches} <= {None, cache}
+
+    assert set(vars(model)) == attributes
+    assert torch.equal(model.generate(PROMPT, **GREEDY), expected)
+    drafter.bombs.clear()
+    assert torch.equal(specdec.generate(model, PROMPT, past_key_values=cache, drafter=drafter, **GREEDY), expected)
+
+
+def test_a_finished_run_closes_its_session_and_keeps_no_cache(
+    model: PreTrainedModel, draft_model: PreTrainedModel, expected: Tensor
+):
+    drafter = Watched(SmallModel(draft_model))
+    with watched_caches(model, draft_model) as caches:
+        assert torch.equal(specdec.generate(model, PROMPT, drafter=drafter, **GREEDY), expected)
+    assert drafter.num_opened == drafter.num_closed == 1
+    gc.collect()
+    assert caches
+    assert {reference() for reference in caches} == {None}
+
+
+def test_a_fault_in_a_batch_with_rows_that_have_finished(model: PreTrainedModel):
+    """Rows have left the cache when the fault comes; the caller's cache knows nothing of it."""
+    prompts = torch.cat([PROMPT, PROMPT.roll(1, 1)])
+    cache = model(prompts[:, :NUM_CACHED], use_cache=True).past_key_values
+    before = states_of(cache)
+    options = {**GREEDY, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
+    eos = int(model.generate(prompts, **options)[0, PROMPT.shape[1] + 1])
+    error = LookupError("bang")
+    criterion = BombedCriterion(Bomb(error, 12))
+    with pytest.raises(LookupError, match="bang"):
+        specdec.generate(
+            model,
+            prompts,
+            past_key_values=cache,
+            eos_token_id=eos,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            drafter=PromptLookup(min_match=1),
+            **options,
+        )
+    assert all(torch.equal(now, then) for now, then in zip(states_of(cache), before, strict=True))
+
+
+def test_a_session_is_closed_once_when_closing_fails(model: PreTrainedModel, expected: Tensor):
+    """An error of `close` itself comes out too, and the next run is not affected."""
+
+    class ClosesBadly(_WatchedSession):
+        def close(self) -> None:
+            super().close()
+            raise LookupError("stuck")
+
+    class Drafts(Watched):
+        def start(self, run: Run) -> DraftSession:
+            return ClosesBadly(self, self.drafter.start(run))
+
+    drafter = Drafts(PromptLookup())
+    with pytest.raises(LookupError, match="stuck"):
+        specdec.generate(model, PROMPT, drafter=drafter, **GREEDY)
+    assert drafter.num_closed == 1
+    assert torch.equal(specdec.generate(model, PROMPT, drafter=PromptLookup(), **GREEDY), expected)

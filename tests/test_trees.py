@@ -1,0 +1,135 @@
+"""Token trees beside brute force."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import token_trees
+from trees import ROOT, Chain, TokenTree, TreeBatch
+
+EXAMPLE = TokenTree(tokens=[5, 6, 7, 8, 9], parents=[ROOT, ROOT, 0, 0, 2], probs=[0.5, 0.25, 1, 0.125, 0.75])
+"""
+root ┬ 5 ┬ 7 ─ 9
+     │   └ 8
+     └ 6
+"""
+
+batches = st.lists(token_trees(), min_size=1, max_size=4)
+
+
+def test_tree_draws_itself() -> None:
+    assert str(EXAMPLE) == (
+        "root\n"
+        "├─ 5  q=0.500\n"
+        "│  ├─ 7  q=1.000\n"
+        "│  │  └─ 9  q=0.750\n"
+        "│  └─ 8  q=0.125\n"
+        "└─ 6  q=0.250"
+    )
+    valued = TokenTree(tokens=[1], parents=[ROOT], values=[0.5])
+    assert valued.render(decode=chr) == "root\n└─ \x01  v=0.500"
+
+
+def test_example_is_read_as_drawn() -> None:
+    assert EXAMPLE.depths == [1, 1, 2, 2, 3]
+    assert EXAMPLE.children == [[0, 1], [2, 3], [], [4], [], []]
+    assert EXAMPLE.path(4) == [0, 2, 4]
+    assert EXAMPLE.dfs_order() == [0, 2, 4, 3, 1]
+
+
+def test_chain_is_a_tree() -> None:
+    chain = TokenTree.chain([4, 5, 6])
+    assert list(chain.parents) == [ROOT, 0, 1]
+    assert chain.path(2) == [0, 1, 2]
+    assert len(TokenTree.chain([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parents": [ROOT]}, "2 tokens needs as many parents, got 1"),
+        ({"parents": [ROOT, 0], "probs": [1.0]}, "as many probs, got 1"),
+        ({"parents": [ROOT, 0], "values": []}, "as many values, got 0"),
+        ({"parents": [1, ROOT]}, "node 0 names parent 1"),
+        ({"parents": [ROOT, 1]}, "node 1 names parent 1"),
+        ({"parents": [ROOT, -2]}, "node 1 names parent -2"),
+    ],
+)
+def test_impossible_tree_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenTree(tokens=[1, 2], **fields)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5])
+def test_chain_without_length_is_refused(length: float) -> None:
+    with pytest.raises(ValueError, match="positive integer"):
+        Chain(length)
+
+
+@given(token_trees(max_nodes=12))
+@settings(deadline=None)
+def test_depth_first_order_keeps_subtrees_together(tree: TokenTree) -> None:
+    order = tree.dfs_order()
+    assert sorted(order) == list(range(len(tree)))
+    for node in range(len(tree)):
+        subtree = {other for other in range(len(tree)) if node in tree.path(other)}
+        first = order.index(node)
+        assert set(order[first : first + len(subtree)]) == subtree
+    for siblings in tree.children:
+        assert sorted(siblings, key=order.index) == siblings
+
+
+@given(batches)
+@settings(deadline=None)
+def test_batch_knows_its_rows(rows: list[TokenTree]) -> None:
+    batch = TreeBatch.stack(rows)
+    assert batch.num_rows == len(rows)
+    assert batch.sizes == tuple(map(len, rows))
+    assert batch.width == batch.num_slots - 1 == max(map(len, rows))
+    assert batch.depth == max((depth for row in rows for depth in row.depths), default=0)
+    assert batch.is_chain == all(row.depths == list(range(1, len(row) + 1)) for row in rows)
+    for index, row in enumerate(rows):
+        unstacked = replace(batch, rows=None).row(index)
+        assert (unstacked.tokens, unstacked.parents) == (row.tokens, row.parents)
+        assert batch.real_BN[index].tolist() == [node < len(row) for node in range(batch.width)]
+
+
+@given(batches)
+@settings(deadline=None)
+def test_slots_see_their_path_and_nothing_else(rows: list[TokenTree]) -> None:
+    batch = TreeBatch.stack(rows)
+    for index, row in enumerate(rows):
+        assert batch.depths_BT[index, : len(row) + 1].tolist() == [0, *row.depths]
+        for slot in range(len(row) + 1):
+            on_path = {0, *(node + 1 for node in row.path(slot - 1))}
+            seen = batch.ancestors_BTT[index, slot].nonzero().flatten().tolist()
+            assert set(seen) == on_path
+
+
+def test_chains_of_different_lengths() -> None:
+    batch = TreeBatch.chains(torch.tensor([[1, 2, 3], [4, 5, 6]]), sizes=[3, 1])
+    assert batch.is_chain
+    assert batch.depth == 3
+    assert list(batch.row(1).tokens) == [4]
+    assert batch.ancestors_BTT[0].tolist() == torch.ones(4, 4).tril().bool().tolist()
+    assert batch.depths_BT.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_empty_batch_has_only_roots() -> None:
+    batch = TreeBatch.empty(2)
+    assert (batch.width, batch.num_slots, batch.depth, batch.is_chain) == (0, 1, 0, True)
+    assert batch.ancestors_BTT.tolist() == [[[True]]] * 2
+
+
+def test_batch_grows_by_layers() -> None:
+    layer = torch.tensor([[1, 2], [3, 4]])
+    grown = TreeBatch.empty(2).extended(layer, torch.full_like(layer, ROOT))
+    grown = grown.extended(torch.tensor([[5], [6]]), torch.tensor([[1], [0]]))
+    assert (grown.sizes, grown.depth, grown.is_chain) == ((3, 3), 2, False)
+    assert grown.row(0).path(2) == [1, 2]
+    assert grown.row(1).path(2) == [0, 2]
+    chain = TreeBatch.empty(1).extended(torch.tensor([[1]]), torch.tensor([[ROOT]]))
+    assert chain.is_chain

@@ -1,0 +1,71 @@
+"""Chains: every token follows the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trees.growth import Draft, Grower, GrowthPolicy, Layer
+from trees.tree import ROOT, TreeBatch
+from trees.urn import Urn
+
+
+@dataclass(frozen=True)
+class Chain(GrowthPolicy):
+    """A chain of `length` tokens (speculative sampling; Leviathan et al. 2023, Chen et al. 2023).
+
+    Raises:
+        ValueError: `length` is not a positive integer.
+    """
+
+    length: int = 5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"Chain(length={self.length!r}): length is a positive integer")
+
+    def start(
+        self,
+        *,
+        max_depths: Sequence[int],
+        sample: bool,
+        generator: torch.Generator | None = None,
+        previous: Grower | None = None,
+    ) -> Grower:
+        sizes = tuple(min(self.length, depth) for depth in max_depths)
+        return _ChainGrower(sizes, sample, generator)
+
+
+class _ChainGrower(Grower):
+    def __init__(self, sizes: tuple[int, ...], sample: bool, generator: torch.Generator | None):
+        self._sizes = sizes
+        self._sample = sample
+        self._generator = generator
+        self._tokens: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    @property
+    def hungry(self) -> bool:
+        return len(self._tokens) < max(self._sizes)
+
+    def grow(self, scores_BMV: Tensor) -> Layer:
+        scores_BV = scores_BMV[:, 0]
+        if self._sample:
+            self._q.append(scores_BV.softmax(-1))
+            urn = Urn(self._q[-1], sample=True, generator=self._generator)
+            token_B1, _ = urn.take(torch.arange(len(scores_BV), device=scores_BV.device), 1)
+        else:
+            token_B1 = scores_BV.argmax(-1, keepdim=True)
+        parent = ROOT + len(self._tokens)
+        self._tokens.append(token_B1)
+        return Layer(tokens_BM=token_B1, parents_BM=torch.full_like(token_B1, parent))
+
+    def finish(self) -> Draft:
+        trees = TreeBatch.chains(torch.cat(self._tokens, 1), self._sizes)
+        if not self._sample:
+            return Draft(trees=trees)
+        unread = torch.zeros_like(self._q[0])
+        return Draft(trees=trees, q_BTV=torch.stack([*self._q, unread], 1))
