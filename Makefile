@@ -5,9 +5,10 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check clean
 
+# One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 5 minutes on 2 cores
 	$(BIN)/specdec pull demo
-	$(BIN)/specdec bench --model demo --limit 1 --max-new-tokens 48 --repetitions 1
+	$(BIN)/specdec bench --model demo --limit 1 --threads 1 --max-new-tokens 48 --repetitions 2
 
 test: $(READY)  ## no network, no downloads
 	$(BIN)/python -m pytest

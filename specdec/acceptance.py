@@ -11,6 +11,7 @@ processors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +65,8 @@ def topdown(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = Non
         return _topdown_chain(trees, p_BTV, draft.q_BTV, generator)
     trial = _Trial(draft, p_BTV, by_depth=False)
     chance_F = torch.zeros_like(trial.reach_F)
-    for start, children_N in trial.rounds:
-        chance_F[children_N] = trial.refuse(start, children_N)
+    for contest in trial.contests:
+        chance_F[contest.children_N] = trial.refuse(contest)
     kept_BT = _throw(chance_F, generator).view(trees.num_rows, -1)
     return trial.outcome(kept_BT[:, 1:], generator)
 
@@ -85,8 +86,8 @@ def traversal(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = N
     trees = draft.trees
     assert draft.q_BTV is not None, "a deterministic draft is walked"
     trial = _Trial(draft, p_BTV, by_depth=True)
-    for start, children_N in trial.rounds:
-        trial.reach_F[children_N] = trial.refuse(start, children_N)
+    for contest in trial.contests:
+        trial.reach_F[contest.children_N] = trial.refuse(contest)
     kept_BT = _throw(trial.reach_F, generator).view(trees.num_rows, -1)
     kept_beneath_BT = (trees.ancestors_BTT & (kept_BT & trees.real_BT).unsqueeze(2)).any(1)
     return trial.outcome(kept_beneath_BT[:, 1:], generator)
@@ -130,6 +131,14 @@ def _topdown_chain(trees: TreeBatch, p_BTV: Tensor, q_BTV: Tensor, generator: to
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
 
 
+class _Contest(NamedTuple):
+    """Children that are tried together: number `rank` of the slots that stand in I from `start` on."""
+
+    start: int
+    rank: int
+    children_N: Tensor
+
+
 class _Trial:
     """The distributions of all slots that have children, as they stand after the children tried so far.
 
@@ -137,8 +146,7 @@ class _Trial:
         by_depth: try children depth by depth, so that a slot's reach is known before its children are tried.
 
     Attributes:
-        rounds: who is tried together, as (first index in I, one child of each slot from there on): in every round
-            the next child of slots that have one.
+        contests: in the order in which they take place.
         reach_F: chance that a slot is kept, given that it is tested and that all children tried so far are refused.
     """
 
@@ -146,24 +154,26 @@ class _Trial:
         self._trees = draft.trees
         self._tokens_F = torch.nn.functional.pad(draft.trees.tokens_BN, (1, 0)).flatten()
         self._p_FV = p_BTV.flatten(0, 1)
-        self._slots_I, self.rounds = _families(draft.trees, by_depth=by_depth)
+        self._slots_I, self.contests = _families(draft.trees, by_depth=by_depth)
         self._p_IV = self._p_FV.index_select(0, self._slots_I)
         self._q_IV = draft.q_BTV.flatten(0, 1).index_select(0, self._slots_I)
-        self._p_mass_I, self._q_mass_I = self._p_IV.new_ones((2, len(self._slots_I)))
+        self._p_mass_I = self._p_IV.new_ones(len(self._slots_I))
         self.reach_F = self._p_FV.new_ones(len(self._p_FV))
 
-    def refuse(self, start: int, children_N: Tensor) -> Tensor:
+    def refuse(self, contest: _Contest) -> Tensor:
         """Try children and refuse them all; returns the chances that they had."""
+        start, rank, children_N = contest
         mine = slice(start, start + len(children_N))
-        p_NV, q_NV, p_mass_N, q_mass_N = self._p_IV[mine], self._q_IV[mine], self._p_mass_I[mine], self._q_mass_I[mine]
-        reach_N = self.reach_F[self._slots_I[mine]]
-        token_N1 = self._tokens_F[children_N].unsqueeze(1)
-        p_scale_N, q_scale_N = reach_N / p_mass_N.clamp_min(_tiny(p_mass_N)), 1 / q_mass_N
-        chance_N = (p_NV.gather(1, token_N1)[:, 0] * p_scale_N) / (q_NV.gather(1, token_N1)[:, 0] * q_scale_N)
-        p_NV.mul_(p_scale_N[:, None]).addcmul_(q_NV, -q_scale_N[:, None]).clamp_min_(0)
+        p_NV, q_NV, slots_N = self._p_IV[mine], self._q_IV[mine], self._slots_I[mine]
+        reach_N, token_N1 = self.reach_F[slots_N], self._tokens_F[children_N].unsqueeze(1)
+        if rank:
+            q_NV.div_(q_NV.sum(-1, keepdim=True))
+        p_NV.mul_((reach_N / self._p_mass_I[mine].clamp_min(_tiny(p_NV))).unsqueeze(1))
+        chance_N = p_NV.gather(1, token_N1)[:, 0] / q_NV.gather(1, token_N1)[:, 0]
+        left_N = p_NV.sub_(q_NV).clamp_min_(0).sum(-1)
+        self._p_mass_I[mine] = left_N
+        self.reach_F[slots_N] = left_N / (left_N + 1 - reach_N).clamp_min(_tiny(p_NV))
         q_NV.scatter_(1, token_N1, 0)
-        p_mass_N[:], q_mass_N[:] = p_NV.sum(-1), q_NV.sum(-1)
-        self.reach_F[self._slots_I[mine]] = p_mass_N / (p_mass_N + 1 - reach_N).clamp_min(_tiny(p_mass_N))
         return chance_N.clamp_max(1)
 
     def outcome(self, open_BN: Tensor, generator: torch.Generator | None) -> Acceptance:
@@ -171,7 +181,7 @@ class _Trial:
         path_BD, counts_B, last_B = _descend(self._trees, open_BN)
         slot_B = last_B + torch.arange(len(last_B), device=last_B.device) * self._trees.num_slots
         p_BV = self._p_FV[slot_B]
-        if not self.rounds:
+        if not self.contests:
             return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(p_BV, generator))
         index_F = torch.full_like(self._tokens_F, -1)
         index_F[self._slots_I] = torch.arange(len(self._slots_I), device=index_F.device)
@@ -181,8 +191,8 @@ class _Trial:
         return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
 
 
-def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """Slots that have children, and the rounds in which those are tried (see `_Trial`)."""
+def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[_Contest]]:
+    """Slots that have children, and the contests of these."""
     parents_BN, num_slots = trees.host_parents_BN, trees.num_slots
     row_N, node_N = np.nonzero(np.arange(trees.width) < np.array(trees.sizes)[:, None])
     parent_N = row_N * num_slots + parents_BN[row_N, node_N] + 1
@@ -192,16 +202,17 @@ def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[tuple[i
     depth_I = _host_depths(trees).ravel()[slot_I] if by_depth else np.zeros_like(slot_I)
     order_I = np.lexsort((-size_I, depth_I))
     slot_I, first_I, size_I, depth_I = slot_I[order_I], first_I[order_I], size_I[order_I], depth_I[order_I]
-    starts, rounds = [], []
+    contests = []
     for depth in range(depth_I.max(initial=-1) + 1):
         start, stop = np.searchsorted(depth_I, (depth, depth + 1))
         for rank in range(size_I[start]):
             stop = start + np.searchsorted(-size_I[start:stop], -rank)
-            starts.append(int(start))
-            rounds.append(child_N[first_I[start:stop] + rank])
-    tensors = torch.from_numpy(np.concatenate([slot_I, *rounds])).to(trees.device)
-    slots_I, *children = tensors.split([len(slot_I), *map(len, rounds)])
-    return slots_I, list(zip(starts, children, strict=True))
+            contests.append((int(start), rank, child_N[first_I[start:stop] + rank]))
+    numbers = np.concatenate([slot_I, *(children for _, _, children in contests)])
+    slots_I, *children = torch.from_numpy(numbers).to(trees.device).split(
+        [len(slot_I), *(len(children) for _, _, children in contests)]
+    )
+    return slots_I, [_Contest(*head, tensor) for (*head, _), tensor in zip(contests, children, strict=True)]
 
 
 def _host_depths(trees: TreeBatch) -> np.ndarray:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import types
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -89,11 +90,17 @@ def generate(
         NumericalError: the target's scores are NaN.
         ValueError: a wrong argument, with the message of `model.generate()` where it has one.
     """
+    started = perf_counter()
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
     arguments = options.prepare(model, {"inputs": inputs, "generation_config": generation_config, **kwargs})
     method = _DecodingMethod(
-        drafter=as_drafter(drafter), tree=tree, verify=verify, generator=generator, streamer=arguments.get("streamer")
+        drafter=as_drafter(drafter),
+        tree=tree,
+        verify=verify,
+        generator=generator,
+        streamer=arguments.get("streamer"),
+        started=started,
     )
     return type(model).generate(model, **arguments, custom_generate=method)
 
@@ -185,6 +192,7 @@ class _DecodingMethod:
     verify: str
     generator: torch.Generator | None
     streamer: BaseStreamer | None
+    started: float
 
     def __call__(
         self,
@@ -257,6 +265,7 @@ class _DecodingMethod:
             ),
             feed=None if self.streamer is None else StreamFeed(self.streamer, num_rows, _pad_token_id(config)),
             context_length=position_limit(model),
+            started=self.started,
         )
 
 

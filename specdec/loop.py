@@ -35,6 +35,7 @@ class DecodingLoop:
         sequences: the committed tokens of the unfinished rows.
         context_length: positions that the target has; nothing is drafted past them.
         recorder: takes the rows that stop.
+        started: `perf_counter()` when the call began.
     """
 
     target: TreeModel
@@ -45,6 +46,7 @@ class DecodingLoop:
     recorder: Recorder
     feed: StreamFeed | None
     context_length: int
+    started: float
 
     def __post_init__(self) -> None:
         self.stats = DecodingStats.for_rows(len(self.sequences))
@@ -55,9 +57,9 @@ class DecodingLoop:
         Args:
             prefill: reads the prompt and returns the logits [B, 1, V] of its last token.
         """
-        self._start = perf_counter()
+        prefill_started = perf_counter()
         logits_B1V = prefill()
-        self.stats.prefill_seconds = perf_counter() - self._start
+        self.stats.prefill_seconds = perf_counter() - prefill_started
         self.commit(Draft(trees=TreeBatch.empty(len(self.sequences), self.sequences.device)), logits_B1V)
         while len(self.sequences):
             self.round()
@@ -65,7 +67,7 @@ class DecodingLoop:
             self.feed.end()
         self.stats.target_forwards = self.target.num_forwards
         self.stats.draft_forwards = self.session.num_forwards
-        self.stats.finish(perf_counter() - self._start)
+        self.stats.finish(perf_counter() - self.started)
 
     def round(self) -> None:
         """One round."""
@@ -122,7 +124,7 @@ class DecodingLoop:
         counts = [len(row_tokens) for row_tokens in tokens]
         if self.stats.num_new_tokens:
             self.stats.note_round(rows, trees.sizes, [len(path) for path in paths], counts)
-        self.stats.note_tokens(sum(counts), perf_counter() - self._start)
+        self.stats.note_tokens(sum(counts), perf_counter() - self.started)
         for row, row_tokens, finished, count in zip(rows, tokens, stopped, num_new, strict=True):
             self.recorder.trim(row, count)
             if self.feed is not None:

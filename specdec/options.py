@@ -72,7 +72,9 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: An
     if router is not None:
         raise UnsupportedOptionError("router=... is not part of this version: step-level routing comes later")
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)")
+        raise ValueError(
+            f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)"
+        )
     if generator is not None and generator.device.type != model.device.type:
         raise ValueError(
             f"the generator is on {generator.device} and the model on {model.device}: make it with "

@@ -134,8 +134,9 @@ def test_the_oracle_is_lossless():
 @pytest.mark.parametrize("name", TREES)
 def test_topdown_follows_the_oracle(name: str, zeros: bool):
     tree = TREES[name]
-    p = random_distributions(len(tree) + 1, 4, seed=3, zeros=zeros)
-    q = random_distributions(len(tree) + 1, 4, seed=4)
+    # with these seeds second siblings are neither sure to be kept nor sure to be refused
+    p = random_distributions(len(tree) + 1, 4, seed=58, zeros=zeros)
+    q = random_distributions(len(tree) + 1, 4, seed=108)
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
     accepted = topdown(draft, as_batch(p), torch.Generator().manual_seed(5))
     assert_drawn_from(outcomes_of(accepted), oracle(tree, p, q), name)

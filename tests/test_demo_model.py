@@ -40,7 +40,7 @@ def reference(demo: LoadedModel, prompts: BatchEncoding) -> Tensor:
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("rows", [[0], [1], [2], [3], [4], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("rows", [[0], [2], [4], [0, 1, 2, 3]], ids=str)
 def test_same_tokens_as_plain_decoding(
     demo: LoadedModel, prompts: BatchEncoding, reference: Tensor, rows: list[int], drafter: str
 ) -> None:

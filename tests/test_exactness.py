@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, cached_property
+from typing import Protocol
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ import trees.urn
 from specdec import acceptance
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import TREES, as_batch, outcomes_of, random_distributions, repeated
-from trees import ROOT, Chain, Draft, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia, TokenTree, TreeBatch
+from trees import ROOT, Chain, Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowthPolicy, Sequoia, TokenTree, TreeBatch
 
 VOCAB_SIZE = 3
 MAX_DEPTH = 3
@@ -133,9 +134,12 @@ class Script:
         return chosen
 
 
-def grow(policy: GrowthPolicy, models: Sequence[ToyModel], max_depths: Sequence[int]) -> Draft:
+class Scores(Protocol):
+    def scores(self, prefix: Prefix) -> Tensor: ...
+
+
+def drive(grower: Grower, models: Sequence[Scores]) -> Draft:
     """A drafter at work: one model for each row."""
-    grower = policy.start(max_depths=max_depths, sample=True)
     placed: list[list[Prefix]] = [[] for _ in models]
     newest: list[list[Prefix]] = [[()] for _ in models]
     while True:
@@ -147,6 +151,16 @@ def grow(policy: GrowthPolicy, models: Sequence[ToyModel], max_depths: Sequence[
             above = [() if parent == ROOT else placed[row][parent] for parent in parents]
             newest[row] = [(*prefix, token) for prefix, token in zip(above, tokens, strict=True)]
             placed[row] += newest[row]
+
+
+def grow(
+    policy: GrowthPolicy,
+    models: Sequence[Scores],
+    max_depths: Sequence[int],
+    sample: bool = True,
+    generator: torch.Generator | None = None,
+) -> Draft:
+    return drive(policy.start(max_depths=max_depths, sample=sample, generator=generator), models)
 
 
 def every_draft(

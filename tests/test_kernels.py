@@ -172,8 +172,8 @@ def test_calibration_prefers_native_unless_it_costs():
     def choose(native_s):
         return linears._choose({band: {"stock": 2.0, "turned": 1.0, "native": native_s} for band in linears.BANDS})
 
-    assert set(choose(1.05).values()) == {linears.NATIVE}
-    assert set(choose(1.3).values()) == {linears.TURNED}
+    assert set(choose(1.9).values()) == {linears.NATIVE}
+    assert set(choose(2.1).values()) == {linears.TURNED}
 
 
 def test_training_still_works_on_a_float_prepared_model():

@@ -116,11 +116,12 @@ class LayeredGrower(Grower):
             wanted_N = self._wants(slots, np.minimum(slots["reach"] * promise_N, slots["bound"]), rank_N)
             wanted_N &= promise_N > 0
             slots, rank_N, promise_N = slots[wanted_N], rank_N[wanted_N], promise_N[wanted_N]
+            if len(slots):
+                indices = torch.from_numpy(slots["index"].copy()).to(urn.device)
+                tokens_NK, probs_NK = (x.cpu().numpy() for x in urn.take(indices, batch_size(batch)))
+                slots, rank_N = self._offer(slots, rank_N, promise_N, tokens_NK, probs_NK.astype(np.float64))
             if not len(slots):
                 return urn.refill()
-            indices = torch.from_numpy(slots["index"].copy()).to(urn.device)
-            tokens_NK, probs_NK = (x.cpu().numpy() for x in urn.take(indices, batch_size(batch)))
-            slots, rank_N = self._offer(slots, rank_N, promise_N, tokens_NK, probs_NK.astype(np.float64))
 
     def _offer(
         self, slots: np.ndarray, rank_N: np.ndarray, promise_N: np.ndarray, tokens_NK: np.ndarray, probs_NK: np.ndarray

@@ -3,6 +3,7 @@
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.plain import Plain
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.quantized_self import QuantizedSelf
 from specdec.drafters.small_model import SmallModel
 
-__all__ = ["DraftSession", "Drafter", "Outcome", "Plain", "PromptLookup", "Run", "SmallModel"]
+__all__ = ["DraftSession", "Drafter", "Outcome", "Plain", "PromptLookup", "QuantizedSelf", "Run", "SmallModel"]

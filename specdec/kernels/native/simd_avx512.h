@@ -78,7 +78,6 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
         VI row[TILE];
         for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * rows + m)));
         for (int b = 0; b < blocks; b++) {
-            _mm_prefetch((const char *)w + b * block_bytes + 64 * step + 1024, _MM_HINT_NTA);
             VI weight = _mm512_xor_si512(vi_load(w + b * block_bytes + 64 * step), flip);
             for (int m = 0; m < rows; m++) acc[b][m] = _mm512_dpbusd_epi32(acc[b][m], weight, row[m]);
         }

@@ -1,0 +1,182 @@
+"""What the kernels buy: width of a verification, plain decoding, perplexity and memory.
+
+    python bench/forward_cost.py MODEL [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
+
+MODEL is a folder or hub id. Three forms of one model take turns in one process: `stock` (transformers, float32),
+`float` (prepare(model)) and `int8` (quantized_copy(model)). Every figure is the best of its repetitions, wall time and
+CPU time of the calling thread: on a busy machine only the latter (with --threads 1) means something. The last line of
+stdout is JSON. A wrong result (float or int8 rows that depend on their company) fails the run.
+"""
+
+import argparse
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from specdec import kernels
+from specdec.cache import TreeCache
+
+FORMS = ("stock", "float", "int8")
+WIDTHS = (1, 2, 4, 8, 16)
+
+
+@contextmanager
+def form(models: dict[str, PreTrainedModel], name: str) -> Iterator[PreTrainedModel]:
+    """The model in one of its forms; `stock` and `float` are the same weights (calibration runs once)."""
+    model = models["int8" if name == "int8" else "float32"]
+    if name == "float":
+        kernels.prepare(model)
+    yield model
+    if name == "float":
+        kernels.unprepare(model)
+
+
+class Context:
+    """A cache filled with `length` tokens, to which forwards of any width are appended and taken back."""
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+        self.length = ids.shape[1]
+        self.cache = TreeCache(model.config.num_hidden_layers, 1, self.length + 64)
+        model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache.commit([range(self.length)])
+
+    def forward(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        width = ids.shape[1]
+        positions = torch.arange(self.length, self.length + width)[None]
+        mask = torch.ones(1, 1, width, self.length + width, dtype=torch.bool).tril(self.length)
+        options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        logits = model(ids, past_key_values=self.cache, **options).logits
+        self.cache.rollback()
+        return logits
+
+
+def timed_ms(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall time, and CPU time of this thread."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    run()
+    return (time.perf_counter() - wall) * 1e3, (time.thread_time() - cpu) * 1e3
+
+
+def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repetitions: int) -> dict:
+    """Milliseconds of a forward by form and width, all forms in turn."""
+    context = Context(models["float32"], ids)
+    best = {name: {width: (float("inf"),) * 2 for width in WIDTHS} for name in FORMS}
+    for _ in range(repetitions):
+        for name in FORMS:
+            with form(models, name) as model:
+                for width in WIDTHS:
+                    new = ids[:, :width]
+                    times = timed_ms(lambda model=model, new=new: context.forward(model, new))
+                    best[name][width] = tuple(map(min, best[name][width], times))
+    for name in ("float", "int8"):
+        with form(models, name) as model:
+            if model._specdec_prepared.num_lean_layers < model.config.num_hidden_layers:
+                continue  # calibration or the lack of a compiler left torch products, which are not exact
+            wide = context.forward(model, ids[:, :8])
+            assert torch.equal(context.forward(model, ids[:, :3]), wide[:, :3]), f"{name}: rows depend on their company"
+    return {
+        name: {w: {"wall_ms": t[0], "cpu_ms": t[1]} for w, t in by_width.items()} for name, by_width in best.items()
+    }
+
+
+def measure_decoding(models: dict[str, PreTrainedModel], ids: torch.Tensor, num_tokens: int, repetitions: int) -> dict:
+    """Milliseconds per token of transformers' generate() after the first token, by form."""
+    best = {name: (float("inf"),) * 2 for name in FORMS}
+    for _ in range(repetitions):
+        for name in FORMS:
+            with form(models, name) as model:
+                times = []
+                for length in (1, 1 + num_tokens):
+                    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+                    times.append(timed_ms(lambda model=model, o=options: model.generate(ids[:, :32], **o)))
+                per_token = tuple((long - short) / num_tokens for short, long in zip(*times, strict=True))
+                best[name] = tuple(map(min, best[name], per_token))
+    return {name: {"wall_ms": wall, "cpu_ms": cpu} for name, (wall, cpu) in best.items()}
+
+
+def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """In pieces of 64 tokens, so that the kernels for few rows are what is measured."""
+    cache = TreeCache(model.config.num_hidden_layers, 1, ids.shape[1])
+    losses = []
+    for start in range(0, ids.shape[1] - 1, 64):
+        piece = ids[:, start : start + 64]
+        logits = model(piece, past_key_values=cache, use_cache=True).logits[0]
+        cache.commit([range(piece.shape[1])])
+        labels = ids[0, start + 1 : start + 1 + piece.shape[1]]
+        losses.append(torch.nn.functional.cross_entropy(logits[: len(labels)], labels, reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+def memory_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def measure_preparation(model: PreTrainedModel) -> dict:
+    """prepare(model, "int8") in place: seconds, and peak memory over the float model's (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before_mib, start = memory_mib("VmRSS"), time.perf_counter()
+    kernels.prepare(model, "int8")
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "before_mib": before_mib,
+        "peak_ratio": memory_mib("VmHWM") / before_mib,
+        "after_ratio": memory_mib("VmRSS") / before_mib,
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    for name, default in (("context", 256), ("repetitions", 10), ("threads", 2), ("tokens", 16), ("text", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, : arguments.text]
+    start = time.perf_counter()
+    kernels.prepare(model)
+    report = {"model": Path(arguments.model).name, "threads": arguments.threads, "kernels": kernels.describe()}
+    report["float_preparation_s"] = time.perf_counter() - start
+    report["best_threads"] = kernels.calibrate_threads(model)
+    kernels.unprepare(model)
+
+    models = {"float32": model, "int8": kernels.quantized_copy(model)}
+    report["forward"] = measure_widths(models, text[:, : arguments.context], arguments.repetitions)
+    report["decoding"] = measure_decoding(models, text, arguments.tokens, max(2, arguments.repetitions // 3))
+    report["perplexity"] = {}
+    for name in FORMS:
+        with form(models, name) as current:
+            report["perplexity"][name] = perplexity(current, text)
+    del models
+    report["preparation"] = measure_preparation(model)
+    show(report)
+    print(json.dumps(report))
+
+
+def show(report: dict) -> None:
+    print(f"{report['model']}, {report['threads']} threads, {report['kernels']}")
+    for clock in ("wall_ms", "cpu_ms"):
+        print(f"forward, {clock}: " + "".join(f"{f'T({width})':>16}" for width in WIDTHS))
+        for name, by_width in report["forward"].items():
+            one = by_width[1][clock]
+            cells = (f"{by_width[w][clock]:8.1f} ({by_width[w][clock] / one:4.2f})" for w in WIDTHS)
+            print(f"  {name:18}" + " ".join(cells))
+        stock = report["decoding"]["stock"][clock]
+        rates = (f"{name} {t[clock]:.1f} ({stock / t[clock]:.2f}x)" for name, t in report["decoding"].items())
+        print(f"plain decoding, {clock} per token: " + ", ".join(rates))
+    print("perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report["perplexity"].items()))
+    print("prepare(int8): " + ", ".join(f"{name} {value:.2f}" for name, value in report["preparation"].items()))
+
+
+if __name__ == "__main__":
+    main()
