@@ -92,7 +92,7 @@ def measure(side: Side, target: PreTrainedModel, draft: PreTrainedModel) -> torc
 
 
 def sides(target: PreTrainedModel, draft: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> list[Side]:
-    common = dict(max_new_tokens=200, do_sample=False)
+    common = {"max_new_tokens": 200, "do_sample": False}
     draft.generation_config.num_assistant_tokens = num_tokens
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0

@@ -18,6 +18,7 @@ from specdec.errors import (
 if TYPE_CHECKING:
     from specdec import drafters
     from specdec.generation import SpeculativeOutput, disable, enable, generate
+    from specdec.kernels import prepare, unprepare
     from specdec.stats import DecodingStats
 
 __version__ = "0.1.0"
@@ -35,6 +36,8 @@ __all__ = [
     "drafters",
     "enable",
     "generate",
+    "prepare",
+    "unprepare",
 ]
 
 _LAZY = {
@@ -43,6 +46,8 @@ _LAZY = {
     "disable": "specdec.generation",
     "enable": "specdec.generation",
     "generate": "specdec.generation",
+    "prepare": "specdec.kernels",
+    "unprepare": "specdec.kernels",
 }
 
 

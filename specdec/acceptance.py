@@ -84,7 +84,6 @@ def traversal(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = N
         p_BTV: float32 target distribution after each slot.
     """
     trees = draft.trees
-    assert draft.q_BTV is not None, "a deterministic draft is walked"
     trial = _Trial(draft, p_BTV, by_depth=True)
     for contest in trial.contests:
         trial.reach_F[contest.children_N] = trial.refuse(contest)
@@ -151,6 +150,7 @@ class _Trial:
     """
 
     def __init__(self, draft: Draft, p_BTV: Tensor, *, by_depth: bool):
+        assert draft.q_BTV is not None, "a deterministic draft is walked"
         self._trees = draft.trees
         self._tokens_F = torch.nn.functional.pad(draft.trees.tokens_BN, (1, 0)).flatten()
         self._p_FV = p_BTV.flatten(0, 1)
@@ -202,17 +202,17 @@ def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[_Contes
     depth_I = _host_depths(trees).ravel()[slot_I] if by_depth else np.zeros_like(slot_I)
     order_I = np.lexsort((-size_I, depth_I))
     slot_I, first_I, size_I, depth_I = slot_I[order_I], first_I[order_I], size_I[order_I], depth_I[order_I]
-    contests = []
+    starts, ranks, children = [], [], []
     for depth in range(depth_I.max(initial=-1) + 1):
-        start, stop = np.searchsorted(depth_I, (depth, depth + 1))
+        start, stop = (int(index) for index in np.searchsorted(depth_I, (depth, depth + 1)))
         for rank in range(size_I[start]):
-            stop = start + np.searchsorted(-size_I[start:stop], -rank)
-            contests.append((int(start), rank, child_N[first_I[start:stop] + rank]))
-    numbers = np.concatenate([slot_I, *(children for _, _, children in contests)])
-    slots_I, *children = torch.from_numpy(numbers).to(trees.device).split(
-        [len(slot_I), *(len(children) for _, _, children in contests)]
-    )
-    return slots_I, [_Contest(*head, tensor) for (*head, _), tensor in zip(contests, children, strict=True)]
+            stop = start + int(np.searchsorted(-size_I[start:stop], -rank))
+            starts.append(start)
+            ranks.append(rank)
+            children.append(child_N[first_I[start:stop] + rank])
+    numbers = torch.from_numpy(np.concatenate([slot_I, *children])).to(trees.device)
+    slots_I, *on_device = numbers.split([len(slot_I), *map(len, children)])
+    return slots_I, [_Contest(*contest) for contest in zip(starts, ranks, on_device, strict=True)]
 
 
 def _host_depths(trees: TreeBatch) -> np.ndarray:

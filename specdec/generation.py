@@ -76,7 +76,7 @@ def generate(
             prefixes that are drafted and then dropped.
         drafter: a `specdec.drafters` instance, a smaller model of the same tokenizer, or None / "auto".
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
-        verify: "topdown" (multi-round residual sampling) or "traversal" (from the leaves up: accepts more when sampling).
+        verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
         router: step-level routing (lossy by design) is not part of this version: None.
         generator: source of randomness on the model's device; None for torch's global one.
 

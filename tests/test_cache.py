@@ -14,7 +14,7 @@ from specdec.testing import random_prompts, tiny_model
 from tests.strategies import token_trees
 from trees import TokenTree, TreeBatch
 
-MODELS = {"llama": tiny_model("llama"), "gemma3_text": tiny_model("gemma3_text", sliding_window=6)}
+MODELS = {"llama": tiny_model("llama"), "gemma3_text": tiny_model("gemma3_text", sliding_window=3)}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -36,8 +36,7 @@ class Rounds:
         self.model = model
         prompts = random_prompts(prompt_lengths, vocab_size=64)
         self.texts = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
+            ids[mask.bool()].tolist() for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
         ]
         self.target = TreeModel(model)
         with torch.no_grad():
@@ -188,6 +187,6 @@ def test_refilled_cache_holds_all_rows() -> None:
 
 def test_windows_are_read_from_the_config() -> None:
     assert sliding_windows(MODELS["llama"].config) == [None, None]
-    assert sliding_windows(MODELS["gemma3_text"].config) == [6, None]
+    assert sliding_windows(MODELS["gemma3_text"].config) == [3, None]
     with pytest.raises(UnsupportedModelError, match="LinearAttentionLayer"):
         sliding_windows(tiny_model("lfm2", full_attn_idxs=[1]).config)

@@ -5,7 +5,6 @@ import importlib
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from specdec import kernels
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import layer as layers
 from specdec.kernels import linear as linears
-from specdec.kernels import naive, native
+from specdec.kernels import native
 from specdec.kernels.linear import Int8Linear
 
 prepare_module = importlib.import_module("specdec.kernels.prepare")  # the package exports the function of that name
@@ -90,61 +89,11 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["avx2", "avx512"])
-def library(request):
-    if native.library() is None:
-        pytest.skip(native.describe())
-    best = native.library().instruction_set
-    try:
-        native.library().select(request.param)
-    except OSError as error:
-        pytest.skip(str(error))
-    yield native.library()
-    native.library().select(best)
-
-
 def relative(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-# ---- products ----
-
-SHAPES = [(64, 64), (1, 1), (17, 70), (130, 200), (192, 576)]
-
-
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_int8_product_equals_its_naive_twin(library, n, k):
-    linear, x_MK = nn.Linear(k, n), torch.randn(11, k)
-    x_MK[3] = 0
-    x_MK[4, 0] = 1000  # an outlier costs precision in its own group only
-    actual = Int8Linear(linear)(x_MK)
-    torch.testing.assert_close(
-        actual, naive.int8_linear(x_MK, linear.weight.data, linear.bias.data), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_native_float_product_equals_torch(library, n, k):
-    linear, x_MK = nn.Linear(k, n).requires_grad_(False), torch.randn(11, k)
-    assert relative(library.linear(linears.float_matrix(linear), x_MK), linear(x_MK)) < 1e-6
-
-
-def test_a_row_is_bit_identical_in_every_company(library):
-    """Over every number of rows up to 64, on one thread and on several: for both number formats."""
-    x_MK, linear = torch.randn(64, 192), nn.Linear(192, 200).requires_grad_(False)
-    for matrix in (Int8Linear(linear).matrix(), linears.float_matrix(linear)):
-        whole_MN = library.linear(matrix, x_MK)
-        for num_rows in range(1, 65):
-            rows = torch.randperm(64)[:num_rows]
-            torch.set_num_threads(1 + num_rows % 2)
-            assert torch.equal(library.linear(matrix, x_MK[rows]), whole_MN[rows])
-
-
-def test_torch_int8_rows_are_bit_identical_too(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
-    x_MK, linear = torch.randn(64, 192), Int8Linear(nn.Linear(192, 200))
-    whole_MN = linear(x_MK)
-    assert all(torch.equal(linear(x_MK[:num_rows]), whole_MN[:num_rows]) for num_rows in range(1, 65))
+# ---- linears ----
 
 
 def test_int8_is_close_to_float(backend):
@@ -160,22 +109,6 @@ def test_small_batch_float_is_within_rounding_of_torch(backend, num_rows):
     assert relative(kernels.prepare(model)(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("choice", [linears.STOCK, linears.TURNED])
-def test_every_choice_of_calibration_is_right(choice):
-    linear = nn.Linear(96, 130).requires_grad_(False)
-    x = torch.randn(2, 3, 96)
-    choices = dict.fromkeys(linears.BANDS, choice)
-    assert relative(linears.float_linear(linear, choices, x), linear(x)) < 1e-5
-
-
-def test_calibration_prefers_native_unless_it_costs():
-    def choose(native_s):
-        return linears._choose({band: {"stock": 2.0, "turned": 1.0, "native": native_s} for band in linears.BANDS})
-
-    assert set(choose(1.9).values()) == {linears.NATIVE}
-    assert set(choose(2.1).values()) == {linears.TURNED}
-
-
 def test_training_still_works_on_a_float_prepared_model():
     model = make_model().requires_grad_(True)
     ids = torch.randint(1, 300, (1, 6))
@@ -187,41 +120,6 @@ def test_training_still_works_on_a_float_prepared_model():
 
 
 # ---- attention ----
-
-
-@pytest.mark.parametrize("kind", ["causal", "bool", "float", "per-head", "padded"])
-@pytest.mark.parametrize(
-    ("B", "T", "S", "H", "K", "D"), [(1, 1, 1, 1, 1, 32), (2, 5, 77, 6, 2, 64), (1, 8, 130, 4, 4, 96)]
-)
-def test_attention_equals_its_naive_twin(library, kind, B, T, S, H, K, D):
-    query_BTHD = torch.randn(B, T, H, D)
-    key_BKSD = torch.randn(B, S + 9, K, D).transpose(1, 2)[:, :, 4 : 4 + S]  # strides as of a cache's buffer
-    value_BKSD = torch.randn(K, B, S, 2 * D).transpose(0, 1)[..., :D]
-    mask = {
-        "causal": None,
-        "bool": torch.rand(B, 1, T, S) < 0.5,
-        "float": torch.randn(1, 1, T, S),
-        "per-head": torch.rand(B, H, T, S + 3)[..., :S] < 0.5,
-        "padded": (torch.arange(S) >= torch.tensor([S, S // 2])[:B, None])[:, None, None].expand(B, 1, T, S),
-    }[kind]
-    attention = native.attention(query_BTHD, key_BKSD, value_BKSD, mask, 0.2)
-    actual = library.attend(query_BTHD, attention)
-    expected = naive.attention(query_BTHD, key_BKSD, value_BKSD, mask, 0.2)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_depends_only_on_the_keys_that_are_seen(library):
-    """The keys of a path through a tree, scattered or compact, in company or alone: the same bits."""
-    D = 64
-    query_BTHD, key_BKSD, value_BKSD = torch.randn(1, 7, 2, D), torch.randn(1, 1, 100, D), torch.randn(1, 1, 100, D)
-    seen = torch.rand(100).argsort()[:37].sort().values
-    mask = (torch.rand(1, 1, 7, 100) < 0.5).index_fill(2, torch.tensor([3]), False)
-    mask[0, 0, 3, seen] = True
-    attention = native.attention(query_BTHD, key_BKSD, value_BKSD, mask, 0.125)
-    together = library.attend(query_BTHD, attention)[:, 3:4]
-    alone_BTHD = query_BTHD[:, 3:4].contiguous()
-    attention = native.attention(alone_BTHD, key_BKSD[:, :, seen], value_BKSD[:, :, seen], None, 0.125)
-    assert torch.equal(library.attend(alone_BTHD, attention), together)
 
 
 # ---- whole models ----
@@ -401,27 +299,6 @@ def test_a_deep_copy_is_independent(backend, weights):
 
 
 # ---- the library itself ----
-
-
-@needs_native
-def test_calls_from_several_threads_and_after_a_fork_are_right():
-    torch.set_num_threads(3)
-    linear, x_MK = Int8Linear(nn.Linear(576, 576)), torch.randn(3, 576)
-    expected, wrong = linear(x_MK), []
-
-    def work():
-        wrong.extend(i for i in range(200) if not torch.equal(linear(x_MK), expected))
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(linear(x_MK), expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_without_a_compiler_everything_works(tmp_path):

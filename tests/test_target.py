@@ -15,7 +15,7 @@ from specdec.testing import random_prompts, tiny_model
 from tests.strategies import token_trees
 from trees import ROOT, TokenTree, TreeBatch
 
-WINDOW = 5
+WINDOW = 3
 MODELS = {
     "llama": tiny_model("llama"),
     "gemma3_text": tiny_model("gemma3_text", sliding_window=WINDOW),

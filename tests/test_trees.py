@@ -21,14 +21,14 @@ batches = st.lists(token_trees(), min_size=1, max_size=4)
 
 
 def test_tree_draws_itself() -> None:
-    assert str(EXAMPLE) == (
-        "root\n"
-        "├─ 5  q=0.500\n"
-        "│  ├─ 7  q=1.000\n"
-        "│  │  └─ 9  q=0.750\n"
-        "│  └─ 8  q=0.125\n"
-        "└─ 6  q=0.250"
-    )
+    assert str(EXAMPLE).splitlines() == [
+        "root",
+        "├─ 5  q=0.500",
+        "│  ├─ 7  q=1.000",
+        "│  │  └─ 9  q=0.750",
+        "│  └─ 8  q=0.125",
+        "└─ 6  q=0.250",
+    ]
     valued = TokenTree(tokens=[1], parents=[ROOT], values=[0.5])
     assert valued.render(decode=chr) == "root\n└─ \x01  v=0.500"
 

@@ -19,9 +19,10 @@ _SMALLEST_THRESHOLD = 1e-9
 class DySpec(GrowthPolicy):
     """The `budget` nodes of the greatest values: DySpec's fixed-budget tree (algorithm 1).
 
-    The paper forwards the draft once a node. Here a whole layer is drafted at once, and a node is passed on to the next
-    layer only while its children could still belong to the tree; what the budget does not cover in the end is dropped. A
-    node's value is known before its token is drawn, so that this is the paper's tree, in as many forwards as it is deep.
+    The paper forwards the draft once a node. Here a whole layer is drafted at once, and a node is passed on to the
+    next layer only while its children could still belong to the tree; what the budget does not cover in the end is
+    dropped. A node's value is known before its token is drawn: this is the paper's tree, in as many forwards as it is
+    deep.
 
     For greedy targets: the `budget` likeliest paths (no chance is involved, values may include the tokens' own
     probabilities).
@@ -66,8 +67,8 @@ class DySpec(GrowthPolicy):
 class DySpecThreshold(GrowthPolicy):
     """All nodes of at least a certain value (algorithm 2), at most `max_nodes`; the threshold follows the text.
 
-    A round that leaves budget unused lowers the threshold of the next one; a round that uses it up raises it to the least
-    value that was needed. Only earlier rounds steer it, so that every round is as exact as with a fixed threshold.
+    A round that leaves budget unused lowers the threshold of the next one, a round that uses it up raises it towards
+    the least value that was needed. Only earlier rounds steer it: a round is as exact as with a fixed threshold.
 
     Args:
         threshold: of the first round; the paper finds 1 / max_nodes typical.
@@ -132,6 +133,16 @@ class _ValueGrower(LayeredGrower):
         best = _among_best(pools, np.concatenate([self._nodes["value"], values]), self._limit)
         return best[len(self._nodes) :] & (values >= self._threshold)
 
+    def _opens(self, slots: np.ndarray) -> np.ndarray:
+        if self._sample:
+            return super()._opens(slots)  # the value of a first draw is known: it is the bound
+        kept = self._nodes[self._kept()]
+        pools = self._pools[kept["row"]]
+        least_kept = np.full(len(self._pools), np.inf)
+        np.minimum.at(least_kept, pools, kept["value"])
+        least_kept[np.bincount(pools, minlength=len(self._pools)) < self._limit] = 0
+        return (slots["bound"] > least_kept[self._pools[slots["row"]]]) & (slots["bound"] >= self._threshold)
+
     def _kept(self) -> np.ndarray:
         return _among_best(self._pools[self._nodes["row"]], self._nodes["value"], self._limit)
 
@@ -142,12 +153,15 @@ class _ValueGrower(LayeredGrower):
         The number of nodes above a threshold is taken to be inversely proportional to it.
         """
         values = self._nodes["value"][self._kept()]
-        met = values.min() if len(values) == self._total else self._threshold * len(values) / self._total
+        used_up = len(values) == self._total
+        met = values.min() if used_up else self._threshold * max(1, len(values)) / self._total
         return max(_SMALLEST_THRESHOLD, sqrt(self._threshold * met))
 
 
 def _among_best(pools: np.ndarray, values: np.ndarray, limit: int) -> np.ndarray:
     """bool: which values are among the `limit` greatest of their pool; earlier ones win ties."""
+    if len(values) <= limit:
+        return np.ones(len(values), bool)
     order = np.lexsort((-values, pools))
     sorted_pools = pools[order]
     best = np.empty(len(values), bool)

@@ -3,8 +3,8 @@
 Children of a layer's slots are taken in batches, and the policy says which of them it wants, from what was known before
 each was taken. The book-keeping is on the host (numpy), the distributions stay on the device.
 
-Shape legend: B rows, M tokens of a layer, N slots that take children, K children in a batch, L of these that are tokens,
-V vocabulary, T slots of a finished tree, F = B * T, S some of these.
+Shape legend: B rows, M tokens of a layer, N slots that take children, K children in a batch, L of these that are
+tokens, V vocabulary, T slots of a finished tree, F = B * T, S some of these.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SLOT = np.dtype(
         ("index", np.int64),  # in the layer, all rows flattened
         ("depth", np.int64),
         ("reach", np.float64),
-        ("bound", np.float64),  # value of the node itself, then of its newest child: no next child has more
+        ("bound", np.float64),  # no next child has a greater value
     ]
 )
 
@@ -68,6 +68,7 @@ class LayeredGrower(Grower):
         self._frontier = self._roots()
         self._scored: list[tuple[np.ndarray, Tensor]] = []
         self._num_places = 0
+        self._spares_B = np.zeros(len(max_depths), np.int64)
 
     @property
     def hungry(self) -> bool:
@@ -79,6 +80,10 @@ class LayeredGrower(Grower):
 
         The children of a slot come in order. If one is not wanted, none after it may be.
         """
+
+    def _opens(self, slots: np.ndarray) -> np.ndarray:
+        """bool: which of these slots without children may come to have wanted ones."""
+        return self._wants(slots, slots["bound"], np.zeros(len(slots), np.int64))
 
     @abstractmethod
     def _kept(self) -> np.ndarray:
@@ -143,7 +148,7 @@ class LayeredGrower(Grower):
         new["token"], new["prob"] = tokens_NK[slot_L, place_L], probs_NK[slot_L, place_L]
         new["value"], new["rank"], new["place"] = values_L, ranks_L, -1
         new["reach"] = parents["reach"] * new["prob"]
-        self._nodes = np.concatenate([self._nodes, new[wanted_L]])
+        self._nodes = _joined(self._nodes, new[wanted_L])
         slots["bound"] = values_NK[:, -1]
         sated_N = np.bincount(slot_L, ~wanted_L, len(slots)) > 0
         return slots[~sated_N], ranks_NK[~sated_N, -1] + 1
@@ -152,10 +157,12 @@ class LayeredGrower(Grower):
         """Slots of the nodes that may have children worth a forward of the draft model."""
         nodes = self._nodes[indices]
         slots = np.zeros(len(nodes), _SLOT)
-        slots["node"], slots["row"], slots["depth"], slots["reach"] = indices, nodes["row"], nodes["depth"], nodes["reach"]
-        slots["bound"] = nodes["value"]
+        slots["node"] = indices
+        for name in ("row", "depth", "reach"):
+            slots[name] = nodes[name]
+        slots["bound"] = np.minimum(nodes["value"], nodes["reach"])
         slots = slots[nodes["depth"] < self._max_depths[nodes["row"]]]
-        return slots[self._wants(slots, np.minimum(slots["reach"], slots["bound"]), np.zeros(len(slots), np.int64))]
+        return slots[self._opens(slots)]
 
     def _next_layer(self, device: torch.device) -> Layer:
         """Give the frontier its places and hand it out."""
@@ -177,7 +184,7 @@ class LayeredGrower(Grower):
 
     def _spare_tokens(self, scores_BMV: Tensor) -> np.ndarray:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""
-        spares_B = np.zeros(len(self._max_depths), np.int64)
+        spares_B = self._spares_B.copy()
         idle = np.flatnonzero(self._max_depths <= 0)
         if len(idle):
             spares_B[idle] = scores_BMV[idle, 0].argmax(-1).cpu().numpy()
@@ -202,10 +209,18 @@ class LayeredGrower(Grower):
         slot_of = np.full(len(self._nodes) + 1, -1)
         for row, indices in enumerate(nodes):
             slot_of[indices] = row * trees.num_slots + 1 + np.arange(len(indices))
-        q_FV = self._scored[0][1].new_empty((trees.num_rows * trees.num_slots, self._scored[0][1].shape[2]))
+        root_q_BMV = self._scored[0][1]
+        q_FV = root_q_BMV.new_empty((trees.num_rows * trees.num_slots, root_q_BMV.shape[2]))  # leaves stay unwritten
         for slots, q_BMV in self._scored:
             targets = np.where(slots["node"] == ROOT, slots["row"] * trees.num_slots, slot_of[slots["node"]])
             kept = targets >= 0
             target_S, source_S = (torch.from_numpy(x[kept].copy()).to(q_FV.device) for x in (targets, slots["index"]))
             q_FV.index_copy_(0, target_S, q_BMV.flatten(0, 1).index_select(0, source_S))
         return q_FV.view(trees.num_rows, trees.num_slots, -1)
+
+
+def _joined(nodes: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """`np.concatenate`, which is slow on structured arrays."""
+    joined = np.empty(len(nodes) + len(new), nodes.dtype)
+    joined[: len(nodes)], joined[len(nodes) :] = nodes, new
+    return joined

@@ -11,7 +11,7 @@ import torch
 
 from trees.growth import Grower, GrowthPolicy
 from trees.layered import LayeredGrower
-from trees.tree import ROOT, TokenTree
+from trees.tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Fixed(GrowthPolicy):
         ValueError: `branching` is not a non-empty sequence of positive integers.
     """
 
-    branching: tuple[int, ...] = (3, 2, 1, 1)
+    branching: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.branching, list | tuple) or not self.branching:
-            raise ValueError(f"Fixed(branching={self.branching!r}): branching holds a number of children for each depth")
+            raise ValueError(
+                f"Fixed(branching={self.branching!r}): branching holds a number of children for each depth"
+            )
         if not all(isinstance(width, int) and width > 0 for width in self.branching):
             raise ValueError(f"Fixed(branching={self.branching!r}): numbers of children are positive integers")
         object.__setattr__(self, "branching", tuple(self.branching))
@@ -55,8 +57,8 @@ class Sequoia(GrowthPolicy):
         ValueError: `budget` is not a positive integer, or `acceptance` holds no or other things than chances.
     """
 
-    budget: int = 64
-    acceptance: tuple[float, ...] = (0.6, 0.15, 0.06, 0.03, 0.02, 0.01, 0.01, 0.01)
+    budget: int
+    acceptance: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or self.budget < 1:

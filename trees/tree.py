@@ -171,13 +171,25 @@ class TreeBatch:
     def extended(self, tokens_BM: Tensor, parents_BM: Tensor) -> TreeBatch:
         """These trees and one more layer of M nodes a row (none of them padding)."""
         num_new = tokens_BM.shape[1]
-        return TreeBatch(
+        extended = TreeBatch(
             tokens_BN=torch.cat([self.tokens_BN, tokens_BM], 1),
             parents_BN=torch.cat([self.parents_BN, parents_BM], 1),
             sizes=tuple(size + num_new for size in self.sizes),
             depth=self.depth + 1,
             is_chain=self.is_chain and num_new == 1,
         )
+        if not extended.is_chain:
+            vars(extended)["ancestors_BTT"] = self._extended_ancestors(parents_BM + 1)
+        return extended
+
+    def _extended_ancestors(self, parent_slots_BM: Tensor) -> Tensor:
+        """`ancestors_BTT` after a layer: new nodes see what their parents see, and themselves."""
+        old_BTT = self.ancestors_BTT
+        num_old, num_new = self.num_slots, parent_slots_BM.shape[1]
+        seen_BTT = torch.nn.functional.pad(old_BTT, (0, num_new, 0, num_new))
+        seen_BTT[:, num_old:, :num_old] = old_BTT.gather(1, parent_slots_BM.unsqueeze(2).expand(-1, -1, num_old))
+        seen_BTT[:, num_old:, num_old:] = torch.eye(num_new, dtype=torch.bool, device=self.device)
+        return seen_BTT
 
     def row(self, index: int) -> TokenTree:
         """The tree of one row (may copy to the host: for people and tests, not for the loop)."""

@@ -16,6 +16,7 @@ PLAIN = "plain"
 AUTO = "auto"
 PROMPT_LOOKUP = "prompt-lookup"
 SMALL_MODEL = "small-model"
+QUANTIZED_SELF = "quantized-self"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ _KINDS = {
     PLAIN: _Kind(class_name="Plain"),
     PROMPT_LOOKUP: _Kind(class_name="PromptLookup", parameters=("num_tokens", "min_match")),
     SMALL_MODEL: _Kind(class_name="SmallModel", parameters=("num_tokens",), needs_draft=True),
+    QUANTIZED_SELF: _Kind(class_name="QuantizedSelf", parameters=("num_tokens",)),
 }
 
 

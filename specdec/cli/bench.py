@@ -19,7 +19,7 @@ from specdec.cli.common import (
     err_console,
     friendly_errors,
 )
-from specdec.cli.options import DraftOption, MaxNewTokensOption, SampleOption, TemperatureOption
+from specdec.cli.options import DraftOption, MaxNewTokensOption, SampleOption, TemperatureOption, WeightsOption
 from specdec.errors import SpecdecError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Separated by commas: prompt-lookup, small-model, auto, plain; with parameters: "
+            help="Separated by commas: prompt-lookup, small-model, quantized-self, auto, plain; with parameters: "
             "prompt-lookup:num_tokens=8. Without it: prompt-lookup, and small-model if there is a --draft. "
             "plain and the --reference always run.",
         ),
@@ -82,6 +82,7 @@ def bench(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    weights: WeightsOption = "stock",
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Time drafters against plain decoding and check that they say the same.
@@ -108,7 +109,13 @@ def bench(
         seed=seed,
     )
     (target, tokenizer, model_name), draft_model = load_pair(
-        model, draft, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+        model,
+        draft,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
     )
     drafters = [Method(name, None if spec is None else spec.build(draft_model)) for name, spec in specs.items()]
     harness = Harness(target, tokenizer, drafters, settings)

@@ -22,6 +22,7 @@ from specdec.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
 )
 
 
@@ -44,6 +45,7 @@ def chat(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    weights: WeightsOption = "stock",
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Talk with a model; /help lists what can be typed, Ctrl-C stops a reply, Ctrl-D leaves."""
@@ -56,7 +58,13 @@ def chat(
     from specdec.cli.loading import load_pair
 
     (target, tokenizer, name), draft_model = load_pair(
-        model, draft, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+        model,
+        draft,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
     )
     conversation = Conversation(
         target,

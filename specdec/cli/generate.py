@@ -29,6 +29,7 @@ from specdec.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    weights: WeightsOption = "stock",
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Answer one prompt: the text streams to stdout, the statistics go to stderr."""
@@ -85,7 +87,13 @@ def generate(
     from specdec.cli.loading import load_pair
 
     (target, tokenizer, _), draft_model = load_pair(
-        model, draft, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code
+        model,
+        draft,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
     )
     inputs = _encode(tokenizer, text, system=system, raw=raw).to(target.device)
     stopping = {"stop_strings": stop, "tokenizer": tokenizer} if stop else {}

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec import models
 from specdec.errors import DraftError
+from specdec.kernels import prepare
 
 
 def load_pair(
@@ -13,20 +14,31 @@ def load_pair(
     dtype: str,
     device: str,
     threads: int | None,
+    weights: str,
     trust_remote_code: bool,
 ) -> tuple[models.LoadedModel, PreTrainedModel | None]:
-    """Load a target, and a draft model if one is named.
+    """Load a target, and a draft model if one is named, and make their forwards cheap as `weights` says.
+
+    Args:
+        weights: "stock", "float" or "int8" (see `WeightsOption`).
 
     Raises:
         ModelError: a model cannot be found, fetched or read.
         DraftError: the draft's tokenizer gives a token another id than the target's does.
     """
     target = models.load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    _prepare(target.model, weights)
     if draft is None:
         return target, None
     small = models.load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_same_ids(target.tokenizer, small.tokenizer)
+    _prepare(small.model, weights)
     return target, small.model
+
+
+def _prepare(model: PreTrainedModel, weights: str) -> None:
+    if weights != "stock":
+        prepare(model, weights="int8" if weights == "int8" else None)
 
 
 def _check_same_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,7 @@
 """Options that generate, chat and bench have in common, beside those of every command in `common`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,8 +14,16 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="auto, plain, prompt-lookup or small-model; with parameters: prompt-lookup:num_tokens=8. "
+        help="auto, plain, prompt-lookup, small-model or quantized-self; with parameters: prompt-lookup:num_tokens=8. "
         "Without it: small-model if there is a --draft, otherwise auto.",
+    ),
+]
+WeightsOption = Annotated[
+    Literal["stock", "float", "int8"],
+    typer.Option(
+        "--weights",
+        help="Of --model and --draft alike. stock: as loaded; float: the same weights in products that are quick for "
+        "a few tokens on a CPU; int8: 8-bit weights on a CPU, another model than the float one.",
     ),
 ]
 SampleOption = Annotated[

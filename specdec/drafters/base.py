@@ -80,7 +80,6 @@ class DraftSession(ABC):
             max_depths: for each row the depth past which nothing can be committed any more (0: do not draft).
         """
 
-    # a session that has nothing to learn or to free leaves these as they are
     def observe(self, outcome: Outcome) -> None:
         """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from specdec.compatibility import check_model
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.errors import DraftError
+from specdec.kernels import quantized_copy
 from specdec.sampling import Prefixes
 from specdec.target import TreeModel
 from trees import Chain, Draft, Grower, GrowthPolicy, TreeBatch
@@ -30,17 +31,20 @@ class SmallModel(Drafter):
 
     Args:
         model: a decoder-only model with the target's tokenizer.
+        weights: "int8" drafts with an int8 copy of it (CPU); None with the model as it is.
         num_tokens: length of the chain that it drafts, unless the call names a tree.
 
     Raises:
         UnsupportedModelError: the model cannot be decoded by tree.
-        ValueError: `num_tokens` is not a positive integer.
+        ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 
-    def __init__(self, model: PreTrainedModel, num_tokens: int = 5):
+    def __init__(self, model: PreTrainedModel, weights: str | None = None, num_tokens: int = 5):
         self.policy: GrowthPolicy = Chain(num_tokens)
+        if weights not in (None, "int8"):
+            raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
         check_model(model)
-        self.model = model
+        self.model = model if weights is None else quantized_copy(model)
 
     def start(self, run: Run) -> DraftSession:
         self._check_fit(run)
@@ -110,7 +114,9 @@ class _SmallModelSession(DraftSession):
 
     def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
         """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
-        places = path if self._draft is None or self._draft.places is None else [self._draft.places[row][n] for n in path]
+        places = path
+        if self._draft is not None and self._draft.places is not None:
+            places = [self._draft.places[row][node] for node in path]
         return [place for place in places if 0 <= place < self._model.cache.tail]
 
     def _prefill(self) -> None:

@@ -37,7 +37,8 @@ def fits(layer: DecoderLayer) -> bool:
         return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
     has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
-    has_sizes = attn.head_dim % 32 == 0 and attn.head_dim <= 256 and attn.q_proj.in_features % 16 == 0
+    multiples_of_16 = (attn.q_proj.in_features, layer.mlp.gate_proj.out_features)
+    has_sizes = attn.head_dim % 32 == 0 and attn.head_dim <= 256 and not any(n % 16 for n in multiples_of_16)
     has_norms = all(hasattr(norm, "variance_epsilon") and is_plain(norm.weight) for norm in norms)
     return has_silu and has_sizes and has_norms and all(map(_is_native, _linears(layer)))
 

@@ -6,7 +6,7 @@
  * makes a token verified in a tree bit-identical to the same token decoded alone. */
 
 #define KEY_BLOCK 64
-#define MAX_QUERIES 6
+#define MAX_QUERIES 6 /* that one inner loop serves */
 #define MAX_HEAD_DIM 256
 
 INLINE float *scores_of(const Attention *a, int64_t b, int64_t h, int64_t t) {
@@ -15,7 +15,7 @@ INLINE float *scores_of(const Attention *a, int64_t b, int64_t h, int64_t t) {
 
 /* Dot products of `count` queries with one group of VL transposed keys. */
 INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_t h0, int64_t first, int64_t s,
-                               const float *keys) {
+                          const float *keys) {
     const float *query[MAX_QUERIES];
     VF acc[MAX_QUERIES];
     for (int i = 0; i < count; i++) {
@@ -26,8 +26,7 @@ INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_
         VF key = vf_load(keys + d * VL);
         for (int i = 0; i < count; i++) acc[i] = vf_fma(vf_set1(query[i][d]), key, acc[i]);
     }
-    for (int i = 0; i < count; i++)
-        vf_store(scores_of(a, b, h0 + (first + i) / a->T, (first + i) % a->T) + s, acc[i]);
+    for (int i = 0; i < count; i++) vf_store(scores_of(a, b, h0 + (first + i) / a->T, (first + i) % a->T) + s, acc[i]);
 }
 
 /* One chunk: all queries of one key/value head against KEY_BLOCK keys. */
@@ -49,7 +48,7 @@ TARGET static void score_chunk(void *context, int chunk) {
     }
 }
 
-/* scores -> vf_exp(scaled, masked score - maximum), zero beyond the last visible key. */
+/* scores -> exp(scaled, masked score - maximum), zero beyond the last visible key. */
 INLINE void weigh(const Attention *a, int64_t b, int64_t h, int64_t t) {
     float *scores = scores_of(a, b, h, t);
     const int64_t offset = b * a->mask_strides[0] + h * a->mask_strides[1] + t * a->mask_strides[2];
@@ -83,8 +82,8 @@ INLINE void weigh(const Attention *a, int64_t b, int64_t h, int64_t t) {
 }
 
 /* out = weights @ values / sum(weights) for `count` queries of one key/value head, `width` vectors of d at a time. */
-INLINE void mix_queries(const int count, const int width, const Attention *a, int64_t b, int64_t h0,
-                             int64_t first, const float *v, int64_t d) {
+INLINE void mix_queries(const int count, const int width, const Attention *a, int64_t b, int64_t h0, int64_t first,
+                        const float *v, int64_t d) {
     const float *weights[MAX_QUERIES];
     VF acc[MAX_QUERIES][4], sum[MAX_QUERIES];
     for (int i = 0; i < count; i++) {

@@ -6,9 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define GROUP 64          /* inputs that share a quantisation scale within a row */
-#define TILE 8            /* rows that pass over a strip of weights together */
-#define STRIP 64          /* outputs that are computed between two looks at the pool */
+#define GROUP 64           /* inputs that share a quantisation scale within a row */
+#define TILE 8             /* rows that pass over a strip of weights together */
+#define STRIP 64           /* outputs that are computed between two looks at the pool */
 #define CHUNK_BYTES 131072 /* weights per chunk of work: large enough for the prefetcher, small enough to balance */
 
 /* float32 weights [n][k] (scale NULL), or packed int8 ones with a scale per output. */
@@ -28,14 +28,14 @@ typedef struct {
 /* Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim. Strides in elements. */
 typedef struct {
     int64_t B, T, S, H, K, D;
-    const float *q;                       /* [B][T][H][D] */
-    const float *k, *v;                   /* [b * strides[0] + head * strides[1] + s * strides[2] + d] */
+    const float *q;     /* [B][T][H][D] */
+    const float *k, *v; /* [b * strides[0] + head * strides[1] + s * strides[2] + d] */
     int64_t k_strides[3], v_strides[3];
-    const void *mask;                     /* NULL (causal, last query = last key), uint8 or float32 */
+    const void *mask;                      /* NULL (causal, last query = last key), uint8 or float32 */
     int64_t mask_is_bool, mask_strides[3]; /* batch, head, query; keys are contiguous */
     float scale;
-    float *out;                           /* [B][T][H][D] */
-    float *scores;                        /* scratch [B][H][T][padded_keys] */
+    float *out;    /* [B][T][H][D] */
+    float *scores; /* scratch [B][H][T][padded_keys] */
     int64_t padded_keys;
 } Attention;
 

@@ -1,6 +1,6 @@
 /* A decoder layer in two calls, with the cache update between them: norm, q/k/v and rotation; then attention, output
- * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c and
- * avx512.c include this file after choosing a vocabulary. */
+ * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c and avx512.c include
+ * this file after choosing a vocabulary. */
 
 #include "rows.h"
 
@@ -26,7 +26,8 @@ TARGET static void product_chunk(void *context, int chunk) {
         const int64_t stop = all->ends[i] < last ? all->ends[i] : last;
         if (stop <= strip) continue;
         const Product *p = &all->products[i];
-        const int64_t n = (strip - begin) * STRIP, end = (stop - begin) * STRIP < p->matrix->n ? (stop - begin) * STRIP : p->matrix->n;
+        const int64_t n = (strip - begin) * STRIP,
+                      end = (stop - begin) * STRIP < p->matrix->n ? (stop - begin) * STRIP : p->matrix->n;
         outputs(p, n, end);
         if (all->gated) {
             const Product *up = &all->products[1];
@@ -82,8 +83,8 @@ typedef struct {
     const float *x, *weight; /* weight NULL: no norm */
     float eps;
     int64_t rows, k;
-    float *normed;           /* NULL when there is no norm */
-    Quantized *quantized;    /* NULL when the next product is float32 */
+    float *normed;        /* NULL when there is no norm */
+    Quantized *quantized; /* NULL when the next product is float32 */
 } Rows;
 
 TARGET static void row_chunk(void *context, int row) {
@@ -98,7 +99,7 @@ TARGET static void row_chunk(void *context, int row) {
 
 /* Gets rows ready for products with matrices like `w`; returns the rows that a float32 product reads. */
 static const float *ready_rows(const Matrix *w, const float *x, const float *norm, float eps, int64_t rows,
-                                    Quantized *quantized) {
+                               Quantized *quantized) {
     Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
     if (w->scale) {
         quantized->rows = rows;
@@ -142,8 +143,8 @@ TARGET static void rotate_chunk(void *context, int row) {
     }
 }
 
-static void attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin,
-                                  float *q, float *k, float *v) {
+static void attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
+                             float *k, float *v) {
     Quantized quantized;
     Products all = {.count = 3};
     const float *ready = ready_rows(&l->q, x, l->input_norm, l->input_eps, rows, &quantized);

@@ -18,8 +18,8 @@ EXPORT const char *specdec_select(const char *name) {
     const Kernels *best = NULL;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (!name || !strcmp(name, "avx2")))
         best = &kernels_avx2;
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        (!name || !strcmp(name, "avx512")))
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && (!name || !strcmp(name, "avx512")))
         best = &kernels_avx512;
     if (best) kernels = best;
     return best ? best->name : NULL;

@@ -2,10 +2,10 @@
  *
  * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
  * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
- * share, not a stall; one that is put aside in the middle of a chunk does cost a stall, so after one of those the pool
- * works alone for a while, longer each time it happens again (on a busy machine two threads are slower than one).
- * Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep
- * after SPIN_NS without one. After a fork the child has no workers and the caller does all the work. */
+ * share, not a stall. One that is put aside in the middle of a chunk does cost a stall, so after one of those the
+ * caller works alone for a while, longer each time it happens again: on a busy machine two threads are slower than one.
+ * Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep after SPIN_NS without
+ * one. After a fork the child starts workers of its own. */
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -15,15 +15,16 @@
 #include "common.h"
 
 #define MAX_THREADS 64
-#define MAX_CHUNKS 0xFFFF
+#define CHUNK_BITS 20
+#define MAX_CHUNKS ((1 << CHUNK_BITS) - 1)
 #define SPIN_NS 300000
-#define STALL_NS 150000         /* waiting longer than this (and than a few chunks take) is a stall */
-#define MIN_ALONE_NS 5000000ll  /* how long to work alone after a stall: doubled by each new one, */
+#define STALL_NS 150000          /* waiting longer than this (and than a few chunks take) is a stall */
+#define MIN_ALONE_NS 5000000ll   /* how long to work alone after a stall: doubled by each new one, */
 #define MAX_ALONE_NS 320000000ll /* halved by CALM_JOBS jobs without */
 #define CALM_JOBS 500
 
 static struct {
-    /* job number (32 bits), chunks in the job (16), next chunk to draw (16): one word, so a draw is one exchange */
+    /* job number (24 bits), chunks in the job (20), next chunk to draw (20): one word, so a draw is one exchange */
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int num_done;
     _Alignas(64) chunk_fn fn;
@@ -44,27 +45,28 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
+static int next_chunk(uint64_t ticket) { return (int)(ticket & MAX_CHUNKS); }
+static int is_open(uint64_t ticket) { return next_chunk(ticket) < (int)(ticket >> CHUNK_BITS & MAX_CHUNKS); }
+static uint64_t job_of(uint64_t ticket) { return ticket >> 2 * CHUNK_BITS; }
+
 static int run_one_chunk(void) {
     uint64_t ticket = atomic_load(&pool.ticket);
-    while ((ticket & 0xFFFF) < (ticket >> 16 & 0xFFFF))
+    while (is_open(ticket))
         if (atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) {
-            pool.fn(pool.context, (int)(ticket & 0xFFFF));
+            pool.fn(pool.context, next_chunk(ticket));
             atomic_fetch_add(&pool.num_done, 1);
             return 1;
         }
     return 0;
 }
 
-static int has_work(int id) {
-    uint64_t ticket = atomic_load(&pool.ticket);
-    return id < atomic_load(&pool.num_active) && (ticket & 0xFFFF) < (ticket >> 16 & 0xFFFF);
-}
+static int has_work(int id) { return id < atomic_load(&pool.num_active) && is_open(atomic_load(&pool.ticket)); }
 
 static void sleep_until_next_job(int id) {
     pthread_mutex_lock(&pool.sleep_lock);
     atomic_fetch_add(&pool.num_sleeping, 1);
-    const uint64_t last_job = atomic_load(&pool.ticket) >> 32;
-    while (!has_work(id) && (atomic_load(&pool.ticket) >> 32 == last_job || id >= atomic_load(&pool.num_active)))
+    const uint64_t last_job = job_of(atomic_load(&pool.ticket));
+    while (!has_work(id) && (job_of(atomic_load(&pool.ticket)) == last_job || id >= atomic_load(&pool.num_active)))
         pthread_cond_wait(&pool.wake, &pool.sleep_lock);
     atomic_fetch_sub(&pool.num_sleeping, 1);
     pthread_mutex_unlock(&pool.sleep_lock);
@@ -168,15 +170,15 @@ static void wait_for_workers(int num_chunks, int64_t patience_ns) {
 
 void parallel_for(chunk_fn fn, void *context, int num_chunks) {
     const int64_t start = now_ns();
-    if (num_chunks == 1 || pool.num_active == 1 || start < pool.alone_until) {
+    if (num_chunks == 1 || num_chunks > MAX_CHUNKS || pool.num_active == 1 || start < pool.alone_until) {
         for (int chunk = 0; chunk < num_chunks; chunk++) fn(context, chunk);
         return;
     }
     pool.fn = fn;
     pool.context = context;
     atomic_store(&pool.num_done, 0);
-    const uint64_t job = (atomic_load(&pool.ticket) >> 32) + 1;
-    atomic_store(&pool.ticket, job << 32 | (uint64_t)num_chunks << 16);
+    const uint64_t job = job_of(atomic_load(&pool.ticket)) + 1;
+    atomic_store(&pool.ticket, job << 2 * CHUNK_BITS | (uint64_t)num_chunks << CHUNK_BITS);
     if (atomic_load(&pool.num_sleeping) > pool.num_workers - (pool.num_active - 1)) {
         pthread_mutex_lock(&pool.sleep_lock);
         pthread_cond_broadcast(&pool.wake);

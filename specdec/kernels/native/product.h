@@ -4,9 +4,9 @@
  * order: a row's result does not depend on its company.
  *
  * float32 weights stay as torch stores them, [n][k].
- * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64; one
- * float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], with a float scale and an
- * integer sum per (group, row). Sums are exact integers within a group; groups are added in float32, in order. */
+ * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
+ * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], with a float scale and
+ * an integer sum per (group, row). Sums are exact integers within a group; groups are added in float32, in order. */
 
 /* Where rows go after they are quantised: tiles of TILE rows, each with room for `groups` groups. */
 typedef struct {
@@ -19,7 +19,7 @@ typedef struct {
 /* What becomes of a product: out = product * scale + bias (+ residual). */
 typedef struct {
     const Matrix *matrix;
-    const float *x;            /* [rows][k], for float32 weights */
+    const float *x;             /* [rows][k], for float32 weights */
     const Quantized *quantized; /* for int8 weights */
     int64_t rows;
     float *out;
@@ -30,10 +30,11 @@ INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
     const int64_t tile = row / TILE, first = tile * TILE;
     const int rows = (int)(to->rows - first < TILE ? to->rows - first : TILE), m = (int)(row - first);
     quantize_row(x, to->k, to->groups, rows, to->q + first * to->groups * GROUP + 4 * m,
-                      to->scales + first * to->groups + m, to->totals + first * to->groups + m);
+                 to->scales + first * to->groups + m, to->totals + first * to->groups + m);
 }
 
-TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t row, int64_t n, int64_t count, const float *sums) {
+TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t row, int64_t n, int64_t count,
+                                                    const float *sums) {
     const Matrix *w = p->matrix;
     float *out = p->out + row * w->n + n;
     const float *residual = p->residual ? p->residual + row * w->n + n : NULL;
@@ -55,11 +56,10 @@ INLINE void int8_tile(const int blocks, const int rows, const Product *p, int64_
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
     for (int64_t g = 0; g < groups; g++)
         dot_group(blocks, rows, w + g * GROUP * 16, block_bytes, x + g * GROUP * rows, scales + g * rows,
-                       totals + g * rows, sums);
+                  totals + g * rows, sums);
     for (int b = 0; b < blocks; b++) {
         const int64_t n = (block + b) * 16, left = p->matrix->n - n;
-        for (int m = 0; m < rows; m++)
-            finish(p, first_row + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
+        for (int m = 0; m < rows; m++) finish(p, first_row + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
     }
 }
 
@@ -83,6 +83,7 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
         for (int m = 0; m < rows; m++) row[m] = vf_load(x + m * k + at);
         for (int i = 0; i < outputs; i++) {
             VF weight = vf_load(w + i * k + at);
+            _mm_prefetch((const char *)(w + (outputs + i) * k + at), _MM_HINT_T1);
             for (int m = 0; m < rows; m++) acc[i][m] = vf_fma(weight, row[m], acc[i][m]);
         }
     }
@@ -98,32 +99,32 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
 
 /* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
 TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
-#define EACH_TILE(M)                                                                                                   \
-    for (int64_t row = 0; row < p->rows; row += TILE) switch (p->rows - row < TILE ? p->rows - row : TILE) {           \
-            M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8)                                                                    \
+#define EACH_TILE(size, M)                                                                                   \
+    for (int64_t row = 0; row < p->rows; row += size) switch (p->rows - row < size ? p->rows - row : size) { \
+            M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8)                                                          \
         }
     if (p->matrix->scale) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define STRIP_OF_INT8(r)                                                                                               \
-    case r:                                                                                                            \
-        if (4 * r <= INT8_ACC)                                                                                         \
-            int8_tile(4, r, p, block, row);                                                                       \
-        else                                                                                                           \
-            for (int half = 0; half < 4; half += 2) int8_tile(2, r, p, block + half, row);                        \
+#define STRIP_OF_INT8(r)                                                                   \
+    case r:                                                                                \
+        if (4 * r <= INT8_ACC)                                                             \
+            int8_tile(4, r, p, block, row);                                                \
+        else                                                                               \
+            for (int half = 0; half < 4; half += 2) int8_tile(2, r, p, block + half, row); \
         break;
-            EACH_TILE(STRIP_OF_INT8)
+            EACH_TILE(TILE, STRIP_OF_INT8)
         }
     } else {
         for (; n + 4 <= end; n += 4) {
-#define STRIP_OF_FLOAT(r)                                                                                              \
-    case r:                                                                                                            \
-        if (4 * r <= FLOAT_ACC)                                                                                        \
-            float_tile(4, r, p, n, row);                                                                          \
-        else                                                                                                           \
-            for (int half = 0; half < 4; half += 2) float_tile(2, r, p, n + half, row);                           \
+#define STRIP_OF_FLOAT(r)                                                               \
+    case r:                                                                             \
+        if (4 * r <= FLOAT_ACC)                                                         \
+            float_tile(4, r, p, n, row);                                                \
+        else                                                                            \
+            for (int half = 0; half < 4; half += 2) float_tile(2, r, p, n + half, row); \
         break;
-            EACH_TILE(STRIP_OF_FLOAT)
+            EACH_TILE(FLOAT_TILE, STRIP_OF_FLOAT)
         }
         for (; n < end; n++)
             for (int64_t row = 0; row < p->rows; row++) float_tile(1, 1, p, n, row);

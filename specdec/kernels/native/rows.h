@@ -32,8 +32,7 @@ INLINE void rms_norm(const float *x, const float *weight, float eps, int64_t n, 
     VF squares = vf_zero();
     for (int64_t i = 0; i < n; i += VL) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
     VF factor = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)n + eps));
-    for (int64_t i = 0; i < n; i += VL)
-        vf_store(out + i, vf_mul(vf_load(weight + i), vf_mul(vf_load(x + i), factor)));
+    for (int64_t i = 0; i < n; i += VL) vf_store(out + i, vf_mul(vf_load(weight + i), vf_mul(vf_load(x + i), factor)));
 }
 
 /* One head in the rotate-half convention: x <- x * cos + rotate_half(x) * sin; dim is a multiple of 2 * VL. */
@@ -49,7 +48,7 @@ INLINE void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
 /* Symmetric quantisation of one row, 64 inputs at a time: x[64g + i] ~ scales[g] * q[64g + i], q in -127..127. Writes
  * the row's place in a tile of `rows` interleaved rows (see product.h); inputs from k up to `groups` * 64 are zero. */
 INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, int8_t *q, float *scales,
-                              int32_t *totals) {
+                         int32_t *totals) {
     for (int64_t g = 0; g < groups; g++) {
         float padded[GROUP];
         const float *part = x + g * GROUP;

@@ -4,6 +4,7 @@
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
 #define FLOAT_ACC 8
+#define FLOAT_TILE 4
 
 #define VF __m256
 #define VI __m256i
@@ -87,7 +88,7 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 /* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. |x| is
  * the unsigned side and x's sign moves to the weights; both lie in -127..127, so 16-bit pair sums cannot saturate. */
 INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
-                           const float *scales, const int32_t *totals, float *sums) {
+                      const float *scales, const int32_t *totals, float *sums) {
     const VI ones = _mm256_set1_epi16(1);
     VI acc[4][TILE][2];
     (void)totals;

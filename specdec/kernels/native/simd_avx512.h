@@ -4,6 +4,7 @@
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
 #define FLOAT_ACC 20
+#define FLOAT_TILE 4
 
 #define VF __m512
 #define VI __m512i
@@ -68,7 +69,7 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 /* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. The
  * product instruction wants one unsigned side: weights get +128, and the accumulators start at -128 * sum(x). */
 INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
-                           const float *scales, const int32_t *totals, float *sums) {
+                      const float *scales, const int32_t *totals, float *sums) {
     const VI flip = _mm512_set1_epi8((char)0x80);
     VI acc[4][TILE];
     for (int b = 0; b < blocks; b++)
@@ -79,7 +80,7 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
         for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * rows + m)));
         for (int b = 0; b < blocks; b++) {
             VI weight = _mm512_xor_si512(vi_load(w + b * block_bytes + 64 * step), flip);
-            for (int m = 0; m < rows; m++) acc[b][m] = _mm512_dpbusd_epi32(acc[b][m], weight, row[m]);
+            for (int m = 0; m < rows; m++) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc[b][m]) : "v"(weight), "v"(row[m]));
         }
     }
     for (int b = 0; b < blocks; b++)

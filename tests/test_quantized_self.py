@@ -1,0 +1,73 @@
+"""Drafting with int8 copies: the float model's output, whatever the copy says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import specdec
+from specdec.drafters import QuantizedSelf, SmallModel
+from specdec.testing import random_prompts, tiny_model
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", vocab_size=64)
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 4, 12, 1]])
+def test_the_output_is_the_float_models(model, lengths):
+    prompts = random_prompts(lengths, vocab_size=60)
+    expected = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
+    drafter = QuantizedSelf()
+    for _ in range(2):
+        out = specdec.generate(
+            model,
+            **prompts,
+            max_new_tokens=NEW,
+            do_sample=False,
+            drafter=drafter,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(out.sequences, expected)
+        assert out.stats.num_accepted > 0
+
+
+def test_the_target_keeps_its_float_weights(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    specdec.generate(model, **random_prompts([5], vocab_size=60), max_new_tokens=4, drafter=QuantizedSelf())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_copy_is_made_once(model, monkeypatch):
+    from specdec.drafters import quantized_self
+
+    made = []
+    original = quantized_self.quantized_copy
+    monkeypatch.setattr(quantized_self, "quantized_copy", lambda target: made.append(target) or original(target))
+    drafter = QuantizedSelf(num_tokens=2)
+    assert not made
+    for _ in range(3):
+        specdec.generate(model, **random_prompts([5], vocab_size=60), max_new_tokens=4, drafter=drafter)
+    assert made == [model]
+
+
+def test_a_small_model_with_int8_weights(model):
+    draft = tiny_model("llama", vocab_size=64, seed=1)
+    prompts = random_prompts([7, 3], vocab_size=60)
+    expected = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
+    drafter = SmallModel(draft, weights="int8")
+    assert drafter.model is not draft
+    out = specdec.generate(model, **prompts, max_new_tokens=NEW, do_sample=False, drafter=drafter)
+    assert torch.equal(out, expected)
+
+
+def test_wrong_settings(model):
+    with pytest.raises(ValueError, match="weights is None or 'int8'"):
+        SmallModel(model, weights="int4")
+    with pytest.raises(ValueError, match="positive integer"):
+        QuantizedSelf(num_tokens=0)
