@@ -10,7 +10,7 @@ demo: $(READY)  ## fetch the demo model and measure it: about 5 minutes on 2 cor
 	$(BIN)/specdec pull demo
 	$(BIN)/specdec bench --model demo --limit 1 --threads 1 --max-new-tokens 48 --repetitions 2
 
-test: $(READY)  ## no network, no downloads
+test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
 	$(BIN)/python -m pytest
 
 check: $(READY)  ## style and types

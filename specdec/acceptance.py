@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trees import Draft, TreeBatch
+from trees.urn import Urn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -240,4 +241,6 @@ def _tiny(x: Tensor) -> float:
 
 
 def _draw_one(p_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.multinomial(p_BV, 1, generator=generator).squeeze(1)
+    urn = Urn(p_BV, sample=True, generator=generator)
+    token_B1, _ = urn.take(torch.arange(len(p_BV), device=p_BV.device), 1)
+    return token_B1.squeeze(1)

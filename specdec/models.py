@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from specdec.download import WheelFile, fetch, require_space, staging_folder
 from specdec.errors import ModelError
@@ -127,7 +128,7 @@ class _Checkpoint:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if self.gguf_file is not None:
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        with _reading(f"the model {self.name}", self.remedy):
+        with _reading(f"the model {self.name}", self.remedy), _without_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.location, use_safetensors=True, output_loading_info=True, **options
             )
@@ -146,6 +147,18 @@ def _reading(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or "no details").splitlines()[0].rstrip(" .:")
         raise ModelError(f"cannot read {what}: {type(error).__name__}: {reason}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars: commands draw their own, or none."""
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()
 
 
 def _locate(source: str) -> _Checkpoint:
@@ -263,7 +276,7 @@ def _convert(gguf: Path, folder: Path, staging: Path, bars: Progress) -> None:
     bars.add_task("converting", total=None)
     checkpoint = _gguf_checkpoint(gguf)
     unfinished = staging / folder.name
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars of its own
+    with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting turns off
         checkpoint.read_tokenizer().save_pretrained(unfinished)
         checkpoint.read_model(torch.float32).save_pretrained(unfinished)
     unfinished.replace(folder)

@@ -16,6 +16,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -24,6 +26,7 @@ from specdec import acceptance
 from tests.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import TREES, as_batch, outcomes_of, random_distributions, repeated
+from tests.test_acceptance import oracle as topdown_oracle
 from trees import (
     ROOT,
     Chain,
@@ -296,6 +299,53 @@ def test_traversal_follows_the_oracle(name: str, zeros: bool):
     assert_drawn_from(outcomes_of(accepted), traversal_oracle(tree, p, q), name)
 
 
+@st.composite
+def drafted_trees(draw_from: st.DrawFn) -> tuple[TokenTree, list[list[Fraction]], list[list[Fraction]]]:
+    """A tree, and p and q of its slots, with zeros; its tokens are such as can be drawn from q without replacement."""
+    vocab_size = 3
+    weights = st.lists(st.integers(0, 4), min_size=vocab_size, max_size=vocab_size).filter(any)
+    tokens: list[int] = []
+    parents: list[int] = []
+    p, q = ([_normed(draw_from(weights))] for _ in range(2))
+    untried = [[token for token in range(vocab_size) if q[0][token]]]
+    for _ in range(draw_from(st.integers(1, 6))):
+        slots = [slot for slot, left in enumerate(untried) if left]
+        slot = draw_from(st.sampled_from(slots))
+        tokens.append(untried[slot].pop(draw_from(st.integers(0, len(untried[slot]) - 1))))
+        parents.append(slot - 1)
+        p.append(_normed(draw_from(weights)))
+        q.append(_normed(draw_from(weights)))
+        untried.append([token for token in range(vocab_size) if q[-1][token]])
+    return TokenTree(tokens=tokens, parents=parents), p, q
+
+
+def _normed(weights: Sequence[int]) -> list[Fraction]:
+    return [Fraction(weight, sum(weights)) for weight in weights]
+
+
+@settings(max_examples=150, deadline=None)
+@given(drafted_trees())
+def test_verification_of_any_tree_follows_the_oracles(case: tuple):
+    tree, p, q = case
+    p_TV, q_TV = (torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64) for rows in (p, q))
+    for verify, reference in {"topdown": topdown_oracle, "traversal": traversal_oracle}.items():
+        coins = Enumeration.of([tree])
+        num_rows = len(coins.tree_of_row)
+        batch = TreeBatch.stack(coins.tree_of_row)
+        draft = Draft(trees=batch, q_BTV=q_TV.expand(num_rows, -1, -1))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(acceptance, "_throw", coins.throw)
+            monkeypatch.setattr(acceptance, "_draw_one", coins.draw_one)
+            accepted = VERIFIERS[verify](draft, p_TV.expand(num_rows, -1, -1))
+        found: Counter = Counter()
+        for (path, _), weight, last_V in zip(outcomes_of(accepted), coins.weight_B, coins.last_BV, strict=True):
+            for token, mass in enumerate(last_V):
+                found[path, token] += float(weight * mass)
+        expected = reference(tree, p, q)
+        for outcome in found.keys() | expected.keys():
+            assert found[outcome] == pytest.approx(float(expected[outcome]), abs=EXACT), (verify, outcome)
+
+
 def block_oracle(
     tokens: Sequence[int], p: Sequence[Sequence[Fraction]], q: Sequence[Sequence[Fraction]]
 ) -> dict[tuple[tuple[int, ...], int], Fraction]:
@@ -359,3 +409,11 @@ def test_urns_draw_without_replacement(vocab_size: int):
         for tokens, probs in zip(tokens_MK.tolist(), probs_MK.tolist(), strict=True)
     ]
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
+
+
+def test_urns_draw_from_large_vocabularies():
+    """Blocks of 17 tokens and a last one of 11; 100 000 draws, false alarm 1e-6."""
+    q_V = (1.5 * torch.randn(300, generator=torch.Generator().manual_seed(31))).softmax(-1)
+    urn = trees.urn.Urn(q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32))
+    drawn_N1, _ = urn.take(torch.zeros(100_000, dtype=torch.long), 1)
+    assert_drawn_from(drawn_N1[:, 0].tolist(), dict(enumerate(q_V.tolist())))

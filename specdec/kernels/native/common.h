@@ -64,6 +64,9 @@ void *take(size_t bytes);
 void begin_call(int num_threads);
 void end_call(void);
 
+/* Ahead of use; any address will do, also one that does not exist. */
+#define prefetch_l2(p) __builtin_prefetch((const void *)(p), 0, 2)
+
 static inline int32_t load_int32(const void *p) {
     int32_t value;
     memcpy(&value, p, sizeof value);

@@ -1,7 +1,8 @@
 /* Products of a few rows with a big weight matrix: out[m][n] = sum_k x[m][k] w[n][k].
  *
  * The weights are streamed from memory once, whatever the number of rows, and every (m, n) is summed in one fixed
- * order: a row's result does not depend on its company.
+ * order: a row's result does not depend on its company. While one strip of weights is in use the next is fetched: the
+ * hardware's own prefetching stops at every page.
  *
  * float32 weights stay as torch stores them, [n][k].
  * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
@@ -74,21 +75,21 @@ TARGET static __attribute__((noinline)) float tail_product(const float *w, const
 INLINE void float_tile(const int outputs, const int rows, const Product *p, int64_t n, int64_t first_row) {
     const int64_t k = p->matrix->k;
     const float *w = (const float *)p->matrix->data + n * k, *x = p->x + first_row * k;
-    VF acc[4][TILE];
+    VF acc[6][4];
     for (int i = 0; i < outputs; i++)
         for (int m = 0; m < rows; m++) acc[i][m] = vf_zero();
     int64_t at = 0;
     for (; at + VL <= k; at += VL) {
-        VF row[TILE];
+        VF row[4];
         for (int m = 0; m < rows; m++) row[m] = vf_load(x + m * k + at);
         for (int i = 0; i < outputs; i++) {
             VF weight = vf_load(w + i * k + at);
-            _mm_prefetch((const char *)(w + (outputs + i) * k + at), _MM_HINT_T1);
+            prefetch_l2(w + (outputs + i) * k + at);
             for (int m = 0; m < rows; m++) acc[i][m] = vf_fma(weight, row[m], acc[i][m]);
         }
     }
     for (int m = 0; m < rows; m++) {
-        float sums[4];
+        float sums[6];
         for (int i = 0; i < outputs; i++) {
             sums[i] = vf_sum(acc[i][m]);
             if (at < k) sums[i] += tail_product(w + i * k + at, x + m * k + at, k - at);
@@ -99,32 +100,38 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
 
 /* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
 TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
-#define EACH_TILE(size, M)                                                                                   \
+#define EACH_TILE(size, CASES)                                                                               \
     for (int64_t row = 0; row < p->rows; row += size) switch (p->rows - row < size ? p->rows - row : size) { \
-            M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8)                                                          \
+            CASES                                                                                            \
         }
+#define UP_TO_4(M) M(1) M(2) M(3) M(4)
+#define UP_TO_8(M) UP_TO_4(M) M(5) M(6) M(7) M(8)
     if (p->matrix->scale) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define STRIP_OF_INT8(r)                                                                   \
+#define INT8_STRIP(r)                                                                      \
     case r:                                                                                \
         if (4 * r <= INT8_ACC)                                                             \
             int8_tile(4, r, p, block, row);                                                \
         else                                                                               \
             for (int half = 0; half < 4; half += 2) int8_tile(2, r, p, block + half, row); \
         break;
-            EACH_TILE(TILE, STRIP_OF_INT8)
+            EACH_TILE(TILE, UP_TO_8(INT8_STRIP))
         }
     } else {
-        for (; n + 4 <= end; n += 4) {
-#define STRIP_OF_FLOAT(r)                                                               \
-    case r:                                                                             \
-        if (4 * r <= FLOAT_ACC)                                                         \
-            float_tile(4, r, p, n, row);                                                \
-        else                                                                            \
-            for (int half = 0; half < 4; half += 2) float_tile(2, r, p, n + half, row); \
+#define FLOAT_STRIP_6(r)             \
+    case r:                          \
+        float_tile(6, r, p, n, row); \
         break;
-            EACH_TILE(FLOAT_TILE, STRIP_OF_FLOAT)
+#define FLOAT_STRIP_2(r)             \
+    case r:                          \
+        float_tile(2, r, p, n, row); \
+        break;
+        for (; VL == 16 && n + 6 <= end; n += 6) {
+            EACH_TILE(4, UP_TO_4(FLOAT_STRIP_6))
+        }
+        for (; n + 2 <= end; n += 2) {
+            EACH_TILE(4, UP_TO_4(FLOAT_STRIP_2))
         }
         for (; n < end; n++)
             for (int64_t row = 0; row < p->rows; row++) float_tile(1, 1, p, n, row);

@@ -3,8 +3,6 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
-#define FLOAT_ACC 8
-#define FLOAT_TILE 4
 
 #define VF __m256
 #define VI __m256i
@@ -99,6 +97,7 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
         for (int b = 0; b < blocks; b++) {
             const int8_t *weights = w + b * block_bytes + 64 * step;
             VI low = vi_load(weights), high = vi_load(weights + 32);
+            prefetch_l2(weights + 4 * block_bytes);
             for (int m = 0; m < rows; m++) {
                 VI row = vi_set1(load_int32(x + 4 * (step * rows + m))), size = _mm256_abs_epi8(row);
                 VI pairs0 = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, row));

@@ -3,8 +3,6 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
-#define FLOAT_ACC 20
-#define FLOAT_TILE 4
 
 #define VF __m512
 #define VI __m512i
@@ -80,7 +78,9 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
         for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * rows + m)));
         for (int b = 0; b < blocks; b++) {
             VI weight = _mm512_xor_si512(vi_load(w + b * block_bytes + 64 * step), flip);
-            for (int m = 0; m < rows; m++) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc[b][m]) : "v"(weight), "v"(row[m]));
+            prefetch_l2(w + (b + 4) * block_bytes + 64 * step);
+            for (int m = 0; m < rows; m++) /* not the intrinsic: for that gcc 12 copies every accumulator, every step */
+                __asm__("vpdpbusd %2, %1, %0" : "+v"(acc[b][m]) : "v"(weight), "v"(row[m]));
         }
     }
     for (int b = 0; b < blocks; b++)
