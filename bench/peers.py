@@ -12,8 +12,9 @@ first commit over the time after it (llama.cpp: its own timer, which starts with
 the median of its repetitions, a category's the geometric mean of its prompts. Text is not expected to agree between
 sides (float32, int8 and GGUF weights differ); `same` counts the prompts on which a configuration says what its own
 side's plain decoding says. llama.cpp's servers hold one speculation each, and the n-gram maps learn from earlier
-requests: those get a new server for every call, so that no repetition has seen the answer. Exit code 1: an output of
-specdec differs from plain decoding by more than a numerical tie.
+requests: those get a new server for every call, so that no repetition has seen the answer. The prebuilt wheel has no
+AVX-512 code: `llama_cpp_features` in the JSON document says what it uses. Exit code 1: an output of specdec differs
+from plain decoding by more than a numerical tie.
 """
 
 from __future__ import annotations
@@ -276,8 +277,6 @@ def llama_configurations(methods: str, files: LlamaFiles) -> Iterator[Configurat
 
 
 def llama_lacks(name: str, files: LlamaFiles) -> str | None:
-    if name not in LLAMA_KINDS:
-        raise ValueError(f"unknown llama.cpp method {name!r}; choose from: {', '.join(LLAMA_KINDS)}")
     if xllamacpp is None:
         return "xllamacpp is not installed: pip install 'specdec-runtime[peers]'"
     if not hasattr(xllamacpp.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{LLAMA_KINDS[name].type_name}"):
@@ -571,6 +570,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_methods(arguments: argparse.Namespace) -> None:
+    """A typo is found before a model is loaded."""
+    for method in f"{arguments.int8},{arguments.float or PLAIN}".split(","):
+        DrafterSpec.parse(method)
+    for method in arguments.llama.split(","):
+        if method.partition(":")[0] not in LLAMA_KINDS:
+            raise ValueError(f"unknown llama.cpp method {method!r}; choose from: {', '.join(LLAMA_KINDS)}")
+
+
 def find_gguf(given: Path | None, source: str | None) -> Path | None:
     """The file that was named, else the source if it is one, else the one of the same name beside the folder."""
     if given is not None:
@@ -591,6 +599,7 @@ def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
 
 def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task], dict[str, Any], bool]:
     """The configurations, the tasks, what the numbers depend on, and whether the model is a small one."""
+    check_methods(arguments)
     loading = {"dtype": "float32", "device": "cpu", "threads": arguments.threads, "weights": "stock"}
     (model, tokenizer, name), draft = load_pair(arguments.model, arguments.draft, **loading, trust_remote_code=False)
     pure_greedy(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
 from specdec.target import TreeModel
 from trees import Draft, TreeBatch
+
+
+class _Accepted(NamedTuple):
+    """For each row the accepted nodes, and its candidate tokens: theirs, then the next one."""
+
+    paths: list[list[int]]
+    candidates: list[list[int]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,7 +68,8 @@ class DecodingLoop:
         prefill_started = perf_counter()
         logits_B1V = prefill()
         self.stats.prefill_seconds = perf_counter() - prefill_started
-        self.commit(Draft(trees=TreeBatch.empty(len(self.sequences), self.sequences.device)), logits_B1V)
+        nothing = Draft(trees=TreeBatch.empty(len(self.sequences), self.sequences.device))
+        self.commit(nothing, self.accept(nothing, logits_B1V))
         while len(self.sequences):
             self.round()
         if self.feed is not None:
@@ -71,30 +80,43 @@ class DecodingLoop:
 
     def round(self) -> None:
         """One round."""
-        started = perf_counter()
         draft = self.propose()
-        drafted = perf_counter()
-        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1)
-        self.stats.draft_seconds += drafted - started
-        self.stats.verify_seconds += perf_counter() - drafted
-        self.commit(draft, logits_BTV)
+        logits_BTV = self.verify(draft)
+        accepted = self.accept(draft, logits_BTV)
+        self.commit(draft, accepted)
 
     def propose(self) -> Draft:
         """A tree for each row, no deeper than tokens can still be committed."""
+        started = perf_counter()
         lengths, cached = self.sequences.lengths, self.target.cache.lengths
-        return self.session.propose([self._max_depth(*row) for row in zip(lengths, cached, strict=True)])
+        draft = self.session.propose([self._max_depth(*row) for row in zip(lengths, cached, strict=True)])
+        self.stats.draft_seconds += perf_counter() - started
+        return draft
 
-    def commit(self, draft: Draft, logits_BTV: Tensor) -> None:
-        """Accept, cut at the stop, and bring everything that follows the sequences up to date."""
+    def verify(self, draft: Draft) -> Tensor:
+        """Logits [B, T, V] after the root and every node, from one forward of the target."""
+        started = perf_counter()
+        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1)
+        self.stats.verify_seconds += perf_counter() - started
+        return logits_BTV
+
+    def accept(self, draft: Draft, logits_BTV: Tensor) -> _Accepted:
+        """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
-        paths, candidates = _to_host(draft.trees, self.sampler.accept(scores_BTV, draft))
-        for row, path in enumerate(paths):
-            self.sequences.put(row, candidates[row])
+        accepted = _to_host(draft.trees, self.sampler.accept(scores_BTV, draft))
+        for row, path in enumerate(accepted.paths):
             slots = [0, *(node + 1 for node in path)]
             self.recorder.note(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
+        return accepted
+
+    def commit(self, draft: Draft, accepted: _Accepted) -> None:
+        """Cut at the stop, and bring everything that follows the sequences up to date."""
+        paths, candidates = accepted.paths, accepted.candidates
+        for row, row_candidates in enumerate(candidates):
+            self.sequences.put(row, row_candidates)
         counts, stopped = self.stop.cut(self.sequences, candidates, self.recorder.scores)
-        tokens = [row_tokens[:count] for row_tokens, count in zip(candidates, counts, strict=True)]
+        tokens = [row_candidates[:count] for row_candidates, count in zip(candidates, counts, strict=True)]
         self._commit_cache(paths, counts)
         for row, row_tokens in enumerate(tokens):
             self.sequences.commit(row, row_tokens)
@@ -147,8 +169,8 @@ class DecodingLoop:
             self.session.select_rows(stay)
 
 
-def _to_host(trees: TreeBatch, acceptance: Acceptance) -> tuple[list[list[int]], list[list[int]]]:
-    """Accepted nodes and candidate tokens (theirs, then the next one) of every row, in one copy."""
+def _to_host(trees: TreeBatch, acceptance: Acceptance) -> _Accepted:
+    """The outcome of a verification on the host, in one copy."""
     path_BD = acceptance.path_BD
     token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
     heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)
@@ -157,4 +179,4 @@ def _to_host(trees: TreeBatch, acceptance: Acceptance) -> tuple[list[list[int]],
     for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
         paths.append(rest[:count])
         candidates.append([*rest[depth : depth + count], next_token])
-    return paths, candidates
+    return _Accepted(paths, candidates)
