@@ -1,0 +1,167 @@
+"""specdec beside transformers and llama.cpp: the same prompts, greedy, the same threads, one process, taking turns.
+
+    pip install "specdec-runtime[peers]"
+    python -m bench.peers MODEL --draft SMALL --float --max-new-tokens 128 --output bench/results/peers.json
+
+MODEL and SMALL are folders or `.gguf` files. llama.cpp (through the wheel `xllamacpp`) reads MODEL itself or the file
+`MODEL.gguf` beside the folder, or what --gguf and --draft-gguf name: without one it is reported as not available.
+
+Every configuration gets the same token ids and the same limit, and stops at the end-of-sequence token, which counts on
+all sides. Two rates: `end to end` is new tokens over wall time, prefill included; `decode` is the tokens after the
+first commit over the time after it (llama.cpp: its own timer, which starts with the first token). A prompt's rate is
+the median of its repetitions, a category's the geometric mean of its prompts. Text is not expected to agree between
+sides (float32, int8 and GGUF weights differ); `same` counts the prompts on which a configuration says what its own
+side's plain decoding says. llama.cpp's servers hold one speculation each, and the n-gram maps learn from earlier
+requests: those get a new server for every call, so that no repetition has seen the answer. The prebuilt wheel has no
+AVX-512 code: `llama_cpp_features` in the JSON document says what it uses. Exit code 1: an output of specdec differs
+from plain decoding by more than a numerical tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import specdec
+from bench.peers.contest import (
+    FLOAT,
+    INT8,
+    LLAMA,
+    Configuration,
+    Task,
+    log,
+    measure,
+    warm_up,
+)
+from bench.peers.llama_cpp import LLAMA_KINDS, LlamaFiles, llama_configurations
+from bench.peers.ours import drafted_by, ours, prepared_copy
+from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
+from specdec import kernels
+from specdec.bench.harness import Method
+from specdec.bench.methods import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.bench.suite import ALL, load_suite
+from specdec.cli.loading import load_pair
+from specdec.errors import SpecdecError
+from specdec.prompting import encode_prompts
+
+INT8_METHODS = "plain,prompt-lookup,small-model"
+FLOAT_METHODS = "plain,prompt-lookup,quantized-self,small-model"
+LLAMA_METHODS = "plain,draft,ngram-simple,ngram-mod,ngram-map-k,ngram-map-k4v,ngram-cache"
+SMALL_MODEL_PARAMETERS = 500_000_000
+"""Below this the bars of the demo model hold, above it those of the 1.5B."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--draft", help="a smaller model of the same tokenizer")
+    parser.add_argument("--gguf", type=Path, help="what llama.cpp reads")
+    parser.add_argument("--draft-gguf", type=Path, help="what llama.cpp drafts with")
+    parser.add_argument("--int8", metavar="METHODS", default=INT8_METHODS, help="%(default)s")
+    parser.add_argument("--float", metavar="METHODS", nargs="?", const=FLOAT_METHODS, help="%(const)s")
+    parser.add_argument("--llama", metavar="METHODS", default=LLAMA_METHODS, help="%(default)s")
+    parser.add_argument("--prompts", type=Path, help="JSON lines; the built-in suite if absent")
+    parser.add_argument("--category", action="append", default=[], help="may be given several times")
+    parser.add_argument("--limit", type=int, help="prompts of each category")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print the JSON document instead of the tables")
+    parser.add_argument("--output", type=Path, help="write the JSON document to this file too")
+    return parser.parse_args()
+
+
+def check_methods(arguments: argparse.Namespace) -> None:
+    """A typo is found before a model is loaded."""
+    for method in f"{arguments.int8},{arguments.float or PLAIN}".split(","):
+        DrafterSpec.parse(method)
+    for method in arguments.llama.split(","):
+        if method.partition(":")[0] not in LLAMA_KINDS:
+            raise ValueError(f"unknown llama.cpp method {method!r}; choose from: {', '.join(LLAMA_KINDS)}")
+
+
+def find_gguf(given: Path | None, source: str | None) -> Path | None:
+    """The file that was named, else the source if it is one, else the one of the same name beside the folder."""
+    if given is not None:
+        if not given.is_file():
+            raise ValueError(f"there is no file {given}")
+        return given
+    if source is None:
+        return None
+    candidates = [Path(source), Path(source.rstrip("/") + ".gguf")]
+    return next((path for path in candidates if path.suffix == ".gguf" and path.is_file()), None)
+
+
+def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
+    """Some checkpoints ask for a repetition penalty, which llama.cpp applies to another window of tokens."""
+    model.generation_config.repetition_penalty = None
+    return model
+
+
+def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task], dict[str, Any], bool]:
+    """The configurations, the tasks, what the numbers depend on, and whether the model is a small one."""
+    check_methods(arguments)
+    loading = {"dtype": "float32", "device": "cpu", "threads": arguments.threads, "weights": "stock"}
+    (model, tokenizer, name), draft = load_pair(arguments.model, arguments.draft, **loading, trust_remote_code=False)
+    pure_greedy(model)
+    prompts = load_suite(arguments.prompts).select(arguments.category, arguments.limit).prompts
+    tasks = [Task(prompt=one, ids=encode_prompts(tokenizer, [one.text])["input_ids"][0].tolist()) for one in prompts]
+    files = LlamaFiles(
+        target=find_gguf(arguments.gguf, arguments.model),
+        draft=find_gguf(arguments.draft_gguf, arguments.draft),
+        num_threads=arguments.threads,
+        context_length=max(len(task.ids) for task in tasks) + arguments.max_new_tokens + 128,
+    )
+    if draft is not None:
+        specdec.prepare(draft, weights="int8")
+    configurations = [ours(TRANSFORMERS, model, tokenizer, Method(PLAIN, None))]
+    configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
+    if arguments.float:
+        configurations += drafted_by(FLOAT, arguments.float, prepared_copy(model), tokenizer, draft)
+    configurations += llama_configurations(arguments.llama, files)
+    heading = {"model": name, "draft": arguments.draft and Path(arguments.draft).name}
+    heading["environment"] = environment(arguments, files)
+    return configurations, tasks, heading, model.num_parameters() < SMALL_MODEL_PARAMETERS
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Whether all outputs of specdec are right."""
+    configurations, tasks, heading, is_small = build(arguments)
+    warm_up(configurations, tasks[0], arguments.max_new_tokens)
+    running = available(configurations)
+    tasks = tasks[: measure(running, tasks, arguments.max_new_tokens, arguments.repetitions)]
+    if not tasks:
+        raise ValueError("interrupted before the first prompt was measured")
+    rows = summarise(running, tasks)
+    found = ratios(rows, is_small)
+    document = heading | to_json(configurations, tasks, rows, found)
+    text = json.dumps(document, indent=2, allow_nan=False)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    if arguments.json:
+        print(text)
+    else:
+        show(document, rows, found)
+    wrong = [row for row in rows if row.category == ALL and row.side != LLAMA and is_wrong(row)]
+    for row in wrong:
+        log(f"{row.name} differs from plain decoding on {row.num_prompts - row.num_same - row.num_ties} prompts")
+    return not wrong
+
+
+def main() -> None:
+    try:
+        is_right = run(parse_arguments())
+    except (SpecdecError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0 if is_right else 1)
+
+
+if __name__ == "__main__":
+    main()

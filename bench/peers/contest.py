@@ -1,0 +1,107 @@
+"""Configurations taking turns on the same prompts, and what each call measured."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.bench.equality import Verdict
+from specdec.bench.suite import Prompt
+
+INT8, FLOAT, LLAMA = "int8", "float32", "llama.cpp"
+METRICS = {"decode": "decode tok/s", "end_to_end": "end-to-end"}
+PAUSE_S = 0.05
+"""Between two calls, so that one side's idle workers do not spin into the other's time."""
+NUM_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One timed call. `output` is token ids, or text from llama.cpp; `num_decoded`: tokens after the first commit."""
+
+    num_tokens: int
+    seconds: float
+    num_decoded: int
+    decode_seconds: float
+    num_drafted: int
+    num_accepted: int
+    output: list[int] | str
+
+    @property
+    def rates(self) -> dict[str, float | None]:
+        decode = self.num_decoded / self.decode_seconds if self.num_decoded else None
+        return {"decode": decode, "end_to_end": self.num_tokens / self.seconds}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    prompt: Prompt
+    ids: list[int]
+
+
+Decode = Callable[[Task, int], Sample]
+"""A task and the number of new tokens."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Configuration:
+    """One way of decoding. `judge` says whether an output is what the plain output (second) is."""
+
+    side: str
+    method: str
+    decode: Decode | None = None
+    judge: Callable[[Task, Any, Any], Verdict] | None = None
+    unavailable: str | None = None
+    samples: list[list[Sample]] = field(default_factory=list)  # by task, then by repetition
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} {self.method}"
+
+    def rate(self, task: int, metric: str) -> float | None:
+        rates = [sample.rates[metric] for sample in self.samples[task]]
+        return None if None in rates else statistics.median(rates)
+
+
+def warm_up(configurations: list[Configuration], task: Task, max_new_tokens: int) -> None:
+    """One short call each. A peer that fails here is not available; specdec failing is a failed run."""
+    for configuration in configurations:
+        if configuration.decode is None:
+            continue
+        log(f"warming up {configuration.name}")
+        try:
+            configuration.decode(task, min(max_new_tokens, NUM_WARMUP_TOKENS))
+        except RuntimeError as error:
+            if configuration.side != LLAMA:
+                raise
+            configuration.decode, configuration.unavailable = None, f"failed: {error}"
+
+
+def measure(configurations: list[Configuration], tasks: list[Task], max_new_tokens: int, repetitions: int) -> int:
+    """Fills the samples; returns how many tasks are complete, fewer than all after Ctrl-C."""
+    for index, task in enumerate(tasks):
+        rounds: list[dict[str, Sample]] = []
+        try:
+            for repetition in range(repetitions):
+                log(f"{task.prompt.category}: prompt {index + 1} of {len(tasks)}, repetition {repetition + 1}")
+                first = repetition % len(configurations)  # nobody always runs after the same neighbour
+                turns = configurations[first:] + configurations[:first]
+                rounds.append({one.name: timed(one, task, max_new_tokens) for one in turns})
+        except KeyboardInterrupt:
+            return index
+        for configuration in configurations:
+            configuration.samples.append([samples[configuration.name] for samples in rounds])
+    return len(tasks)
+
+
+def timed(configuration: Configuration, task: Task, max_new_tokens: int) -> Sample:
+    time.sleep(PAUSE_S)
+    return configuration.decode(task, max_new_tokens)
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
