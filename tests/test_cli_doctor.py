@@ -15,6 +15,7 @@ from specdec import models
 from specdec.cli.app import app
 from specdec.cli.common import USER_ERROR, friendly_errors
 from specdec.errors import ModelError
+from tests.tiny_models import save_tiny_model
 
 COMMANDS = ("pull", "generate", "chat", "bench", "doctor")
 
@@ -50,6 +51,13 @@ def test_doctor_prints_one_json_document(cache: Path) -> None:
     assert report["threads"]["torch"] >= 1
     assert "--dtype" in report["advice"][0]
     assert report["models"] == []
+
+
+def test_doctor_measures_threads_for_a_model(cache: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "tiny")
+    report = json.loads(run("doctor", "--json", "--model", folder).stdout)
+    assert 1 <= report["threads"]["best"] <= report["threads"]["cores"]
+    assert f"--threads {report['threads']['best']}" in report["advice"][1]
 
 
 def test_doctor_finds_the_models_of_the_cache(cache: Path) -> None:

@@ -23,20 +23,24 @@ def register(app: typer.Typer) -> None:
 
 @friendly_errors
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Load this model and measure how many threads are best for it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Show versions, devices, threads, dtype advice and the models found on this machine."""
-    report = examine()
+    report = examine(model)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         Console().print(_table(report))
 
 
-def examine() -> dict[str, Any]:
-    """The report of `specdec doctor`, ready for JSON."""
+def examine(model: str | None = None) -> dict[str, Any]:
+    """The report of `specdec doctor`, ready for JSON; with a model, its best number of threads is measured."""
     devices = _devices()
-    threads = _threads()
+    threads = _threads() if model is None else _threads() | {"best": _best_threads(model)}
     return {
         "specdec": __version__,
         "python": platform.python_version(),
@@ -88,11 +92,20 @@ def _threads() -> dict[str, int | None]:
     }
 
 
+def _best_threads(source: str) -> int:
+    from specdec.kernels import calibrate_threads
+    from specdec.models import load
+
+    return calibrate_threads(load(source, device="cpu").model)
+
+
 def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
     if len(devices) > 1:
         return ["--dtype auto: the checkpoint's own dtype on the GPU, float32 on the CPU."]
     advice = ["--dtype auto is float32 here: on a CPU bfloat16 is slower once a few rows are verified together."]
-    if threads["torch"] != 1:
+    if "best" in threads:
+        advice.append(f"--threads {threads['best']} was the fastest for this model just now.")
+    elif threads["torch"] != 1:
         advice.append("--threads 1 can be faster for small models when other programs keep the cores busy.")
     return advice
 
