@@ -19,7 +19,7 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def test_the_first_screen(capsys: pytest.CaptureFixture[str]):
-    program, shown = blocks("README.md", "python")[0], blocks("README.md", "")[0]
+    program, shown = blocks("README.md", "python")[0], blocks("README.md", "text")[0]
     try:
         exec(program, {})
     except specdec.ModelError as error:
