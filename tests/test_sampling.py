@@ -17,12 +17,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as lp
 
 import specdec
-from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
+from specdec.drafters import Drafter, Plain, PromptLookup, QuantizedSelf, SmallModel
 from specdec.sampling import Prefixes, Sampler
 from specdec.sequences import Sequences
 from specdec.testing import ScriptedDrafter, tiny_model
 from tests.goodness import assert_drawn_from
-from trees import ROOT, TokenTree, TreeBatch
+from trees import ROOT, Chain, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch
 
 VOCAB_SIZE = 6
 NUM_NEW = 3
@@ -135,6 +135,21 @@ def test_samples_follow_the_processed_distribution(target: PreTrainedModel, samp
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_ragged_rows_follow_distributions_of_their_own(target: PreTrainedModel, drafter: str):
+    assert_ragged_rows_are_exact(target, drafters()[drafter])
+
+
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+@pytest.mark.parametrize("tree", [Chain(2), Fixed((2, 1)), DySpec(budget=4)], ids=["chain", "fixed", "dyspec"])
+def test_grown_trees_in_ragged_batches(target: PreTrainedModel, tree: GrowthPolicy, verify: str):
+    assert_ragged_rows_are_exact(target, SmallModel(tiny(seed=2)), tree=tree, verify=verify)
+
+
+def test_the_int8_copy_of_the_target_in_ragged_batches(target: PreTrainedModel):
+    assert_ragged_rows_are_exact(target, QuantizedSelf(num_tokens=2))
+
+
+def assert_ragged_rows_are_exact(target: PreTrainedModel, drafter: Drafter, **choices: Any) -> None:
+    """Under a processor that looks at each node's own prefix."""
     options = {"top_k": 0, "repetition_penalty": 1.3}
     prompts = torch.tensor([[1, 4, 2, 1], [0, 0, 5, 3]])
     masks = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
@@ -145,12 +160,14 @@ def test_ragged_rows_follow_distributions_of_their_own(target: PreTrainedModel, 
         attention_mask=masks.repeat(NUM_SAMPLES, 1),
         do_sample=True,
         max_new_tokens=NUM_NEW,
-        drafter=drafters()[drafter],
+        drafter=drafter,
+        **choices,
         **options,
     )
     for row in (0, 1):
         expected = exact_distribution(target, prompts[row : row + 1], masks[row : row + 1], **options)
-        assert_drawn_from(continuations(out[row::2], prompts.shape[1]), expected, f"row {row}, {drafter}")
+        label = f"row {row}, {type(drafter).__name__}, {choices}"
+        assert_drawn_from(continuations(out[row::2], prompts.shape[1]), expected, label)
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(target: PreTrainedModel):
