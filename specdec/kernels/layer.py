@@ -87,6 +87,7 @@ class LeanForward:
     def __init__(self, layer: DecoderLayer, rotation: Once[Rotation, Rotation] | None = None) -> None:
         self.layer = layer
         self._rotation = rotation or Once(contiguous)
+        self._max_rows = native.MAX_INT8_ROWS if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class LeanForward:
     ) -> bool:
         shape = hidden.shape
         return (
-            shape[0] * shape[1] <= native.MAX_ROWS
+            shape[0] * shape[1] <= self._max_rows
             and hidden.dtype is torch.float32
             and not hidden.is_cuda
             and not (hidden.requires_grad and torch.is_grad_enabled())
