@@ -35,6 +35,12 @@ class Acceptance:
     counts_B: Tensor
     next_B: Tensor
 
+    @property
+    def last_B(self) -> Tensor:
+        """int64 slot at which the path ends."""
+        slots_BT = torch.nn.functional.pad(self.path_BD + 1, (1, 0))
+        return slots_BT.gather(1, self.counts_B[:, None])[:, 0]
+
 
 def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     """Follow the target's own choice from the root for as long as the tree contains it.
@@ -50,29 +56,55 @@ def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=chosen_BT.gather(1, last_B[:, None])[:, 0])
 
 
-def topdown(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
+def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
     """Multi-round residual verification (SpecInfer; without replacement as in DySpec, algorithm 3).
 
     A child y drawn from q is kept with probability min(1, p(y)/q(y)); otherwise p becomes norm(max(p - q, 0)),
     q loses y, and the next sibling is tried. On a chain this is speculative sampling (Leviathan et al. 2023).
-    The tokens have exactly the target's distribution if the trees were drawn from `draft.q_BTV`.
+    The tokens have exactly the target's distribution if the trees were drawn from the draft's q. Work over the
+    vocabulary is done only for the slots that are come to and the children that are refused.
 
     Args:
-        p_BTV: float32 target distribution after each slot.
+        scores_BTV: float32 processed scores of the target after each slot; p is their softmax.
     """
+    assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
-    assert draft.q_BTV is not None, "a deterministic draft is walked"
     if trees.is_chain:
-        return _topdown_chain(trees, p_BTV, draft.q_BTV, generator)
-    trial = _Trial(draft, p_BTV, by_depth=False)
-    chance_F = torch.zeros_like(trial.reach_F)
-    for contest in trial.contests:
-        chance_F[contest.children_N] = trial.refuse(contest)
-    kept_BT = _throw(chance_F, generator).view(trees.num_rows, -1)
-    return trial.outcome(kept_BT[:, 1:], generator)
+        return _topdown_chain(draft, scores_BTV, generator)
+    families = _Families.of(trees)
+    tokens_BT = torch.nn.functional.pad(trees.tokens_BN, (1, 0))
+    rows_B = torch.arange(trees.num_rows, device=trees.device)
+    slot_B, counts_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B)
+    arrived_B = torch.ones_like(rows_B, dtype=torch.bool)
+    path, left_BV = [], scores_BTV[:, 0]
+    for depth, num_siblings in enumerate(families.most_siblings):
+        p_BV = scores_BTV[rows_B, slot_B].softmax(-1)
+        left_BV = torch.where(arrived_B[:, None], p_BV, left_BV)
+        child_B = torch.where(arrived_B, families.first_child_BT[rows_B, slot_B], 0)
+        arrived_B = torch.zeros_like(arrived_B)
+        if not num_siblings or _none(child_B > 0):
+            break
+        q_BV, scale_B = draft.q_at(depth, rows_B, slot_B), p_BV.new_ones(len(p_BV))
+        for _ in range(num_siblings):
+            token_B1 = tokens_BT.gather(1, child_B[:, None])
+            chance_B = (left_BV.gather(1, token_B1) / q_BV.gather(1, token_B1))[:, 0] / scale_B
+            kept_B = _throw(torch.where(child_B > 0, chance_B, 0), generator)
+            slot_B, arrived_B = torch.where(kept_B, child_B, slot_B), arrived_B | kept_B
+            refused_B = (child_B > 0) & ~kept_B
+            if _none(refused_B):
+                break
+            residual_BV = left_BV.addcmul(q_BV, scale_B[:, None], value=-1).clamp_min_(0)
+            mass_B = residual_BV.sum(-1)
+            # nothing is left only where p == q, and then the refusal was a rounding accident
+            left_BV = torch.where((refused_B & (mass_B > 0))[:, None], residual_BV, left_BV)
+            scale_B = mass_B / q_BV.scatter_(1, token_B1, 0).sum(-1)
+            child_B = torch.where(refused_B, families.next_sibling_BT[rows_B, child_B], 0)
+        path.append((slot_B - 1).clamp_min(0))
+        counts_B += arrived_B
+    return Acceptance(path_BD=torch.stack(path, 1), counts_B=counts_B, next_B=_draw_one(left_BV, generator))
 
 
-def traversal(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
+def traversal(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
     """Traversal verification (Weng et al. 2025): from the leaves up, so that a whole path is judged at once.
 
     A node is entered with the reach min(1, r p(y)/q(y)), r the reach of its parent. Leaves come first, in draw order:
@@ -82,15 +114,45 @@ def traversal(draft: Draft, p_BTV: Tensor, generator: torch.Generator | None = N
     `topdown` and is as exact.
 
     Args:
-        p_BTV: float32 target distribution after each slot.
+        scores_BTV: float32 processed scores of the target after each slot; p is their softmax.
     """
+    assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
-    trial = _Trial(draft, p_BTV, by_depth=True)
-    for contest in trial.contests:
-        trial.reach_F[contest.children_N] = trial.refuse(contest)
-    kept_BT = _throw(trial.reach_F, generator).view(trees.num_rows, -1)
+    scores_FV = scores_BTV.flatten(0, 1)
+    tokens_F = torch.nn.functional.pad(trees.tokens_BN, (1, 0)).flatten()
+    slots_I, contests = _contests(trees)
+    # p_IV is not renormalised: it is a distribution once divided by mass_I; so is q_NV after the first rank
+    p_IV = scores_FV.index_select(0, slots_I).softmax(-1)
+    mass_I, reach_F = p_IV.new_ones(len(p_IV)), p_IV.new_ones(len(scores_FV))
+    tiny = torch.finfo(p_IV.dtype).tiny
+    for start, depth, rank, children_N in contests:
+        mine = slice(start, start + len(children_N))
+        slots_N, p_NV, mass_N = slots_I[mine], p_IV[mine], mass_I[mine].clamp_min(tiny)
+        if rank == 0:
+            q_NV, scale_N = draft.q_at(depth, slots_N // trees.num_slots, slots_N % trees.num_slots), mass_N
+        else:
+            q_NV = q_NV[: len(children_N)]
+            scale_N = mass_N / q_NV.sum(-1)
+        reach_N, token_N1 = reach_F[slots_N], tokens_F[children_N].unsqueeze(1)
+        chance_N = reach_N * (p_NV.gather(1, token_N1) / q_NV.gather(1, token_N1))[:, 0] / scale_N
+        reach_F[children_N] = chance_N.clamp_max_(1)
+        p_NV.addcmul_(q_NV, torch.where(reach_N > 0, scale_N / reach_N, 0)[:, None], value=-1).clamp_min_(0)
+        mass_I[mine] = p_NV.sum(-1)
+        left_N = reach_N * mass_I[mine] / mass_N
+        reach_F[slots_N] = left_N / (left_N + 1 - reach_N).clamp_min_(tiny)
+        q_NV.scatter_(1, token_N1, 0)
+    kept_BT = _throw(reach_F, generator).view(trees.num_rows, -1)
     kept_beneath_BT = (trees.ancestors_BTT & (kept_BT & trees.real_BT).unsqueeze(2)).any(1)
-    return trial.outcome(kept_beneath_BT[:, 1:], generator)
+    path_BD, counts_B, last_B = _descend(trees, kept_beneath_BT[:, 1:])
+    last_B = last_B + torch.arange(trees.num_rows, device=trees.device) * trees.num_slots
+    p_BV = scores_FV.index_select(0, last_B).softmax(-1)
+    if contests:
+        index_F = torch.full_like(tokens_F, -1)
+        index_F[slots_I] = torch.arange(len(slots_I), device=trees.device)
+        index_B = index_F[last_B]
+        left_BV = torch.where((index_B >= 0)[:, None], p_IV.index_select(0, index_B.clamp_min(0)), 0)
+        p_BV = _or_else(left_BV, p_BV)
+    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(p_BV, generator))
 
 
 def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -108,122 +170,99 @@ def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return path_BD, counts_B, counts_B
     rows_B = torch.arange(trees.num_rows, device=trees.device)
     slot_B, counts_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B)
-    path = []
+    path, parent_slots_BN = [], trees.parents_BN + 1
     for _ in range(trees.depth):
-        found_B, node_B = (open_BN & (trees.parents_BN + 1 == slot_B[:, None])).max(1)
+        found_B, node_B = (open_BN & (parent_slots_BN == slot_B[:, None])).max(1)
         path.append(node_B)
         counts_B += found_B
         slot_B = torch.where(found_B, node_B + 1, slot_B)
+        if _none(found_B):
+            break
     return torch.stack(path, 1), counts_B, slot_B
 
 
-def _topdown_chain(trees: TreeBatch, p_BTV: Tensor, q_BTV: Tensor, generator: torch.Generator | None) -> Acceptance:
+def _topdown_chain(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None) -> Acceptance:
     """`topdown`, but the residual is computed only where a chain breaks."""
-    drafted_BN1 = trees.tokens_BN.unsqueeze(-1)
-    p_BN = p_BTV[:, :-1].gather(2, drafted_BN1).squeeze(-1)
-    q_BN = q_BTV[:, :-1].gather(2, drafted_BN1).squeeze(-1)
-    path_BD, counts_B, _ = _descend(trees, _throw(p_BN / q_BN, generator))
+    trees = draft.trees
     rows_B = torch.arange(trees.num_rows, device=trees.device)
+    p_BTV = scores_BTV.softmax(-1)
+    if not trees.width:
+        nothing_B = torch.zeros_like(rows_B)
+        return Acceptance(path_BD=trees.tokens_BN, counts_B=nothing_B, next_B=_draw_one(p_BTV[:, 0], generator))
+    q_BNV = torch.stack([draft.q_at(slot, rows_B, torch.full_like(rows_B, slot)) for slot in range(trees.width)], 1)
+    drafted_BN1 = trees.tokens_BN.unsqueeze(-1)
+    p_BN, q_BN = (x.gather(2, drafted_BN1).squeeze(-1) for x in (p_BTV[:, :-1], q_BNV))
+    path_BD, counts_B, _ = _descend(trees, _throw(p_BN / q_BN, generator))
     final_BV = p_BTV[rows_B, counts_B]
     refused_B = counts_B < torch.tensor(trees.sizes, device=trees.device)
-    left_BV = (final_BV - q_BTV[rows_B, counts_B]).clamp_min(0)
+    left_BV = (final_BV - q_BNV[rows_B, counts_B.clamp_max(trees.width - 1)]).clamp_min(0)
     final_BV = torch.where(refused_B[:, None], _or_else(left_BV, final_BV), final_BV)
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
 
 
+class _Families(NamedTuple):
+    """Who follows whom, as slots of the same row; 0 where there is none.
+
+    Args:
+        first_child_BT: int64.
+        next_sibling_BT: int64.
+        most_siblings: size of the largest family below the slots of each depth.
+    """
+
+    first_child_BT: Tensor
+    next_sibling_BT: Tensor
+    most_siblings: list[int]
+
+    @classmethod
+    def of(cls, trees: TreeBatch) -> _Families:
+        links = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
+        most_siblings = [0] * (trees.depth + 1)
+        for row, (parents, size) in enumerate(zip(trees.host_parents_BN.tolist(), trees.sizes, strict=True)):
+            depths, families = [0], [list[int]() for _ in range(size + 1)]
+            for node, parent in enumerate(parents[:size]):
+                depth, family = depths[parent + 1], families[parent + 1]
+                links[(1, row, family[-1]) if family else (0, row, parent + 1)] = node + 1
+                family.append(node + 1)
+                depths.append(depth + 1)
+                most_siblings[depth] = max(most_siblings[depth], len(family))
+        first_child_BT, next_sibling_BT = torch.from_numpy(links).to(trees.device)
+        return cls(first_child_BT, next_sibling_BT, most_siblings)
+
+
 class _Contest(NamedTuple):
-    """Children that are tried together: number `rank` of the slots that stand in I from `start` on."""
+    """Children of one depth and rank, which are tried together; their parents stand in I from `start` on."""
 
     start: int
+    depth: int
     rank: int
     children_N: Tensor
 
 
-class _Trial:
-    """The distributions of all slots that have children, as they stand after the children tried so far.
-
-    Args:
-        by_depth: try children depth by depth, so that a slot's reach is known before its children are tried.
-
-    Attributes:
-        contests: in the order in which they take place.
-        reach_F: chance that a slot is kept, given that it is tested and that all children tried so far are refused.
-    """
-
-    def __init__(self, draft: Draft, p_BTV: Tensor, *, by_depth: bool):
-        assert draft.q_BTV is not None, "a deterministic draft is walked"
-        self._trees = draft.trees
-        self._tokens_F = torch.nn.functional.pad(draft.trees.tokens_BN, (1, 0)).flatten()
-        self._p_FV = p_BTV.flatten(0, 1)
-        self._slots_I, self.contests = _families(draft.trees, by_depth=by_depth)
-        self._p_IV = self._p_FV.index_select(0, self._slots_I)
-        self._q_IV = draft.q_BTV.flatten(0, 1).index_select(0, self._slots_I)
-        self._p_mass_I = self._p_IV.new_ones(len(self._slots_I))
-        self.reach_F = self._p_FV.new_ones(len(self._p_FV))
-
-    def refuse(self, contest: _Contest) -> Tensor:
-        """Try children and refuse them all; returns the chances that they had."""
-        start, rank, children_N = contest
-        mine = slice(start, start + len(children_N))
-        p_NV, q_NV, slots_N = self._p_IV[mine], self._q_IV[mine], self._slots_I[mine]
-        reach_N, token_N1 = self.reach_F[slots_N], self._tokens_F[children_N].unsqueeze(1)
-        if rank:
-            q_NV.div_(q_NV.sum(-1, keepdim=True))
-        p_NV.mul_((reach_N / self._p_mass_I[mine].clamp_min(_tiny(p_NV))).unsqueeze(1))
-        chance_N = p_NV.gather(1, token_N1)[:, 0] / q_NV.gather(1, token_N1)[:, 0]
-        left_N = p_NV.sub_(q_NV).clamp_min_(0).sum(-1)
-        self._p_mass_I[mine] = left_N
-        self.reach_F[slots_N] = left_N / (left_N + 1 - reach_N).clamp_min(_tiny(p_NV))
-        q_NV.scatter_(1, token_N1, 0)
-        return chance_N.clamp_max(1)
-
-    def outcome(self, open_BN: Tensor, generator: torch.Generator | None) -> Acceptance:
-        """Descend through open nodes and draw the next token where the way ends."""
-        path_BD, counts_B, last_B = _descend(self._trees, open_BN)
-        slot_B = last_B + torch.arange(len(last_B), device=last_B.device) * self._trees.num_slots
-        p_BV = self._p_FV[slot_B]
-        if not self.contests:
-            return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(p_BV, generator))
-        index_F = torch.full_like(self._tokens_F, -1)
-        index_F[self._slots_I] = torch.arange(len(self._slots_I), device=index_F.device)
-        index_B = index_F[slot_B]
-        has_children_B1 = index_B[:, None] >= 0
-        final_BV = torch.where(has_children_B1, _or_else(self._p_IV[index_B.clamp_min(0)], p_BV), p_BV)
-        return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=_draw_one(final_BV, generator))
-
-
-def _families(trees: TreeBatch, *, by_depth: bool) -> tuple[Tensor, list[_Contest]]:
-    """Slots that have children, and the contests of these."""
-    parents_BN, num_slots = trees.host_parents_BN, trees.num_slots
+def _contests(trees: TreeBatch) -> tuple[Tensor, list[_Contest]]:
+    """Slots that have children, by depth and then the largest families first; and the contests, from the root down."""
     row_N, node_N = np.nonzero(np.arange(trees.width) < np.array(trees.sizes)[:, None])
-    parent_N = row_N * num_slots + parents_BN[row_N, node_N] + 1
-    in_families_N = np.argsort(parent_N, kind="stable")
-    child_N = (row_N * num_slots + node_N + 1)[in_families_N]
-    slot_I, first_I, size_I = np.unique(parent_N[in_families_N], return_index=True, return_counts=True)
-    depth_I = _host_depths(trees).ravel()[slot_I] if by_depth else np.zeros_like(slot_I)
-    order_I = np.lexsort((-size_I, depth_I))
-    slot_I, first_I, size_I, depth_I = slot_I[order_I], first_I[order_I], size_I[order_I], depth_I[order_I]
-    starts, ranks, children = [], [], []
-    for depth in range(depth_I.max(initial=-1) + 1):
-        start, stop = (int(index) for index in np.searchsorted(depth_I, (depth, depth + 1)))
-        for rank in range(size_I[start]):
-            stop = start + int(np.searchsorted(-size_I[start:stop], -rank))
-            starts.append(start)
-            ranks.append(rank)
-            children.append(child_N[first_I[start:stop] + rank])
-    numbers = torch.from_numpy(np.concatenate([slot_I, *children])).to(trees.device)
-    slots_I, *on_device = numbers.split([len(slot_I), *map(len, children)])
-    return slots_I, [_Contest(*contest) for contest in zip(starts, ranks, on_device, strict=True)]
+    parent_N = row_N * trees.num_slots + trees.host_parents_BN[row_N, node_N] + 1
+    by_family_N = np.argsort(parent_N, kind="stable")
+    parent_N, slot_N = parent_N[by_family_N], (row_N * trees.num_slots + node_N + 1)[by_family_N]
+    rank_N = np.arange(len(parent_N)) - np.searchsorted(parent_N, parent_N)
+    depth_N = trees.host_depths_BT.ravel()[parent_N]
+    first = np.flatnonzero(rank_N == 0)
+    size_I = np.diff(first, append=len(rank_N))
+    order_I = np.lexsort((-size_I, depth_N[first]))
+    index_N = np.repeat(np.argsort(order_I), size_I)
+    order_N = np.lexsort((index_N, rank_N, depth_N))
+    slot_N, index_N, rank_N, depth_N = (x[order_N] for x in (slot_N, index_N, rank_N, depth_N))
+    starts = np.flatnonzero(np.diff(depth_N, prepend=-1) | np.diff(rank_N, prepend=-1))
+    sizes = np.diff(starts, append=len(rank_N))
+    numbers = torch.from_numpy(np.concatenate([parent_N[first][order_I], slot_N])).to(trees.device)
+    slots_I, *children = numbers.split([len(first), *sizes.tolist()])
+    heads = np.stack([x[starts] for x in (index_N, depth_N, rank_N)], 1).tolist()
+    return slots_I, [_Contest(start, depth, rank, c) for (start, depth, rank), c in zip(heads, children, strict=True)]
 
 
-def _host_depths(trees: TreeBatch) -> np.ndarray:
-    """Depth of every slot [B, T]."""
-    parent_BT = np.pad(trees.host_parents_BN + 1, ((0, 0), (1, 0)))
-    above_BT, depth_BT = np.broadcast_to(np.arange(trees.num_slots), parent_BT.shape), np.zeros_like(parent_BT)
-    for _ in range(trees.depth):
-        depth_BT += above_BT > 0
-        above_BT = np.take_along_axis(parent_BT, above_BT, 1)
-    return depth_BT
+def _none(mask: Tensor) -> bool:
+    """Whether nothing is True, where that can be known at once: a GPU would have to be waited for."""
+    return mask.device.type == "cpu" and not bool(mask.any())
 
 
 def _throw(chance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -232,12 +271,8 @@ def _throw(chance: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _or_else(left_BV: Tensor, p_BV: Tensor) -> Tensor:
-    """Weights, or p where none is left (p == q there, and the refusal was a rounding accident)."""
+    """Weights, or p where there are none (p == q there, and the refusal was a rounding accident)."""
     return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
 
 
 def _draw_one(p_BV: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -114,11 +114,30 @@ class TreeCache(Cache):
             if slot != place
         ]
         if moves:
-            rows, sources, targets = (list(column) for column in zip(*moves, strict=True))
+            rows, sources, targets = torch.tensor(moves, device=self.layers[0].keys.device).unbind(1)
             for layer in self.layers:
                 layer.move(rows, sources, targets)
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
         self.rollback()
+
+    def arrange_tail(self, num_layers: int, sources_BK: Tensor) -> None:
+        """Make these old tail slots the new tail of the first layers.
+
+        Args:
+            sources_BK: int64 tail indices.
+        """
+        num_kept = sources_BK.shape[1]
+        starts_B1 = torch.tensor(self.lengths, device=sources_BK.device).unsqueeze(1)
+        rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
+        targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
+        for layer in self.layers[:num_layers]:
+            layer.move(rows_B1, starts_B1 + sources_BK, targets_BK)
+        self.cut_tail(num_layers, num_kept)
+
+    def cut_tail(self, num_layers: int, num_kept: int) -> None:
+        """Forget all but the first slots of the tail of the first layers."""
+        for layer in self.layers[:num_layers]:
+            layer.tail = num_kept
 
     def rollback(self) -> None:
         """Forget the tail; also repairs a forward that broke off between two layers."""
@@ -204,7 +223,8 @@ class _TreeLayer(CacheLayerMixin):
         )
         self._capacity += extra
 
-    def move(self, rows: list[int], sources: list[int], targets: list[int]) -> None:
+    def move(self, rows: Any, sources: Any, targets: Any) -> None:
+        """Copy slots; rows, sources and targets index together."""
         for buffer in (self.keys, self.values):
             buffer[rows, :, targets] = buffer[rows, :, sources]
 

@@ -18,6 +18,7 @@ from specdec.acceptance import Acceptance, draw, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
 from trees import Draft, TreeBatch
+from trees.blocks import argmax
 
 _POINTWISE = (
     lp.TemperatureLogitsWarper,
@@ -99,6 +100,7 @@ class Sampler:
         self.do_sample = do_sample
         self.generator = generator
         self._verify = {"topdown": topdown, "traversal": traversal}[verify]
+        self._warpers = [processor for processor in processors if type(processor) in _POINTWISE]
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
         self._row_wise = all(_is_row_wise(processor) for processor in processors)
 
@@ -120,17 +122,28 @@ class Sampler:
                 self._process_in_place(scores_BTV, per_row, prefixes.sequences)
         return scores_BTV
 
+    def warp(self, logits_BTV: Tensor) -> Tensor:
+        """Scores, float32, after those processors only that look at nothing else: enough for statistics."""
+        scores_BTV = logits_BTV.to(torch.float32, copy=bool(self._warpers))
+        no_prefix = torch.empty(0, dtype=torch.long)
+        for warper in self._warpers:
+            scores_BTV = warper(no_prefix, scores_BTV.flatten(0, 1)).view_as(logits_BTV)
+        return scores_BTV
+
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """Verify a draft against the processed scores of its slots."""
         if not self.do_sample:
-            best_BT = scores_BTV.argmax(-1)
-            _refuse_nan(scores_BTV.gather(2, best_BT.unsqueeze(2)))
+            best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
+            _refuse_unless(~scores_BTV.gather(2, best_BT.unsqueeze(2)).isnan())
             return walk(draft.trees, best_BT)
-        p_BTV = scores_BTV.softmax(-1)
-        _refuse_nan(p_BTV[..., 0])
-        if draft.q_BTV is None:
-            return walk(draft.trees, draw(p_BTV, self.generator))
-        return self._verify(draft, p_BTV, self.generator)
+        if not draft.is_drawn:
+            _refuse_unless(scores_BTV.amax(-1).isfinite())
+            return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
+        accepted = self._verify(draft, scores_BTV, self.generator)
+        # where p is no distribution no child is accepted, so that only the last slot can be such a one
+        last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
+        _refuse_unless(last_BV.amax(-1).isfinite())
+        return accepted
 
     def _process_together(self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
         """One call for all slots of one prefix length."""
@@ -163,9 +176,9 @@ class Sampler:
                 scores_BTV[row, slot] = processed[place]
 
 
-def _refuse_nan(witnesses: Tensor) -> None:
-    """Raise if any of these values, one of each distribution, is NaN (argmax and softmax pass a NaN on to them)."""
-    if bool(witnesses.isnan().any()):
+def _refuse_unless(usable: Tensor) -> None:
+    """Raise if scores make no distribution, as their greatest one tells: it is NaN if any is, or infinite."""
+    if not bool(usable.all()):
         raise NumericalError(
             "the target's scores are not numbers (NaN, or infinite everywhere): check the weights and the dtype "
             "(float16 overflows on CPU), or pass remove_invalid_values=True"

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 import trees.layered
 import trees.urn
-from trees import ROOT, Draft, Grower, GrowthPolicy, TokenTree
+from trees import ROOT, Draft, Grower, GrowthPolicy, Round, TokenTree
 
 VOCAB_SIZE = 3
 MAX_DEPTH = 3
@@ -97,6 +97,8 @@ class Script:
 
     def _choose(self, weights_W: Tensor) -> int:
         options = weights_W.nonzero()[:, 0].tolist()
+        if not options:
+            return 0
         if self.position == len(self.choices):
             self.choices.append(0)
             self.num_options.append(len(options))
@@ -132,7 +134,7 @@ def grow(
     sample: bool = True,
     generator: torch.Generator | None = None,
 ) -> Draft:
-    return drive(policy.start(max_depths=max_depths, sample=sample, generator=generator), models)
+    return drive(policy.start(Round(max_depths=max_depths, sample=sample, generator=generator)), models)
 
 
 def every_draft(
@@ -140,13 +142,19 @@ def every_draft(
 ) -> list[tuple[float, Draft]]:
     """All drafts that the policy can draw, with their probabilities."""
     script, drafts = Script(), []
-    monkeypatch.setattr(trees.layered, "batch_size", lambda batch: batch_size)
+    monkeypatch.setattr(trees.layered, "batch_size", lambda batch, num_slots: batch_size)
     monkeypatch.setattr(trees.urn, "draw_index", script.draw_index)
     while script.advance():
         draft = grow(policy, models, [MAX_DEPTH] * len(models))
         drafts.append((script.prob, draft))
     assert sum(prob for prob, _ in drafts) == pytest.approx(1, abs=EXACT)
     return drafts
+
+
+def q_of(draft: Draft, row: int, slot: int) -> Tensor:
+    """The distribution that a slot's children were drawn from."""
+    depth = [0, *draft.trees.row(row).depths][slot]
+    return draft.q_at(depth, torch.tensor([row]), torch.tensor([slot]))[0]
 
 
 def prefixes(tree: TokenTree) -> list[Prefix]:

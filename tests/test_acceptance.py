@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec import acceptance
 from specdec.acceptance import Acceptance, draw, topdown, walk
+from tests.enumeration import ToyModel, grow
 from tests.goodness import assert_drawn_from
-from trees import ROOT, Draft, TokenTree, TreeBatch
+from trees import ROOT, Draft, Fixed, TokenTree, TreeBatch
 
 NUM_ROWS = 50_000
 Distribution = Sequence[Fraction]
@@ -71,6 +73,11 @@ def oracle(tree: TokenTree, p: Sequence[Distribution], q: Sequence[Distribution]
 
     visit(0, (), Fraction(1))
     return outcomes
+
+
+def as_scores(rows: Sequence[Distribution], *shape: int | None) -> Tensor:
+    """Scores of which these distributions are the softmax."""
+    return as_batch(rows, *shape).log()
 
 
 def as_batch(rows: Sequence[Distribution], num_rows: int = NUM_ROWS, num_slots: int | None = None) -> Tensor:
@@ -138,7 +145,7 @@ def test_topdown_follows_the_oracle(name: str, zeros: bool):
     p = random_distributions(len(tree) + 1, 4, seed=58, zeros=zeros)
     q = random_distributions(len(tree) + 1, 4, seed=108)
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
-    accepted = topdown(draft, as_batch(p), torch.Generator().manual_seed(5))
+    accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(5))
     assert_drawn_from(outcomes_of(accepted), oracle(tree, p, q), name)
 
 
@@ -155,7 +162,7 @@ def test_rows_of_one_batch_have_trees_of_their_own():
         q_BTV=torch.cat([as_batch(q, rows_each) for q in qs])[order],
     )
     p_BTV = torch.cat([as_batch(p, rows_each) for p in ps])[order]
-    found = outcomes_of(topdown(draft, p_BTV, torch.Generator().manual_seed(7)))
+    found = outcomes_of(topdown(draft, p_BTV.log(), torch.Generator().manual_seed(7)))
     for kind, (tree, p, q) in enumerate(zip(kinds, ps, qs, strict=True)):
         own = [outcome for outcome, row in zip(found, order.tolist(), strict=True) if row // rows_each == kind]
         assert_drawn_from(own, oracle(tree, p, q), f"tree {kind}")
@@ -179,7 +186,7 @@ def test_drawn_trees_leave_the_target_distribution(branching: tuple[int, int]):
         is_chain=branching == (1, 1),
     )
     contexts_BT = torch.cat([torch.zeros(NUM_ROWS, 1, dtype=torch.long), trees.tokens_BN + 1], 1)
-    accepted = topdown(Draft(trees=trees, q_BTV=q[contexts_BT]), p[contexts_BT], generator)
+    accepted = topdown(Draft(trees=trees, q_BTV=q[contexts_BT]), p[contexts_BT].log(), generator)
     pairs = []
     for tokens, (path, last) in zip(trees.tokens_BN.tolist(), outcomes_of(accepted), strict=True):
         committed = [*(tokens[node] for node in path), last]
@@ -194,7 +201,7 @@ def test_drawn_trees_leave_the_target_distribution(branching: tuple[int, int]):
 def test_equal_distributions_accept_the_first_child_all_the_way(name: str):
     tree = TREES[name]
     p_BTV = torch.rand(2_000, len(tree) + 1, 50, generator=torch.Generator().manual_seed(11)).softmax(-1)
-    accepted = topdown(Draft(trees=repeated(tree, 2_000), q_BTV=p_BTV), p_BTV)
+    accepted = topdown(Draft(trees=repeated(tree, 2_000), q_BTV=p_BTV), p_BTV.log())
     leftmost: list[int] = []
     while children := tree.children[leftmost[-1] + 1 if leftmost else 0]:
         leftmost.append(children[0])
@@ -206,7 +213,7 @@ def test_disjoint_supports_accept_nothing():
     q = [[Fraction(1, 4), Fraction(3, 4), Fraction(0), Fraction(0)]] * 4
     for tree in (TokenTree.chain([0, 1, 0]), TokenTree(tokens=[1, 0, 1], parents=[ROOT, ROOT, 0])):
         draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
-        accepted = topdown(draft, as_batch(p), torch.Generator().manual_seed(12))
+        accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(12))
         assert_drawn_from(outcomes_of(accepted), {((), token): mass for token, mass in enumerate(p[0])})
 
 
@@ -218,7 +225,7 @@ def test_a_draft_that_has_used_up_its_support_leaves_the_residual():
     expected = oracle(tree, p, q)
     assert sum(expected.values()) == 1
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
-    accepted = topdown(draft, as_batch(p), torch.Generator().manual_seed(13))
+    accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(13))
     assert_drawn_from(outcomes_of(accepted), expected)
 
 
@@ -228,9 +235,32 @@ def test_a_generator_reproduces_and_leaves_the_global_one_alone(name: str):
     p_BTV, q_BTV = (as_batch(random_distributions(len(tree) + 1, 4, seed), 500) for seed in (14, 15))
     draft = Draft(trees=repeated(tree, 500), q_BTV=q_BTV)
     state = torch.get_rng_state()
-    runs = [outcomes_of(topdown(draft, p_BTV, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
+    runs = [outcomes_of(topdown(draft, p_BTV.log(), torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_device_that_is_not_asked_finds_the_same(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU no loop ends early."""
+    monkeypatch.setattr(acceptance, "_none", lambda mask: False)
+    tree = TREES["bush"]
+    p, q = (random_distributions(len(tree) + 1, 4, seed=seed) for seed in (58, 108))
+    accepted = topdown(Draft(trees=repeated(tree), q_BTV=as_batch(q)), as_scores(p), torch.Generator().manual_seed(5))
+    assert_drawn_from(outcomes_of(accepted), oracle(tree, p, q))
+    grown = grow(Fixed((2, 2)), [ToyModel(1)], [9])
+    assert topdown(grown, torch.zeros(1, grown.trees.num_slots, 3)).counts_B <= 2
+
+
+def test_only_slots_on_the_way_are_looked_at():
+    """Scores of refused nodes, and q of leaves, may be anything."""
+    tree = TREES["bush"]
+    p, q = ([[Fraction(1), Fraction(0), Fraction(0), Fraction(0)]] * (len(tree) + 1) for _ in range(2))
+    scores_BTV, q_BTV = as_scores(p, 5).clone(), as_batch(q, 5).clone()
+    off_the_way = [slot for slot in range(len(tree) + 1) if slot not in (0, 1)]
+    scores_BTV[:, off_the_way], q_BTV[:, [5, 6, 7]] = torch.nan, torch.nan
+    accepted = topdown(Draft(trees=repeated(tree, 5), q_BTV=q_BTV), scores_BTV)
+    assert outcomes_of(accepted) == [((0,), 0)] * 5
+    assert accepted.last_B.tolist() == [1] * 5
 
 
 # walk and draw
@@ -295,5 +325,5 @@ def test_draw_is_the_draw_of_plain_decoding():
 def test_no_draft_at_all_draws_from_the_target():
     p = random_distributions(1, 4, seed=21)
     draft = Draft(trees=TreeBatch.empty(NUM_ROWS), q_BTV=as_batch(p))
-    accepted = topdown(draft, as_batch(p), torch.Generator().manual_seed(22))
+    accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(22))
     assert_drawn_from(outcomes_of(accepted), {((), token): mass for token, mass in enumerate(p[0])})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
@@ -23,9 +23,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 import trees.urn
 from specdec import acceptance
-from tests.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes
+from tests.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes, q_of
 from tests.goodness import assert_drawn_from
-from tests.test_acceptance import TREES, as_batch, outcomes_of, random_distributions, repeated
+from tests.test_acceptance import TREES, as_batch, as_scores, outcomes_of, random_distributions, repeated
 from tests.test_acceptance import oracle as topdown_oracle
 from trees import (
     ROOT,
@@ -70,25 +70,33 @@ class Enumeration:
     weight_B: Tensor
     last_BV: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._num_thrown_B = torch.zeros(len(self.coins_BN), dtype=torch.long)
+
     @classmethod
     def of(cls, rows: Sequence[TokenTree]) -> Enumeration:
-        tree_of_row, coins = [], []
+        tree_of_row, coins, weights = [], [], []
         width = max(map(len, rows))
         for tree in rows:
             for outcome in itertools.product((False, True), repeat=len(tree)):
                 tree_of_row.append(tree)
-                coins.append([*outcome, *[False] * (width - len(tree))])
-        return cls(tree_of_row, torch.tensor(coins), torch.ones(len(coins), dtype=torch.float64))
+                coins.append([*outcome, *[False] * (width + 1 - len(tree))])  # one more, which nobody throws
+                weights.append(0.5 ** len(tree))
+        return cls(tree_of_row, torch.tensor(coins), torch.tensor(weights, dtype=torch.float64))
 
     def throw(self, chance: Tensor, generator: torch.Generator | None) -> Tensor:
-        num_rows, width = self.coins_BN.shape
-        chance_BN = chance.view(num_rows, -1)[:, -width:]
-        real_BN = torch.arange(width) < torch.tensor([len(tree) for tree in self.tree_of_row])[:, None]
-        weight_BN = torch.where(self.coins_BN, chance_BN.clamp_max(1), 1 - chance_BN.clamp_max(1))
-        self.weight_B = torch.where(real_BN, weight_BN, 1).prod(1)
-        coins = torch.zeros(num_rows, chance.numel() // num_rows, dtype=torch.bool)
-        coins[:, -width:] = self.coins_BN
-        return coins.view(chance.shape)
+        """Takes the row's next coin wherever there is a chance to win and one to lose."""
+        chance_BN = chance.view(len(self.coins_BN), -1).clamp_max(1)
+        if chance_BN.shape == self.coins_BN.shape:
+            chance_BN[:, 0] = 1  # the root is not a node
+        won = []
+        for chance_B in chance_BN.unbind(1):
+            uncertain_B = (chance_B > 0) & (chance_B < 1)
+            coin_B = self.coins_BN.gather(1, self._num_thrown_B[:, None])[:, 0]
+            self._num_thrown_B += uncertain_B
+            self.weight_B *= torch.where(uncertain_B, 2 * torch.where(coin_B, chance_B, 1 - chance_B), 1)
+            won.append(torch.where(uncertain_B, coin_B, chance_B == 1))
+        return torch.stack(won, 1).view(chance.shape)
 
     def draw_one(self, p_BV: Tensor, generator: torch.Generator | None) -> Tensor:
         self.last_BV = p_BV / p_BV.sum(-1, keepdim=True)
@@ -110,7 +118,7 @@ def committed_texts(
     q_of = {id(tree): _pad(q_TV, batch.num_slots) for tree, q_TV in zip(rows, q, strict=True)}
     p_of = {id(tree): _pad(torch.stack([*map(target.probs, prefixes(tree))]), batch.num_slots) for tree in rows}
     q_BTV, p_BTV = (torch.stack([table[id(tree)] for tree in coins.tree_of_row]) for table in (q_of, p_of))
-    accepted = VERIFIERS[verify](Draft(trees=batch, q_BTV=q_BTV), p_BTV)
+    accepted = VERIFIERS[verify](Draft(trees=batch, q_BTV=q_BTV), p_BTV.log())
     index = {id(tree): number for number, tree in enumerate(rows)}
     keys = [
         (index[id(tree)], tuple(tree.tokens[node] for node in path))
@@ -131,13 +139,24 @@ def _pad(x_TV: Tensor, num_slots: int) -> Tensor:
     return torch.nn.functional.pad(x_TV, (0, 0, 0, num_slots - len(x_TV)))
 
 
+def distributions(draft: Draft, row: int = 0) -> Tensor:
+    """q of a row's slots [T, V]; of leaves anything."""
+    if draft.q_BTV is not None:
+        return draft.q_BTV[row, : draft.trees.sizes[row] + 1]
+    leaf_V = torch.zeros(draft.q_layers.layers_BMV[0].shape[2], dtype=torch.float64)
+    children = draft.trees.row(row).children
+    return torch.stack([q_of(draft, row, slot) if family else leaf_V for slot, family in enumerate(children)])
+
+
 def total_variation(
     drafts: Sequence[tuple[float, Draft]], target: ToyModel, verify: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[float, float]:
     """Between what is committed and p^L; and the expected number of accepted nodes."""
     weight_D = torch.tensor([prob for prob, _ in drafts], dtype=torch.float64)
     rows = [draft.trees.row(0) for _, draft in drafts]
-    texts, num_accepted = committed_texts(rows, [draft.q_BTV[0] for _, draft in drafts], target, verify, monkeypatch)
+    texts, num_accepted = committed_texts(
+        rows, [distributions(draft) for _, draft in drafts], target, verify, monkeypatch
+    )
     error = 0.5 * (weight_D @ texts - target.texts).abs().sum()
     return float(error), float(weight_D @ num_accepted)
 
@@ -185,7 +204,7 @@ def test_rows_that_share_a_budget_stay_independent(verify: str, monkeypatch: pyt
     texts = [
         committed_texts(
             [draft.trees.row(row) for _, draft in drafts],
-            [draft.q_BTV[row, : draft.trees.sizes[row] + 1] for _, draft in drafts],
+            [distributions(draft, row) for _, draft in drafts],
             target,
             verify,
             monkeypatch,
@@ -208,7 +227,8 @@ def keep(draft: Draft, kept: Sequence[int]) -> Draft:
     pruned = TokenTree(
         tokens=[tree.tokens[node] for node in kept], parents=[number[tree.parents[node]] for node in kept]
     )
-    return replace(draft, trees=TreeBatch.stack([pruned]), q_BTV=draft.q_BTV[:, [0, *(node + 1 for node in kept)]])
+    q_TV = distributions(draft)[[0, *(node + 1 for node in kept)]]
+    return Draft(trees=TreeBatch.stack([pruned]), q_BTV=q_TV[None])
 
 
 def path_probs(tree: TokenTree, q_TV: Tensor) -> list[float]:
@@ -223,7 +243,7 @@ def path_probs(tree: TokenTree, q_TV: Tensor) -> list[float]:
 def likeliest_paths(draft: Draft) -> Draft:
     """Biased: prunes by what the drawn tokens turned out to be."""
     tree = draft.trees.row(0)
-    probs = path_probs(tree, draft.q_BTV[0])
+    probs = path_probs(tree, distributions(draft))
     best = sorted(range(len(tree)), key=lambda node: (-probs[node], tree.depths[node]))[:3]
     return keep(draft, sorted(best))
 
@@ -231,7 +251,7 @@ def likeliest_paths(draft: Draft) -> Draft:
 def best_size_in_hindsight(draft: Draft) -> Draft:
     """Biased: chooses the budget by looking at what was drawn, with a cost that grows in it."""
     tree = draft.trees.row(0)
-    probs = path_probs(tree, draft.q_BTV[0])
+    probs = path_probs(tree, distributions(draft))
     order = sorted(range(len(tree)), key=lambda node: (-tree.values[node], node))
     rates = [(1 + sum(probs[node] for node in order[:size])) / (1 + 0.3 * size) for size in range(len(tree) + 1)]
     return keep(draft, sorted(order[: rates.index(max(rates))]))
@@ -250,7 +270,10 @@ def test_biased_pruning_is_caught(rule: Callable[[Draft], Draft], verify: str, m
 def test_a_q_that_was_not_drawn_from_is_caught(verify: str, monkeypatch: pytest.MonkeyPatch):
     target, draft_model = ToyModel(12), ToyModel(13)
     drafts = every_draft(DySpec(3), [draft_model], monkeypatch)
-    colder = [(prob, replace(draft, q_BTV=(draft.q_BTV.log() / 0.8).softmax(-1))) for prob, draft in drafts]
+    colder = [
+        (prob, Draft(trees=draft.trees, q_BTV=(distributions(draft).log() / 0.8).softmax(-1).nan_to_num()[None]))
+        for prob, draft in drafts
+    ]
     assert total_variation(colder, target, verify, monkeypatch)[0] > CAUGHT
 
 
@@ -295,7 +318,7 @@ def test_traversal_follows_the_oracle(name: str, zeros: bool):
     p = random_distributions(len(tree) + 1, 4, seed=23, zeros=zeros)
     q = random_distributions(len(tree) + 1, 4, seed=24)
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
-    accepted = acceptance.traversal(draft, as_batch(p), torch.Generator().manual_seed(25))
+    accepted = acceptance.traversal(draft, as_scores(p), torch.Generator().manual_seed(25))
     assert_drawn_from(outcomes_of(accepted), traversal_oracle(tree, p, q), name)
 
 
@@ -336,7 +359,7 @@ def test_verification_of_any_tree_follows_the_oracles(case: tuple):
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(acceptance, "_throw", coins.throw)
             monkeypatch.setattr(acceptance, "_draw_one", coins.draw_one)
-            accepted = VERIFIERS[verify](draft, p_TV.expand(num_rows, -1, -1))
+            accepted = VERIFIERS[verify](draft, p_TV.log().expand(num_rows, -1, -1))
         found: Counter = Counter()
         for (path, _), weight, last_V in zip(outcomes_of(accepted), coins.weight_B, coins.last_BV, strict=True):
             for token, mass in enumerate(last_V):
@@ -376,7 +399,7 @@ def test_traversal_of_a_chain_is_block_verification():
 def test_traversal_leaves_a_round_without_drafts_to_the_target():
     p = random_distributions(1, 4, seed=26)
     draft = Draft(trees=TreeBatch.empty(50_000), q_BTV=as_batch(p))
-    accepted = acceptance.traversal(draft, as_batch(p), torch.Generator().manual_seed(27))
+    accepted = acceptance.traversal(draft, as_scores(p), torch.Generator().manual_seed(27))
     assert_drawn_from(outcomes_of(accepted), {((), token): mass for token, mass in enumerate(p[0])})
 
 
@@ -405,7 +428,7 @@ def test_urns_draw_without_replacement(vocab_size: int):
     assert torch.equal(q_MV, as_batch([q])[:, 0])
     tokens_MK, probs_MK = (torch.cat(column, 1) for column in zip(*batches, strict=True))
     drawn = [
-        tuple(token for token, prob in zip(tokens, probs, strict=True) if prob)[:3]
+        tuple(dict.fromkeys(token for token, prob in zip(tokens, probs, strict=True) if prob))[:3]
         for tokens, probs in zip(tokens_MK.tolist(), probs_MK.tolist(), strict=True)
     ]
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))

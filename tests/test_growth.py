@@ -16,7 +16,7 @@ from torch import Tensor
 import specdec
 from specdec.drafters import SmallModel
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
-from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, drive, every_draft, grow, prefixes
+from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, drive, every_draft, grow, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from trees import (
     ROOT,
@@ -26,6 +26,7 @@ from trees import (
     DySpecThreshold,
     Fixed,
     GrowthPolicy,
+    Round,
     Sequoia,
     TokenTree,
     count_ranks,
@@ -112,7 +113,7 @@ def check_draft(draft: Draft, models: Sequence[RandomScores], max_depths: Sequen
         for slot, prefix in enumerate(prefixes(tree)):
             q_V = model.probs(prefix)
             if sample and tree.children[slot]:
-                torch.testing.assert_close(draft.q_BTV[row, slot], q_V, rtol=0, atol=0)
+                torch.testing.assert_close(q_of(draft, row, slot), q_V, rtol=0, atol=0)
             if tree.probs is not None:
                 found = [tree.probs[child] for child in tree.children[slot]]
                 assert found == pytest.approx([float(q_V[tree.tokens[child]]) for child in tree.children[slot]])
@@ -132,7 +133,7 @@ def check_draft(draft: Draft, models: Sequence[RandomScores], max_depths: Sequen
 def test_trees_keep_their_promises(name: str, sample: bool, seed: int, max_depths: list[int], spread: float):
     models = [RandomScores(seed + row, spread=spread) for row in range(len(max_depths))]
     draft = grow(POLICIES[name], models, max_depths, sample)
-    assert (draft.q_BTV is not None) == sample
+    assert draft.is_drawn == sample
     check_draft(draft, models, max_depths, sample)
     if name.startswith(("sequoia", "dyspec", "threshold")):
         active = sum(depth > 0 for depth in max_depths)
@@ -148,6 +149,12 @@ def test_budgets_are_used_up():
         assert grow(Fixed((3, 2)), models, [50, 1], sample).trees.sizes == (9, 3)
         shared = grow(DySpec(9, shared=True), models, [50, 50], sample).trees.sizes
         assert sum(shared) == 18
+
+
+def test_trees_stand_in_depth_first_order():
+    for policy in (Fixed((3, 2, 1)), Sequoia(9, (0.6, 0.3)), DySpec(9)):
+        tree = grow(policy, [RandomScores(9)], [50]).trees.row(0)
+        assert tree.dfs_order() == list(range(len(tree)))
 
 
 def test_supports_smaller_than_a_family_are_drawn_whole():
@@ -281,7 +288,7 @@ def test_the_threshold_learns_to_fill_the_budget(sample: bool, first: float):
     policy, previous, sizes = DySpecThreshold(first, max_nodes=24), None, []
     generator = torch.Generator().manual_seed(6)
     for seed in range(40):
-        grower = policy.start(max_depths=[50, 50], sample=sample, generator=generator, previous=previous)
+        grower = policy.start(Round(max_depths=[50, 50], sample=sample, generator=generator, previous=previous))
         sizes += drive(grower, [RandomScores(2 * seed), RandomScores(2 * seed + 1)]).trees.sizes
         previous = grower
     used = sum(sizes[20:]) / (len(sizes[20:]) * 24)

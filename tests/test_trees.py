@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import token_trees
 from trees import ROOT, Chain, TokenTree, TreeBatch
+from trees.blocks import argmax, read_blocks, reduce_blocks
 
 EXAMPLE = TokenTree(tokens=[5, 6, 7, 8, 9], parents=[ROOT, ROOT, 0, 0, 2], probs=[0.5, 0.25, 1, 0.125, 0.75])
 """
@@ -103,6 +104,8 @@ def test_slots_see_their_path_and_nothing_else(rows: list[TokenTree]) -> None:
     batch = TreeBatch.stack(rows)
     for index, row in enumerate(rows):
         assert batch.depths_BT[index, : len(row) + 1].tolist() == [0, *row.depths]
+        for host in (batch, replace(batch, rows=None)):
+            assert host.host_depths_BT[index, : len(row) + 1].tolist() == [0, *row.depths]
         for slot in range(len(row) + 1):
             on_path = {0, *(node + 1 for node in row.path(slot - 1))}
             seen = batch.ancestors_BTT[index, slot].nonzero().flatten().tolist()
@@ -130,6 +133,29 @@ def test_batch_grows_by_layers() -> None:
     grown = grown.extended(torch.tensor([[5], [6]]), torch.tensor([[1], [0]]))
     assert (grown.sizes, grown.depth, grown.is_chain) == ((3, 3), 2, False)
     assert grown.row(0).path(2) == [1, 2]
+    whole = replace(grown)
+    assert torch.equal(grown.ancestors_BTT, whole.ancestors_BTT)
+    assert torch.equal(grown.depths_BT, whole.depths_BT)
     assert grown.row(1).path(2) == [0, 2]
     chain = TreeBatch.empty(1).extended(torch.tensor([[1]]), torch.tensor([[ROOT]]))
     assert chain.is_chain
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 64, 300, 1000])
+def test_argmax_takes_the_first_of_equals(vocab_size: int) -> None:
+    x_MV = torch.randint(0, 9, (200, vocab_size), generator=torch.Generator().manual_seed(0)).float()
+    x_MV[0, vocab_size // 2] = torch.nan
+    assert argmax(x_MV).tolist() == x_MV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 300])
+def test_blocks_share_the_vocabulary_out(vocab_size: int) -> None:
+    x_MV = torch.rand(3, vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sums_MC = reduce_blocks(x_MV, lambda x: x.sum(-1))
+    torch.testing.assert_close(sums_MC.sum(1), x_MV.sum(1))
+    blocks_MC = torch.arange(sums_MC.shape[1]).expand_as(sums_MC)
+    first_MC, entries_MCW = read_blocks(x_MV, torch.arange(3)[:, None], blocks_MC)
+    assert first_MC.flatten().max() + entries_MCW.shape[2] == vocab_size
+    for row, firsts in enumerate(first_MC.tolist()):
+        for block, first in enumerate(firsts):
+            assert torch.equal(entries_MCW[row, block], x_MV[row, first : first + entries_MCW.shape[2]])

@@ -1,14 +1,16 @@
 """Token trees: the data structure and the policies that grow them. Knows tensors, knows no model."""
 
 from trees.chain import Chain
+from trees.confident import ConfidentChain
 from trees.dynamic import DySpec, DySpecThreshold
-from trees.growth import Draft, Grower, GrowthPolicy, Layer
+from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
 
 __all__ = [
     "ROOT",
     "Chain",
+    "ConfidentChain",
     "Draft",
     "DySpec",
     "DySpecThreshold",
@@ -16,6 +18,7 @@ __all__ = [
     "Grower",
     "GrowthPolicy",
     "Layer",
+    "Round",
     "Sequoia",
     "TokenTree",
     "TreeBatch",

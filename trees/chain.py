@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trees.growth import Draft, Grower, GrowthPolicy, Layer
+from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
 from trees.tree import ROOT, TreeBatch
 from trees.urn import Urn
 
@@ -27,23 +26,15 @@ class Chain(GrowthPolicy):
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(f"Chain(length={self.length!r}): length is a positive integer")
 
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
-        sizes = tuple(min(self.length, depth) for depth in max_depths)
-        return _ChainGrower(sizes, sample, generator)
+    def start(self, round_: Round) -> Grower:
+        return _ChainGrower(round_, tuple(min(self.length, depth) for depth in round_.max_depths))
 
 
 class _ChainGrower(Grower):
-    def __init__(self, sizes: tuple[int, ...], sample: bool, generator: torch.Generator | None):
+    def __init__(self, round_: Round, sizes: tuple[int, ...]):
         self._sizes = sizes
-        self._sample = sample
-        self._generator = generator
+        self._sample = round_.sample
+        self._generator = round_.generator
         self._tokens: list[Tensor] = []
         self._q: list[Tensor] = []
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from heapq import heappush, heapreplace
 from math import sqrt
 
-import numpy as np
-import torch
-
-from trees.growth import Grower, GrowthPolicy
-from trees.layered import LayeredGrower
+from trees.growth import Grower, GrowthPolicy, Round
+from trees.layered import LayeredGrower, Node
 
 _SMALLEST_THRESHOLD = 1e-9
 
@@ -45,22 +43,9 @@ class DySpec(GrowthPolicy):
         if self.max_depth is not None:
             _check_positive(self, "max_depth")
 
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
-        return _ValueGrower(
-            budget=self.budget,
-            threshold=0.0,
-            shared=self.shared,
-            max_depths=_capped(max_depths, self.max_depth),
-            sample=sample,
-            generator=generator,
-        )
+    def start(self, round_: Round) -> Grower:
+        round_ = _capped(round_, self.max_depth)
+        return _ValueGrower(round_, budget=self.budget, threshold=0.0, shared=self.shared)
 
 
 @dataclass(frozen=True)
@@ -90,61 +75,43 @@ class DySpecThreshold(GrowthPolicy):
         if self.max_depth is not None:
             _check_positive(self, "max_depth")
 
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
+    def start(self, round_: Round) -> Grower:
+        previous = round_.previous
         threshold = previous.next_threshold if isinstance(previous, _ValueGrower) else self.threshold
-        return _ValueGrower(
-            budget=self.max_nodes,
-            threshold=threshold,
-            shared=False,
-            max_depths=_capped(max_depths, self.max_depth),
-            sample=sample,
-            generator=generator,
-        )
+        round_ = _capped(round_, self.max_depth)
+        return _ValueGrower(round_, budget=self.max_nodes, threshold=threshold, shared=False)
 
 
 class _ValueGrower(LayeredGrower):
-    """The nodes of the greatest values: at most `budget` of each row, and none below the threshold."""
+    """The nodes of the greatest values: at most `budget` of each row, and none below the threshold.
 
-    def __init__(
-        self,
-        *,
-        budget: int,
-        threshold: float,
-        shared: bool,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None,
-    ):
-        super().__init__(max_depths=max_depths, sample=sample, generator=generator)
+    A pool is the rows that share a budget; its heap holds the greatest values so far, the least of them on top.
+    """
+
+    def __init__(self, round_: Round, *, budget: int, threshold: float, shared: bool):
+        super().__init__(round_)
+        num_rows = len(round_.max_depths)
         self._threshold = threshold
-        self._total = budget * sum(depth > 0 for depth in max_depths)
+        self._total = budget * sum(depth > 0 for depth in round_.max_depths)
         self._limit = self._total if shared else budget
-        self._pools = np.zeros(len(max_depths), np.int64) if shared else np.arange(len(max_depths))
+        self._pools: list[list[float]] = [[]] * num_rows if shared else [[] for _ in range(num_rows)]
 
-    def _wants(self, slots: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        pools = self._pools[np.concatenate([self._nodes["row"], slots["row"]])]
-        best = _among_best(pools, np.concatenate([self._nodes["value"], values]), self._limit)
-        return best[len(self._nodes) :] & (values >= self._threshold)
+    def _wants(self, slot: Node, value: float) -> bool:
+        pool = self._pools[slot.row]
+        return value >= self._threshold and (len(pool) < self._limit or value > pool[0])
 
-    def _opens(self, slots: np.ndarray) -> np.ndarray:
-        if self._sample:
-            return super()._opens(slots)  # the value of a first draw is known: it is the bound
-        kept = self._nodes[self._kept()]
-        pools = self._pools[kept["row"]]
-        least_kept = np.full(len(self._pools), np.inf)
-        np.minimum.at(least_kept, pools, kept["value"])
-        least_kept[np.bincount(pools, minlength=len(self._pools)) < self._limit] = 0
-        return (slots["bound"] > least_kept[self._pools[slots["row"]]]) & (slots["bound"] >= self._threshold)
+    def _added(self, node: Node) -> None:
+        pool = self._pools[node.row]
+        (heappush if len(pool) < self._limit else heapreplace)(pool, node.value)
 
-    def _kept(self) -> np.ndarray:
-        return _among_best(self._pools[self._nodes["row"]], self._nodes["value"], self._limit)
+    def _kept(self) -> list[Node]:
+        kept, counts = [], Counter[int]()
+        for node in sorted(self._nodes, key=lambda node: -node.value):
+            pool = id(self._pools[node.row])
+            counts[pool] += 1
+            if counts[pool] <= self._limit:
+                kept.append(node)
+        return sorted(kept, key=lambda node: node.depth)
 
     @property
     def next_threshold(self) -> float:
@@ -152,25 +119,16 @@ class _ValueGrower(LayeredGrower):
 
         The number of nodes above a threshold is taken to be inversely proportional to it.
         """
-        values = self._nodes["value"][self._kept()]
+        values = [node.value for node in self._kept()]
         used_up = len(values) == self._total
-        met = values.min() if used_up else self._threshold * max(1, len(values)) / self._total
+        met = min(values) if used_up else self._threshold * max(1, len(values)) / self._total
         return max(_SMALLEST_THRESHOLD, sqrt(self._threshold * met))
 
 
-def _among_best(pools: np.ndarray, values: np.ndarray, limit: int) -> np.ndarray:
-    """bool: which values are among the `limit` greatest of their pool; earlier ones win ties."""
-    if len(values) <= limit:
-        return np.ones(len(values), bool)
-    order = np.lexsort((-values, pools))
-    sorted_pools = pools[order]
-    best = np.empty(len(values), bool)
-    best[order] = np.arange(len(values)) - np.searchsorted(sorted_pools, sorted_pools) < limit
-    return best
-
-
-def _capped(max_depths: Sequence[int], max_depth: int | None) -> Sequence[int]:
-    return max_depths if max_depth is None else [min(depth, max_depth) for depth in max_depths]
+def _capped(round_: Round, max_depth: int | None) -> Round:
+    if max_depth is None:
+        return round_
+    return replace(round_, max_depths=[min(depth, max_depth) for depth in round_.max_depths])
 
 
 def _check_positive(policy: GrowthPolicy, name: str) -> None:

@@ -1,12 +1,15 @@
 """How a draft model's tree grows: one layer of nodes for each forward of the draft model.
 
-    grower = policy.start(...)
+    grower = policy.start(round_)
     while grower.hungry:
         layer = grower.grow(scores of the newest layer)      # the root is the first layer
     draft = grower.finish()
 
 A policy is frozen configuration; a grower is one round's state. While a *sampled* tree is grown, only values
 known before a token is drawn may decide whether it is drawn (design rule: anything else is biased).
+
+Shape legend: B rows, M tokens of a layer, T slots, V vocabulary, N some
+of the slots.
 """
 
 from __future__ import annotations
@@ -28,15 +31,46 @@ class Draft:
     Args:
         trees: one tree a row.
         q_BTV: float32. Row t holds the distribution, after the user's processors, from which slot t's children
-            were drawn in node order without replacement; rows of leaves are not read. None says that the trees
+            were drawn in node order without replacement; rows of leaves are not read. Without distributions the trees
             are deterministic (no chance was involved): then the target alone decides.
+        q_layers: the same without a copy of every distribution, for drafts that were grown.
         places: for each row the place of every node among the tokens of the layers that `Grower.grow` returned,
             -1 for a node that was in none. None says that node i was the i-th.
     """
 
     trees: TreeBatch
     q_BTV: Tensor | None = None
+    q_layers: LayeredDistributions | None = None
     places: Sequence[Sequence[int]] | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.q_BTV is not None or self.q_layers is not None
+
+    def q_at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
+        """Copies of the distributions of some slots, [N, V]; not meaningful for leaves and slots of other depths."""
+        if self.q_layers is not None:
+            return self.q_layers.at(depth, rows_N, slots_N)
+        assert self.q_BTV is not None, "a deterministic draft has no distributions"
+        return self.q_BTV[rows_N, slots_N]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayeredDistributions:
+    """The distributions of a draft as its layers left them.
+
+    Args:
+        layers_BMV: one tensor for each depth that has them.
+        columns_BT: int64, where slot t stands in the layer of its depth; 0 if it is not there.
+    """
+
+    layers_BMV: Sequence[Tensor]
+    columns_BT: Tensor
+
+    def at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
+        """See `Draft.q_at`."""
+        layer_BMV = self.layers_BMV[depth]
+        return layer_BMV[rows_N, self.columns_BT[rows_N, slots_N].clamp_max(layer_BMV.shape[1] - 1)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,24 +112,27 @@ class Grower(ABC):
         """The finished trees and the distributions that they were drawn from."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Round:
+    """What is known when a round begins.
+
+    Args:
+        max_depths: for each row the depth past which nothing can be committed any more; one is positive.
+        sample: draw tokens from the draft distribution; False takes the likeliest ones.
+        generator: source of randomness, None for torch's global one.
+        previous: the finished grower of the run's round before, for policies that learn from round to round.
+            It may have grown for more rows.
+    """
+
+    max_depths: Sequence[int]
+    sample: bool
+    generator: torch.Generator | None = None
+    previous: Grower | None = None
+
+
 class GrowthPolicy(ABC):
     """Decides the shape of the trees."""
 
     @abstractmethod
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
-        """Begin a round.
-
-        Args:
-            max_depths: for each row the depth past which nothing can be committed any more; one is positive.
-            sample: draw tokens from the draft distribution; False takes the likeliest ones.
-            generator: source of randomness, None for torch's global one.
-            previous: the finished grower of the run's round before, for policies that learn from round to round.
-                It may have grown for more rows.
-        """
+    def start(self, round_: Round) -> Grower:
+        """Begin a round."""

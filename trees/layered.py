@@ -1,226 +1,220 @@
 """Growing trees of any shape: what static and dynamic policies share.
 
 Children of a layer's slots are taken in batches, and the policy says which of them it wants, from what was known before
-each was taken. The book-keeping is on the host (numpy), the distributions stay on the device.
+each was taken. The book-keeping is on the host, the distributions stay on the device.
 
-Shape legend: B rows, M tokens of a layer, N slots that take children, K children in a batch, L of these that are
-tokens, V vocabulary, T slots of a finished tree, F = B * T, S some of these.
+Shape legend: B rows, M tokens of a layer, N slots that take children, K children in a batch, T slots of a finished
+tree, V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from trees.growth import Draft, Grower, Layer
+from trees.growth import Draft, Grower, Layer, LayeredDistributions, Round
 from trees.tree import ROOT, TokenTree, TreeBatch
 from trees.urn import Urn
 
-_NODE = np.dtype(
-    [
-        ("row", np.int64),
-        ("parent", np.int64),  # index among all nodes of all rows, or ROOT
-        ("rank", np.int64),  # number of earlier siblings
-        ("depth", np.int64),
-        ("token", np.int64),
-        ("prob", np.float64),  # q of the token after its parent
-        ("value", np.float64),  # what was known of the node before its token was taken
-        ("reach", np.float64),  # product of the probabilities on the path, this token's included
-        ("place", np.int64),  # see Draft.places
-    ]
-)
 
-_SLOT = np.dtype(
-    [
-        ("node", np.int64),  # index among all nodes of all rows, or ROOT
-        ("row", np.int64),
-        ("index", np.int64),  # in the layer, all rows flattened
-        ("depth", np.int64),
-        ("reach", np.float64),
-        ("bound", np.float64),  # no next child has a greater value
-    ]
-)
-
-
-def batch_size(batch: int) -> int:
-    """How many tokens of a slot to take at once; there are more batches only where all of them were wanted."""
-    return 8 << min(batch, 3)
-
-
-class LayeredGrower(Grower):
-    """Grows every tree layer by layer.
+@dataclass(slots=True, eq=False)
+class Node:
+    """A token of a growing tree (the root has none), and the slot after it, which takes children.
 
     The *value* of a child-to-be is what DySpec (section 4) takes for the chance that the verifier will test it: the
     probability of its parent's path times the mass that its earlier siblings have left. Where no chance is involved
     the next token is known, and its value is the probability of its path.
+
+    Args:
+        value: what was known of the node before its token was taken.
+        reach: product of the probabilities on the path, this token's included.
+        left: mass that no child has taken.
+        taken: tokens of the children.
+        bound: no next child has a greater value.
+        column: where its layer holds the slot's scores.
+        place: see `Draft.places`.
     """
 
-    def __init__(self, *, max_depths: Sequence[int], sample: bool, generator: torch.Generator | None):
-        self._max_depths = np.array(max_depths)
-        self._sample = sample
-        self._generator = generator
-        self._nodes = np.empty(0, _NODE)
-        self._frontier = self._roots()
-        self._scored: list[tuple[np.ndarray, Tensor]] = []
+    row: int
+    parent: Node | None
+    token: int
+    prob: float
+    value: float
+    reach: float
+    depth: int
+    bound: float
+    left: float = 1.0
+    taken: set[int] = field(default_factory=set)
+    column: int = 0
+    place: int = ROOT
+
+
+def batch_size(batch: int, num_slots: int) -> int:
+    """How many tokens of each slot to take at once; there are more batches only where all of them were wanted."""
+    return max(4 << min(batch, 4), 64 // num_slots)
+
+
+class LayeredGrower(Grower):
+    """Grows every tree layer by layer."""
+
+    def __init__(self, round_: Round):
+        self._round = round_
+        self._nodes: list[Node] = []
+        self._frontier = [
+            Node(row=row, parent=None, token=ROOT, prob=1.0, value=1.0, reach=1.0, depth=0, bound=1.0)
+            for row, depth in enumerate(round_.max_depths)
+            if depth > 0
+        ]
+        self._q_layers: list[Tensor] = []
         self._num_places = 0
-        self._spares_B = np.zeros(len(max_depths), np.int64)
+        self._spares = [0] * len(round_.max_depths)
 
     @property
     def hungry(self) -> bool:
-        return len(self._frontier) > 0
+        return bool(self._frontier)
 
     @abstractmethod
-    def _wants(self, slots: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """bool: which of these children are wanted, given the slot, value and rank of each.
+    def _wants(self, slot: Node, value: float) -> bool:
+        """Whether the next child of a slot is wanted, given its value; if not, none after it may be."""
 
-        The children of a slot come in order. If one is not wanted, none after it may be.
-        """
+    def _added(self, node: Node) -> None:
+        """A child that was wanted has its token now."""
 
-    def _opens(self, slots: np.ndarray) -> np.ndarray:
-        """bool: which of these slots without children may come to have wanted ones."""
-        return self._wants(slots, slots["bound"], np.zeros(len(slots), np.int64))
-
-    @abstractmethod
-    def _kept(self) -> np.ndarray:
-        """bool: which nodes belong to the finished trees."""
+    def _kept(self) -> Iterable[Node]:
+        """The nodes that belong to the finished trees."""
+        return self._nodes
 
     def grow(self, scores_BMV: Tensor) -> Layer:
-        q_BMV = scores_BMV.softmax(-1)
         num_nodes = len(self._nodes)
-        self._draw(Urn(q_BMV.flatten(0, 1), sample=self._sample, generator=self._generator))
-        self._scored.append((self._frontier, q_BMV))
+        q_BMV = scores_BMV.softmax(-1)
+        if self._round.sample:
+            self._q_layers.append(q_BMV)
+        self._draw(
+            Urn(q_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator), scores_BMV.shape[1]
+        )
+        new = self._nodes[num_nodes:]
         if not num_nodes:
-            self._spares_B = self._spare_tokens(scores_BMV)
-        self._frontier = self._slots_of(np.arange(num_nodes, len(self._nodes)))
-        return self._next_layer(scores_BMV.device)
+            self._spares = self._spare_tokens(scores_BMV)
+        self._frontier = [
+            node for node in new if node.depth < self._round.max_depths[node.row] and self._wants(node, node.bound)
+        ]
+        self._device = scores_BMV.device
+        return self._next_layer()
 
     def finish(self) -> Draft:
-        kept = self._kept()
-        nodes = [np.flatnonzero(kept & (self._nodes["row"] == row)) for row in range(len(self._max_depths))]
-        trees = TreeBatch.stack([self._tree(indices) for indices in nodes], self._scored[0][1].device)
-        places = [self._nodes["place"][indices].tolist() for indices in nodes]
-        return Draft(trees=trees, q_BTV=self._gather_q(trees, nodes) if self._sample else None, places=places)
+        rows: list[list[Node]] = [[] for _ in self._round.max_depths]
+        for node in self._kept():
+            rows[node.row].append(node)
+        rows = [_depth_first(nodes) for nodes in rows]
+        trees = TreeBatch.stack([_tree(nodes) for nodes in rows], self._device)
+        places = [[node.place for node in nodes] for nodes in rows]
+        if not self._round.sample:
+            return Draft(trees=trees, places=places)
+        columns = [[0, *(node.column for node in nodes), *[0] * (trees.width - len(nodes))] for nodes in rows]
+        q_layers = LayeredDistributions(
+            layers_BMV=self._q_layers, columns_BT=torch.tensor(columns, device=self._device)
+        )
+        return Draft(trees=trees, q_layers=q_layers, places=places)
 
-    def _roots(self) -> np.ndarray:
-        rows = np.flatnonzero(self._max_depths > 0)
-        slots = np.zeros(len(rows), _SLOT)
-        slots["row"] = slots["index"] = rows
-        slots["node"], slots["reach"], slots["bound"] = ROOT, 1, 1
-        return slots
-
-    def _draw(self, urn: Urn) -> None:
+    def _draw(self, urn: Urn, width: int) -> None:
         """Take children of the frontier for as long as they are wanted."""
-        slots, rank_N = self._frontier, np.zeros(len(self._frontier), np.int64)
+        slots = self._frontier
         for batch in count():
-            promise_N = urn.promise_M.cpu().double().numpy()[slots["index"]]
-            wanted_N = self._wants(slots, np.minimum(slots["reach"] * promise_N, slots["bound"]), rank_N)
-            wanted_N &= promise_N > 0
-            slots, rank_N, promise_N = slots[wanted_N], rank_N[wanted_N], promise_N[wanted_N]
-            if len(slots):
-                indices = torch.from_numpy(slots["index"].copy()).to(urn.device)
-                tokens_NK, probs_NK = (x.cpu().numpy() for x in urn.take(indices, batch_size(batch)))
-                slots, rank_N = self._offer(slots, rank_N, promise_N, tokens_NK, probs_NK.astype(np.float64))
-            if not len(slots):
+            if not slots:
                 return urn.refill()
+            indices = torch.tensor([slot.row * width + slot.column for slot in slots])
+            tokens_NK, probs_NK = (x.tolist() for x in urn.take(indices.to(urn.device), batch_size(batch, len(slots))))
+            slots = [slot for slot, *taken in zip(slots, tokens_NK, probs_NK, strict=True) if self._offer(slot, *taken)]
 
-    def _offer(
-        self, slots: np.ndarray, rank_N: np.ndarray, promise_N: np.ndarray, tokens_NK: np.ndarray, probs_NK: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Add the tokens that are wanted; returns the slots of which all were, and the rank of their next child.
+    def _offer(self, slot: Node, tokens: Sequence[int], probs: Sequence[float]) -> bool:
+        """Add the tokens that are wanted; returns whether the slot may take more.
 
         Whether a token is wanted depends on those before it only: the others might as well not have been drawn.
         """
-        before_NK = promise_N[:, None] - probs_NK.cumsum(1) + probs_NK if self._sample else probs_NK
-        values_NK = np.minimum(slots["reach"][:, None] * before_NK, slots["bound"][:, None])
-        values_NK = np.minimum.accumulate(values_NK, 1)
-        ranks_NK = rank_N[:, None] + (probs_NK > 0).cumsum(1) - 1
-        slot_L, place_L = np.nonzero(probs_NK)
-        values_L, ranks_L = values_NK[slot_L, place_L], ranks_NK[slot_L, place_L]
-        wanted_L = self._wants(slots[slot_L], values_L, ranks_L)
-        new = np.empty(len(slot_L), _NODE)
-        parents = slots[slot_L]
-        new["row"], new["parent"], new["depth"] = parents["row"], parents["node"], parents["depth"] + 1
-        new["token"], new["prob"] = tokens_NK[slot_L, place_L], probs_NK[slot_L, place_L]
-        new["value"], new["rank"], new["place"] = values_L, ranks_L, -1
-        new["reach"] = parents["reach"] * new["prob"]
-        self._nodes = _joined(self._nodes, new[wanted_L])
-        slots["bound"] = values_NK[:, -1]
-        sated_N = np.bincount(slot_L, ~wanted_L, len(slots)) > 0
-        return slots[~sated_N], ranks_NK[~sated_N, -1] + 1
+        for token, prob in zip(tokens, probs, strict=True):
+            if not prob:
+                return False  # there are no more
+            if token in slot.taken:
+                continue
+            value = min(slot.bound, slot.reach * (slot.left if self._round.sample else prob))
+            if not self._wants(slot, value):
+                return False
+            self._add(slot, token, prob, value)
+        return self._wants(slot, min(slot.bound, slot.reach * slot.left))
 
-    def _slots_of(self, indices: np.ndarray) -> np.ndarray:
-        """Slots of the nodes that may have children worth a forward of the draft model."""
-        nodes = self._nodes[indices]
-        slots = np.zeros(len(nodes), _SLOT)
-        slots["node"] = indices
-        for name in ("row", "depth", "reach"):
-            slots[name] = nodes[name]
-        slots["bound"] = np.minimum(nodes["value"], nodes["reach"])
-        slots = slots[nodes["depth"] < self._max_depths[nodes["row"]]]
-        return slots[self._opens(slots)]
+    def _add(self, slot: Node, token: int, prob: float, value: float) -> None:
+        reach = slot.reach * prob
+        node = Node(
+            row=slot.row,
+            parent=slot,
+            token=token,
+            prob=prob,
+            value=value,
+            reach=reach,
+            depth=slot.depth + 1,
+            bound=min(value, reach),
+        )
+        self._nodes.append(node)
+        self._added(node)
+        slot.bound = value
+        slot.left = max(slot.left - prob, 0.0)
+        slot.taken.add(token)
 
-    def _next_layer(self, device: torch.device) -> Layer:
+    def _next_layer(self) -> Layer:
         """Give the frontier its places and hand it out."""
-        slots, num_rows = self._frontier[np.argsort(self._frontier["row"], kind="stable")], len(self._max_depths)
-        sizes = np.bincount(slots["row"], minlength=num_rows)
-        width = int(sizes.max())
-        offsets = np.arange(len(slots)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        slots["index"] = slots["row"] * width + offsets
-        nodes = self._nodes[slots["node"]]
-        tokens_BM, parents_BM = np.repeat(self._spares_B[:, None], width, 1), np.full((num_rows, width), ROOT)
-        tokens_BM[slots["row"], offsets] = nodes["token"]
-        parents_BM[slots["row"], offsets] = np.append(self._nodes["place"], ROOT)[nodes["parent"]]
-        self._nodes["place"][slots["node"]] = self._num_places + offsets
+        rows: list[list[Node]] = [[] for _ in self._spares]
+        for node in self._frontier:
+            rows[node.row].append(node)
+        width = max(map(len, rows))
+        tokens, parents = [], []
+        for nodes, spare in zip(rows, self._spares, strict=True):
+            padding = width - len(nodes)
+            tokens.append([*(node.token for node in nodes), *[spare] * padding])
+            parents.append([*(node.parent.place if node.parent else ROOT for node in nodes), *[ROOT] * padding])
+            for column, node in enumerate(nodes):
+                node.column, node.place = column, self._num_places + column
         self._num_places += width
-        self._frontier = slots
         return Layer(
-            tokens_BM=torch.from_numpy(tokens_BM).to(device), parents_BM=torch.from_numpy(parents_BM).to(device)
+            tokens_BM=torch.tensor(tokens, dtype=torch.long, device=self._device),
+            parents_BM=torch.tensor(parents, dtype=torch.long, device=self._device),
         )
 
-    def _spare_tokens(self, scores_BMV: Tensor) -> np.ndarray:
+    def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""
-        spares_B = self._spares_B.copy()
-        idle = np.flatnonzero(self._max_depths <= 0)
-        if len(idle):
-            spares_B[idle] = scores_BMV[idle, 0].argmax(-1).cpu().numpy()
-        first = self._nodes[self._nodes["rank"] == 0]
-        spares_B[first["row"]] = first["token"]
-        return spares_B
-
-    def _tree(self, indices: np.ndarray) -> TokenTree:
-        """The tree of these nodes, numbered anew."""
-        nodes = self._nodes[indices]
-        numbers = np.full(len(self._nodes) + 1, ROOT)
-        numbers[indices] = np.arange(len(indices))
-        return TokenTree(
-            tokens=nodes["token"].tolist(),
-            parents=numbers[nodes["parent"]].tolist(),
-            probs=nodes["prob"].tolist(),
-            values=nodes["value"].tolist(),
-        )
-
-    def _gather_q(self, trees: TreeBatch, nodes: Sequence[np.ndarray]) -> Tensor:
-        """q of every slot that has children."""
-        slot_of = np.full(len(self._nodes) + 1, -1)
-        for row, indices in enumerate(nodes):
-            slot_of[indices] = row * trees.num_slots + 1 + np.arange(len(indices))
-        root_q_BMV = self._scored[0][1]
-        q_FV = root_q_BMV.new_empty((trees.num_rows * trees.num_slots, root_q_BMV.shape[2]))  # leaves stay unwritten
-        for slots, q_BMV in self._scored:
-            targets = np.where(slots["node"] == ROOT, slots["row"] * trees.num_slots, slot_of[slots["node"]])
-            kept = targets >= 0
-            target_S, source_S = (torch.from_numpy(x[kept].copy()).to(q_FV.device) for x in (targets, slots["index"]))
-            q_FV.index_copy_(0, target_S, q_BMV.flatten(0, 1).index_select(0, source_S))
-        return q_FV.view(trees.num_rows, trees.num_slots, -1)
+        spares = [0] * len(self._spares)
+        idle = [row for row, depth in enumerate(self._round.max_depths) if depth <= 0]
+        if idle:
+            for row, token in zip(idle, scores_BMV[idle, 0].argmax(-1).tolist(), strict=True):
+                spares[row] = token
+        for node in reversed(self._nodes):
+            spares[node.row] = node.token
+        return spares
 
 
-def _joined(nodes: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """`np.concatenate`, which is slow on structured arrays."""
-    joined = np.empty(len(nodes) + len(new), nodes.dtype)
-    joined[: len(nodes)], joined[len(nodes) :] = nodes, new
-    return joined
+def _depth_first(nodes: Sequence[Node]) -> list[Node]:
+    """First children first: the likeliest paths stand where the caches need not move them."""
+    children: dict[int, list[Node]] = defaultdict(list)
+    for node in reversed(nodes):
+        children[id(node.parent)].append(node)
+    ordered, stack = [], [node for node in reversed(nodes) if node.depth == 1]
+    while stack:
+        node = stack.pop()
+        ordered.append(node)
+        stack += children[id(node)]
+    return ordered
+
+
+def _tree(nodes: Sequence[Node]) -> TokenTree:
+    numbers = {id(node): number for number, node in enumerate(nodes)}
+    return TokenTree(
+        tokens=[node.token for node in nodes],
+        parents=[numbers.get(id(node.parent), ROOT) for node in nodes],
+        probs=[node.prob for node in nodes],
+        values=[node.value for node in nodes],
+    )

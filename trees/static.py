@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from trees.growth import Grower, GrowthPolicy
-from trees.layered import LayeredGrower
+from trees.growth import Grower, GrowthPolicy, Round
+from trees.layered import LayeredGrower, Node
 from trees.tree import TokenTree
 
 
@@ -33,15 +32,8 @@ class Fixed(GrowthPolicy):
             raise ValueError(f"Fixed(branching={self.branching!r}): numbers of children are positive integers")
         object.__setattr__(self, "branching", tuple(self.branching))
 
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
-        return _ShapedGrower(_fixed_shape(self.branching), max_depths, sample, generator)
+    def start(self, round_: Round) -> Grower:
+        return _ShapedGrower(round_, _fixed_shape(self.branching))
 
 
 @dataclass(frozen=True)
@@ -69,15 +61,8 @@ class Sequoia(GrowthPolicy):
             raise ValueError(f"Sequoia(acceptance={self.acceptance!r}): chances lie between 0 and 1")
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
 
-    def start(
-        self,
-        *,
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None = None,
-        previous: Grower | None = None,
-    ) -> Grower:
-        return _ShapedGrower(_sequoia_shape(self.budget, self.acceptance), max_depths, sample, generator)
+    def start(self, round_: Round) -> Grower:
+        return _ShapedGrower(round_, _sequoia_shape(self.budget, self.acceptance))
 
 
 def count_ranks(tree: TokenTree, path: Sequence[int], num_ranks: int) -> tuple[list[int], list[int]]:
@@ -119,29 +104,20 @@ class _ShapedGrower(LayeredGrower):
         shape: for each slot of the shape (0 is the root) its children, in draw order.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[Sequence[int]],
-        max_depths: Sequence[int],
-        sample: bool,
-        generator: torch.Generator | None,
-    ):
-        super().__init__(max_depths=max_depths, sample=sample, generator=generator)
+    def __init__(self, round_: Round, shape: Sequence[Sequence[int]]):
+        super().__init__(round_)
         self._shape = shape
-        self._spots = [0]
+        self._spots = {id(root): 0 for root in self._frontier}
 
-    def _wants(self, slots: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        self._place_new_nodes()
-        families = [len(self._shape[self._spots[node + 1]]) for node in slots["node"].tolist()]
-        return ranks < np.array(families, np.int64)
+    def _wants(self, slot: Node, value: float) -> bool:
+        return len(slot.taken) < len(self._family(slot))
 
-    def _place_new_nodes(self) -> None:
-        """Find the slots of the shape that the newest nodes stand for."""
-        for parent, rank in self._nodes[["parent", "rank"]][len(self._spots) - 1 :].tolist():
-            self._spots.append(self._shape[self._spots[parent + 1]][rank])
+    def _added(self, node: Node) -> None:
+        assert node.parent is not None
+        self._spots[id(node)] = self._family(node.parent)[len(node.parent.taken)]
 
-    def _kept(self) -> np.ndarray:
-        return np.ones(len(self._nodes), bool)
+    def _family(self, slot: Node) -> Sequence[int]:
+        return self._shape[self._spots[id(slot)]]
 
 
 @lru_cache

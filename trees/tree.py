@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.tree import Tree as RichTree
 
 ROOT = -1
 """The parent of the nodes that hang on the root."""
@@ -101,15 +105,33 @@ class TokenTree:
             last = node == siblings[-1]
             del open_branches[self.depths[node] - 1 :]
             indent = "".join("│  " if is_open else "   " for is_open in open_branches)
-            prob = "" if self.probs is None else f"  q={self.probs[node]:.3f}"
-            value = "" if self.values is None else f"  v={self.values[node]:.3f}"
             branch = "└─ " if last else "├─ "
-            lines.append(f"{indent}{branch}{decode(int(self.tokens[node]))}{prob}{value}")
+            lines.append(f"{indent}{branch}{self._label(node, decode)}")
             open_branches.append(not last)
         return "\n".join(lines)
 
+    def to_rich(self, decode: Callable[[int], str] = str, accepted: Sequence[int] = ()) -> RichTree:
+        """The tree for `rich` to print; `accepted` nodes stand out."""
+        from rich.text import Text
+        from rich.tree import Tree
+
+        root = Tree("root")
+        branches = [root]
+        for node in range(len(self)):
+            label = Text(self._label(node, decode), style="bold green" if node in accepted else "")
+            branches.append(branches[self.parents[node] + 1].add(label))
+        return root
+
     def __str__(self) -> str:
         return self.render()
+
+    def __rich__(self) -> RichTree:
+        return self.to_rich()
+
+    def _label(self, node: int, decode: Callable[[int], str]) -> str:
+        prob = "" if self.probs is None else f"  q={self.probs[node]:.3f}"
+        value = "" if self.values is None else f"  v={self.values[node]:.3f}"
+        return f"{decode(int(self.tokens[node]))}{prob}{value}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -180,16 +202,17 @@ class TreeBatch:
         )
         if not extended.is_chain:
             vars(extended)["ancestors_BTT"] = self._extended_ancestors(parents_BM + 1)
+            new_BM = torch.full_like(parents_BM, extended.depth)
+            vars(extended)["depths_BT"] = torch.cat([self.depths_BT, new_BM], 1)
         return extended
 
     def _extended_ancestors(self, parent_slots_BM: Tensor) -> Tensor:
         """`ancestors_BTT` after a layer: new nodes see what their parents see, and themselves."""
-        old_BTT = self.ancestors_BTT
-        num_old, num_new = self.num_slots, parent_slots_BM.shape[1]
-        seen_BTT = torch.nn.functional.pad(old_BTT, (0, num_new, 0, num_new))
-        seen_BTT[:, num_old:, :num_old] = old_BTT.gather(1, parent_slots_BM.unsqueeze(2).expand(-1, -1, num_old))
-        seen_BTT[:, num_old:, num_old:] = torch.eye(num_new, dtype=torch.bool, device=self.device)
-        return seen_BTT
+        num_new = parent_slots_BM.shape[1]
+        rows_B1 = torch.arange(self.num_rows, device=self.device).unsqueeze(1)
+        own_BMM = torch.eye(num_new, dtype=torch.bool, device=self.device).expand(self.num_rows, -1, -1)
+        seen_BMT = torch.cat([self.ancestors_BTT[rows_B1, parent_slots_BM], own_BMM], 2)
+        return torch.cat([torch.nn.functional.pad(self.ancestors_BTT, (0, num_new)), seen_BMT], 1)
 
     def row(self, index: int) -> TokenTree:
         """The tree of one row (may copy to the host: for people and tests, not for the loop)."""
@@ -197,6 +220,13 @@ class TreeBatch:
             return self.rows[index]
         size = self.sizes[index]
         return TokenTree(tokens=self.tokens_BN[index, :size].tolist(), parents=self.parents_BN[index, :size].tolist())
+
+    @cached_property
+    def row_depths(self) -> tuple[int, ...]:
+        """Depth of each row's deepest node (copied from the device only if the trees were made there)."""
+        if self.is_chain:
+            return self.sizes
+        return tuple(max(self.row(index).depths, default=0) for index in range(self.num_rows))
 
     @property
     def num_rows(self) -> int:
@@ -246,6 +276,16 @@ class TreeBatch:
         if self.rows is not None:
             return np.array([[*row.parents, *[ROOT] * (self.width - len(row))] for row in self.rows])
         return self.parents_BN.cpu().numpy()
+
+    @cached_property
+    def host_depths_BT(self) -> np.ndarray:
+        """`depths_BT` on the host (see `host_parents_BN`)."""
+        if self.rows is not None:
+            return np.array([[0, *row.depths, *[1] * (self.width - len(row))] for row in self.rows])
+        depth_TB = np.zeros((self.num_slots, self.num_rows), np.int64)
+        for node, parent_B in enumerate(self.host_parents_BN.T):
+            depth_TB[node + 1] = depth_TB[parent_B + 1, np.arange(self.num_rows)] + 1
+        return depth_TB.T
 
     @property
     def _parent_slots_BT(self) -> Tensor:
