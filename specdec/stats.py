@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(kw_only=True)
@@ -13,13 +14,17 @@ class DecodingStats:
 
     The prefill yields the first token of every row; rounds yield the others. `num_rounds`, `num_drafted` and the
     like count *row rounds* (a round of a batch of 4 unfinished rows counts 4), so that ratios mean the same at
-    every batch size; `target_forwards` counts forwards of the whole batch. `other_seconds` is the run without
-    prefill, drafting and verification: sampling, stopping, streaming and book-keeping.
+    every batch size; `num_batch_rounds`, `target_forwards` and `draft_forwards` count work on the whole batch.
+    `other_seconds` is the run without prefill, drafting and verification: sampling, stopping, streaming and
+    book-keeping.
     """
 
     num_rounds: int = 0
+    num_batch_rounds: int = 0
     num_drafted: int = 0
     """Nodes verified (the root is not drafted)."""
+    num_levels: int = 0
+    """Depths of the trees verified, added up: on a chain each node is a level, on a tree siblings share one."""
     num_accepted: int = 0
     """Drafted tokens kept."""
     num_committed: int = 0
@@ -41,6 +46,10 @@ class DecodingStats:
     total_seconds: float = 0.0
     ttft_seconds: float = 0.0
     """Time to the first token."""
+    control_seconds: float = 0.0
+    """Spent on comparing candidates that did not draft, a part of `other_seconds`."""
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    """For every round of a drafter that chooses: what it chose and why, and the nodes and tokens of each row."""
     token_seconds: list[float] = field(default_factory=list)
     """For every token in the order of commitment the time since the start."""
 
@@ -60,6 +69,26 @@ class DecodingStats:
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property
+    def mean_size(self) -> float:
+        """Nodes of a row's tree; a round without a draft counts as an empty tree."""
+        return self.num_drafted / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def mean_depth(self) -> float:
+        """Depth of a row's tree; a round without a draft counts as depth 0."""
+        return self.num_levels / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def draft_forwards_per_round(self) -> float:
+        """Forwards of the draft model, its prefill included, to one verification of the batch."""
+        return self.draft_forwards / self.num_batch_rounds if self.num_batch_rounds else 0.0
+
+    @property
+    def tokens_per_target_forward(self) -> float:
+        """New tokens of all rows to one forward of the target, prefill included; plain decoding of a row: 1.0."""
+        return self.num_new_tokens / self.target_forwards if self.target_forwards else 0.0
+
+    @property
     def tokens_per_second(self) -> float:
         """New tokens over the whole time, prefill included."""
         return self.num_new_tokens / self.total_seconds if self.total_seconds else 0.0
@@ -68,6 +97,7 @@ class DecodingStats:
         self,
         rows: Sequence[int],
         drafted: Sequence[int],
+        depths: Sequence[int],
         accepted: Sequence[int],
         committed: Sequence[int],
     ) -> None:
@@ -75,9 +105,12 @@ class DecodingStats:
 
         Args:
             rows: index of each row in the caller's batch; the other arguments are in the same order.
+            depths: of the trees of `drafted` nodes.
         """
         self.num_rounds += len(rows)
+        self.num_batch_rounds += 1
         self.num_drafted += sum(drafted)
+        self.num_levels += sum(depths)
         self.num_accepted += sum(accepted)
         self.num_committed += sum(committed)
         self.accepted_histogram.update(accepted)

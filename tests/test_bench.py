@@ -8,20 +8,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
+import trees
 from specdec import drafters
 from specdec.bench import harness
 from specdec.bench.equality import TIE_BOUND, Comparison, Verdict, compare
 from specdec.bench.harness import BatchResult, Harness, Method, Run, Settings, without_padding
-from specdec.bench.methods import AUTO, TRANSFORMERS, DrafterSpec, choose_drafter, choose_methods
+from specdec.bench.methods import AUTO, TRANSFORMERS, DrafterSpec, TreeSpec, choose_drafter, choose_methods
+from specdec.bench.ranks import measure_ranks
 from specdec.bench.report import mismatches, summarise, to_json, token_costs_ms
 from specdec.bench.suite import Prompt, load_suite
 from specdec.errors import SpecdecError
+from tests.references import with_noise
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 METHODS = [
     Method("transformers", None),
     Method("plain", drafters.Plain()),
     Method("prompt-lookup", drafters.PromptLookup()),
+    Method("lookup tree", drafters.PromptLookup(min_match=1), trees.DySpec(8)),
 ]
 
 
@@ -137,6 +141,62 @@ def test_wrong_names_say_what_is_allowed(name: str, message: str) -> None:
         DrafterSpec.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("chain:7", trees.Chain(7)),
+        ("fixed:4x2x1", trees.Fixed((4, 2, 1))),
+        ("dyspec", trees.DySpec()),
+        ("dyspec:32", trees.DySpec(32)),
+        ("dyspec:budget=32,max_depth=8", trees.DySpec(32, max_depth=8)),
+        ("dyspec:32,shared=true", trees.DySpec(32, shared=True)),
+        ("dyspec-threshold:16,threshold=0.1", trees.DySpecThreshold(0.1, max_nodes=16)),
+    ],
+)
+def test_names_become_trees(name: str, policy: trees.GrowthPolicy) -> None:
+    assert TreeSpec.parse(name).build() == policy
+
+
+def test_sequoia_gets_what_was_measured() -> None:
+    assert TreeSpec.parse("sequoia:8").build(acceptance=(0.5, 0.25)) == trees.Sequoia(8, (0.5, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bush", "unknown tree 'bush'; choose from: chain, fixed, sequoia, dyspec, dyspec-threshold"),
+        ("", "unknown tree ''"),
+        ("fixed", r"fixed needs its branching, whole numbers joined by x \(4x2x1\): fixed:branching=..."),
+        ("sequoia", "sequoia needs its budget, a whole number"),
+        ("fixed:4x", "branching must be whole numbers joined by x"),
+        ("dyspec:many", "dyspec: budget must be a whole number, got 'many'"),
+        ("dyspec:32,8", "dyspec has no parameter '8'; it takes: budget, max_depth, shared"),
+        ("dyspec:shared=yes", "shared must be true or false, got 'yes'"),
+        ("sequoia:8,acceptance=0.5", "sequoia has no parameter 'acceptance'; it takes: budget"),
+    ],
+)
+def test_wrong_trees_say_what_is_allowed(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TreeSpec.parse(name)
+
+
+def test_trees_are_drafted_by_every_method_that_takes_them() -> None:
+    names = "prompt-lookup,small-model:num_tokens=3,auto"
+    methods = choose_methods(names, reference=TRANSFORMERS, draft="some/model", trees=["dyspec:8", "sequoia:8"])
+    assert list(methods) == [
+        "transformers",
+        "plain",
+        "prompt-lookup dyspec:8",
+        "small-model:num_tokens=3 dyspec:8",
+        "small-model:num_tokens=3 sequoia:8",
+        "auto",
+    ]
+    assert methods["auto"].tree is None
+    assert methods["prompt-lookup dyspec:8"].tree == TreeSpec.parse("dyspec:8")
+    with pytest.raises(ValueError, match="no method takes the tree sequoia:8: ask for small-model or quantized"):
+        choose_methods("prompt-lookup", reference="plain", draft=None, trees=["dyspec:8", "sequoia:8"])
+
+
 def test_the_draft_decides_the_default() -> None:
     assert choose_drafter(None, None).kind == AUTO
     assert choose_drafter(None, "some/model").kind == "small-model"
@@ -149,7 +209,7 @@ def test_the_draft_decides_the_default() -> None:
 def test_reference_and_plain_always_run_first() -> None:
     default = choose_methods(None, reference=TRANSFORMERS, draft="some/model")
     assert list(default) == ["transformers", "plain", "prompt-lookup", "small-model"]
-    assert default["transformers"] is None
+    assert default["transformers"].drafter is None
     assert list(choose_methods("auto, plain,auto", reference="plain", draft=None)) == ["plain", "auto"]
     with pytest.raises(ValueError, match="choose from: transformers, auto"):
         choose_methods("eagle", reference="plain", draft=None)
@@ -250,7 +310,7 @@ def test_repetitions_are_interleaved(
         Harness, "_run", lambda self, method, inputs: (order.append(method.name), original(self, method, inputs))[1]
     )
     run_harness(model, tokenizer, PROMPTS[:1], repetitions=2, warmup=1)
-    assert order == ["transformers", "plain", "prompt-lookup"] * 3
+    assert order == [method.name for method in METHODS] * 3
 
 
 def test_sampling_repeats_itself_and_is_not_compared(
@@ -275,7 +335,7 @@ def test_wrong_output_is_a_mismatch(
         return out
 
     monkeypatch.setattr(harness.specdec, "generate", generate_wrongly)
-    results = run_harness(model, tokenizer, PROMPTS[:1], repetitions=1)
+    results = run_harness(model, tokenizer, PROMPTS[:1], METHODS[:3], repetitions=1)
     (line,) = mismatches(results)
     assert "prompt-lookup differs from transformers on repeat prompt 'to be or not" in line
     assert "logit gap" in line
@@ -301,8 +361,29 @@ def test_prompt_that_does_not_fit_is_found_before_anything_runs(
         run_harness(model, tokenizer, prompts, methods=[Method("broken", object())])
 
 
+def test_ranks_are_measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that drafts for itself is right at once; a relative often, and sometimes with a later guess."""
+    settings = Settings(max_new_tokens=12)
+    itself = measure_ranks(model, tokenizer, drafters.SmallModel(model), PROMPTS[:2], settings)
+    assert itself == (1.0,)
+    relative = drafters.SmallModel(with_noise(model))
+    found = measure_ranks(model, tokenizer, relative, PROMPTS[:2], settings)
+    assert 0.3 < found[0] < 1
+    assert 0 < sum(found[1:]) <= 1 - found[0]
+    with pytest.raises(ValueError, match="allow more new tokens"):
+        measure_ranks(model, tokenizer, relative, PROMPTS[:2], Settings(max_new_tokens=1))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"repetitions": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"warmup": -1}, {"temperature": 0.5}]
+    "wrong",
+    [
+        {"repetitions": 0},
+        {"batch_size": 0},
+        {"max_new_tokens": 0},
+        {"warmup": -1},
+        {"temperature": 0.5},
+        {"verify": "traversal"},
+    ],
 )
 def test_wrong_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -323,7 +404,17 @@ def make_run(seconds: float, num_tokens: int, stats: specdec.DecodingStats | Non
 
 
 def test_speed_is_tokens_over_the_sum_of_medians() -> None:
-    stats = specdec.DecodingStats(num_rounds=5, num_drafted=20, num_accepted=10, num_committed=15)
+    stats = specdec.DecodingStats(
+        num_rounds=5,
+        num_batch_rounds=5,
+        num_drafted=20,
+        num_levels=15,
+        num_accepted=10,
+        num_committed=15,
+        num_new_tokens=16,
+        target_forwards=8,
+        draft_forwards=10,
+    )
     results = [
         BatchResult(
             prompts=[Prompt(text="a", category=category)],
@@ -344,6 +435,8 @@ def test_speed_is_tokens_over_the_sum_of_medians() -> None:
     assert total.tokens_per_second == pytest.approx(20 / 3)
     assert total.speedup_vs_plain == pytest.approx(2.0)
     assert (total.tokens_per_round, total.acceptance_rate) == (3.0, 0.5)
+    assert (total.mean_depth, total.mean_size) == (3.0, 4.0)
+    assert (total.draft_forwards_per_round, total.tokens_per_target_forward) == (2.0, 2.0)
     assert (total.num_prompts, total.num_tokens) == (2, 20)
     assert total.peak_memory_mib == 700
     assert total.ttft_ms == pytest.approx(750)
@@ -359,12 +452,15 @@ def test_time_between_commits_is_shared_by_their_tokens() -> None:
 def test_document_has_the_agreed_shape(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     settings = Settings(max_new_tokens=12, repetitions=1, warmup=0)
     results = list(Harness(model, tokenizer, METHODS, settings).run(PROMPTS, on_call=lambda: None))
-    document = to_json(results, model=model, model_name="tiny", suite_name="three", settings=settings)
+    document = to_json(results, model=model, model_name="tiny", suite_name="three", methods=METHODS, settings=settings)
     document = json.loads(json.dumps(document, allow_nan=False))
     assert list(document) == ["environment", "model", "suite", "methods"]
     assert document["environment"]["settings"]["max_new_tokens"] == 12
     assert document["environment"]["settings"]["tie_bound"] == 1e-3
     assert document["environment"]["settings"]["reference"] == "transformers"
+    assert document["environment"]["settings"]["trees"] == {
+        "lookup tree": "DySpec(budget=8, max_depth=None, shared=False)"
+    }
     assert len(document["methods"]) == len(METHODS) * 3
     for method in document["methods"]:
         assert list(method) == [
@@ -374,6 +470,10 @@ def test_document_has_the_agreed_shape(model: PreTrainedModel, tokenizer: PreTra
             "speedup_vs_plain",
             "tokens_per_round",
             "acceptance_rate",
+            "tokens_per_target_forward",
+            "draft_forwards_per_round",
+            "mean_depth",
+            "mean_size",
             "identical_to_plain",
             "ties",
             "num_prompts",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import specdec
 from specdec.bench.harness import Harness
 from specdec.cli.app import app
+from specdec.cli.bench import TABLE_WIDTH
 from specdec.cli.conversation import Conversation
 from tests.tiny_models import save_tiny_model
 
@@ -301,6 +302,37 @@ def test_bench_prints_one_json_document(tiny: str, few: str) -> None:
     assert rows == [(name, category, 2) for category in ("few", "all") for name in names]
 
 
+def test_bench_drafts_trees(tiny: str, tiny_draft: str, few: str) -> None:
+    trees = ("--tree", "chain:3", "--tree", "sequoia:8", "--tree", "dyspec:budget=8,max_depth=4")
+    result = specdec_command("bench", "-m", tiny, "--draft", tiny_draft, "--prompts", few, *trees, *FAST)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= TABLE_WIDTH
+    for text in ("small-model sequoia:8", "dyspec:budget=8,max_depth=4", "calls  depth  nodes"):
+        assert text in result.stdout
+    assert "depth and nodes of a row's tree" in result.stdout.splitlines()[-1]
+
+
+def test_bench_measures_ranks_once_for_each_drafter(
+    tiny: str, tiny_draft: str, few: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("specdec.bench.ranks.measure_ranks", lambda *args: asked.append(args[2]) or (0.5, 0.25))
+    options = ("--methods", "small-model,quantized-self", "--tree", "sequoia:4", "--tree", "sequoia:8", "--json")
+    result = specdec_command("bench", "-m", tiny, "-d", tiny_draft, "--prompts", few, "--limit", "1", *options, *FAST)
+    assert result.exit_code == 0, result.output
+    assert [type(drafter).__name__ for drafter in asked] == ["SmallModel", "QuantizedSelf"]
+    trees = json.loads(result.stdout)["environment"]["settings"]["trees"]
+    assert trees["quantized-self sequoia:8"] == "Sequoia(budget=8, acceptance=(0.5, 0.25))"
+    assert len(trees) == 4
+
+
+def test_bench_verifies_drawn_trees_by_traversal(tiny: str, tiny_draft: str, few: str) -> None:
+    options = ("--sample", "--verify", "traversal", "--tree", "dyspec:8", "--limit", "1", "--json")
+    result = specdec_command("bench", "-m", tiny, "-d", tiny_draft, "--prompts", few, *options, *FAST)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["environment"]["settings"]["verify"] == "traversal"
+
+
 def test_bench_samples(tiny: str, few: str) -> None:
     options = ("--sample", "--temperature", "0.8", "--seed", "5", "--limit", "1", "--json")
     result = specdec_command("bench", "-m", tiny, "--prompts", few, *options, *FAST)
@@ -366,6 +398,10 @@ def test_bench_fails_when_a_method_fails(tiny: str, few: str, monkeypatch: pytes
         (["--methods", "plain,eagle"], "choose from: transformers, auto, plain, prompt-lookup, small-model"),
         (["--methods", "small-model"], "give it with --draft"),
         (["--methods", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--tree", "bush"], "unknown tree 'bush'; choose from: chain, fixed"),
+        (["--tree", "sequoia:8"], "no method takes the tree sequoia:8: ask for small-model or quantized-self"),
+        (["--tree", "dyspec:0"], "budget is a positive integer"),
+        (["--verify", "traversal"], "verify=traversal needs sampling"),
         (["--category", "poetry"], "unknown category 'poetry'"),
         (["--prompts", "missing.jsonl"], "cannot read the prompts"),
         (["--temperature", "0.5"], "temperature"),

@@ -6,14 +6,16 @@ from transformers import BatchEncoding
 
 from specdec import ModelError
 from specdec.bench.suite import Prompt, load_suite
-from specdec.drafters import Plain, PromptLookup
+from specdec.drafters import Plain, PromptLookup, QuantizedSelf
 from specdec.models import LoadedModel, load
 from specdec.prompting import encode_prompts
 from specdec.testing import assert_same_tokens
 from tests.references import plain_alone, rows_of, speculate
+from trees import DySpec, DySpecThreshold, Fixed, Sequoia
 
 NUM_NEW = 24
 DRAFTERS = {"plain": Plain(), "lookup": PromptLookup()}
+POLICIES = [Fixed((3, 2, 1)), Sequoia(12, (0.8, 0.1, 0.05)), DySpec(12), DySpecThreshold(max_nodes=12)]
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,15 @@ def test_same_tokens_as_plain_decoding(
     length = out.sequences.shape[1]
     assert_same_tokens(demo.model, reference[rows, -length:], out.sequences, batch["attention_mask"])
     assert bool(out.stats.num_drafted) == (drafter == "lookup")
+
+
+def test_same_tokens_with_every_tree(demo: LoadedModel, prompts: BatchEncoding, reference: Tensor) -> None:
+    rows, num_new = [0, 2, 4], NUM_NEW // 2
+    batch, quantized = rows_of(prompts, rows), QuantizedSelf()
+    expected = reference[rows, : num_new - NUM_NEW]
+    for drafter, policy in ((PromptLookup(min_match=1), DySpec(12)), *((quantized, policy) for policy in POLICIES)):
+        out = speculate(demo.model, batch, drafter, tree=policy, max_new_tokens=num_new)
+        length = out.sequences.shape[1]
+        assert_same_tokens(demo.model, expected[:, -length:], out.sequences, batch["attention_mask"])
+        assert out.stats.num_accepted > 0
+        assert out.stats.num_levels < out.stats.num_drafted

@@ -11,7 +11,7 @@ from specdec.cache import sliding_windows
 from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
-from trees import TokenTree
+from trees import Chain, DySpec, DySpecThreshold, Fixed, Sequoia, TokenTree
 
 NUM_NEW = 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -61,6 +61,28 @@ def test_script_by_rounds_and_rows() -> None:
     assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
     assert out.stats.accepted_histogram == {3: 1, 1: 1, 0: (NUM_NEW - 1 - 4 - 1) + (NUM_NEW - 1 - 1 - 2) + 1 + 1}
     assert out.stats.num_drafted == 5
+
+
+POLICIES = [
+    Chain(4),
+    Fixed((3, 2, 1)),
+    Sequoia(12, (0.5, 0.2, 0.1)),
+    DySpec(12),
+    DySpec(12, max_depth=3, shared=True),
+    DySpecThreshold(threshold=0.05, max_nodes=12),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "mistral"])
+def test_every_growth_policy_in_ragged_batches(family: str) -> None:
+    """Drafted by a relative: some nodes are right, on paths of every rank."""
+    model = tiny_model(family)
+    reference, draft = plain_alone(model, PROMPTS, NUM_NEW), SmallModel(with_noise(model))
+    for policy in POLICIES:
+        out = speculate(model, PROMPTS, draft, tree=policy, max_new_tokens=NUM_NEW)
+        assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
+        assert 0 < out.stats.num_accepted < out.stats.num_drafted, policy
+        assert (out.stats.num_levels == out.stats.num_drafted) == isinstance(policy, Chain)
 
 
 WINDOWED = {

@@ -7,13 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import specdec
 from specdec import UnsupportedOptionError
 from specdec.drafters import PromptLookup, Run
-from specdec.drafters.suffix_automaton import Match, SuffixAutomaton
+from specdec.drafters.suffix_automaton import NOWHERE, Match, SuffixAutomaton
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
-from specdec.testing import tiny_model
-from trees import Chain, GrowthPolicy
+from specdec.testing import assert_same_tokens, random_prompts, tiny_model
+from tests.goodness import assert_drawn_from
+from tests.references import plain_alone, speculate
+from tests.test_sampling import NUM_SAMPLES, VOCAB_SIZE, continuations, exact_distribution
+from tests.test_sampling import tiny as tiny_of_six
+from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia, TokenTree
 
 texts = st.lists(st.integers(0, 2), max_size=48)
 """Three letters repeat often; below 64 tokens the automaton always names the latest occurrence."""
@@ -53,12 +58,28 @@ def test_automaton_finds_the_longest_and_latest_repeat(text: list[int]) -> None:
 @settings(deadline=None)
 def test_automaton_matches_another_text(text: list[int], other: list[int]) -> None:
     automaton = SuffixAutomaton(text)
-    state = length = 0
+    found = NOWHERE
     for end, token in enumerate(other, start=1):
-        state, length = automaton.step(state, length, token)
+        found = automaton.step(found, token)
         wanted = longest_suffix_within(text, other[:end])
-        assert length == wanted.length
-        assert not length or automaton.position_after(state) == wanted.next
+        assert found.length == wanted.length
+        assert not found.length or automaton.position_after(found.state) == wanted.next
+
+
+def occurrences(text: list[int], part: list[int]) -> int:
+    return sum(text[start : start + len(part)] == part for start in range(len(text) - len(part) + 1))
+
+
+@given(texts)
+@settings(deadline=None)
+def test_automaton_counts_every_substring(text: list[int]) -> None:
+    automaton = SuffixAutomaton(text)
+    for start in range(len(text)):
+        context = NOWHERE
+        for end in range(start + 1, len(text) + 1):
+            context = automaton.step(context, text[end - 1])
+            assert context.length == end - start
+            assert automaton.count(context.state) == occurrences(text, text[start:end])
 
 
 def test_match_stays_longest_in_a_text_of_one_token() -> None:
@@ -73,21 +94,30 @@ def test_automaton_is_linear_in_size() -> None:
     assert sum(map(len, automaton._transitions)) <= 3 * len(text)
 
 
-def proposal(
-    drafter: PromptLookup, text: list[int], *, max_depth: int = 99, tree: GrowthPolicy | None = None
-) -> list[int]:
-    """What is drafted after one prompt."""
-    input_ids = torch.tensor([text])
+def drafts(
+    drafter: PromptLookup, prompts: list[list[int]], *, max_depths: list[int], tree: GrowthPolicy | None = None
+) -> list[TokenTree]:
+    """What is drafted after some prompts of one length."""
+    input_ids = torch.tensor(prompts)
     run = Run(
         target=tiny_model("llama"),
         vocab_size=100,
-        sequences=Sequences(input_ids, None, capacity=len(text)),
+        sequences=Sequences(input_ids, None, capacity=input_ids.shape[1]),
         sampler=Sampler([], do_sample=False),
         tree=tree,
         input_ids=input_ids,
         attention_mask=None,
     )
-    return list(drafter.start(run).propose([max_depth]).trees.row(0).tokens)
+    draft = drafter.start(run).propose(max_depths)
+    assert draft.q_BTV is None
+    return [draft.trees.row(row) for row in range(len(prompts))]
+
+
+def proposal(
+    drafter: PromptLookup, text: list[int], *, max_depth: int = 99, tree: GrowthPolicy | None = None
+) -> list[int]:
+    """The tokens that are drafted after one prompt."""
+    return list(drafts(drafter, [text], max_depths=[max_depth], tree=tree)[0].tokens)
 
 
 def test_draft_continues_the_longest_repeat() -> None:
@@ -118,13 +148,95 @@ def test_tree_sets_the_length() -> None:
     assert proposal(PromptLookup(num_tokens=2), [1, 2, 3, 1, 2, 3], tree=Chain(4)) == [1, 2, 3, 1]
 
 
-def test_other_tree_is_refused() -> None:
-    class Bush(GrowthPolicy):
-        def start(self, **options: Any) -> Any:
-            raise NotImplementedError
+@pytest.mark.parametrize("policy", [Fixed((2, 1)), Sequoia(4, (0.5,)), DySpecThreshold()], ids=repr)
+def test_other_tree_is_refused(policy: GrowthPolicy) -> None:
+    with pytest.raises(UnsupportedOptionError, match=r"trees\.DySpec"):
+        proposal(PromptLookup(), [1, 2], tree=policy)
 
-    with pytest.raises(UnsupportedOptionError, match=r"trees\.Chain"):
-        proposal(PromptLookup(), [1, 2], tree=Bush())
+
+def paths(tree: TokenTree) -> set[tuple[int, ...]]:
+    return {tuple(tree.tokens[step] for step in tree.path(node)) for node in range(len(tree))}
+
+
+FORKED = [1, 2, 3, 4, 9, 1, 2, 3, 5, 8, 1, 2, 3, 5, 7, 1, 2, 3]
+"""After 1 2 3 came 4 once and 5 twice, after that 8 and, more recently, 7."""
+
+
+def test_tree_holds_the_continuations_that_were_most_frequent() -> None:
+    (tree,) = drafts(PromptLookup(), [FORKED], max_depths=[2], tree=DySpec(4))
+    assert paths(tree) == {(5,), (4,), (5, 7), (5, 8)}
+    assert tree.tokens[0] == 5
+    assert list(tree.tokens).index(7) < list(tree.tokens).index(8), "the more recent one first"
+    assert paths(drafts(PromptLookup(), [FORKED], max_depths=[2], tree=DySpec(1))[0]) == {(5,)}
+
+
+def test_tree_turns_to_shorter_suffixes_for_more() -> None:
+    text = [2, 3, 30, 1, 2, 3, 40, 1, 2, 3]
+    (tree,) = drafts(PromptLookup(min_match=2), [text], max_depths=[1], tree=DySpec(8))
+    assert list(tree.tokens) == [40, 30]
+    assert list(drafts(PromptLookup(min_match=3), [text], max_depths=[1], tree=DySpec(8))[0].tokens) == [40]
+
+
+def test_tree_past_the_end_goes_on_with_the_period() -> None:
+    assert proposal(PromptLookup(), [9, 1, 2, 3, 1, 2, 3], tree=DySpec(7)) == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_tree_is_no_deeper_than_asked() -> None:
+    text = [1, 2, 3, 1, 2, 3]
+    assert proposal(PromptLookup(), text, max_depth=2, tree=DySpec(8)) == [1, 2]
+    assert proposal(PromptLookup(), text, max_depth=0, tree=DySpec(8)) == []
+    assert proposal(PromptLookup(), text, tree=DySpec(8, max_depth=3)) == [1, 2, 3]
+
+
+def test_rows_share_a_budget() -> None:
+    unknown = list(range(20, 20 + len(FORKED)))
+    own = drafts(PromptLookup(), [FORKED, unknown], max_depths=[9, 9], tree=DySpec(3))
+    assert [len(tree) for tree in own] == [3, 0]
+    shared = drafts(PromptLookup(), [FORKED, unknown, unknown], max_depths=[9, 9, 0], tree=DySpec(3, shared=True))
+    assert [len(tree) for tree in shared] == [6, 0, 0], "a row that can take nothing brings no budget"
+
+
+def test_tree_from_a_corpus() -> None:
+    drafter = PromptLookup(corpus=[[1, 2, 3], [1, 2, 4], [1, 2, 4], [1, 2], [1, 2, 100, 5]])
+    (tree,) = drafts(drafter, [[7, 1, 2]], max_depths=[9], tree=DySpec(9))
+    assert list(tree.tokens) == [4, 3], "neither past the end of a text nor outside the vocabulary"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral", "qwen3"])
+def test_greedy_output_with_trees_is_that_of_plain_decoding(family: str) -> None:
+    model, prompts, num_new = tiny_model(family), random_prompts([5, 12, 30, 18]), 24
+    reference = plain_alone(model, prompts, num_new)
+    for corpus, shared in ((None, False), (reference.tolist(), True)):
+        drafter = PromptLookup(min_match=1, corpus=corpus)
+        out = speculate(model, prompts, drafter, tree=DySpec(12, shared=shared), max_new_tokens=num_new)
+        assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
+        assert out.stats.num_drafted <= 12 * out.stats.num_rounds
+        if corpus is None:
+            assert out.stats.num_levels < out.stats.num_drafted, "there are branches"
+        else:
+            assert out.stats.acceptance_rate > 0.9, "all is known"
+
+
+@pytest.mark.parametrize("warper", [{"temperature": 0.6}, {"repetition_penalty": 1.6}], ids=str)
+def test_samples_with_trees_follow_the_target(warper: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four new tokens, so that the first tree has two levels."""
+    monkeypatch.setattr("tests.test_sampling.NUM_NEW", 4)
+    model, options = tiny_of_six(seed=1), {"top_k": 0, **warper}
+    prompt = torch.randint(VOCAB_SIZE, (1, 40), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    out = specdec.generate(
+        model,
+        prompt,
+        do_sample=True,
+        max_new_tokens=4,
+        num_return_sequences=NUM_SAMPLES,
+        drafter=PromptLookup(min_match=1),
+        tree=DySpec(5),
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert out.stats.mean_size > 2 * out.stats.mean_depth > 2
+    assert_drawn_from(continuations(out.sequences, prompt.shape[1]), exact_distribution(model, prompt, **options))
 
 
 def test_corpus_is_copied_from() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
+from specdec.drafters import Drafter, DraftSession, Plain, PromptLookup, Run, SmallModel
 from specdec.stats import DecodingStats
 from specdec.testing import ScriptedDrafter, tiny_model
-from trees import ROOT, TokenTree
+from trees import ROOT, Chain, Draft, Fixed, GrowthPolicy, TokenTree, TreeBatch
 
 PROMPT = torch.tensor([list(b"count me in, count me")])
 PROMPTS = torch.tensor([list(b"one two one"), [0, 0, 0, *b"two one!"], [0] * 7 + [*b"four"]])
@@ -39,13 +40,16 @@ def assert_adds_up(stats: DecodingStats, num_rows: int) -> None:
     assert stats.num_new_tokens == stats.num_committed + num_rows, "the prefill yields a token of every row"
     assert stats.accepted_histogram.total() == stats.num_rounds
     assert sum(count * rounds for count, rounds in stats.accepted_histogram.items()) == stats.num_accepted
-    assert stats.num_accepted <= stats.num_drafted
+    assert stats.num_accepted <= stats.num_levels <= stats.num_drafted
     assert len(stats.row_rounds) == len(stats.row_committed) == num_rows
     assert sum(stats.row_rounds) == stats.num_rounds
     assert sum(stats.row_committed) == stats.num_committed
-    assert stats.target_forwards == 1 + max(stats.row_rounds)
+    assert stats.target_forwards == 1 + stats.num_batch_rounds == 1 + max(stats.row_rounds)
     assert stats.tokens_per_round == pytest.approx(stats.num_committed / stats.num_rounds)
     assert stats.acceptance_rate == pytest.approx(stats.num_accepted / max(1, stats.num_drafted))
+    assert stats.mean_size == pytest.approx(stats.num_drafted / stats.num_rounds)
+    assert stats.tokens_per_round <= 1 + stats.mean_depth <= 1 + stats.mean_size
+    assert stats.tokens_per_target_forward == pytest.approx(stats.num_new_tokens / stats.target_forwards)
 
 
 def assert_times_add_up(stats: DecodingStats) -> None:
@@ -107,7 +111,40 @@ def test_a_known_course_of_events(model: PreTrainedModel):
     assert stats.tokens_per_round == pytest.approx(14 / 6)
     assert stats.acceptance_rate == pytest.approx(8 / 13)
     assert stats.target_forwards == 7
-    assert stats.draft_forwards == 0
+    assert stats.draft_forwards == stats.draft_forwards_per_round == 0
+    assert stats.num_levels == 3 + 4 + 1 + 0 + 2 + 1  # the last tree was cut at the length limit
+    assert stats.mean_depth == pytest.approx(11 / 6)
+    assert stats.mean_size == pytest.approx(13 / 6)
+    assert stats.tokens_per_target_forward == pytest.approx(15 / 7)
+
+
+class DrawnElsewhere(Drafter, DraftSession):
+    """Trees that are known on the device only: row 0 gets a fork of depth 2, row 1 a fork of depth 1."""
+
+    def start(self, run: Run) -> DraftSession:
+        return self
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        tokens_BN = torch.tensor([[7, 8, 9], [7, 8, 0]])[: len(max_depths)]
+        parents_BN = torch.tensor([[ROOT, ROOT, 0], [ROOT, ROOT, ROOT]])[: len(max_depths)]
+        sizes = (3, 2)[: len(max_depths)]
+        return Draft(trees=TreeBatch(tokens_BN=tokens_BN, parents_BN=parents_BN, sizes=sizes, depth=2, is_chain=False))
+
+
+def test_depths_are_those_of_each_row(model: PreTrainedModel):
+    options = {**GREEDY, "max_new_tokens": 3, "attention_mask": (PROMPTS[:2] > 0).long()}
+    stats = specdec.generate(model, PROMPTS[:2], drafter=DrawnElsewhere(), **options).stats
+    assert stats.num_drafted == 5 * stats.num_batch_rounds
+    assert stats.num_levels == 3 * stats.num_batch_rounds
+
+
+@pytest.mark.parametrize("tree", [Chain(4), Fixed((3, 1, 1))], ids=repr)
+def test_draft_forwards_of_a_round(model: PreTrainedModel, tree: GrowthPolicy):
+    """As many as the tree is deep, and the prefill."""
+    draft = tiny_model("llama", seed=12)
+    stats = specdec.generate(model, PROMPT, drafter=SmallModel(draft), tree=tree, **GREEDY).stats
+    assert stats.draft_forwards == 1 + stats.num_levels
+    assert stats.draft_forwards_per_round == pytest.approx(stats.mean_depth + 1 / stats.num_batch_rounds)
 
 
 def test_one_line_for_people(model: PreTrainedModel):
@@ -122,6 +159,7 @@ def test_one_line_for_people(model: PreTrainedModel):
 def test_a_run_without_a_round(model: PreTrainedModel):
     stats = specdec.generate(model, PROMPT, **{**GREEDY, "max_new_tokens": 1}).stats
     assert (stats.num_rounds, stats.num_new_tokens, stats.target_forwards) == (0, 1, 1)
-    assert stats.tokens_per_round == stats.acceptance_rate == 0.0
+    assert stats.tokens_per_round == stats.acceptance_rate == stats.mean_depth == stats.mean_size == 0.0
+    assert (stats.draft_forwards_per_round, stats.tokens_per_target_forward) == (0.0, 1.0)
     assert str(stats)
     assert str(DecodingStats.for_rows(1))

@@ -18,14 +18,16 @@ from specdec.compatibility import position_limit
 from specdec.drafters import Drafter
 from specdec.errors import SpecdecError
 from specdec.prompting import encode_prompts
+from trees import GrowthPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to generate: `drafter` is what `specdec.generate` takes; None is the model's own `generate()`."""
+    """A way to generate: what `specdec.generate` takes; no drafter stands for the model's own `generate()`."""
 
     name: str
     drafter: Drafter | str | None
+    tree: GrowthPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Settings:
     warmup: int = 1
     sample: bool = False
     temperature: float | None = None
+    verify: str = "topdown"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Settings:
             raise ValueError(f"warmup must not be negative, got {self.warmup}")
         if self.temperature is not None and not self.sample:
             raise ValueError("temperature needs sampling: greedy decoding has none")
+        if self.verify != "topdown" and not self.sample:
+            raise ValueError(f"verify={self.verify} needs sampling: greedy output is verified in one way only")
 
     @property
     def generation_kwargs(self) -> dict[str, Any]:
@@ -107,7 +112,7 @@ class Harness:
         self._memory = PeakMemory(model.device)
         self._eos_ids = _eos_ids(model)
         self._pad_id = _pad_id(model)
-        self._generation_kwargs = {**settings.generation_kwargs, "pad_token_id": self._pad_id}
+        self._generation_kwargs = generation_kwargs(model, settings)
 
     def num_calls(self, prompts: list[Prompt]) -> int:
         """How often `run` will call `on_call`."""
@@ -168,6 +173,8 @@ class Harness:
                 **inputs,
                 **self._generation_kwargs,
                 drafter=method.drafter,
+                tree=method.tree,
+                verify=self._settings.verify,
                 return_dict_in_generate=True,
             )
             assert isinstance(out, specdec.SpeculativeOutput)
@@ -231,6 +238,11 @@ def without_padding(row: list[int], eos_ids: list[int], pad_id: int | None) -> l
     """
     end = next((index + 1 for index, token in enumerate(row) if token in eos_ids), len(row))
     return row[:end] if all(token == pad_id for token in row[end:]) else row
+
+
+def generation_kwargs(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
+    """What every method gets, the model's own `generate()` too."""
+    return {**settings.generation_kwargs, "pad_token_id": _pad_id(model)}
 
 
 def _eos_ids(model: PreTrainedModel) -> list[int]:

@@ -1,14 +1,16 @@
-"""Names for drafters, as typed on a command line: `prompt-lookup`, `small-model:num_tokens=8`."""
+"""Names for drafters and trees, as typed on a command line: `small-model:num_tokens=8`, `dyspec:32`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdec.drafters import Drafter
+    from trees import GrowthPolicy
 
 TRANSFORMERS = "transformers"
 """The bench's name for the model's own `generate()`: the one method that is not a drafter."""
@@ -17,22 +19,83 @@ AUTO = "auto"
 PROMPT_LOOKUP = "prompt-lookup"
 SMALL_MODEL = "small-model"
 QUANTIZED_SELF = "quantized-self"
+EARLY_EXIT = "early-exit"
+SEQUOIA = "sequoia"
+
+
+class _Value(NamedTuple):
+    """What a parameter takes, in words and as the function that reads it."""
+
+    meaning: str
+    read: Callable[[str], Any]
+
+
+def _read_widths(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split("x"))
+
+
+_WHOLE = _Value("a whole number", int)
+_SHARE = _Value("a number", float)
+_TEXT = _Value("a text", str)
+_EXIT = _Value("a number of layers or adaptive", lambda text: text if text == "adaptive" else int(text))
+_FLAG = _Value("true or false", {"true": True, "false": False}.__getitem__)
+_WIDTHS = _Value("whole numbers joined by x (4x2x1)", _read_widths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TreeKind:
+    class_name: str
+    """In `trees`."""
+    parameters: Mapping[str, _Value]
+    """The value of the first one may stand without its name."""
+    is_complete: bool = True
+    """Whether every parameter has a default value."""
+
+
+_TREE_KINDS = {
+    "chain": _TreeKind(class_name="Chain", parameters={"length": _WHOLE}),
+    "fixed": _TreeKind(class_name="Fixed", parameters={"branching": _WIDTHS}, is_complete=False),
+    SEQUOIA: _TreeKind(class_name="Sequoia", parameters={"budget": _WHOLE}, is_complete=False),
+    "dyspec": _TreeKind(class_name="DySpec", parameters={"budget": _WHOLE, "max_depth": _WHOLE, "shared": _FLAG}),
+    "dyspec-threshold": _TreeKind(
+        class_name="DySpecThreshold", parameters={"max_nodes": _WHOLE, "threshold": _SHARE, "max_depth": _WHOLE}
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
     class_name: str | None
     """In `specdec.drafters`; None: `specdec.generate` knows the name itself."""
-    parameters: tuple[str, ...] = ()
+    parameters: Mapping[str, _Value] = field(default_factory=dict)
     needs_draft: bool = False
+    trees: tuple[str, ...] = ()
+    """The trees that it takes."""
 
 
 _KINDS = {
     AUTO: _Kind(class_name=None),
     PLAIN: _Kind(class_name="Plain"),
-    PROMPT_LOOKUP: _Kind(class_name="PromptLookup", parameters=("num_tokens", "min_match")),
-    SMALL_MODEL: _Kind(class_name="SmallModel", parameters=("num_tokens",), needs_draft=True),
-    QUANTIZED_SELF: _Kind(class_name="QuantizedSelf", parameters=("num_tokens",)),
+    PROMPT_LOOKUP: _Kind(
+        class_name="PromptLookup",
+        parameters={"num_tokens": _WHOLE, "min_match": _WHOLE},
+        trees=("chain", "dyspec"),
+    ),
+    SMALL_MODEL: _Kind(
+        class_name="SmallModel", parameters={"num_tokens": _WHOLE}, needs_draft=True, trees=tuple(_TREE_KINDS)
+    ),
+    QUANTIZED_SELF: _Kind(class_name="QuantizedSelf", parameters={"num_tokens": _WHOLE}, trees=tuple(_TREE_KINDS)),
+    EARLY_EXIT: _Kind(
+        class_name="EarlyExit",
+        parameters={
+            "exit_layer": _EXIT,
+            "exits": _TEXT,
+            "num_tokens": _WHOLE,
+            "objective": _TEXT,
+            "shadow_share": _SHARE,
+        },
+        trees=tuple(_TREE_KINDS),
+    ),
 }
 
 
@@ -42,13 +105,13 @@ class DrafterSpec:
 
     text: str
     kind: str
-    parameters: dict[str, int]
+    parameters: dict[str, Any]
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
         """`NAME` or `NAME:parameter=value:...`; raises `ValueError` that lists what is allowed."""
         kind, *assignments = text.split(":")
-        _check_known(kind, tuple(_KINDS))
+        _check_known("method", kind, tuple(_KINDS))
         allowed = _KINDS[kind].parameters
         parameters = dict(_parse_parameter(kind, assignment, allowed) for assignment in assignments)
         return cls(text=text, kind=kind, parameters=parameters)
@@ -56,6 +119,9 @@ class DrafterSpec:
     @property
     def needs_draft(self) -> bool:
         return _KINDS[self.kind].needs_draft
+
+    def takes(self, tree: TreeSpec) -> bool:
+        return tree.kind in _KINDS[self.kind].trees
 
     def build(self, draft: PreTrainedModel | None = None) -> Drafter | str:
         """What `specdec.generate` takes as `drafter`."""
@@ -66,6 +132,47 @@ class DrafterSpec:
             return self.kind
         models = [draft] if self.needs_draft else []
         return getattr(drafters, class_name)(*models, **self.parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeSpec:
+    """A growth policy asked for by name."""
+
+    text: str
+    kind: str
+    parameters: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> TreeSpec:
+        """`NAME`, `NAME:value` or `NAME:parameter=value,...`; raises `ValueError` that lists what is allowed."""
+        kind, _, rest = text.partition(":")
+        _check_known("tree", kind, tuple(_TREE_KINDS))
+        allowed = _TREE_KINDS[kind].parameters
+        first, *others = rest.split(",")
+        assignments = [first if "=" in first else f"{next(iter(allowed))}={first}", *others] if rest else []
+        parameters = dict(_parse_parameter(kind, assignment, allowed) for assignment in assignments)
+        if not _TREE_KINDS[kind].is_complete and not parameters:
+            name, value = next(iter(allowed.items()))
+            raise ValueError(f"{kind} needs its {name}, {value.meaning}: {kind}:{name}=...")
+        return cls(text=text, kind=kind, parameters=parameters)
+
+    def build(self, **measured: Any) -> GrowthPolicy:
+        """What `specdec.generate` takes as `tree`.
+
+        Args:
+            measured: arguments of the policy that nobody types: the `acceptance` of a Sequoia tree.
+        """
+        import trees
+
+        return getattr(trees, _TREE_KINDS[self.kind].class_name)(**self.parameters, **measured)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """A row of the bench: a drafter (None: the model's own `generate()`) and its tree (None: the drafter's own)."""
+
+    drafter: DrafterSpec | None
+    tree: TreeSpec | None = None
 
 
 def check_draft(specs: list[DrafterSpec], draft: str | None) -> None:
@@ -84,34 +191,51 @@ def choose_drafter(name: str | None, draft: str | None) -> DrafterSpec:
     return spec
 
 
-def choose_methods(names: str | None, *, reference: str, draft: str | None) -> dict[str, DrafterSpec | None]:
-    """What `specdec bench` compares, in the order in which it runs; None is the model's own `generate()`.
+def choose_methods(
+    names: str | None, *, reference: str, draft: str | None, trees: Sequence[str] = ()
+) -> dict[str, MethodSpec]:
+    """What `specdec bench` compares, in the order in which it runs.
 
-    The reference and plain always run. Without names, every kind of drafter that there are models for.
+    The reference and plain always run. Without names, every kind of drafter that there are models for. A drafter that
+    takes some of the trees runs once with each of these, another one runs as it is.
     """
     asked = _default_methods(draft) if names is None else [name.strip() for name in names.split(",")]
-    specs: dict[str, DrafterSpec | None] = {}
+    drafters: dict[str, DrafterSpec | None] = {}
     for name in (reference, PLAIN, *asked):
-        _check_known(name.partition(":")[0], (TRANSFORMERS, *_KINDS))
-        specs[name] = None if name == TRANSFORMERS else DrafterSpec.parse(name)
-    check_draft([spec for spec in specs.values() if spec is not None], draft)
-    return specs
+        _check_known("method", name.partition(":")[0], (TRANSFORMERS, *_KINDS))
+        drafters[name] = None if name == TRANSFORMERS else DrafterSpec.parse(name)
+    check_draft([drafter for drafter in drafters.values() if drafter is not None], draft)
+    return _with_trees(drafters, [TreeSpec.parse(tree) for tree in dict.fromkeys(trees)])
+
+
+def _with_trees(drafters: Mapping[str, DrafterSpec | None], trees: Sequence[TreeSpec]) -> dict[str, MethodSpec]:
+    methods: dict[str, MethodSpec] = {}
+    for name, drafter in drafters.items():
+        taken = [tree for tree in trees if drafter is not None and drafter.takes(tree)]
+        methods |= {f"{name} {tree.text}": MethodSpec(drafter=drafter, tree=tree) for tree in taken}
+        if not taken:
+            methods[name] = MethodSpec(drafter=drafter)
+    for tree in trees:
+        if not any(method.tree == tree for method in methods.values()):
+            takers = [name for name, kind in _KINDS.items() if tree.kind in kind.trees]
+            raise ValueError(f"no method takes the tree {tree.text}: ask for {' or '.join(takers)} too")
+    return methods
 
 
 def _default_methods(draft: str | None) -> list[str]:
     return [PROMPT_LOOKUP] if draft is None else [PROMPT_LOOKUP, SMALL_MODEL]
 
 
-def _check_known(name: str, allowed: tuple[str, ...]) -> None:
+def _check_known(what: str, name: str, allowed: Sequence[str]) -> None:
     if name not in allowed:
-        raise ValueError(f"unknown method {name!r}; choose from: {', '.join(allowed)}")
+        raise ValueError(f"unknown {what} {name!r}; choose from: {', '.join(allowed)}")
 
 
-def _parse_parameter(kind: str, assignment: str, allowed: tuple[str, ...]) -> tuple[str, int]:
-    name, _, value = assignment.partition("=")
+def _parse_parameter(kind: str, assignment: str, allowed: Mapping[str, _Value]) -> tuple[str, Any]:
+    name, _, text = assignment.partition("=")
     if name not in allowed:
         raise ValueError(f"{kind} has no parameter {name!r}; it takes: {', '.join(allowed) or 'none'}")
     try:
-        return name, int(value)
-    except ValueError:
-        raise ValueError(f"{kind}: {name} must be a whole number, got {value!r}") from None
+        return name, allowed[name].read(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{kind}: {name} must be {allowed[name].meaning}, got {text!r}") from None

@@ -4,10 +4,11 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
@@ -18,12 +19,14 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.bench.equality import TIE_BOUND, Verdict
-from specdec.bench.harness import BatchResult, Run, Settings
+from specdec.bench.harness import BatchResult, Method, Run, Settings
 from specdec.bench.methods import PLAIN
 from specdec.bench.suite import ALL
 
-LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup = tok/s vs plain"
+_LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup = tok/s vs plain"
+_TREE_LEGEND = "per round: calls of the draft model (its prefill included), depth and nodes of a row's tree"
 _NUMBERS = ("tok/s", "speedup", "tok/round", "accept", "identical", "TTFT ms", "ms p50/90/99", "MiB")
+_TREE_NUMBERS = ("tok/s", "speedup", "tok/round", "calls", "depth", "nodes", "accept", "identical")
 _NOT_MEASURED = "-"
 
 
@@ -42,6 +45,10 @@ class MethodReport:
     speedup_vs_plain: float
     tokens_per_round: float | None
     acceptance_rate: float | None
+    tokens_per_target_forward: float | None
+    draft_forwards_per_round: float | None
+    mean_depth: float | None
+    mean_size: float | None
     identical_to_plain: bool | None
     ties: int | None
     num_prompts: int
@@ -69,17 +76,30 @@ def mismatches(results: list[BatchResult]) -> Iterator[str]:
                     yield f"{method} differs from {result.reference} on {where}: {comparison}"
 
 
+def trace(results: list[BatchResult]) -> Iterator[dict[str, Any]]:
+    """What drafters that choose have chosen, round by round, in every timed call."""
+    for result in results:
+        for method, runs in result.runs.items():
+            for repetition, run in enumerate(runs):
+                choices = [] if run.stats is None else run.stats.trace
+                where = {"category": result.category, "prompt": result.prompts[0].text, "method": method}
+                for number, choice in enumerate(choices):
+                    yield {**where, "repetition": repetition, "round": number, **choice}
+
+
 def to_json(
     results: list[BatchResult],
     *,
     model: PreTrainedModel,
     model_name: str,
     suite_name: str,
+    methods: Sequence[Method],
     settings: Settings,
 ) -> dict[str, object]:
     """The document of `specdec bench --json`."""
+    trees = {method.name: repr(method.tree) for method in methods if method.tree is not None}
     return {
-        "environment": _environment(model, asdict(settings) | {"reference": results[0].reference}),
+        "environment": _environment(model, asdict(settings) | {"reference": results[0].reference, "trees": trees}),
         "model": model_name,
         "suite": suite_name,
         "methods": [asdict(report) for report in summarise(results)],
@@ -105,30 +125,45 @@ def to_table(reports: list[MethodReport], *, title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("category", "method"):
         table.add_column(heading, overflow="fold")
-    for heading in _NUMBERS:
+    headings = _TREE_NUMBERS if _has_trees(reports) else _NUMBERS
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for report in reports:
         if previous not in (None, report.category):
             table.add_section()
-        table.add_row("" if report.category == previous else escape(report.category), *_cells(report))
+        category = "" if report.category == previous else escape(report.category)
+        cells = _cells(report)
+        table.add_row(category, escape(report.name), *(cells[heading] for heading in headings))
         previous = report.category
     return table
 
 
-def _cells(report: MethodReport) -> list[str]:
+def legend(reports: list[MethodReport]) -> str:
+    """What the table's headings mean."""
+    return f"{_LEGEND}\n{_TREE_LEGEND}" if _has_trees(reports) else _LEGEND
+
+
+def _has_trees(reports: list[MethodReport]) -> bool:
+    """Whether anything but chains was drafted."""
+    return any((report.mean_size or 0) > (report.mean_depth or 0) for report in reports)
+
+
+def _cells(report: MethodReport) -> dict[str, str]:
     latencies = [_milliseconds(value) for value in report.ms_per_token.values()]
-    return [
-        escape(report.name),
-        _number(report.tokens_per_second, ".1f"),
-        _number(report.speedup_vs_plain, ".2f"),
-        _number(report.tokens_per_round, ".2f"),
-        _number(report.acceptance_rate, ".0%"),
-        _identical(report),
-        _milliseconds(report.ttft_ms),
-        "/".join(latencies),
-        _number(report.peak_memory_mib, ".0f"),
-    ]
+    return {
+        "tok/s": _number(report.tokens_per_second, ".1f"),
+        "speedup": _number(report.speedup_vs_plain, ".2f"),
+        "tok/round": _number(report.tokens_per_round, ".2f"),
+        "calls": _number(report.draft_forwards_per_round, ".1f"),
+        "depth": _number(report.mean_depth, ".1f"),
+        "nodes": _number(report.mean_size, ".1f"),
+        "accept": _number(report.acceptance_rate, ".0%"),
+        "identical": _identical(report),
+        "TTFT ms": _milliseconds(report.ttft_ms),
+        "ms p50/90/99": "/".join(latencies),
+        "MiB": _number(report.peak_memory_mib, ".0f"),
+    }
 
 
 def _identical(report: MethodReport) -> str:
@@ -159,6 +194,10 @@ def _report(method: str, category: str, results: list[BatchResult]) -> MethodRep
         speedup_vs_plain=tokens_per_second / _tokens_per_second(PLAIN, results),
         tokens_per_round=_ratio(runs, "num_committed", "num_rounds"),
         acceptance_rate=_ratio(runs, "num_accepted", "num_drafted"),
+        tokens_per_target_forward=_ratio(runs, "num_new_tokens", "target_forwards"),
+        draft_forwards_per_round=_ratio(runs, "draft_forwards", "num_batch_rounds"),
+        mean_depth=_ratio(runs, "num_levels", "num_rounds"),
+        mean_size=_ratio(runs, "num_drafted", "num_rounds"),
         identical_to_plain=Verdict.DIFFERENT not in verdicts if verdicts else None,
         ties=verdicts.count(Verdict.TIE) if verdicts else None,
         num_prompts=sum(len(result.prompts) for result in results),

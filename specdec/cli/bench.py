@@ -1,6 +1,8 @@
 """`specdec bench`: is it faster, and is it the same?"""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,8 +25,12 @@ from specdec.cli.options import DraftOption, MaxNewTokensOption, SampleOption, T
 from specdec.errors import SpecdecError
 
 if TYPE_CHECKING:
-    from specdec.bench.harness import BatchResult, Harness
+    from transformers import PreTrainedModel
+
+    from specdec.bench.harness import BatchResult, Harness, Method
+    from specdec.bench.methods import MethodSpec
     from specdec.bench.suite import Prompt
+    from specdec.drafters import Drafter
 
 NOT_IDENTICAL = 1
 INTERRUPTED = 130
@@ -44,11 +50,25 @@ def bench(
         str | None,
         typer.Option(
             "--methods",
-            help="Separated by commas: prompt-lookup, small-model, quantized-self, auto, plain; with parameters: "
-            "prompt-lookup:num_tokens=8. Without it: prompt-lookup, and small-model if there is a --draft. "
+            help="Separated by commas: prompt-lookup, small-model, quantized-self, early-exit, auto, plain; with "
+            "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, and small-model if there is a --draft. "
             "plain and the --reference always run.",
         ),
     ] = None,
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tree",
+            metavar="SPEC",
+            help="Drafted by every method that takes it, in a row of its own: chain:5, fixed:4x2x1, sequoia:32, "
+            "dyspec:32, dyspec:budget=32,max_depth=8,shared=true, dyspec-threshold:32; may be given several times. "
+            "prompt-lookup takes chain and dyspec. What Sequoia needs to know is measured on one prompt a category.",
+        ),
+    ] = None,
+    verify: Annotated[
+        Literal["topdown", "traversal"],
+        typer.Option("--verify", help="With --sample: how a drawn tree is verified; both are exact."),
+    ] = "topdown",
     reference: Annotated[
         Literal["transformers", "plain"],
         typer.Option(
@@ -79,6 +99,12 @@ def bench(
     temperature: TemperatureOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every call, with --sample.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Write what adaptive drafters chose in every round, as JSON lines."
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -92,11 +118,12 @@ def bench(
     from specdec.bench.methods import choose_methods
     from specdec.bench.suite import load_suite
 
-    specs = choose_methods(methods, reference=reference, draft=draft)
+    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or ())
     suite = load_suite(prompts).select(category or (), limit)
 
-    from specdec.bench.harness import Harness, Method, Settings
-    from specdec.bench.report import LEGEND, mismatches, summarise, to_json, to_table
+    from specdec.bench.harness import Harness, Settings
+    from specdec.bench.ranks import measure_ranks
+    from specdec.bench.report import legend, mismatches, summarise, to_json, to_table, trace
     from specdec.cli.loading import load_pair
 
     settings = Settings(
@@ -106,6 +133,7 @@ def bench(
         warmup=warmup,
         sample=sample,
         temperature=temperature,
+        verify=verify,
         seed=seed,
     )
     (target, tokenizer, model_name), draft_model = load_pair(
@@ -117,17 +145,50 @@ def bench(
         weights=weights,
         trust_remote_code=trust_remote_code,
     )
-    drafters = [Method(name, None if spec is None else spec.build(draft_model)) for name, spec in specs.items()]
-    harness = Harness(target, tokenizer, drafters, settings)
+    few = suite.select(limit=1).prompts
+    built = _build(specs, draft_model, lambda drafter: measure_ranks(target, tokenizer, drafter, few, settings))
+    harness = Harness(target, tokenizer, built, settings)
     results, was_interrupted = _measure(harness, suite.prompts)
     if not results:
         raise SpecdecError("interrupted before the first prompt was measured")
+    if trace_file is not None:
+        trace_file.write_text("".join(f"{json.dumps(choice)}\n" for choice in trace(results)))
     if as_json:
-        document = to_json(results, model=target, model_name=model_name, suite_name=suite.name, settings=settings)
+        document = to_json(
+            results, model=target, model_name=model_name, suite_name=suite.name, methods=built, settings=settings
+        )
         print(json.dumps(document, indent=2, allow_nan=False))
     else:
-        _print_table(to_table(summarise(results), title=f"{model_name} on {suite.name}"), LEGEND)
+        reports = summarise(results)
+        _print_table(to_table(reports, title=f"{model_name} on {suite.name}"), legend(reports))
     _exit(list(mismatches(results)), was_interrupted)
+
+
+def _build(
+    specs: "dict[str, MethodSpec]",
+    draft_model: "PreTrainedModel | None",
+    measure_acceptance: "Callable[[Drafter | str], tuple[float, ...]]",
+) -> "list[Method]":
+    """One instance of each drafter, with its trees; Sequoia's acceptance is measured once for each drafter."""
+    from specdec.bench.harness import Method
+    from specdec.bench.methods import SEQUOIA, DrafterSpec
+
+    @cache
+    def drafter_of(text: str) -> "Drafter | str":
+        return DrafterSpec.parse(text).build(draft_model)
+
+    @cache
+    def acceptance_of(text: str) -> tuple[float, ...]:
+        return measure_acceptance(drafter_of(text))
+
+    methods = []
+    for name, spec in specs.items():
+        drafter = None if spec.drafter is None else drafter_of(spec.drafter.text)
+        measured = {}
+        if spec.drafter is not None and spec.tree is not None and spec.tree.kind == SEQUOIA:
+            measured["acceptance"] = acceptance_of(spec.drafter.text)
+        methods.append(Method(name, drafter, None if spec.tree is None else spec.tree.build(**measured)))
+    return methods
 
 
 def _measure(harness: "Harness", prompts: "list[Prompt]") -> "tuple[list[BatchResult], bool]":

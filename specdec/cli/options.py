@@ -14,7 +14,7 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="auto, plain, prompt-lookup, small-model or quantized-self; with parameters: prompt-lookup:num_tokens=8. "
+        help="auto, plain, prompt-lookup, small-model, quantized-self or early-exit; with parameters: prompt-lookup:num_tokens=8. "
         "Without it: small-model if there is a --draft, otherwise auto.",
     ),
 ]

@@ -1,19 +1,22 @@
 """Copy what followed the last time: prompt lookup over a suffix automaton.
 
 Prompt lookup decoding (Saxena 2023) with the matching of SAM-Decoding (Hu et al. 2024, section 3): the longest
-suffix of the whole text so far that occurred before, the latest occurrence on ties.
+suffix of the whole text so far that occurred before, the latest occurrence on ties. A tree holds several
+continuations, of that suffix and of shorter ones; `continuations.py` says which.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
-from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.continuations import Source, likeliest_paths
+from specdec.drafters.suffix_automaton import NOWHERE, Context, SuffixAutomaton
 from specdec.errors import UnsupportedOptionError
-from trees import Chain, Draft, TokenTree, TreeBatch
+from trees import Chain, Draft, DySpec, TokenTree, TreeBatch
 
 _BOUNDARY = -1
 """Stands between the texts of a corpus; equal to no token, so that no match crosses it."""
@@ -22,8 +25,12 @@ _BOUNDARY = -1
 class PromptLookup(Drafter):
     """Drafts the continuation of the longest repeated suffix; costs no forward.
 
+    A call may name a tree: `trees.Chain(length)` sets the length, `trees.DySpec(budget)` drafts the `budget` likeliest
+    continuations (`max_depth` and `shared` are honoured). Other policies choose among the tokens of a draft model and
+    are refused.
+
     Args:
-        num_tokens: longest draft.
+        num_tokens: length of the chain that it drafts, unless the call names a tree.
         min_match: shortest suffix worth copying after. 1 drafts more often and is wrong more often.
         corpus: token ids of further texts to copy from (each a sequence of ids); the row's own text wins ties.
 
@@ -40,11 +47,15 @@ class PromptLookup(Drafter):
         self.corpus = _corpus_automaton(corpus) if corpus is not None else None
 
     def start(self, run: Run) -> DraftSession:
-        if run.tree is not None and not isinstance(run.tree, Chain):
-            raise UnsupportedOptionError(
-                f"PromptLookup copies one continuation: tree={run.tree!r} is not possible, trees.Chain(length) is"
-            )
-        return _LookupSession(self, run)
+        policy = Chain(self.num_tokens) if run.tree is None else run.tree
+        if isinstance(policy, Chain):
+            return _ChainSession(self, run, policy)
+        if isinstance(policy, DySpec):
+            return _TreeSession(self, run, policy)
+        raise UnsupportedOptionError(
+            f"PromptLookup has no draft model to grow tree={policy!r}: pass trees.Chain(length) or "
+            "trees.DySpec(budget), or draft with specdec.drafters.SmallModel(model)"
+        )
 
 
 def _corpus_automaton(corpus: Iterable[Sequence[int]]) -> SuffixAutomaton:
@@ -64,25 +75,23 @@ class _RowText:
     """A row's own text, and how much of its end the corpus contains."""
 
     own: SuffixAutomaton
-    corpus_state: int = 0
-    corpus_match: int = 0
+    in_corpus: Context = NOWHERE
 
 
 class _LookupSession(DraftSession):
     def __init__(self, drafter: PromptLookup, run: Run):
         self._drafter = drafter
         self._run = run
-        self._num_tokens = run.tree.length if isinstance(run.tree, Chain) else drafter.num_tokens
         self._rows = [_RowText(SuffixAutomaton()) for _ in run.sequences.rows]
         for row, tokens in zip(self._rows, run.sequences.tokens, strict=True):
             self._read(row, tokens)
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        chains = [
-            TokenTree.chain(self._continuation(row, min(self._num_tokens, max_depth)))
-            for row, max_depth in zip(self._rows, max_depths, strict=True)
-        ]
-        return Draft(trees=TreeBatch.stack(chains, self._run.device))
+        return Draft(trees=TreeBatch.stack(self._trees(max_depths), self._run.device))
+
+    @abstractmethod
+    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        """A tree for each row."""
 
     def observe(self, outcome: Outcome) -> None:
         for row, tokens in zip(self._rows, outcome.tokens, strict=True):
@@ -96,18 +105,61 @@ class _LookupSession(DraftSession):
         for token in tokens:
             row.own.append(token)
             if corpus is not None:
-                row.corpus_state, row.corpus_match = corpus.step(row.corpus_state, row.corpus_match, token)
+                row.in_corpus = corpus.step(row.in_corpus, token)
+
+    def _longest_suffix(self, row: _RowText) -> tuple[SuffixAutomaton, Context]:
+        """The longest suffix that is known, and the text that knows it."""
+        own, corpus = row.own.known_suffix(), self._drafter.corpus
+        if corpus is None or own.length >= row.in_corpus.length:
+            return row.own, own
+        return corpus, row.in_corpus
+
+
+class _ChainSession(_LookupSession):
+    """Copies what followed the longest suffix the last time."""
+
+    def __init__(self, drafter: PromptLookup, run: Run, policy: Chain):
+        super().__init__(drafter, run)
+        self._policy = policy
+
+    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        lengths = (min(self._policy.length, depth) for depth in max_depths)
+        return [TokenTree.chain(self._continuation(*row)) for row in zip(self._rows, lengths, strict=True)]
 
     def _continuation(self, row: _RowText, length: int) -> list[int]:
-        match = row.own.longest_match()
-        if max(match.length, row.corpus_match) < self._drafter.min_match:
+        text, suffix = self._longest_suffix(row)
+        if suffix.length < self._drafter.min_match:
             return []
-        corpus = self._drafter.corpus
-        if corpus is None or match.length >= row.corpus_match:
-            return _copy(row.own.tokens, match.next, length)
-        start = corpus.position_after(row.corpus_state)
-        text = corpus.tokens[start : start + length]
-        return list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, text))
+        if text is row.own:
+            return _copy(text.tokens, text.longest_match().next, length)
+        start = text.position_after(suffix.state)
+        copied = text.tokens[start : start + length]
+        return list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, copied))
+
+
+class _TreeSession(_LookupSession):
+    """Takes the likeliest continuations."""
+
+    def __init__(self, drafter: PromptLookup, run: Run, policy: DySpec):
+        super().__init__(drafter, run)
+        self._policy = policy
+
+    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        policy = self._policy
+        if policy.max_depth is not None:
+            max_depths = [min(depth, policy.max_depth) for depth in max_depths]
+        sources = [
+            Source(*self._longest_suffix(row), max_depth=depth)
+            for row, depth in zip(self._rows, max_depths, strict=True)
+        ]
+        if policy.shared:
+            return self._likeliest(sources, policy.budget * sum(depth > 0 for depth in max_depths))
+        return [tree for source in sources for tree in self._likeliest([source], policy.budget)]
+
+    def _likeliest(self, sources: Sequence[Source], budget: int) -> list[TokenTree]:
+        return likeliest_paths(
+            sources, budget=budget, shortest=self._drafter.min_match, vocab_size=self._run.vocab_size
+        )
 
 
 def _copy(tokens: Sequence[int], start: int, length: int) -> list[int]:

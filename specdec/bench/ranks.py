@@ -1,0 +1,82 @@
+"""How often the target takes a draft's likeliest token, its second one, ...: what Sequoia's trees are made from."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import specdec
+from specdec.bench.harness import Settings, generation_kwargs
+from specdec.bench.suite import Prompt
+from specdec.drafters import Drafter, DraftSession, Outcome, Run
+from specdec.generation import as_drafter
+from specdec.prompting import encode_prompts
+from trees import Draft, Fixed, TreeBatch, count_ranks, measure_acceptance
+
+_NUM_RANKS = 16
+
+
+def measure_ranks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: Drafter | str,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+) -> tuple[float, ...]:
+    """The `acceptance` of `trees.Sequoia`: decode the prompts with a fan of siblings and count which is accepted.
+
+    Raises:
+        ValueError: the outputs are too short to have a draft.
+    """
+    torch.manual_seed(settings.seed)
+    probe = _Probe(as_drafter(drafter))
+    for prompt in prompts:
+        inputs = encode_prompts(tokenizer, [prompt.text]).to(model.device)
+        fan = Fixed((_NUM_RANKS,))
+        specdec.generate(model, **inputs, **generation_kwargs(model, settings), drafter=probe, tree=fan)
+    acceptance = measure_acceptance(probe.accepted, probe.tested)
+    if not acceptance:
+        raise ValueError("no draft was verified to measure Sequoia's acceptance on: allow more new tokens")
+    return acceptance
+
+
+class _Probe(Drafter):
+    """Another drafter, and what became of its children by rank."""
+
+    def __init__(self, drafter: Drafter):
+        self._drafter = drafter
+        self.accepted = [0] * _NUM_RANKS
+        self.tested = [0] * _NUM_RANKS
+
+    def start(self, run: Run) -> DraftSession:
+        return _ProbeSession(self, self._drafter.start(run))
+
+    def count(self, trees: TreeBatch, paths: Sequence[Sequence[int]]) -> None:
+        for row, path in enumerate(paths):
+            accepted, tested = count_ranks(trees.row(row), path, _NUM_RANKS)
+            for rank in range(_NUM_RANKS):
+                self.accepted[rank] += accepted[rank]
+                self.tested[rank] += tested[rank]
+
+
+class _ProbeSession(DraftSession):
+    def __init__(self, probe: _Probe, session: DraftSession):
+        self._probe = probe
+        self._session = session
+        self._trees: TreeBatch | None = None
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        draft = self._session.propose(max_depths)
+        self._trees = draft.trees
+        return draft
+
+    def observe(self, outcome: Outcome) -> None:
+        if self._trees is not None:
+            self._probe.count(self._trees, outcome.paths)
+        self._session.observe(outcome)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._session.select_rows(rows)
+
+    def close(self) -> None:
+        self._session.close()
