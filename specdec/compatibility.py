@@ -27,6 +27,7 @@ VERIFIED_FAMILIES = frozenset(
 
 _MASKED_ATTENTION = ("sdpa", "eager")
 _checked: WeakSet[PreTrainedModel] = WeakSet()
+_layered: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -104,8 +105,7 @@ def _compare_with_forward(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} failed a trial of tree decoding ({error}): use model.generate()"
         ) from error
-    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * by_path.abs().max().clamp_min(1.0)
-    if not bool((by_tree - by_path).abs().max() <= tolerance):
+    if not bool((by_tree - by_path).abs().max() <= _tolerance(model, by_path)):
         raise UnsupportedModelError(
             f"{type(model).__name__} gives other logits when tokens are verified as a tree: use model.generate()"
         )
@@ -125,3 +125,48 @@ def _trial_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         for path in ([*prompt, root, left], [*prompt, root, right, leaf])
     )
     return by_tree.float(), torch.cat([left_path, right_path[1:]]).float()
+
+
+def _tolerance(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    return (1e-3 if model.dtype == torch.float32 else 5e-2) * logits.abs().max().clamp_min(1.0)
+
+
+@torch.no_grad()
+def check_layers(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers, run in two parts, do not give what its forward gives.
+
+    Raises:
+        UnsupportedModelError: says what is in the way.
+    """
+    if model in _layered:
+        return
+    try:
+        in_parts, whole = _trial_exit(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} failed a trial of early exit ({error}): take another drafter"
+        ) from error
+    if not bool((in_parts - whole).abs().max() <= _tolerance(model, whole)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives other logits when its layers run in two parts (are some of them offloaded, "
+            "or wrapped?): take another drafter"
+        )
+    _layered.add(model)
+
+
+def _trial_exit(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits after the root and two nodes, once with an exit in the middle of the layers and once without."""
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    *prompt, root, first, second = (7919 * (i + 1) % vocab_size for i in range(6))
+    trial = TreeModel(model)
+    if trial.num_layers < 2:
+        raise UnsupportedModelError(f"{type(model).__name__} has one layer: there is nothing to exit from")
+    trial.prefill(torch.tensor([prompt], device=model.device))
+    trees = TreeBatch.chains(torch.tensor([[first, second]], device=model.device))
+    root_11 = torch.tensor([[root]], device=model.device)
+    whole = trial.verify(trees, root_11)
+    trial.forget_tail()
+    trial.forward_below(trial.num_layers // 2, root_11, torch.zeros_like(root_11), None)
+    return trial.verify(trees, root_11).float(), whole.float()

@@ -242,7 +242,7 @@ class _DecodingMethod:
         target = TreeModel(model)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
-            target=model,
+            target=target,
             vocab_size=target.vocab_size,
             sequences=sequences,
             sampler=sampler,

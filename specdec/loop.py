@@ -76,6 +76,7 @@ class DecodingLoop:
             self.feed.end()
         self.stats.target_forwards = self.target.num_forwards
         self.stats.draft_forwards = self.session.num_forwards
+        self.stats.control_seconds = self.session.control_seconds
         self.stats.finish(perf_counter() - self.started)
 
     def round(self) -> None:
@@ -96,7 +97,7 @@ class DecodingLoop:
     def verify(self, draft: Draft) -> Tensor:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
         started = perf_counter()
-        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1)
+        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.places)
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 
@@ -145,7 +146,9 @@ class DecodingLoop:
         rows, num_new = self.sequences.rows, self.sequences.num_new
         counts = [len(row_tokens) for row_tokens in tokens]
         if self.stats.num_new_tokens:
-            self.stats.note_round(rows, trees.sizes, [len(path) for path in paths], counts)
+            self.stats.note_round(rows, trees.sizes, trees.row_depths, [len(path) for path in paths], counts)
+            if reasons := self.session.explain():
+                self.stats.trace.append({**reasons, "drafted": trees.sizes, "committed": counts})
         self.stats.note_tokens(sum(counts), perf_counter() - self.started)
         for row, row_tokens, finished, count in zip(rows, tokens, stopped, num_new, strict=True):
             self.recorder.trim(row, count)

@@ -1,14 +1,17 @@
 """A Hugging Face causal LM that forwards token trees: prefill, then speculative forwards, then commit or rollback.
 
 The target is one; so is a small draft model. Masks are built once a forward and handed to the model as they are
-(4-D); positions follow the depth in the tree. `docs/structures.md` walks a round through the modules.
+(4-D); positions follow the depth in the tree. A model that drafts for itself runs its lower layers ahead
+(`forward_below`); verification then goes on from there. `docs/structures.md` walks a round through the modules.
 
-Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), V vocabulary.
+Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all tail slots, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec import masks
 from specdec.cache import TreeCache, sliding_windows
+from specdec.layers import LayerViews, View
+from specdec.partial import TailOrder, tail_order
 from trees import TreeBatch
 
 
@@ -30,6 +35,10 @@ class TreeModel:
 
     Args:
         model: a decoder-only model that has passed `compatibility.check_model`.
+
+    Attributes:
+        states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
+            that many layers [B, T, C], before the final norm, slot by slot.
     """
 
     cache: TreeCache
@@ -37,7 +46,7 @@ class TreeModel:
     """bool: which prompt slots are no padding; None if all are."""
     _lag_B: Tensor
     """How far positions lag behind slots."""
-    _offsets_BK: Tensor
+    _offsets_BS: Tensor
     """Offsets of the tail's slots."""
 
     def __init__(self, model: PreTrainedModel):
@@ -46,8 +55,22 @@ class TreeModel:
         self._windows = sliding_windows(config)
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
+        self.num_layers = len(self._windows)
         self.device = home_device(model)
         self.num_forwards = 0
+        self.states: dict[int, Tensor] = {}
+        self._kept: frozenset[int] = frozenset()
+        self._passed: _Passed | None = None
+        self._order: TailOrder | None = None
+
+    @cached_property
+    def views(self) -> LayerViews:
+        """The model's layers, for drafters that run some of them."""
+        return LayerViews(self.model)
+
+    def keep_states(self, depths: Iterable[int]) -> None:
+        """From now on keep the hidden states after these numbers of layers (1 and more) in `states`."""
+        self._kept = frozenset(depths)
 
     def prefill(
         self,
@@ -75,37 +98,34 @@ class TreeModel:
             config._mask_length = input_ids.shape[1]
         num_rows = input_ids.shape[0]
         past = past_key_values if past_key_values is not None else DynamicCache()
-        self.cache = TreeCache.adopt(past, len(self._windows), num_rows, capacity)
+        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity)
         if attention_mask is not None and "position_ids" not in model_inputs:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
         cached = {"attention_mask": attention_mask, "past_key_values": self.cache, "use_cache": True}
+        whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
-        outputs = self.model._prefill(input_ids, config, {**model_inputs, **cached})
+        outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
+        self.states = dict(whole.states)
         self.num_forwards += 1
         self.cache.commit([range(self.cache.tail)] * num_rows)
         self._start_masks(attention_mask, model_inputs.get("position_ids"))
         return outputs.logits[:, -1:]
 
-    def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
-        lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        if position_ids is None:
-            self._lag_B = torch.zeros_like(lengths_B)
-        else:
-            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
-
-    def verify(self, trees: TreeBatch, roots_B1: Tensor) -> Tensor:
+    def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 
         Args:
             roots_B1: int64 the last committed token of each row.
+            places: of the nodes among those that have passed lower layers (see `trees.Draft`), if any have.
 
         Returns:
             Logits after every slot, [B, 1 + N, V], in the model's dtype.
         """
         tokens_BT = torch.cat([roots_B1, trees.tokens_BN], 1)
+        if self._passed is not None:
+            return self._verify_above(trees, tokens_BT, places)
         return self.forward(tokens_BT, trees.depths_BT, trees.ancestors_BTT if trees.width else None)
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
@@ -120,37 +140,123 @@ class TreeModel:
         Returns:
             Logits after every new slot, [B, T, V], in the model's dtype.
         """
-        lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        self._note_offsets(offsets_BT)
-        outputs = self.model(
-            input_ids=tokens_BT,
-            attention_mask=self._mask(seen_BTK, offsets_BT),
-            position_ids=(lengths_B - self._lag_B).unsqueeze(1) + offsets_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        whole = self._whole()
+        outputs = self._call(whole, self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
+        self.states = dict(whole.states)
         self.num_forwards += 1
         return outputs.logits
 
+    def forward_below(self, exit_layer: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
+        """Append T slots to the tail of the first `exit_layer` layers only; arguments as of `forward`.
+
+        All such forwards of a round stop at the same layer. The next `verify` goes on from there.
+
+        Returns:
+            The hidden states after those layers, [B, T, C].
+        """
+        passed = self._passed
+        if passed is None:
+            passed = self._passed = _Passed(exit_layer)
+        assert passed.exit_layer == exit_layer, "one exit layer a round"
+        below = self.views.below(exit_layer, self._kept)
+        self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
+        passed.add(below.states)
+        return below.states[exit_layer]
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The states before the first layer, [B, T, C]."""
+        below = self.views.below(0)
+        below.model(input_ids=tokens_BT, position_ids=torch.zeros_like(tokens_BT), use_cache=False)
+        return below.states[0]
+
+    @property
+    def next_positions_B(self) -> Tensor:
+        """int64 position of every row's next token."""
+        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_B
+
+    def exit_logits(self, hidden_BTC: Tensor) -> Tensor:
+        """What the model's final norm and head make of hidden states, [B, T, V]."""
+        head = self.views.head()
+        head.give(hidden_BTC)
+        unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
+        return head.model(input_ids=unread, position_ids=unread, use_cache=False).logits
+
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these tail slots of each row (see `TreeCache.commit`)."""
+        """Keep these slots of each row (see `TreeCache.commit`)."""
+        if self._order is not None and not self._order.is_plain:
+            places = self._order.places_BT.tolist()
+            kept = [[places[row][slot] for slot in slots] for row, slots in enumerate(kept)]
+        self._order = None
         self.cache.commit(kept)
+
+    def forget_tail(self) -> None:
+        """Forget all slots that are not committed."""
+        self._passed = self._order = None
+        self.cache.rollback()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self.cache.select_rows(rows)
+        self.states = {depth: states[list(rows)] for depth, states in self.states.items()}
         self._lag_B = self._lag_B[list(rows)]
         if self._prompt_BP is not None:
             self._prompt_BP = self._prompt_BP[list(rows)]
 
-    def _note_offsets(self, offsets_BT: Tensor) -> None:
-        continued = self.cache.tail > 0
-        self._offsets_BK = torch.cat([self._offsets_BK, offsets_BT], 1) if continued else offsets_BT
+    def _whole(self) -> View:
+        return self.views.whole(self._kept) if self._kept else View(self.model)
+
+    def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
+        """Verify where the drafting has already passed the lower layers with some of the slots."""
+        passed = self._passed
+        assert passed is not None
+        exit_layer = passed.exit_layer
+        order = self._order = tail_order(trees, places, passed.num_slots)
+        tokens_BS, offsets_BS = order.arrange(tokens_BT), order.arrange(trees.depths_BT)
+        seen_BSS, split = order.arrange_mask(trees.ancestors_BTT), order.num_passed
+        self._rearrange(passed, order, offsets_BS[:, :split])
+        if split < tokens_BS.shape[1]:
+            self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
+        states = passed.states()
+        above = self.views.above(exit_layer, self._kept)
+        above.give(states[exit_layer])
+        outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
+        self.states = {depth: order.restore(kept) for depth, kept in {**states, **above.states}.items()}
+        self._passed = None
+        self.num_forwards += 1
+        return order.restore(outputs.logits)
+
+    def _rearrange(self, passed: _Passed, order: TailOrder, offsets_BK: Tensor) -> None:
+        """Bring the lower layers' tail into the order of verification."""
+        if not order.is_plain:
+            self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
+        elif passed.num_slots > order.num_passed:
+            self.cache.cut_tail(passed.exit_layer, order.num_passed)
+        passed.arrange(order.sources_BK)
+        self._offsets_BS = offsets_BK
+
+    def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
+        """Forward new slots where the running layers already hold a tail of `num_tail`."""
+        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
+        return view.model(
+            input_ids=tokens_BT,
+            attention_mask=self._mask(seen_BTK, offsets_BT),
+            position_ids=self.next_positions_B.unsqueeze(1) + offsets_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+    def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
+        lengths_B = torch.tensor(self.cache.lengths, device=self.device)
+        if position_ids is None:
+            self._lag_B = torch.zeros_like(lengths_B)
+        else:
+            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""
         lengths = self.cache.lengths
-        num_tail = self.cache.tail + offsets_BT.shape[1]
+        num_tail = self._offsets_BS.shape[1]
         num_slots = max(lengths) + num_tail
         windows = {w if w is not None and w < num_slots else None for w in self._windows}
         if seen_BTK is None:
@@ -162,10 +268,35 @@ class TreeModel:
         for window in windows:
             mask_BTS = visible_BTS
             if window is not None:
-                mask_BTS = visible_BTS & masks.within_window(window, offsets_BT, self._offsets_BK, lengths)
+                mask_BTS = visible_BTS & masks.within_window(window, offsets_BT, self._offsets_BS, lengths)
             mask_B1TS = mask_BTS.unsqueeze(1)
             by_window[window] = masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS
         if len(by_window) == 1:
             return by_window.popitem()[1]
         (window,) = windows - {None}
         return {"full_attention": by_window[None], "sliding_attention": by_window[window]}
+
+
+class _Passed:
+    """The hidden states of the slots that have passed the lower layers in this round."""
+
+    def __init__(self, exit_layer: int):
+        self.exit_layer = exit_layer
+        self._parts: dict[int, list[Tensor]] = defaultdict(list)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(part.shape[1] for part in self._parts[self.exit_layer])
+
+    def add(self, states: dict[int, Tensor]) -> None:
+        for depth, part_BTC in states.items():
+            self._parts[depth].append(part_BTC)
+
+    def states(self) -> dict[int, Tensor]:
+        """number of layers -> [B, K, C]."""
+        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
+
+    def arrange(self, sources_BK: Tensor) -> None:
+        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
+        for depth, states_BKC in self.states().items():
+            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]

@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.target import TreeModel
 from trees import Draft, GrowthPolicy
 
 
@@ -26,7 +27,7 @@ class Run:
     """What a session knows of the `generate()` call that it serves.
 
     Args:
-        target: the model that verifies.
+        target: the model that verifies, with its cache. Drafters other than the target's own exits use its `model` only.
         vocab_size: width of the target's distributions; proposed ids lie below it.
         sequences: the committed tokens, kept up to date by the loop. Read, never written, by sessions.
         sampler: the user's processors: q must be taken after them, on each node's own prefix.
@@ -35,7 +36,7 @@ class Run:
         attention_mask: [B, P], None if nothing is masked.
     """
 
-    target: PreTrainedModel
+    target: TreeModel
     vocab_size: int
     sequences: Sequences
     sampler: Sampler
@@ -69,11 +70,20 @@ class DraftSession(ABC):
         """Forwards of a draft model so far."""
         return 0
 
+    @property
+    def control_seconds(self) -> float:
+        """Spent on watching candidates that did not draft, so far."""
+        return 0.0
+
+    def explain(self) -> dict[str, Any]:
+        """Why the last proposal was made as it was, for the trace: names and numbers."""
+        return {}
+
     @abstractmethod
     def propose(self, max_depths: Sequence[int]) -> Draft:
         """Draft a tree for each row of `run.sequences`.
 
-        Deterministic trees (`q_BTV` None) are always lossless. Drawn ones must come from exactly the `q_BTV` that is
+        Deterministic trees are always lossless. Drawn ones (`Draft.is_drawn`) must come from exactly the q that is
         returned, without replacement among siblings.
 
         Args:

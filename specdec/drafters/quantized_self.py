@@ -31,6 +31,7 @@ class QuantizedSelf(Drafter):
         self._drafters: WeakKeyDictionary[PreTrainedModel, SmallModel] = WeakKeyDictionary()
 
     def start(self, run: Run) -> DraftSession:
-        if run.target not in self._drafters:
-            self._drafters[run.target] = SmallModel(quantized_copy(run.target), num_tokens=self._policy.length)
-        return self._drafters[run.target].start(run)
+        target = run.target.model
+        if target not in self._drafters:
+            self._drafters[target] = SmallModel(quantized_copy(target), num_tokens=self._policy.length)
+        return self._drafters[target].start(run)

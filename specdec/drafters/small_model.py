@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from specdec.compatibility import check_model
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.growing import GrowingSession
 from specdec.errors import DraftError
 from specdec.kernels import quantized_copy
-from specdec.sampling import Prefixes
 from specdec.target import TreeModel
-from trees import Chain, Draft, Grower, GrowthPolicy, TreeBatch
+from trees import Chain, Draft, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
 """Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
@@ -64,14 +64,13 @@ class SmallModel(Drafter):
             )
 
 
-class _SmallModelSession(DraftSession):
+class _SmallModelSession(GrowingSession):
     def __init__(self, drafter: SmallModel, run: Run):
-        self._run = run
+        super().__init__(run)
         self._policy = run.tree or drafter.policy
         self._model = TreeModel(drafter.model)
         self._cached: list[int] | None = None
         """Committed tokens (padding included) that each row's draft cache holds; None before the prefill."""
-        self._grower: Grower | None = None
         self._draft: Draft | None = None
 
     @property
@@ -79,26 +78,10 @@ class _SmallModelSession(DraftSession):
         return self._model.num_forwards
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        grown = TreeBatch.empty(len(max_depths), self._run.device)
         if max(max_depths) == 0:
-            return Draft(trees=grown)
-        if self._cached is None:
-            self._prefill()
-        sampler = self._run.sampler
-        grower = self._grower = self._policy.start(
-            max_depths=max_depths,
-            sample=sampler.do_sample,
-            generator=sampler.generator,
-            previous=self._grower,
-        )
-        scores_BMV = self._process(self._read_pending(), grown, range(1))
-        while True:
-            layer = grower.grow(scores_BMV)
-            if not grower.hungry:
-                self._draft = grower.finish()
-                return self._draft
-            grown = grown.extended(layer.tokens_BM, layer.parents_BM)
-            scores_BMV = self._score_layer(grown, layer.tokens_BM.shape[1])
+            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        self._draft = self._grow(self._policy, max_depths)
+        return self._draft
 
     def observe(self, outcome: Outcome) -> None:
         if self._cached is None:
@@ -128,8 +111,10 @@ class _SmallModelSession(DraftSession):
         self._model.prefill(self._readable(input_ids.to(device)), attention_mask=mask)
         self._cached = [input_ids.shape[1]] * len(rows)
 
-    def _read_pending(self) -> Tensor:
+    def _score_root(self) -> Tensor:
         """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
+        if self._cached is None:
+            self._prefill()
         sequences, cached = self._run.sequences, self._cached
         assert cached is not None
         sizes = [length - seen for length, seen in zip(sequences.lengths, cached, strict=True)]
@@ -149,23 +134,11 @@ class _SmallModelSession(DraftSession):
         """The tokens, with a stand-in for those of the target's padding rows that the draft does not have."""
         return tokens.clamp(max=self._model.vocab_size - 1)
 
-    def _score_layer(self, grown: TreeBatch, num_new: int) -> Tensor:
-        """Forward the newest nodes of the growing trees; their processed scores."""
-        newest = range(grown.num_slots - num_new, grown.num_slots)
-        device = self._model.device
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
         sees_all = grown.is_chain and num_new == 1
-        seen_BMK = None if sees_all else grown.ancestors_BTT[:, newest.start :, 1:].to(device)
-        logits_BMV = self._model.forward(
+        device = self._model.device
+        return self._model.forward(
             grown.tokens_BN[:, -num_new:].to(device),
-            grown.depths_BT[:, newest.start :].to(device) - 1,
-            seen_BMK,
+            grown.depths_BT[:, -num_new:].to(device) - 1,
+            None if sees_all else grown.ancestors_BTT[:, -num_new:, 1:].to(device),
         )
-        return self._process(logits_BMV, grown, newest)
-
-    def _process(self, logits_BMV: Tensor, grown: TreeBatch, slots: range) -> Tensor:
-        """Scores over the target's vocabulary, after the user's processors."""
-        missing = self._run.vocab_size - logits_BMV.shape[-1]
-        if missing:
-            logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
-        prefixes = Prefixes(self._run.sequences, grown, slots)
-        return self._run.sampler.process(logits_BMV.to(self._run.device), prefixes)

@@ -1,0 +1,289 @@
+"""The target's own lower layers draft (LayerSkip, Elhoushi et al. 2024; DEL, Entezari Zarch et al. 2025).
+
+A drafted token passes the layers below the exit once: verification takes it on from there, and the keys and values
+stay. After every round all layers hold the same positions, so each round may exit elsewhere, or not draft at all.
+
+Shape legend: B rows, M nodes of a layer, E exits, T slots that were kept, P prompt, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from time import perf_counter
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.compatibility import check_layers
+from specdec.control import PLAIN, ExitChoice, ExitControl, ExitObjective, TokensPerLayer, TokensPerSecond
+from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.exit_costs import RoundCosts
+from specdec.drafters.exit_evidence import ExitEvidence, OwnDrafts, Shadows
+from specdec.drafters.exit_heads import ExitHead, SharedHead, TrainedHead
+from specdec.drafters.growing import GrowingSession
+from specdec.errors import DraftError
+from specdec.exits.module import Exit, load_exits
+from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
+
+_SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
+"""What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
+_DEL_DECAY, _TOKEN_DECAY = 0.95, 0.99
+"""What is known of the exits ages by rounds in DEL; by tokens, it does not fade faster where rounds are short."""
+_RECOST_EVERY = 8
+"""Rounds after which the costs are looked at again."""
+_LONGEST_NAP = 31
+"""Rounds for which the control may be left alone while plain decoding wins."""
+_PROBE_LENGTH = 2
+"""Drafted after a nap by a trained exit, which is known by its drafts only."""
+
+
+class EarlyExit(Drafter):
+    """Drafts with the first layers of the target; no second model, and no layer computed twice.
+
+    Ordinary checkpoints draft badly from the model's own head (train one with early exits, or `specdec train-exits`,
+    and pass its file as `exits`).
+
+    Args:
+        exit_layer: number of layers that draft, or "adaptive": chosen every round, as is the length (DEL).
+        exits: a file of trained exit modules for this target; None drafts with the model's own norm and head.
+        num_tokens: length of the chain for a fixed exit, and the most that an adaptive one drafts; None is 5 and 18.
+        objective: what an adaptive exit is chosen for. "tokens-per-second" takes costs measured on this machine and
+            may choose not to draft; "tokens-per-layer" is DEL's own and always drafts.
+        shadow_share: adaptive, without `exits`: the share of the time that may go into comparing other exits with the
+            target ("shadow tokens"). 1 compares all of them in every round, as DEL does.
+
+    Raises:
+        ValueError: an argument is none of these.
+        DraftError: at the call, where the target has no such exit.
+        UnsupportedModelError: at the call, for a target whose layers do not run one by one.
+    """
+
+    def __init__(
+        self,
+        exit_layer: int | Literal["adaptive"] = "adaptive",
+        exits: str | PathLike[str] | None = None,
+        *,
+        num_tokens: int | None = None,
+        objective: Literal["tokens-per-second", "tokens-per-layer"] = "tokens-per-second",
+        shadow_share: float = 0.03,
+    ):
+        if exit_layer != "adaptive" and not isinstance(exit_layer, int):
+            raise ValueError(f"EarlyExit(exit_layer={exit_layer!r}): exit_layer is a number of layers or 'adaptive'")
+        if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 1):
+            raise ValueError(f"EarlyExit(num_tokens={num_tokens!r}): num_tokens is a positive integer")
+        if objective not in ("tokens-per-second", "tokens-per-layer"):
+            raise ValueError(
+                f"EarlyExit(objective={objective!r}): objective is 'tokens-per-second' or 'tokens-per-layer'"
+            )
+        if not 0 < shadow_share <= 1:
+            raise ValueError(f"EarlyExit(shadow_share={shadow_share!r}): shadow_share is a share of the time, up to 1")
+        self.exit_layer = exit_layer
+        self.num_tokens = num_tokens or (18 if exit_layer == "adaptive" else 5)
+        self.objective = objective
+        self.shadow_share = shadow_share
+        self._file = exits
+        self._modules: WeakKeyDictionary[PreTrainedModel, list[Exit]] = WeakKeyDictionary()
+
+    def start(self, run: Run) -> DraftSession:
+        target = run.target
+        check_layers(target.model)
+        heads = self._shared_heads(run) if self._file is None else self._trained_heads(run, self._file)
+        if self.exit_layer == "adaptive":
+            return _AdaptiveSession(self, run, heads)
+        head = heads.get(self.exit_layer)
+        if head is None:
+            raise DraftError(f"EarlyExit(exit_layer={self.exit_layer}): the exits of this target are {sorted(heads)}")
+        return _FixedSession(run, head, run.tree or Chain(self.num_tokens))
+
+    def _shared_heads(self, run: Run) -> dict[int, ExitHead]:
+        return {layer: SharedHead(layer, run.target) for layer in range(1, run.target.num_layers)}
+
+    def _trained_heads(self, run: Run, file: str | PathLike[str]) -> dict[int, ExitHead]:
+        model = run.target.model
+        if model not in self._modules:
+            self._modules[model] = load_exits(file, model)
+        return {module.layer: TrainedHead(module, run.target, run.sequences) for module in self._modules[model]}
+
+
+class _ExitSession(GrowingSession):
+    """Drafts from one exit a round."""
+
+    def __init__(self, run: Run, heads: dict[int, ExitHead]):
+        super().__init__(run)
+        self._target = run.target
+        self._heads = heads
+        self._head: ExitHead | None = None
+        self._has_begun = False
+        self._num_forwards = 0
+        trained = [layer for layer, head in heads.items() if isinstance(head, TrainedHead)]
+        if trained:
+            self._target.keep_states([*filter(None, trained), self._target.num_layers])
+
+    @property
+    def num_forwards(self) -> int:
+        return self._num_forwards
+
+    def observe(self, outcome: Outcome) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin()
+            return
+        slots = [
+            [0, *(node + 1 for node in path)][: len(tokens)]
+            for path, tokens in zip(outcome.paths, outcome.tokens, strict=True)
+        ]
+        for head in self._heads.values():
+            head.observe(slots)
+        self._learn(slots, outcome)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        for head in self._heads.values():
+            head.select_rows(rows)
+
+    def _begin(self) -> None:
+        for head in self._heads.values():
+            head.begin()
+
+    def _learn(self, slots: Sequence[Sequence[int]], outcome: Outcome) -> None:
+        """What the round says about the exits."""
+
+    def _score_root(self) -> Tensor:
+        roots_B1 = self._run.sequences.roots_B1
+        assert self._head is not None
+        return self._head.score_root(self._forward(roots_B1, torch.zeros_like(roots_B1), None))
+
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+        sees_all = grown.is_chain and num_new == 1
+        seen_BMK = None if sees_all else grown.ancestors_BTT[:, -num_new:]
+        assert self._head is not None
+        hidden_BMC = self._forward(grown.tokens_BN[:, -num_new:], grown.depths_BT[:, -num_new:], seen_BMK)
+        return self._head.score_nodes(hidden_BMC, grown)
+
+    def _forward(self, tokens_BM: Tensor, offsets_BM: Tensor, seen_BMK: Tensor | None) -> Tensor:
+        assert self._head is not None
+        self._num_forwards += 1
+        if self._head.layer == 0:
+            return self._target.embed(tokens_BM)
+        return self._target.forward_below(self._head.layer, tokens_BM, offsets_BM, seen_BMK)
+
+
+class _FixedSession(_ExitSession):
+    """Always the same exit, and the same policy."""
+
+    def __init__(self, run: Run, head: ExitHead, policy: GrowthPolicy):
+        super().__init__(run, {head.layer: head})
+        self._head = head
+        self._policy = policy
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        if max(max_depths) == 0:
+            return _nothing(self._run)
+        return self._grow(self._policy, max_depths)
+
+
+class _AdaptiveSession(_ExitSession):
+    """The exit, the length and the threshold of every round follow the context."""
+
+    def __init__(self, drafter: EarlyExit, run: Run, heads: dict[int, ExitHead]):
+        super().__init__(run, heads)
+        layers, num_rows = sorted(heads), len(run.sequences)
+        trained = {layer: head for layer, head in heads.items() if isinstance(head, TrainedHead)}
+        self._prior = _TRAINED_PRIOR if trained else _SHARED_PRIOR
+        self._costs: RoundCosts | None = None
+        if drafter.objective == "tokens-per-second":
+            self._costs = RoundCosts(run.target, [heads[layer] for layer in layers], num_rows, drafter.num_tokens)
+        self._control = ExitControl(
+            layers,
+            num_rows=num_rows,
+            objective=self._objective(0.0),
+            max_length=drafter.num_tokens,
+            decay=_DEL_DECAY if self._costs is None else _TOKEN_DECAY,
+            decay_per_token=self._costs is not None,
+        )
+        self._evidence: ExitEvidence = (
+            OwnDrafts(run, self._control, trained)
+            if trained
+            else Shadows(run, self._control, layers, drafter.shadow_share)
+        )
+        self._choice = PLAIN
+        self._draft = _nothing(run)
+        self._nap = self._nap_left = 0
+        self._num_rounds = self._steps = 0
+        self._draft_seconds = self._proposed = 0.0
+
+    @property
+    def control_seconds(self) -> float:
+        return self._evidence.seconds
+
+    def explain(self) -> dict[str, Any]:
+        choice, statistics = self._choice, self._control.statistics
+        return {
+            "exit_layer": choice.exit_layer,
+            "length": choice.length,
+            "threshold": choice.threshold,
+            "acceptance": dict(zip(statistics.candidates, statistics.acceptance_BE.mean(0).tolist(), strict=True)),
+        }
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        started, before = perf_counter(), self._num_forwards
+        choice = self._choice = self._choose(max(max_depths))
+        self._head = None if choice.exit_layer is None else self._heads[choice.exit_layer]
+        self._evidence.prepare(choice.exit_layer, is_idle=self._nap_left > 0)
+        if self._head is None:
+            self._draft = _nothing(self._run)
+        else:
+            self._draft = self._grow(self._run.tree or ConfidentChain(choice.length, choice.threshold), max_depths)
+        self._steps = self._num_forwards - before
+        self._proposed = perf_counter()
+        self._draft_seconds = self._proposed - started
+        return self._draft
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        self._control.select_rows(rows)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._evidence.seed()
+
+    def _choose(self, deepest: int) -> ExitChoice:
+        """The control's choice. While plain decoding wins, it is asked ever more seldom."""
+        if self._nap_left:
+            self._nap_left -= 1
+            return PLAIN
+        if deepest == 0:
+            return PLAIN
+        if self._nap and self._evidence.needs_drafts and self._choice.exit_layer is None:
+            return ExitChoice(exit_layer=max(self._heads), length=min(_PROBE_LENGTH, deepest), threshold=0.0)
+        choice = self._control.choose(deepest)
+        if choice.exit_layer is not None:
+            self._nap = 0
+        else:
+            self._nap = min(2 * self._nap + 1, _LONGEST_NAP)
+            self._nap_left = self._nap - 1
+        return choice
+
+    def _learn(self, slots: Sequence[Sequence[int]], outcome: Outcome) -> None:
+        if self._nap_left:
+            return
+        layer = self._choice.exit_layer
+        if self._costs is not None:
+            rest_seconds = perf_counter() - self._proposed
+            self._costs.note(layer, self._steps, self._draft_seconds, self._draft.trees.depth, rest_seconds)
+        self._evidence.learn(slots, outcome, self._draft, layer)
+        self._num_rounds += 1
+        if self._num_rounds % _RECOST_EVERY == 0:
+            self._control.objective = self._objective(self._evidence.seconds / self._num_rounds)
+
+    def _objective(self, shadow_seconds: float) -> ExitObjective:
+        if self._costs is None:
+            return TokensPerLayer(num_layers=self._target.num_layers)
+        return TokensPerSecond(self._costs.current(shadow_seconds), prior_acceptance=self._prior)
+
+
+def _nothing(run: Run) -> Draft:
+    return Draft(trees=TreeBatch.empty(len(run.sequences), run.device))

@@ -1,0 +1,138 @@
+"""What the parts of a round cost on this machine, for the choice of an exit.
+
+Shape legend: B rows, T slots, C channels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from time import perf_counter
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from specdec.control import ExitCosts
+from specdec.drafters.exit_heads import ExitHead
+from specdec.target import TreeModel
+
+_CONTEXT = 32
+"""Tokens before the ones that are timed."""
+_REPETITIONS = 5
+_MEMORY = 31
+"""Rounds whose median corrects what was measured at the start."""
+
+_measured: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ExitCosts]] = WeakKeyDictionary()
+
+
+class RoundCosts:
+    """Costs measured once for a model, and corrected by the rounds of this run.
+
+    Args:
+        heads: of the candidate exits, in increasing order.
+        max_length: longest draft.
+    """
+
+    def __init__(self, target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int):
+        self._start = _measure_once(target, heads, num_rows, max_length)
+        self._places = {head.layer: place for place, head in enumerate(heads)}
+        self._draft_excess: deque[float] = deque(maxlen=_MEMORY)
+        self._round_excess: deque[float] = deque(maxlen=_MEMORY)
+
+    def note(self, exit_layer: int | None, steps: int, draft_seconds: float, drafted: int, rest_seconds: float) -> None:
+        """A round took this long.
+
+        Args:
+            exit_layer: None if nothing was drafted.
+            steps: forwards of the draft, which took `draft_seconds`.
+            drafted: tokens of the longest row's draft; verifying, accepting and committing took `rest_seconds`.
+        """
+        start, verify = self._start, self._start.verify
+        saved = 0.0
+        if exit_layer is not None:
+            place = self._places[exit_layer]
+            saved = start.saved[place]
+            self._draft_excess.append(draft_seconds / steps - start.draft[place])
+        drafted = min(drafted, len(verify) - 1)
+        self._round_excess.append(rest_seconds - verify[0] - (1 - saved) * (verify[drafted] - verify[0]))
+
+    def current(self, shadow_seconds: float) -> ExitCosts:
+        """The costs as they are now.
+
+        Args:
+            shadow_seconds: what gathering the statistics takes, on average over the rounds.
+        """
+        start = self._start
+        draft, rest = (median(excess) if excess else 0.0 for excess in (self._draft_excess, self._round_excess))
+        smallest = start.plain / 10  # a correction is no licence for negative seconds
+        return ExitCosts(
+            plain=max(start.plain + rest, smallest),
+            draft=[max(seconds + draft, 0.0) for seconds in start.draft],
+            verify=[max(seconds + rest, smallest) for seconds in start.verify],
+            saved=start.saved,
+            shadow=shadow_seconds,
+        )
+
+
+def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> ExitCosts:
+    known = _measured.setdefault(target.model, {})
+    kinds = tuple((head.layer, type(head)) for head in heads)
+    key = (kinds, num_rows, max_length, torch.get_num_threads(), target.model.dtype, target.device)
+    if key not in known:
+        known[key] = _measure(target, heads, num_rows, max_length)
+    return known[key]
+
+
+@torch.no_grad()
+def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> ExitCosts:
+    scratch = TreeModel(target.model)
+    scratch.prefill(torch.zeros((num_rows, _CONTEXT), dtype=torch.long, device=scratch.device))
+    widths = sorted({1, 2, 4, 8, max_length + 1} & set(range(1, max_length + 2)))
+    depths = sorted({max(heads[0].layer, 1), heads[-1].layer, target.num_layers - 1} - {0})
+    embedded_B1C = scratch.embed(torch.zeros((num_rows, 1), dtype=torch.long, device=scratch.device))
+    parts: dict[object, Callable[[], object]] = {
+        **{("verify", width): partial(_forward, scratch, width) for width in widths},
+        **{("below", depth): partial(_forward_below, scratch, depth) for depth in depths},
+    }
+    parts["head"] = partial(heads[0].rehearsal(scratch, num_rows), embedded_B1C)  # all heads of a run are alike
+    seconds = _time(parts, scratch)
+    below = [0.0 if not head.layer else _interpolate(head.layer, seconds, "below", depths) for head in heads]
+    verify = [_interpolate(width, seconds, "verify", widths) for width in range(1, max_length + 2)]
+    return ExitCosts(
+        plain=verify[0],
+        draft=[layers + seconds["head"] for layers in below],
+        verify=verify,
+        saved=[min(layers / verify[0], 1.0) for layers in below],
+    )
+
+
+def _time(parts: dict[object, Callable[[], object]], scratch: TreeModel) -> dict[object, float]:
+    """The shortest of several interleaved runs of each part: a busy machine only ever adds."""
+    seconds = dict.fromkeys(parts, float("inf"))
+    for _ in range(_REPETITIONS):
+        for name, part in parts.items():
+            started = perf_counter()
+            part()
+            seconds[name] = min(seconds[name], perf_counter() - started)
+            scratch.forget_tail()
+    return seconds
+
+
+def _forward(scratch: TreeModel, width: int) -> None:
+    tokens_BT = torch.zeros((scratch.cache.num_rows, width), dtype=torch.long, device=scratch.device)
+    offsets_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
+    seen_BTT = None if width == 1 else offsets_BT[:, :, None] >= offsets_BT[:, None]
+    scratch.forward(tokens_BT, offsets_BT, seen_BTT)
+
+
+def _forward_below(scratch: TreeModel, depth: int) -> None:
+    tokens_B1 = torch.zeros((scratch.cache.num_rows, 1), dtype=torch.long, device=scratch.device)
+    scratch.forward_below(depth, tokens_B1, tokens_B1, None)
+
+
+def _interpolate(x: int, seconds: dict[object, float], kind: str, points: Sequence[int]) -> float:
+    return float(np.interp(x, points, [seconds[kind, point] for point in points]))

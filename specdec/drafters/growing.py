@@ -1,0 +1,58 @@
+"""Drafts that grow a layer of nodes for each forward of whatever scores them.
+
+Shape legend: B rows, M nodes of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import DraftSession, Run
+from specdec.sampling import Prefixes
+from trees import Draft, Grower, GrowthPolicy, Round, TreeBatch
+
+
+class GrowingSession(DraftSession):
+    """Lets a growth policy shape the trees."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._grower: Grower | None = None
+
+    @abstractmethod
+    def _score_root(self) -> Tensor:
+        """Logits after every row's root, [B, 1, V]; V may be less than the target's vocabulary."""
+
+    @abstractmethod
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+        """Logits after the newest nodes of the growing trees, [B, M, V]."""
+
+    def _grow(self, policy: GrowthPolicy, max_depths: Sequence[int]) -> Draft:
+        """One round's trees; at least one depth is positive."""
+        sampler = self._run.sampler
+        round_ = Round(
+            max_depths=max_depths, sample=sampler.do_sample, generator=sampler.generator, previous=self._grower
+        )
+        grower = self._grower = policy.start(round_)
+        grown = TreeBatch.empty(len(max_depths), self._run.device)
+        scores_BMV = self._process(self._score_root(), grown, range(1))
+        while True:
+            layer = grower.grow(scores_BMV)
+            if not grower.hungry:
+                return grower.finish()
+            grown = grown.extended(layer.tokens_BM, layer.parents_BM)
+            num_new = layer.tokens_BM.shape[1]
+            newest = range(grown.num_slots - num_new, grown.num_slots)
+            scores_BMV = self._process(self._score_nodes(grown, num_new), grown, newest)
+
+    def _process(self, logits_BMV: Tensor, grown: TreeBatch, slots: range) -> Tensor:
+        """Scores over the target's vocabulary, after the user's processors."""
+        missing = self._run.vocab_size - logits_BMV.shape[-1]
+        if missing:
+            logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
+        prefixes = Prefixes(self._run.sequences, grown, slots)
+        return self._run.sampler.process(logits_BMV.to(self._run.device), prefixes)

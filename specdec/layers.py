@@ -1,0 +1,159 @@
+"""Views of a model that run only some of its layers.
+
+A view is a shallow copy of the model with another list of decoder layers. Embeddings, masks, rotary embedding, norm
+and head are the model's own objects, called by the model's own code; the model itself is not touched. A view that
+starts past the first layer is given the hidden states to go on with.
+
+Shape legend: B rows, T slots, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.errors import UnsupportedModelError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+_MAX_VIEWS = 128
+"""Views are cheap to make, but those that keep states are many: one for each set of depths."""
+
+
+class _Given(nn.Module):
+    """Stands for layers that have already run: its output is what it was given."""
+
+    hidden_BTC: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden_BTC
+
+
+class _Kept(nn.Module):
+    """A layer, or the place before the first missing one, whose output is kept."""
+
+    def __init__(self, layer: nn.Module | None, depth: int, states: dict[int, Tensor]):
+        super().__init__()
+        self._layer = layer
+        self._depth = depth
+        self._states = states
+
+    def forward(self, hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._layer is not None:
+            hidden_BTC = self._layer(hidden_BTC, *args, **kwargs)
+        self._states[self._depth] = hidden_BTC
+        return hidden_BTC
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A model that runs some of its layers.
+
+    Attributes:
+        model: called like the model that it is a view of.
+        states: what the last call left: number of layers passed -> hidden states [B, T, C], before the final norm.
+    """
+
+    model: PreTrainedModel
+    states: dict[int, Tensor] = field(default_factory=dict)
+    _given: _Given | None = None
+
+    def give(self, hidden_BTC: Tensor) -> None:
+        """The hidden states that the next call starts with."""
+        assert self._given is not None, "this view starts with the embeddings"
+        self._given.hidden_BTC = hidden_BTC
+
+
+class LayerViews:
+    """Makes views of a model, each once.
+
+    Attributes:
+        layers: the model's own decoder layers.
+
+    Raises:
+        UnsupportedModelError: the model's decoder layers are not to be found.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        decoder = model.get_decoder()
+        self._path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
+        self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        lists = [
+            name
+            for name, child in decoder.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == self.num_layers
+        ]
+        if len(lists) != 1 or not self._path[0]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not keep its decoder layers in one list: it cannot exit early; "
+                "take another drafter"
+            )
+        self._list = lists[0]
+        self.layers: list[nn.Module] = list(getattr(decoder, self._list))
+        self._views: dict[Any, View] = {}
+
+    def whole(self, kept: Iterable[int] = ()) -> View:
+        """All layers; the states after `kept` layers (each from 1 on) are kept."""
+        return self._view(0, self.num_layers, kept)
+
+    def below(self, stop: int, kept: Iterable[int] = ()) -> View:
+        """The first `stop` layers without head; the state after them is kept too."""
+        return self._view(0, stop, kept)
+
+    def above(self, start: int, kept: Iterable[int] = ()) -> View:
+        """The layers from `start` on, and the head, from given states."""
+        return self._view(start, self.num_layers, kept)
+
+    def head(self) -> View:
+        """Final norm and head alone, of given states."""
+        return self._view(self.num_layers, self.num_layers, ())
+
+    def block(self, block: nn.Module) -> View:
+        """Another layer in the place of all, without head, of given states; its output is kept as depth 0."""
+        key = ("block", id(block))
+        if key not in self._views:
+            states: dict[int, Tensor] = {}
+            given = _Given()
+            layers = [*[given] * (self.num_layers - 1), _Kept(block, 0, states)]
+            self._views[key] = View(self._with(layers).base_model, states, given)
+        return self._views[key]
+
+    def _view(self, start: int, stop: int, kept: Iterable[int]) -> View:
+        depths = frozenset(depth for depth in kept if start < depth <= stop)
+        key = (start, stop, depths)
+        if key not in self._views:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = self._make(start, stop, depths)
+        return self._views[key]
+
+    def _make(self, start: int, stop: int, kept: frozenset[int]) -> View:
+        states: dict[int, Tensor] = {}
+        given = _Given() if start else None
+        # a layer keeps its index, from which some models take its kind of mask
+        layers: list[nn.Module] = [] if given is None else [given] * (start if start < stop else 1)
+        for index in range(start, stop):
+            layer = self.layers[index]
+            layers.append(_Kept(layer, index + 1, states) if index + 1 in kept else layer)
+        if stop < self.num_layers:
+            return View(self._with([*layers, _Kept(None, stop, states)]).base_model, states, given)
+        return View(self._with(layers), states, given)
+
+    def _with(self, layers: list[nn.Module]) -> PreTrainedModel:
+        """The model with other layers."""
+        return self._replaced(self._model, [*self._path, self._list], nn.ModuleList(layers))
+
+    def _replaced(self, module: Module, path: list[str], leaf: nn.Module) -> Module:
+        """A shallow copy of a module with one descendant replaced, and copies on the way to it."""
+        name, *rest = path
+        child = self._replaced(module._modules[name], rest, leaf) if rest else leaf  # type: ignore[type-var]
+        replaced = copy.copy(module)
+        replaced._modules = {**module._modules, name: child}
+        return replaced

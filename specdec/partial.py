@@ -1,0 +1,101 @@
+"""Verification of trees whose slots have already passed some of the layers.
+
+While a model drafts for itself from an early exit, its lower layers process one draft layer after the other: their
+cache tail holds the root and the drafted nodes in the order of drafting (*places*; the root is the first). The upper
+layers then process root and nodes at once. This module says in which order: slots that the lower layers know first,
+then the rest, which has to pass the lower layers before.
+
+Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trees import TreeBatch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TailOrder:
+    """How the slots of a batch of trees stand in the cache's tail.
+
+    Args:
+        slots_BS: int64 slot at each place of the new tail; a row with fewer slots than others repeats its root.
+        real_BS: bool: False where the root is repeated.
+        sources_BK: int64 place in the old tail of each of the first K.
+        is_plain: slot i stands at place i, and the old tail needs no change but a cut.
+    """
+
+    slots_BS: Tensor
+    real_BS: Tensor
+    sources_BK: Tensor
+    is_plain: bool
+
+    @property
+    def num_passed(self) -> int:
+        """K."""
+        return self.sources_BK.shape[1]
+
+    def arrange(self, values_BTX: Tensor) -> Tensor:
+        """Values of slots in the order of the tail: [B, T, ...] -> [B, S, ...]."""
+        return values_BTX if self.is_plain else _gather(values_BTX, self.slots_BS)
+
+    def arrange_mask(self, seen_BTT: Tensor) -> Tensor:
+        """`ancestors_BTT` in the order of the tail."""
+        if self.is_plain:
+            return seen_BTT
+        seen_BST = self.arrange(seen_BTT)
+        seen_BSS = seen_BST.gather(2, self.slots_BS.unsqueeze(1).expand(-1, seen_BST.shape[1], -1))
+        own_BSS = torch.eye(self.slots_BS.shape[1], dtype=torch.bool, device=seen_BSS.device)
+        return (seen_BSS & self.real_BS.unsqueeze(1)) | own_BSS
+
+    def restore(self, values_BSX: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        return values_BSX if self.is_plain else _gather(values_BSX, self.places_BT)
+
+    @property
+    def places_BT(self) -> Tensor:
+        """int64 place in the new tail of every slot (the root's for padding)."""
+        num_slots = int(self.slots_BS.max()) + 1
+        places_BT = self.slots_BS.new_zeros((len(self.slots_BS), num_slots))
+        places_S = torch.arange(self.slots_BS.shape[1], device=places_BT.device)
+        return places_BT.scatter_reduce(1, self.slots_BS, (places_S * self.real_BS), "amax")
+
+
+def tail_order(trees: TreeBatch, places: Sequence[Sequence[int]] | None, num_passed: int) -> TailOrder:
+    """Where the slots of these trees go.
+
+    Args:
+        places: of every node (see `trees.Draft`), -1 for one that has none.
+        num_passed: tail slots that have passed the lower layers: the root, then nodes by place.
+    """
+    device = trees.device
+    if places is None:
+        passed = min(num_passed, trees.num_slots)
+        slots_BS = torch.arange(trees.num_slots, device=device).expand(trees.num_rows, -1)
+        return TailOrder(slots_BS=slots_BS, real_BS=trees.real_BT, sources_BK=slots_BS[:, :passed], is_plain=True)
+    known, rest = [], []
+    for node_places in places:
+        tail = [0, *(place + 1 if 0 <= place < num_passed - 1 else -1 for place in node_places)]
+        known.append([(slot, place) for slot, place in enumerate(tail) if place >= 0])
+        rest.append([slot for slot, place in enumerate(tail) if place < 0])
+    num_known, num_rest = max(map(len, known)), max(map(len, rest))
+    slots = np.zeros((len(known), num_known + num_rest), np.int64)
+    sources, real = np.zeros((len(known), num_known), np.int64), np.zeros(slots.shape, bool)
+    for row, (passed_slots, new_slots) in enumerate(zip(known, rest, strict=True)):
+        slots[row, : len(passed_slots)], sources[row, : len(passed_slots)] = zip(*passed_slots, strict=True)
+        slots[row, num_known : num_known + len(new_slots)] = new_slots
+        real[row, : len(passed_slots)] = real[row, num_known : num_known + len(new_slots)] = True
+    slots_BS, real_BS, sources_BK = (torch.from_numpy(x).to(device) for x in (slots, real, sources))
+    return TailOrder(slots_BS=slots_BS, real_BS=real_BS, sources_BK=sources_BK, is_plain=False)
+
+
+def _gather(values_BTX: Tensor, index_BS: Tensor) -> Tensor:
+    """Index the second dimension row by row."""
+    rows_B1 = torch.arange(len(index_BS), device=index_BS.device).unsqueeze(1)
+    return values_BTX[rows_B1, index_BS]
