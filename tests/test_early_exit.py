@@ -67,7 +67,7 @@ class WithModules(EarlyExit):
         self._own = modules
         self._head_type = head
 
-    def _trained_heads(self, run: Run, file: Any) -> dict[int, Any]:
+    def _trained_heads(self, run: Run) -> dict[int, Any]:
         return {module.layer: self._head_type(module, run.target, run.sequences) for module in self._own}
 
 

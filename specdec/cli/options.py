@@ -14,8 +14,8 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="auto, plain, prompt-lookup, small-model, quantized-self or early-exit; with parameters: prompt-lookup:num_tokens=8. "
-        "Without it: small-model if there is a --draft, otherwise auto.",
+        help="auto, plain, prompt-lookup, small-model, quantized-self or early-exit; with parameters: "
+        "prompt-lookup:num_tokens=8. Without it: small-model if there is a --draft, otherwise auto.",
     ),
 ]
 WeightsOption = Annotated[

@@ -27,7 +27,7 @@ class Run:
     """What a session knows of the `generate()` call that it serves.
 
     Args:
-        target: the model that verifies, with its cache. Drafters other than the target's own exits use its `model` only.
+        target: the model that verifies, with its cache. Most drafters need no more of it than its `model`.
         vocab_size: width of the target's distributions; proposed ids lie below it.
         sequences: the committed tokens, kept up to date by the loop. Read, never written, by sessions.
         sampler: the user's processors: q must be taken after them, on each node's own prefix.

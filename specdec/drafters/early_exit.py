@@ -27,7 +27,11 @@ from specdec.drafters.exit_heads import ExitHead, SharedHead, TrainedHead
 from specdec.drafters.growing import GrowingSession
 from specdec.errors import DraftError
 from specdec.exits.module import Exit, load_exits
+from specdec.exits.shipped import shipped_exits
+from specdec.kernels import prepare_like
 from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
+
+SHIPPED = "shipped"
 
 _SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
 """What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
@@ -44,12 +48,12 @@ _PROBE_LENGTH = 2
 class EarlyExit(Drafter):
     """Drafts with the first layers of the target; no second model, and no layer computed twice.
 
-    Ordinary checkpoints draft badly from the model's own head (train one with early exits, or `specdec train-exits`,
-    and pass its file as `exits`).
+    Ordinary checkpoints draft badly with their own head: train exits for them with `specdec train-exits`.
 
     Args:
         exit_layer: number of layers that draft, or "adaptive": chosen every round, as is the length (DEL).
-        exits: a file of trained exit modules for this target; None drafts with the model's own norm and head.
+        exits: a file of trained exit modules for this target. "shipped" takes those that come with the package, if
+            there are any for this target (the demo model). None, and else, the model's own norm and head draft.
         num_tokens: length of the chain for a fixed exit, and the most that an adaptive one drafts; None is 5 and 18.
         objective: what an adaptive exit is chosen for. "tokens-per-second" takes costs measured on this machine and
             may choose not to draft; "tokens-per-layer" is DEL's own and always drafts.
@@ -65,7 +69,7 @@ class EarlyExit(Drafter):
     def __init__(
         self,
         exit_layer: int | Literal["adaptive"] = "adaptive",
-        exits: str | PathLike[str] | None = None,
+        exits: str | PathLike[str] | None = SHIPPED,
         *,
         num_tokens: int | None = None,
         objective: Literal["tokens-per-second", "tokens-per-layer"] = "tokens-per-second",
@@ -89,24 +93,27 @@ class EarlyExit(Drafter):
         self._modules: WeakKeyDictionary[PreTrainedModel, list[Exit]] = WeakKeyDictionary()
 
     def start(self, run: Run) -> DraftSession:
-        target = run.target
-        check_layers(target.model)
-        heads = self._shared_heads(run) if self._file is None else self._trained_heads(run, self._file)
+        check_layers(run.target.model)
+        trained = self._trained_heads(run)
+        exits = range(1, run.target.num_layers)
+        shared: dict[int, ExitHead] = {layer: SharedHead(layer, run.target) for layer in exits}
         if self.exit_layer == "adaptive":
-            return _AdaptiveSession(self, run, heads)
+            return _AdaptiveSession(self, run, trained or shared)
+        heads = trained if self._file not in (None, SHIPPED) else shared | trained
         head = heads.get(self.exit_layer)
         if head is None:
             raise DraftError(f"EarlyExit(exit_layer={self.exit_layer}): the exits of this target are {sorted(heads)}")
         return _FixedSession(run, head, run.tree or Chain(self.num_tokens))
 
-    def _shared_heads(self, run: Run) -> dict[int, ExitHead]:
-        return {layer: SharedHead(layer, run.target) for layer in range(1, run.target.num_layers)}
-
-    def _trained_heads(self, run: Run, file: str | PathLike[str]) -> dict[int, ExitHead]:
+    def _trained_heads(self, run: Run) -> dict[int, ExitHead]:
         model = run.target.model
         if model not in self._modules:
-            self._modules[model] = load_exits(file, model)
+            self._modules[model] = self._load(model)
         return {module.layer: TrainedHead(module, run.target, run.sequences) for module in self._modules[model]}
+
+    def _load(self, model: PreTrainedModel) -> list[Exit]:
+        file = shipped_exits(model) if self._file == SHIPPED else self._file
+        return [] if file is None else [prepare_like(module, model) for module in load_exits(file, model)]
 
 
 class _ExitSession(GrowingSession):

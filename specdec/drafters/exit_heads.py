@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

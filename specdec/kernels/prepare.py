@@ -57,6 +57,12 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     return model
 
 
+def prepare_like(part: Model, model: nn.Module) -> Model:
+    """Does to a module that works beside a model what `prepare` has done to the model, if anything."""
+    done: Prepared | None = model.__dict__.get(_MARK)
+    return part if done is None else prepare(part, done.weights)
+
+
 def unprepare(model: Model) -> Model:
     """Undoes prepare(model): modules and weights are those from before, bit for bit.
 
