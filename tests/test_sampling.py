@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as lp
 
 import specdec
-from specdec.drafters import Drafter, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel
 from specdec.sampling import Prefixes, Sampler
 from specdec.sequences import Sequences
 from specdec.testing import ScriptedDrafter, tiny_model
@@ -142,6 +142,25 @@ def test_ragged_rows_follow_distributions_of_their_own(target: PreTrainedModel, 
 @pytest.mark.parametrize("tree", [Chain(2), Fixed((2, 1)), DySpec(budget=4)], ids=["chain", "fixed", "dyspec"])
 def test_grown_trees_in_ragged_batches(target: PreTrainedModel, tree: GrowthPolicy, verify: str):
     assert_ragged_rows_are_exact(target, SmallModel(tiny(seed=2)), tree=tree, verify=verify)
+
+
+EARLY_EXITS = {
+    "fixed": lambda: EarlyExit(1, num_tokens=2),
+    "tokens per layer": lambda: EarlyExit(objective="tokens-per-layer"),
+    "tokens per second": lambda: EarlyExit(num_tokens=2),
+}
+
+
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+@pytest.mark.parametrize(
+    ("drafter", "tree"),
+    [*((drafter, None) for drafter in EARLY_EXITS), ("fixed", Fixed((2, 1))), ("fixed", DySpec(budget=4))],
+)
+def test_early_exits_in_ragged_batches(drafter: str, tree: GrowthPolicy | None, verify: str):
+    target = tiny_model(
+        "llama", seed=1, vocab_size=VOCAB_SIZE, num_hidden_layers=3, hidden_size=16, initializer_range=0.6
+    )
+    assert_ragged_rows_are_exact(target, EARLY_EXITS[drafter](), tree=tree, verify=verify)
 
 
 def test_the_int8_copy_of_the_target_in_ragged_batches(target: PreTrainedModel):

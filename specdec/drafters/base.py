@@ -56,10 +56,12 @@ class Outcome:
     Args:
         paths: accepted nodes of each row's tree, from the root down.
         tokens: committed tokens of each row: the path's, then the bonus or the correction.
+        is_own: whether the trees were this session's. They are another's where drafters take turns.
     """
 
     paths: Sequence[Sequence[int]]
     tokens: Sequence[Sequence[int]]
+    is_own: bool = True
 
 
 class DraftSession(ABC):

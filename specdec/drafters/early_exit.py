@@ -9,7 +9,7 @@ Shape legend: B rows, M nodes of a layer, E exits, T slots that were kept, P pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
+from os import PathLike, fspath
 from time import perf_counter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -32,6 +32,9 @@ from specdec.kernels import prepare_like
 from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
+
+_loaded: WeakKeyDictionary[PreTrainedModel, dict[str, list[Exit]]] = WeakKeyDictionary()
+"""The exits of a model by their file. They hold parts of the model, so they are found by it and go with it."""
 
 _SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
 """What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
@@ -90,7 +93,6 @@ class EarlyExit(Drafter):
         self.objective = objective
         self.shadow_share = shadow_share
         self._file = exits
-        self._modules: WeakKeyDictionary[PreTrainedModel, list[Exit]] = WeakKeyDictionary()
 
     def start(self, run: Run) -> DraftSession:
         check_layers(run.target.model)
@@ -107,13 +109,14 @@ class EarlyExit(Drafter):
 
     def _trained_heads(self, run: Run) -> dict[int, ExitHead]:
         model = run.target.model
-        if model not in self._modules:
-            self._modules[model] = self._load(model)
-        return {module.layer: TrainedHead(module, run.target, run.sequences) for module in self._modules[model]}
-
-    def _load(self, model: PreTrainedModel) -> list[Exit]:
         file = shipped_exits(model) if self._file == SHIPPED else self._file
-        return [] if file is None else [prepare_like(module, model) for module in load_exits(file, model)]
+        if file is None:
+            return {}
+        loaded = _loaded.setdefault(model, {})
+        key = fspath(file)
+        if key not in loaded:
+            loaded[key] = [prepare_like(module, model) for module in load_exits(file, model)]
+        return {module.layer: TrainedHead(module, run.target, run.sequences) for module in loaded[key]}
 
 
 class _ExitSession(GrowingSession):
@@ -145,7 +148,8 @@ class _ExitSession(GrowingSession):
         ]
         for head in self._heads.values():
             head.observe(slots)
-        self._learn(slots, outcome)
+        if outcome.is_own:
+            self._learn(slots, outcome)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for head in self._heads.values():

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from specdec.control import ExitCosts
 from specdec.drafters.exit_heads import ExitHead
 from specdec.target import TreeModel
+from trees import TreeBatch
 
 _CONTEXT = 32
 """Tokens before the ones that are timed."""
@@ -52,13 +53,14 @@ class RoundCosts:
             drafted: tokens of the longest row's draft; verifying, accepting and committing took `rest_seconds`.
         """
         start, verify = self._start, self._start.verify
-        saved = 0.0
-        if exit_layer is not None:
-            place = self._places[exit_layer]
-            saved = start.saved[place]
-            self._draft_excess.append(draft_seconds / steps - start.draft[place])
+        if exit_layer is None:
+            self._round_excess.append(rest_seconds - start.plain)
+            return
+        place = self._places[exit_layer]
+        self._draft_excess.append(draft_seconds / steps - start.draft[place])
         drafted = min(drafted, len(verify) - 1)
-        self._round_excess.append(rest_seconds - verify[0] - (1 - saved) * (verify[drafted] - verify[0]))
+        widening = (1 - start.saved[place]) * (verify[drafted] - verify[0])
+        self._round_excess.append(rest_seconds - verify[0] - widening)
 
     def current(self, shadow_seconds: float) -> ExitCosts:
         """The costs as they are now.
@@ -99,14 +101,19 @@ def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_le
         **{("below", depth): partial(_forward_below, scratch, depth) for depth in depths},
     }
     parts["head"] = partial(heads[0].rehearsal(scratch, num_rows), embedded_B1C)  # all heads of a run are alike
+    parts["split"] = partial(_draft_and_verify, scratch, depths[0])
     seconds = _time(parts, scratch)
     below = [0.0 if not head.layer else _interpolate(head.layer, seconds, "below", depths) for head in heads]
-    verify = [_interpolate(width, seconds, "verify", widths) for width in range(1, max_length + 2)]
+    whole = [_interpolate(width, seconds, "verify", widths) for width in range(1, max_length + 2)]
+    saved = [min(layers / whole[0], 1.0) for layers in below]
+    # verifying in two parts is more calls than one: the last token has to catch up with the others
+    two_parts = seconds["split"] - seconds["below", depths[0]] - whole[1] + saved[0] * (whole[1] - whole[0])
+    extra = max(two_parts, 0.0) if heads[0].layer else 0.0
     return ExitCosts(
-        plain=verify[0],
+        plain=whole[0],
         draft=[layers + seconds["head"] for layers in below],
-        verify=verify,
-        saved=[min(layers / verify[0], 1.0) for layers in below],
+        verify=[forward + extra for forward in whole],
+        saved=saved,
     )
 
 
@@ -134,5 +141,13 @@ def _forward_below(scratch: TreeModel, depth: int) -> None:
     scratch.forward_below(depth, tokens_B1, tokens_B1, None)
 
 
+def _draft_and_verify(scratch: TreeModel, depth: int) -> None:
+    token_B1 = torch.zeros((scratch.cache.num_rows, 1), dtype=torch.long, device=scratch.device)
+    scratch.forward_below(depth, token_B1, token_B1, None)
+    scratch.verify(TreeBatch.chains(token_B1, [1] * len(token_B1)), token_B1)
+
+
 def _interpolate(x: int, seconds: dict[object, float], kind: str, points: Sequence[int]) -> float:
-    return float(np.interp(x, points, [seconds[kind, point] for point in points]))
+    """Between increasing points. What took longer than a larger part did was disturbed."""
+    least = np.minimum.accumulate([seconds[kind, point] for point in reversed(points)])[::-1]
+    return float(np.interp(x, points, least))

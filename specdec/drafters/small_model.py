@@ -84,7 +84,7 @@ class _SmallModelSession(GrowingSession):
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
-        if self._cached is None:
+        if self._cached is None or not outcome.is_own:
             return
         kept = [self._forwarded(row, path) for row, path in enumerate(outcome.paths)]
         self._model.commit(kept)
