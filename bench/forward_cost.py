@@ -1,6 +1,6 @@
 """What the kernels buy: width of a verification, plain decoding, perplexity and memory.
 
-    python bench/forward_cost.py MODEL [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
+    python -m bench.forward_cost MODEL [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
 
 MODEL is a folder or hub id. Three forms of one model take turns in one process: `stock` (transformers, float32),
 `float` (prepare(model)) and `int8` (quantized_copy(model)). Every figure is the best of its repetitions, wall time and

@@ -1,6 +1,6 @@
 """Does a long generation stay as quick and as small as a short one?
 
-    python bench/long_run.py MODEL [--tokens 4000] [--weights int8] [--threads 1]
+    python -m bench.long_run MODEL [--tokens 4000] [--weights int8] [--threads 1]
 
 Generates plainly and with prompt lookup, end-of-sequence tokens ignored. Prints milliseconds a token in each quarter of
 the run (attention over a longer context costs more by right), and the slope of the resident memory after the first

@@ -1,7 +1,7 @@
 """What a round costs outside the forwards.
 
-    python bench/overhead.py [--num-tokens 5] [--repetitions 7] [--json]
-    python bench/overhead.py --trees [--rounds 12] [--repetitions 7] [--json]
+    python -m bench.overhead [--num-tokens 5] [--repetitions 7] [--json]
+    python -m bench.overhead --trees [--rounds 12] [--repetitions 7] [--json]
 
 The first compares specdec with transformers' own assisted generation. Target and draft are tiny random models, so that
 almost all the time is the framework's. The seconds spent inside `model.forward` of either are measured and taken away;
