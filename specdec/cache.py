@@ -12,6 +12,7 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -184,7 +185,7 @@ class _TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, capacity: int):
         super().__init__()
-        self._cache = cache
+        self._cache: TreeCache = weakref.proxy(cache)  # a cycle would keep the buffers until the next collection
         self._capacity = max(capacity, _MIN_CAPACITY)
         self.tail = 0
 

@@ -22,6 +22,7 @@ from specdec.errors import UnsupportedModelError
 Module = TypeVar("Module", bound=nn.Module)
 
 
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _MAX_VIEWS = 128
 """Views are cheap to make, but those that keep states are many: one for each set of depths."""
 
@@ -96,8 +97,16 @@ class LayerViews:
                 "take another drafter"
             )
         self._list = lists[0]
+        self._norm = next((name for name, _ in decoder.named_children() if name in _FINAL_NORMS), None)
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        self._has_kinds = len(set(kinds)) > 1
         self.layers: list[nn.Module] = list(getattr(decoder, self._list))
         self._views: dict[Any, View] = {}
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last layer and the head, None if there is none under a known name."""
+        return None if self._norm is None else getattr(self._model.get_decoder(), self._norm)
 
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""
@@ -116,12 +125,12 @@ class LayerViews:
         return self._view(self.num_layers, self.num_layers, ())
 
     def block(self, block: nn.Module) -> View:
-        """Another layer in the place of all, without head, of given states; its output is kept as depth 0."""
+        """Another layer in the place of all, and the final norm, of given states; the layer's output is kept as 0."""
         key = ("block", id(block))
         if key not in self._views:
             states: dict[int, Tensor] = {}
             given = _Given()
-            layers = [*[given] * (self.num_layers - 1), _Kept(block, 0, states)]
+            layers = [*[given] * self._place(self.num_layers - 1), _Kept(block, 0, states)]
             self._views[key] = View(self._with(layers).base_model, states, given)
         return self._views[key]
 
@@ -137,18 +146,28 @@ class LayerViews:
     def _make(self, start: int, stop: int, kept: frozenset[int]) -> View:
         states: dict[int, Tensor] = {}
         given = _Given() if start else None
-        # a layer keeps its index, from which some models take its kind of mask
-        layers: list[nn.Module] = [] if given is None else [given] * (start if start < stop else 1)
+        layers: list[nn.Module] = [] if given is None else [given] * self._place(start if start < stop else 1)
         for index in range(start, stop):
             layer = self.layers[index]
             layers.append(_Kept(layer, index + 1, states) if index + 1 in kept else layer)
         if stop < self.num_layers:
-            return View(self._with([*layers, _Kept(None, stop, states)]).base_model, states, given)
+            return View(self._without_norm([*layers, _Kept(None, stop, states)]), states, given)
         return View(self._with(layers), states, given)
+
+    def _place(self, index: int) -> int:
+        """How many stand-ins come before a layer: all, where models take the kind of its mask from its index."""
+        return index if self._has_kinds else min(index, 1)
 
     def _with(self, layers: list[nn.Module]) -> PreTrainedModel:
         """The model with other layers."""
         return self._replaced(self._model, [*self._path, self._list], nn.ModuleList(layers))
+
+    def _without_norm(self, layers: list[nn.Module]) -> PreTrainedModel:
+        """The model with other layers, and nothing after them: only what they leave is wanted."""
+        model = self._with(layers)
+        if self._norm is not None:
+            model = self._replaced(model, [*self._path, self._norm], nn.Identity())
+        return model.base_model
 
     def _replaced(self, module: Module, path: list[str], leaf: nn.Module) -> Module:
         """A shallow copy of a module with one descendant replaced, and copies on the way to it."""

@@ -102,11 +102,11 @@ class TrainedHead(ExitHead):
         features_BWX = pad_sequence(inputs, batch_first=True)
         offsets_BW = torch.arange(max(sizes), device=hidden_B1C.device).expand(len(sizes), max(sizes))
         seen_BWW = None if max(sizes) == 1 else (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        output_BWC = self._block.run(self._module.fuse(features_BWX), offsets_BW, seen_BWW)
+        output_BWC, normed_BWC = self._block.run(self._module.fuse(features_BWX), offsets_BW, seen_BWW)
         self._block.commit([range(size) for size in sizes])
-        last_B = torch.tensor(sizes, device=output_BWC.device) - 1
-        self._outputs_BKC = output_BWC[torch.arange(len(sizes)), last_B].unsqueeze(1)
-        logits_B1V, self.confidence_BK = self._logits(self._outputs_BKC)
+        rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes, device=output_BWC.device) - 1
+        self._outputs_BKC = output_BWC[rows_B, last_B].unsqueeze(1)
+        logits_B1V, self.confidence_BK = self._logits(normed_BWC[rows_B, last_B].unsqueeze(1))
         return logits_B1V
 
     def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
@@ -115,9 +115,9 @@ class TrainedHead(ExitHead):
         before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
         seen_BMK = None if grown.is_chain else grown.ancestors_BTT[:, -num_new:, 1:]
         fused_BMC = self._module.fuse(torch.cat([hidden_BMC, before_BMC], 2))
-        output_BMC = self._block.run(fused_BMC, grown.depths_BT[:, -num_new:] - 1, seen_BMK)
+        output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BT[:, -num_new:] - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)
-        logits_BMV, confidence_BM = self._logits(output_BMC)
+        logits_BMV, confidence_BM = self._logits(normed_BMC)
         self.confidence_BK = torch.cat([self.confidence_BK, confidence_BM], 1)
         return logits_BMV
 
@@ -151,7 +151,8 @@ class TrainedHead(ExitHead):
 
         def score(hidden_B1C: Tensor) -> Tensor:
             fused_B1C = self._module.fuse(torch.cat([hidden_B1C, hidden_B1C], 2))
-            return self._logits(block.run(fused_B1C, offsets_B1, None))[0]
+            _, normed_B1C = block.run(fused_B1C, offsets_B1, None)
+            return self._logits(normed_B1C)[0]
 
         return score
 
@@ -162,9 +163,9 @@ class TrainedHead(ExitHead):
         prefix = self._sequences.prefix(row)
         return self._target.embed(prefix[None, len(prefix) - 1 - len(kept) : -1])[0]
 
-    def _logits(self, output_BMC: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, normed_BMC: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, M, V] and the largest probabilities [B, M]."""
-        logits_BMS = self._module.head(self._module.norm(output_BMC))
+        logits_BMS = self._module.head(normed_BMC)
         logits_BMV = logits_BMS.new_full((*logits_BMS.shape[:2], self._target.vocab_size), _NEVER)
         logits_BMV[..., self._module.vocab_ids] = logits_BMS
         return logits_BMV, logits_BMS.float().softmax(-1).amax(-1)
@@ -211,8 +212,8 @@ class _BlockModel(TreeModel):
         self._prompt_BP = None
         self._lag_B = -first_B
 
-    def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
-        """Append T slots to the tail (see `TreeModel.forward`); the block's output [B, T, C]."""
+    def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append T slots to the tail (see `TreeModel.forward`); the block's output [B, T, C], before and after the norm."""
         self._view.give(fused_BTC)
-        self._call(self._view, self.cache.tail, torch.zeros_like(offsets_BT), offsets_BT, seen_BTK)
-        return self._view.states[0]
+        outputs = self._call(self._view, self.cache.tail, torch.zeros_like(offsets_BT), offsets_BT, seen_BTK)
+        return self._view.states[0], outputs.last_hidden_state

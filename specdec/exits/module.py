@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -97,7 +97,7 @@ def save_exits(
         "training": json.dumps(metadata),
     }
     unfinished = Path(path).with_name(f"{Path(path).name}.part")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, facts)
+    unfinished.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, facts))
     unfinished.replace(path)
 
 
@@ -148,11 +148,10 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none under a known name.
     """
-    decoder = model.get_decoder()
-    for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
-        if isinstance(norm := getattr(decoder, name, None), nn.Module):
-            return norm
-    raise UnsupportedModelError(f"{type(model).__name__} has no final norm under a known name: it takes no exits")
+    norm = LayerViews(model).final_norm
+    if norm is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no final norm under a known name: it takes no exits")
+    return norm
 
 
 def _new_block(model: PreTrainedModel) -> nn.Module:
