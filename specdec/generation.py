@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
-from specdec.drafters import Auto, Drafter, Run, SmallModel
+from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
 from specdec.loop import DecodingLoop
 from specdec.recording import Recorder
 from specdec.sampling import Sampler
@@ -148,7 +148,7 @@ def as_drafter(drafter: Drafter | PreTrainedModel | str | None) -> Drafter:
         ValueError: the argument is nothing that drafts.
     """
     if drafter is None or drafter == "auto":
-        return Auto()
+        return PromptLookup()
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):

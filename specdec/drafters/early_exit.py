@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fspath
-from time import perf_counter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from specdec.compatibility import check_layers
 from specdec.control import PLAIN, ExitChoice, ExitControl, ExitObjective, TokensPerLayer, TokensPerSecond
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
-from specdec.drafters.exit_costs import RoundCosts
+from specdec.drafters.exit_costs import RoundCosts, clock_of
 from specdec.drafters.exit_evidence import ExitEvidence, OwnDrafts, Shadows
 from specdec.drafters.exit_heads import ExitHead, SharedHead, TrainedHead
 from specdec.drafters.growing import GrowingSession
@@ -42,9 +41,9 @@ _DEL_DECAY, _TOKEN_DECAY = 0.95, 0.99
 """What is known of the exits ages by rounds in DEL; by tokens, it does not fade faster where rounds are short."""
 _RECOST_EVERY = 8
 """Rounds after which the costs are looked at again."""
-_LONGEST_NAP = 31
-"""Rounds for which the control may be left alone while plain decoding wins."""
-_PROBE_LENGTH = 2
+_LONGEST_NAP = 63
+"""Rounds for which the control may be left alone while plain decoding wins; each nap is three times the last."""
+_PROBE_LENGTH = 1
 """Drafted after a nap by a trained exit, which is known by its drafts only."""
 
 
@@ -204,6 +203,7 @@ class _AdaptiveSession(_ExitSession):
         layers, num_rows = sorted(heads), len(run.sequences)
         trained = {layer: head for layer, head in heads.items() if isinstance(head, TrainedHead)}
         self._prior = _TRAINED_PRIOR if trained else _SHARED_PRIOR
+        self._clock = clock_of(run.target.device)
         self._costs: RoundCosts | None = None
         if drafter.objective == "tokens-per-second":
             self._costs = RoundCosts(run.target, [heads[layer] for layer in layers], num_rows, drafter.num_tokens)
@@ -218,10 +218,11 @@ class _AdaptiveSession(_ExitSession):
         self._evidence: ExitEvidence = (
             OwnDrafts(run, self._control, trained)
             if trained
-            else Shadows(run, self._control, layers, drafter.shadow_share)
+            else Shadows(run, self._control, layers, drafter.shadow_share, self._confidence)
         )
         self._choice = PLAIN
         self._draft = _nothing(run)
+        self._scores: list[Tensor] = []
         self._nap = self._nap_left = 0
         self._num_rounds = self._steps = 0
         self._draft_seconds = self._proposed = 0.0
@@ -240,16 +241,16 @@ class _AdaptiveSession(_ExitSession):
         }
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        started, before = perf_counter(), self._num_forwards
         choice = self._choice = self._choose(max(max_depths))
         self._head = None if choice.exit_layer is None else self._heads[choice.exit_layer]
-        self._evidence.prepare(choice.exit_layer, is_idle=self._nap_left > 0)
+        self._evidence.prepare(choice.exit_layer)
+        started, before = self._clock(), self._num_forwards
         if self._head is None:
             self._draft = _nothing(self._run)
         else:
             self._draft = self._grow(self._run.tree or ConfidentChain(choice.length, choice.threshold), max_depths)
         self._steps = self._num_forwards - before
-        self._proposed = perf_counter()
+        self._proposed = self._clock()
         self._draft_seconds = self._proposed - started
         return self._draft
 
@@ -260,6 +261,18 @@ class _AdaptiveSession(_ExitSession):
     def _begin(self) -> None:
         super()._begin()
         self._evidence.seed()
+
+    def _score_root(self) -> Tensor:
+        self._scores = [super()._score_root()]
+        return self._scores[0]
+
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+        self._scores.append(super()._score_nodes(grown, num_new))
+        return self._scores[-1]
+
+    def _confidence(self) -> Tensor:
+        """Largest probability at each slot that was scored in this round, [B, K]: the root, then the nodes by place."""
+        return torch.cat(self._scores, 1).softmax(-1).amax(-1)
 
     def _choose(self, deepest: int) -> ExitChoice:
         """The control's choice. While plain decoding wins, it is asked ever more seldom."""
@@ -274,16 +287,16 @@ class _AdaptiveSession(_ExitSession):
         if choice.exit_layer is not None:
             self._nap = 0
         else:
-            self._nap = min(2 * self._nap + 1, _LONGEST_NAP)
+            self._nap = min(3 * self._nap + 1, _LONGEST_NAP)
             self._nap_left = self._nap - 1
         return choice
 
     def _learn(self, slots: Sequence[Sequence[int]], outcome: Outcome) -> None:
-        if self._nap_left:
+        if self._nap_left and self._evidence.needs_drafts:
             return
         layer = self._choice.exit_layer
         if self._costs is not None:
-            rest_seconds = perf_counter() - self._proposed
+            rest_seconds = self._clock() - self._proposed
             self._costs.note(layer, self._steps, self._draft_seconds, self._draft.trees.depth, rest_seconds)
         self._evidence.learn(slots, outcome, self._draft, layer)
         self._num_rounds += 1

@@ -6,8 +6,7 @@ Shape legend: B rows, E exits, T kept slots, P prompt positions, C channels, V v
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from specdec.control import ExitControl
 from specdec.drafters.base import Outcome, Run
+from specdec.drafters.exit_costs import clock_of
 from specdec.drafters.exit_heads import TrainedHead
 from trees import Draft
 
@@ -22,6 +22,7 @@ _SEED_POSITIONS = 32
 """DEL: the last prompt positions say which exits are worth trying."""
 _SEED_ROWS = 64
 """States that pass the head for that, where the time is limited."""
+_STRIDE = 4
 
 
 class ExitEvidence(ABC):
@@ -39,8 +40,8 @@ class ExitEvidence(ABC):
     def seed(self) -> None:
         """Learn from the prompt, which the target has just read."""
 
-    def prepare(self, layer: int | None, *, is_idle: bool) -> None:
-        """A round begins, in which this exit drafts, or none. `learn` will not hear of it if it is idle."""
+    def prepare(self, layer: int | None) -> None:
+        """A round begins, in which this exit drafts, or none."""
 
     @abstractmethod
     def learn(self, slots: Sequence[Sequence[int]], outcome: Outcome, draft: Draft, layer: int | None) -> None:
@@ -50,6 +51,27 @@ class ExitEvidence(ABC):
             slots: of every row those that were committed.
             layer: the exit that drafted, None if none did.
         """
+
+    def _learn_nothing(self, counts: Sequence[int] | np.ndarray) -> None:
+        """Rows have committed these numbers of tokens, and what was known of the exits ages."""
+        nothing = np.zeros((len(counts), 0, 1))
+        self._control.observe(nothing, nothing, counts, exits=[])
+
+    def _learn_from_draft(
+        self, slots: Sequence[Sequence[int]], outcome: Outcome, draft: Draft, layer: int, confidence_BK: Tensor
+    ) -> None:
+        """Learn of the exit that drafted what became of its draft, whose slots it scored with these confidences."""
+        num_rows, num_scored = len(slots), confidence_BK.shape[1]
+        scores_BK = confidence_BK.cpu().numpy()
+        width = max(map(len, slots))
+        agreement_BT, confidence_BT, counts = np.zeros((num_rows, width)), np.zeros((num_rows, width)), []
+        for row, (row_slots, path) in enumerate(zip(slots, outcome.paths, strict=True)):
+            places = [_place(draft, row, slot) for slot in row_slots]
+            scored = [place for place in places if 0 <= place < num_scored] if draft.trees.sizes[row] else []
+            agreement_BT[row, : min(len(path), width)] = 1
+            confidence_BT[row, : len(scored)] = scores_BK[row, scored]
+            counts.append(len(scored))
+        self._control.observe(agreement_BT[:, None], confidence_BT[:, None], counts, exits=[layer])
 
 
 class OwnDrafts(ExitEvidence):
@@ -62,53 +84,55 @@ class OwnDrafts(ExitEvidence):
         self._heads = heads
 
     def learn(self, slots: Sequence[Sequence[int]], outcome: Outcome, draft: Draft, layer: int | None) -> None:
-        num_rows = len(slots)
         if layer is None:
-            self._control.observe(np.zeros((num_rows, 0, 1)), np.zeros((num_rows, 0, 1)), [1] * num_rows, exits=[])
-            return
-        confidence_BK = self._heads[layer].confidence_BK.cpu().numpy()
-        width = max(map(len, slots))
-        agreement_BT, confidence_BT, counts = np.zeros((num_rows, width)), np.zeros((num_rows, width)), []
-        for row, (row_slots, path) in enumerate(zip(slots, outcome.paths, strict=True)):
-            places = [self._place(draft, row, slot) for slot in row_slots]
-            scored = (
-                [place for place in places if 0 <= place < confidence_BK.shape[1]] if draft.trees.sizes[row] else []
-            )
-            agreement_BT[row, : min(len(path), width)] = 1
-            confidence_BT[row, : len(scored)] = confidence_BK[row, scored]
-            counts.append(len(scored))
-        self._control.observe(agreement_BT[:, None], confidence_BT[:, None], counts, exits=[layer])
+            self._learn_nothing([1] * len(slots))
+        else:
+            self._learn_from_draft(slots, outcome, draft, layer, self._heads[layer].confidence_BK)
 
-    def _place(self, draft: Draft, row: int, slot: int) -> int:
-        """Of a slot among those that were scored, the root first; -1 for a leaf that never was."""
-        if slot == 0 or draft.places is None:
-            return slot if slot < max(draft.trees.sizes[row], 1) else -1
-        place = draft.places[row][slot - 1]
-        return place if place < 0 else place + 1
+
+def _place(draft: Draft, row: int, slot: int) -> int:
+    """Of a slot among those that were scored, the root first; -1 for a leaf that never was."""
+    if slot == 0 or draft.places is None:
+        return slot if slot < max(draft.trees.sizes[row], 1) else -1
+    place = draft.places[row][slot - 1]
+    return place if place < 0 else place + 1
 
 
 class Shadows(ExitEvidence):
     """What every candidate exit would have drafted at the committed positions (DEL, section 3.2: shadow tokens).
 
-    The states are there already; only norm and head are run on them.
+    The states are there already; only norm and head are run on them. In rounds in which the time does not allow that,
+    the exit that drafted is judged by its draft.
 
     Args:
+        confidence: of the slots that the exit has scored in this round, [B, K].
         layers: the candidates, in increasing order.
-        share: of the time that this may take. Below 1, the neighbours of the best exit and one more candidate, each
-            in its turn, are looked at, in as many rounds as the share allows.
+        share: of the time that this may take. Below 1, the best exit, its neighbours and every `_STRIDE`-th candidate,
+            others each time, are looked at, in as many rounds as the share allows.
     """
 
-    def __init__(self, run: Run, control: ExitControl, layers: Sequence[int], share: float):
+    def __init__(
+        self,
+        run: Run,
+        control: ExitControl,
+        layers: Sequence[int],
+        share: float,
+        confidence: Callable[[], Tensor],
+    ):
         super().__init__(run, control)
+        self._confidence = confidence
         self._target = run.target
         self._layers = list(layers)
         self._share = share
-        self._started = perf_counter()
+        self._clock = clock_of(run.target.device)
+        self._started = self._clock()
         self._last_seconds = 0.0
         self._sweep = 0
         num_rows = len(run.sequences)
-        step = 1 if share == 1 else -(-len(layers) * _SEED_POSITIONS // 4 * num_rows // _SEED_ROWS)
-        self._look_at(self._layers[step // 2 :: step])
+        fewer = min(-(-len(layers) * _SEED_POSITIONS // 4 * num_rows // _SEED_ROWS), len(layers))
+        step = 1 if share == 1 else fewer
+        self._watched = self._layers[step // 2 :: step]
+        self._target.keep_states([*self._watched, self._target.num_layers])
 
     def seed(self) -> None:
         positions = min(_SEED_POSITIONS if self._share == 1 else _SEED_POSITIONS // 4, self._num_prompt_states)
@@ -116,18 +140,27 @@ class Shadows(ExitEvidence):
             states = {depth: states_BPC[:, -positions:] for depth, states_BPC in self._target.states.items()}
             self._compare(states, None, np.full(len(self._run.sequences), positions))
 
-    def prepare(self, layer: int | None, *, is_idle: bool) -> None:
-        self._look_at([] if is_idle else self._due(layer))
+    def prepare(self, layer: int | None) -> None:
+        self._watched = self._due(layer)
+        # always the same set, and so the same views: those of a round are few and small
+        self._target.keep_states([*self._layers, self._target.num_layers] if self._watched else ())
 
     def learn(self, slots: Sequence[Sequence[int]], outcome: Outcome, draft: Draft, layer: int | None) -> None:
         counts = np.array([len(row) for row in slots])
+        if not self._watched:
+            if layer is None:
+                self._learn_nothing(counts)
+            else:
+                self._learn_from_draft(slots, outcome, draft, layer, self._confidence())
+            return
         width = counts.max()
         slots_BT, tokens_BT = (
             torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._target.device)
             for rows in (slots, outcome.tokens)
         )
         rows_B1 = torch.arange(len(slots), device=slots_BT.device).unsqueeze(1)
-        states = {depth: states_BTC[rows_B1, slots_BT] for depth, states_BTC in self._target.states.items()}
+        watched = {*self._watched, self._target.num_layers}
+        states = {depth: self._target.states[depth][rows_B1, slots_BT] for depth in watched}
         self._compare(states, tokens_BT, counts)
 
     @property
@@ -137,11 +170,6 @@ class Shadows(ExitEvidence):
         kept = 0 if states is None else states.shape[1]
         return min(kept, *(len(tokens) - 1 for tokens in self._run.sequences.tokens))
 
-    def _look_at(self, layers: list[int]) -> None:
-        """Have the next forward keep what comparing these exits with the target takes."""
-        self._watched = layers
-        self._target.keep_states([*layers, self._target.num_layers] if layers else ())
-
     def _compare(self, states: dict[int, Tensor], tokens_BT: Tensor | None, counts: np.ndarray) -> None:
         """Observe how the watched exits agree with the target.
 
@@ -149,11 +177,7 @@ class Shadows(ExitEvidence):
             states: of these exits and of the last layer [B, T, C].
             tokens_BT: what the target chose; None: what is its likeliest.
         """
-        started, layers = perf_counter(), self._watched
-        if not layers:
-            nothing = np.zeros((len(counts), 0, int(counts.max())))
-            self._control.observe(nothing, nothing, counts, exits=[])
-            return
+        started, layers = self._clock(), self._watched
         sampler = self._run.sampler
         hidden_BETC = torch.stack([states[layer] for layer in layers], 1)
         logits_BNV = self._target.exit_logits(hidden_BETC.flatten(1, 2))
@@ -167,17 +191,18 @@ class Shadows(ExitEvidence):
                 tokens_BT = self._target.exit_logits(states[self._target.num_layers]).argmax(-1)
             agreement_BET = (choice_BET == tokens_BT.unsqueeze(1)).float()
         self._control.observe(agreement_BET.cpu().numpy(), confidence_BET.cpu().numpy(), counts, exits=layers)
-        self._last_seconds = perf_counter() - started
+        self._last_seconds = self._clock() - started
         self.seconds += self._last_seconds
 
     def _due(self, layer: int | None) -> list[int]:
         """The candidates to look at in this round."""
         if self._share == 1:
             return self._layers
-        if self.seconds + self._last_seconds > self._share * (perf_counter() - self._started):
+        if self.seconds + self._last_seconds > self._share * (self._clock() - self._started):
             return []
         acceptance_E = self._control.statistics.acceptance_BE.mean(0)
         centre = self._layers.index(layer) if layer is not None else int(acceptance_E.argmax())
-        self._sweep = (self._sweep + 1) % len(self._layers)
-        places = {centre - 1, centre, centre + 1, self._sweep} & set(range(len(self._layers)))
+        self._sweep = (self._sweep + 1) % _STRIDE
+        near = {centre - 1, centre, centre + 1} & set(range(len(self._layers)))
+        places = near | set(range(self._sweep, len(self._layers), _STRIDE))
         return [self._layers[place] for place in sorted(places)]
