@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ class _TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, capacity: int):
         super().__init__()
-        self._cache: TreeCache = weakref.proxy(cache)  # a cycle would keep the buffers until the next collection
+        self._cache = cast(TreeCache, weakref.proxy(cache))  # a cycle would keep the buffers until the next collection
         self._capacity = max(capacity, _MIN_CAPACITY)
         self.tail = 0
 

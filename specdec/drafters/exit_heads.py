@@ -213,7 +213,7 @@ class _BlockModel(TreeModel):
         self._lag_B = -first_B
 
     def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Append T slots to the tail (see `TreeModel.forward`); the block's output [B, T, C], before and after the norm."""
+        """Append T slots to the tail (see `TreeModel.forward`); the block's output, before and after the norm."""
         self._view.give(fused_BTC)
         outputs = self._call(self._view, self.cache.tail, torch.zeros_like(offsets_BT), offsets_BT, seen_BTK)
         return self._view.states[0], outputs.last_hidden_state

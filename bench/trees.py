@@ -1,0 +1,468 @@
+"""Tokens per target forward by growth policy: DySpec's tables on a real pair.
+
+    python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees
+    python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees-time --time --limit 1
+
+TARGET and DRAFT are folders or hub ids; both become int8 models. The prompts are Spec-Bench's, in its six tasks. Those
+whose question id is divisible by 3 are reported; what is measured beforehand (Sequoia's acceptance vector) comes from
+the others. Policies share prompts and random seeds. Sampling is by temperature alone.
+
+Tokens per target forward are committed tokens over rounds (neither counts the prefill and its token). A task's figure
+is that of its prompts together, `mean` is the geometric mean of the tasks, brackets hold a 95% bootstrap interval
+(prompts resampled within tasks, the same ones for all policies). Greedy outputs must equal the target's own
+`generate()`, up to numerical ties: exit code 1 if one does not.
+
+Finished work is kept in OUTPUT.jsonl: a run that was broken off goes on from there, and seeds can be added. The report,
+OUTPUT.json and OUTPUT.md, is of all that is there.
+
+--time measures wall time instead, greedily: plain decoding, chains and trees of several sizes take turns. A speed-up is
+that of the time after the first token, the draft's prefill included; the median over the repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+import specdec
+from specdec import kernels
+from specdec.bench import harness
+from specdec.bench.equality import Verdict, compare
+from specdec.bench.methods import PLAIN
+from specdec.bench.ranks import measure_ranks
+from specdec.bench.report import mismatches
+from specdec.bench.suite import Prompt
+from specdec.cli.loading import load_pair
+from specdec.drafters import Plain, SmallModel
+from specdec.prompting import encode_prompts
+from trees import Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
+
+TASKS = ("mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+LAST_MT_BENCH_ID = 160
+"""Spec-Bench counts the eight categories of MT-Bench as one task."""
+REPORTED = 3
+"""Question ids divisible by this are reported: nothing is tuned on them."""
+NUM_RESAMPLES = 2000
+CHAIN_LENGTHS = (2, 3, 4, 5, 6, 8)
+TREE_SIZES = (4, 8, 16, 32)
+"""What --time compares."""
+
+WALK, TOPDOWN, TRAVERSAL = "walk", "topdown", "traversal"
+SIDES = {
+    False: (("Chain", WALK), ("Sequoia", WALK), ("DySpec", WALK), ("DySpecThreshold", WALK)),
+    True: (("Chain", TRAVERSAL), ("Sequoia", TRAVERSAL), ("DySpec", TRAVERSAL), ("DySpec", TOPDOWN)),
+}
+"""Policy and verification, by whether tokens are sampled."""
+BARS = {
+    (0.0, ("DySpec", WALK), ("Sequoia", WALK)): {16: 1.10, 32: 1.10, 64: 1.10},
+    (0.0, ("DySpec", WALK), ("Chain", WALK)): {16: 1.10, 32: 1.10, 64: 1.25},
+    (0.6, ("DySpec", TRAVERSAL), ("Sequoia", TRAVERSAL)): {16: 1.05, 32: 1.05, 64: 1.05},
+    (0.6, ("DySpec", TRAVERSAL), ("Chain", TRAVERSAL)): {16: 1.10, 32: 1.10, 64: 1.25},
+    (0.6, ("DySpec", TRAVERSAL), ("DySpec", TOPDOWN)): {16: 1.00, 32: 1.00, 64: 1.00},
+}
+"""The ratios that matter: temperature, numerator, denominator; what each should be at least, by budget."""
+PER_ROUND = ("draft_forwards", "depth", "size", "accepted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    id: int
+    prompt: Prompt
+
+
+class Way(NamedTuple):
+    """Of decoding a question."""
+
+    temperature: float
+    budget: int
+    policy: str
+    verify: str
+
+
+class Journal:
+    """Finished work, one JSON object a line.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._done = {tuple(record["key"]): record["value"] for record in map(json.loads, lines)}
+        known = self.once(("settings",), lambda: settings)
+        if known != settings:
+            raise ValueError(f"{path} is of other settings, {known}: name another output")
+
+    def once(self, key: tuple, work: Callable[[], Any]) -> Any:
+        """What `work` returned for this key, now or in an earlier run."""
+        if key not in self._done:
+            self._done[key] = work()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": self._done[key]}) + "\n")
+        return self._done[key]
+
+    def having(self, kind: str) -> dict[tuple, Any]:
+        """The values of the keys that start with `kind`, which is left out."""
+        return {key[1:]: value for key, value in self._done.items() if key[0] == kind}
+
+
+class Pair:
+    """Target and draft, at work on one question at a time."""
+
+    def __init__(
+        self, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_new: int
+    ):
+        self.target = target
+        self.drafter = SmallModel(draft)
+        self.tokenizer = tokenizer
+        self.num_new = num_new
+        self._read: tuple[int, DynamicCache] | None = None
+        # checkpoints ask for penalties and nuclei of their own
+        config = target.generation_config
+        config.repetition_penalty, config.top_k, config.top_p = 1.0, 0, 1.0
+
+    def acceptance(self, questions: list[Question], temperature: float) -> tuple[float, ...]:
+        """Sequoia's vector."""
+        settings = harness.Settings(
+            max_new_tokens=self.num_new, sample=temperature > 0, temperature=temperature or None
+        )
+        prompts = [question.prompt for question in questions]
+        return measure_ranks(self.target, self.tokenizer, self.drafter, prompts, settings)
+
+    def decode(self, question: Question, way: Way, tree: GrowthPolicy, seed: int) -> dict[str, Any]:
+        """The new tokens, and what the rounds after the first token came to."""
+        inputs = self._inputs(question)
+        out = specdec.generate(
+            self.target,
+            **inputs,
+            **self._options(way.temperature),
+            past_key_values=self._cache(question.id, inputs["input_ids"]),
+            drafter=self.drafter,
+            tree=tree,
+            verify=TOPDOWN if way.verify == WALK else way.verify,
+            generator=torch.Generator().manual_seed(1000 * seed + question.id),
+            return_dict_in_generate=True,
+        )
+        stats = out.stats
+        return {
+            "tokens": out.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
+            "rounds": stats.num_rounds,
+            "committed": stats.num_committed,
+            "accepted": stats.num_accepted,
+            "size": stats.num_drafted,
+            "depth": stats.num_levels,
+            "draft_forwards": max(0, stats.draft_forwards - 1),  # without the prefill
+        }
+
+    def plain(self, question: Question) -> list[int]:
+        """The target's own greedy output."""
+        inputs = self._inputs(question)
+        cache = self._cache(question.id, inputs["input_ids"])
+        ids = self.target.generate(**inputs, **self._options(0.0), past_key_values=cache)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def judge(self, question: Question, reference: list[int], output: list[int]) -> Verdict:
+        prompt_ids = self._inputs(question)["input_ids"][0]
+        return compare(self.target, prompt_ids, reference, output, self._options(0.0)).verdict
+
+    def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
+        return dict(encode_prompts(self.tokenizer, [question.prompt.text]))
+
+    def _options(self, temperature: float) -> dict[str, Any]:
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        return {"max_new_tokens": self.num_new, **sampling}
+
+    @torch.no_grad()
+    def _cache(self, question_id: int, input_ids: torch.Tensor) -> DynamicCache:
+        """The prompt but for its last token, read once for all ways to decode a question."""
+        if self._read is None or self._read[0] != question_id:
+            outputs = self.target(input_ids[:, :-1], use_cache=True, logits_to_keep=1)
+            self._read = question_id, outputs.past_key_values
+        return copy.deepcopy(self._read[1])
+
+
+def load_questions(path: Path, *, reported: bool, limit: int) -> list[Question]:
+    """`limit` questions of every task, of those that are reported or of the others, evenly spaced; tasks take turns."""
+    by_task: dict[str, list[Question]] = {task: [] for task in TASKS}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        task = TASKS[0] if record["question_id"] <= LAST_MT_BENCH_ID else record["category"]
+        if (record["question_id"] % REPORTED == 0) == reported:
+            prompt = Prompt(text=record["turns"][0], category=task)
+            by_task[task].append(Question(id=record["question_id"], prompt=prompt))
+    return [some[index * len(some) // limit] for index in range(limit) for some in by_task.values()]
+
+
+def policies(budget: int, acceptance: Sequence[float]) -> dict[str, GrowthPolicy]:
+    return {
+        "Chain": Chain(budget),
+        "Sequoia": Sequoia(budget, tuple(acceptance)),
+        "DySpec": DySpec(budget),
+        "DySpecThreshold": DySpecThreshold(threshold=1 / budget, max_nodes=budget),
+    }
+
+
+def measure_tokens(pair: Pair, journal: Journal, questions: list[Question], arguments: argparse.Namespace) -> None:
+    """Fill the journal, one temperature after the other."""
+    tuning = load_questions(arguments.prompts, reported=False, limit=arguments.tuning_limit)
+    for temperature in arguments.temperatures:
+        acceptance = journal.once(("acceptance", temperature), partial(pair.acceptance, tuning, temperature))
+        for seed, question in product(range(arguments.seeds if temperature else 1), questions):
+            log(f"temperature {temperature}, seed {seed}: {question.prompt.category} {question.id}")
+            for budget, (policy, verify) in product(arguments.budgets, SIDES[temperature > 0]):
+                way = Way(temperature, budget, policy, verify)
+                tree = policies(budget, acceptance)[policy]
+                run = journal.once(("run", *way, question.id, seed), partial(pair.decode, question, way, tree, seed))
+                if verify == WALK:
+                    plain = journal.once(("plain", question.id), partial(pair.plain, question))
+                    judge = partial(pair.judge, question, plain, run["tokens"])
+                    journal.once(("verdict", *way, question.id), lambda judge=judge: judge().name)
+
+
+class Table:
+    """What the ways at one temperature come to, on the questions (and seeds) that all of them have decoded.
+
+    Shape legend: W ways, Q questions, S resamples, K tasks.
+
+    Args:
+        runs: by the fields of `Way`, question id and seed.
+        tasks: of every question.
+    """
+
+    def __init__(self, temperature: float, runs: dict[tuple, dict[str, Any]], tasks: dict[int, str]):
+        by_way: dict[Way, dict[tuple[int, int], dict[str, Any]]] = defaultdict(dict)
+        for (*way, question, seed), run in runs.items():
+            if way[0] == temperature:
+                by_way[Way(*way)][question, seed] = run
+        common = sorted(set.intersection(*map(set, by_way.values())))
+        questions = sorted({question for question, _ in common})
+        self.runs = {way: [by_way[way][key] for key in common] for way in sorted(by_way)}
+        self._question_of_run = [questions.index(question) for question, _ in common]
+        self._task_QK = np.array([[tasks[question] == task for task in TASKS] for question in questions], float)
+
+    def average(self, way: Way, name: str) -> float:
+        """Of a round."""
+        return sum(run[name] for run in self.runs[way]) / sum(run["rounds"] for run in self.runs[way])
+
+    def rates_WK(self) -> np.ndarray:
+        """Tokens per target forward in every task."""
+        return self._rates(np.arange(len(self._task_QK))[None])[:, 0]
+
+    def resampled_means_WS(self) -> np.ndarray:
+        """Means over the tasks, with each task's questions drawn anew."""
+        generator = np.random.default_rng(0)
+        chosen_SQ = np.empty((NUM_RESAMPLES, len(self._task_QK)), int)
+        for task_Q in self._task_QK.T:
+            members = np.flatnonzero(task_Q)
+            chosen_SQ[:, members] = generator.choice(members, (NUM_RESAMPLES, len(members)))
+        return geometric_mean(self._rates(chosen_SQ))
+
+    def _rates(self, chosen_SQ: np.ndarray) -> np.ndarray:
+        committed_WQ, rounds_WQ = (self._sums(name) for name in ("committed", "rounds"))
+        return (committed_WQ[:, chosen_SQ] @ self._task_QK) / (rounds_WQ[:, chosen_SQ] @ self._task_QK)
+
+    def _sums(self, name: str) -> np.ndarray:
+        """[W, Q]: over the seeds."""
+        counts = [[run[name] for run in runs] for runs in self.runs.values()]
+        return np.array([np.bincount(self._question_of_run, row) for row in counts])
+
+
+def geometric_mean(rates: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    return np.exp(np.log(rates).mean(-1))
+
+
+def interval_of(samples_S: np.ndarray) -> list[float]:
+    return np.percentile(samples_S, (2.5, 97.5)).tolist()
+
+
+def summarise(table: Table) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for every way, and the ratios between them."""
+    rates_WK, samples_WS = table.rates_WK(), table.resampled_means_WS()
+    means = dict(zip(table.runs, geometric_mean(rates_WK).tolist(), strict=True))
+    samples = dict(zip(table.runs, samples_WS, strict=True))
+    rows = [
+        way._asdict()
+        | dict(zip(TASKS, rates_K, strict=True))
+        | {"mean": means[way], "interval": interval_of(samples[way]), "num_runs": len(table.runs[way])}
+        | {name: table.average(way, name) for name in PER_ROUND}
+        for way, rates_K in zip(table.runs, rates_WK.tolist(), strict=True)
+    ]
+    ratios = []
+    for (temperature, *sides), bars in BARS.items():
+        for budget, bar in bars.items():
+            above, below = (Way(temperature, budget, *side) for side in sides)
+            if above in means and below in means:
+                ratio = {"temperature": temperature, "budget": budget, "above": sides[0], "below": sides[1], "bar": bar}
+                value, interval = means[above] / means[below], interval_of(samples[above] / samples[below])
+                ratios.append(ratio | {"value": value, "interval": interval})
+    return rows, ratios
+
+
+def report_tokens(journal: Journal, questions: list[Question], heading: dict[str, Any], output: Path) -> list[str]:
+    """Write the report; returns what is wrong."""
+    tasks = {question.id: question.prompt.category for question in questions}
+    runs = {key: run for key, run in journal.having("run").items() if key[-2] in tasks}
+    verdicts = journal.having("verdict")
+    rows, ratios = [], []
+    for temperature in sorted({temperature for temperature, *_ in runs}):
+        new_rows, new_ratios = summarise(Table(temperature, runs, tasks))
+        rows += new_rows
+        ratios += new_ratios
+    acceptance = {str(temperature): vector for (temperature,), vector in journal.having("acceptance").items()}
+    found = {"acceptance": acceptance, "num_ties": list(verdicts.values()).count(Verdict.TIE.name)}
+    write(heading | found | {"rows": rows, "ratios": ratios}, output, way_table(rows), ratio_table(ratios))
+    return [f"{key} differs from plain decoding" for key, one in verdicts.items() if one == Verdict.DIFFERENT.name]
+
+
+def way_table(rows: list[dict[str, Any]]) -> str:
+    headings = ("T", "policy", "verified by", "nodes", *TASKS, "mean", "draft calls", "depth", "size", "accepted")
+    lines = [
+        [
+            *(row[name] for name in ("temperature", "policy", "verify", "budget")),
+            *(f"{row[task]:.2f}" for task in TASKS),
+            with_interval(row["mean"], row["interval"]),
+            *(f"{row[name]:.1f}" for name in PER_ROUND),
+        ]
+        for row in rows
+    ]
+    return pipe_table(headings, lines)
+
+
+def ratio_table(ratios: list[dict[str, Any]]) -> str:
+    lines = [
+        [
+            ratio["temperature"],
+            " / ".join(" ".join(ratio[side]) for side in ("above", "below")),
+            ratio["budget"],
+            with_interval(ratio["value"], ratio["interval"]),
+            f"{ratio['bar']:.2f}",
+        ]
+        for ratio in ratios
+    ]
+    return pipe_table(("T", "ratio of means", "nodes", "value", "at least"), lines)
+
+
+def measure_time(pair: Pair, questions: list[Question], repetitions: int) -> list[harness.BatchResult]:
+    """Plain, chains and trees in turns, greedily."""
+    trees = {f"Chain {length}": Chain(length) for length in CHAIN_LENGTHS}
+    trees |= {f"DySpec {size}": DySpec(size) for size in TREE_SIZES}
+    methods = [harness.Method(PLAIN, Plain())]
+    methods += [harness.Method(name, pair.drafter, tree) for name, tree in trees.items()]
+    settings = harness.Settings(max_new_tokens=pair.num_new, repetitions=repetitions)
+    runner = harness.Harness(pair.target, pair.tokenizer, methods, settings)
+    prompts = [question.prompt for question in questions]
+    calls = count(1)
+    return list(runner.run(prompts, on_call=lambda: log(f"call {next(calls)} of {runner.num_calls(prompts)}")))
+
+
+def report_time(results: list[harness.BatchResult], heading: dict[str, Any], output: Path) -> list[str]:
+    """Write the report; returns what is wrong."""
+    rows = []
+    for method in results[0].runs:
+        by_task = defaultdict(list)
+        for result in results:
+            by_task[result.category].append(speedup(result, method))
+        speedups = {task: float(geometric_mean(np.array(values))) for task, values in by_task.items()}
+        speedups["mean"] = float(geometric_mean(np.array(list(speedups.values()))))
+        rows.append({"method": method} | speedups)
+    lines = [[row["method"], *(f"{value:.2f}" for value in list(row.values())[1:])] for row in rows]
+    write(heading | {"rows": rows}, output, pipe_table(("speed-up", *list(rows[0])[1:]), lines))
+    return list(mismatches(results))
+
+
+def speedup(result: harness.BatchResult, method: str) -> float:
+    """Over plain in the same turn; the median of the turns."""
+    turns = zip(result.runs[PLAIN], result.runs[method], strict=True)
+    return median(seconds_after_first(plain) / seconds_after_first(run) for plain, run in turns)
+
+
+def seconds_after_first(run: harness.Run) -> float:
+    return run.token_seconds[-1] - run.token_seconds[0]
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"**{value:.2f}** [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def pipe_table(headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+def write(document: dict[str, Any], output: Path, *tables: str) -> None:
+    """The document as JSON, and its tables as markdown."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{output}.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    title = f"# {document['target']}, drafted by {document['draft']}"
+    parts = [title, f"    {document['command']}", document["kernels"], *tables]
+    Path(f"{output}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("draft")
+    parser.add_argument("--prompts", type=Path, required=True, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="of the reports, without a suffix")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
+    parser.add_argument("--seeds", type=int, default=1, help="of every question, when sampling")
+    parser.add_argument("--limit", type=int, default=4, help="questions of each task")
+    parser.add_argument("--tuning-limit", type=int, default=3, help="of each task, for what is measured beforehand")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=3, help="with --time")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    questions = load_questions(arguments.prompts, reported=True, limit=arguments.limit)
+    loading = {"dtype": "float32", "device": "cpu", "threads": arguments.threads, "weights": "int8"}
+    (target, tokenizer, name), draft = load_pair(arguments.target, arguments.draft, **loading, trust_remote_code=False)
+    pair = Pair(target, draft, tokenizer, arguments.max_new_tokens)
+    heading = {
+        "target": name,
+        "draft": Path(arguments.draft).name,
+        "command": shlex.join(["python", "-m", "bench.trees", *sys.argv[1:]]),
+        "kernels": f"int8, {kernels.describe()}, {arguments.threads} threads",
+        "versions": {module.__name__: module.__version__ for module in (specdec, torch, transformers)},
+        "questions": [question.id for question in questions],
+    }
+    if arguments.time:
+        wrong = report_time(measure_time(pair, questions, arguments.repetitions), heading, arguments.output)
+    else:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"target": name, "draft": heading["draft"], "max_new_tokens": arguments.max_new_tokens}
+        journal = Journal(Path(f"{arguments.output}.jsonl"), settings)
+        measure_tokens(pair, journal, questions, arguments)
+        wrong = report_tokens(journal, questions, heading, arguments.output)
+    for line in wrong:
+        log(line)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
