@@ -30,6 +30,7 @@ from tests.test_acceptance import oracle as topdown_oracle
 from trees import (
     ROOT,
     Chain,
+    ConfidentChain,
     Draft,
     DySpec,
     DySpecThreshold,
@@ -46,6 +47,7 @@ CAUGHT = 1e-3
 VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
+    "confident chain": ConfidentChain(3, threshold=0.35),
     "fixed": Fixed((2, 2)),
     "fixed deep": Fixed((2, 1, 1)),
     "sequoia": Sequoia(5, (0.6, 0.3)),

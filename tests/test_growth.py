@@ -21,6 +21,7 @@ from tests.goodness import assert_drawn_from
 from trees import (
     ROOT,
     Chain,
+    ConfidentChain,
     Draft,
     DySpec,
     DySpecThreshold,
@@ -35,6 +36,7 @@ from trees import (
 
 POLICIES = {
     "chain": Chain(4),
+    "confident chain": ConfidentChain(4, threshold=0.2),
     "fixed": Fixed((3, 2, 1)),
     "sequoia": Sequoia(9, (0.6, 0.3, 0.1)),
     "dyspec": DySpec(9),
@@ -78,6 +80,8 @@ def paths(tree: TokenTree) -> list[Prefix]:
     "make",
     [
         lambda: Chain(0),
+        lambda: ConfidentChain(0, 0.5),
+        lambda: ConfidentChain(3, 1.5),
         lambda: Fixed(()),
         lambda: Fixed((2, 0)),
         lambda: Fixed(3),
@@ -433,3 +437,14 @@ def test_sampled_output_is_the_targets(name: str, verify: str):
     probs = logits.double().softmax(-1).gather(2, texts[:, :, None]).prod(1)[:, 0]
     expected = dict(zip(map(tuple, texts.tolist()), probs.tolist(), strict=True))
     assert_drawn_from([tuple(row) for row in out[:, 3:6].tolist()], expected)
+
+
+def test_a_confident_chain_ends_after_the_first_token_that_it_is_not_sure_of():
+    """Each row on its own; the unsure token stays."""
+    probs = [[0.9, 0.8, 0.3, 0.9], [0.4, 0.9, 0.9, 0.9]]
+    grower = ConfidentChain(4, threshold=0.5).start(Round(max_depths=[9, 9], sample=False))
+    for step in range(4):
+        if grower.hungry:
+            rest = [(1 - row[step]) / 9 for row in probs]
+            grower.grow(torch.tensor([[[row[step], *[left] * 9]] for row, left in zip(probs, rest, strict=True)]).log())
+    assert grower.finish().trees.sizes == (3, 1)

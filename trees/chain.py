@@ -27,12 +27,18 @@ class Chain(GrowthPolicy):
             raise ValueError(f"Chain(length={self.length!r}): length is a positive integer")
 
     def start(self, round_: Round) -> Grower:
-        return _ChainGrower(round_, tuple(min(self.length, depth) for depth in round_.max_depths))
+        return ChainGrower(round_, self.length)
 
 
-class _ChainGrower(Grower):
-    def __init__(self, round_: Round, sizes: tuple[int, ...]):
-        self._sizes = sizes
+class ChainGrower(Grower):
+    """Grows a chain in each row.
+
+    Args:
+        length: most tokens.
+    """
+
+    def __init__(self, round_: Round, length: int):
+        self._sizes = [min(length, depth) for depth in round_.max_depths]
         self._sample = round_.sample
         self._generator = round_.generator
         self._tokens: list[Tensor] = []
@@ -43,16 +49,18 @@ class _ChainGrower(Grower):
         return len(self._tokens) < max(self._sizes)
 
     def grow(self, scores_BMV: Tensor) -> Layer:
-        scores_BV = scores_BMV[:, 0]
-        if self._sample:
-            self._q.append(scores_BV.softmax(-1))
-            urn = Urn(self._q[-1], sample=True, generator=self._generator)
-            token_B1, _ = urn.take(torch.arange(len(scores_BV), device=scores_BV.device), 1)
-        else:
-            token_B1 = scores_BV.argmax(-1, keepdim=True)
+        token_B1 = self._pick(scores_BMV[:, 0])
         parent = ROOT + len(self._tokens)
         self._tokens.append(token_B1)
         return Layer(tokens_BM=token_B1, parents_BM=torch.full_like(token_B1, parent))
+
+    def _pick(self, scores_BV: Tensor) -> Tensor:
+        """The next token of every row, [B, 1]."""
+        if not self._sample:
+            return scores_BV.argmax(-1, keepdim=True)
+        self._q.append(scores_BV.softmax(-1))
+        urn = Urn(self._q[-1], sample=True, generator=self._generator)
+        return urn.take(torch.arange(len(scores_BV), device=scores_BV.device), 1)[0]
 
     def finish(self) -> Draft:
         trees = TreeBatch.chains(torch.cat(self._tokens, 1), self._sizes)

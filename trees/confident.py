@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
-from trees.tree import ROOT, TreeBatch
-from trees.urn import Urn
+from trees.chain import ChainGrower
+from trees.growth import Grower, GrowthPolicy, Round
 
 
 @dataclass(frozen=True)
@@ -37,40 +35,18 @@ class ConfidentChain(GrowthPolicy):
             raise ValueError(f"ConfidentChain(threshold={self.threshold!r}): threshold lies between 0 and 1")
 
     def start(self, round_: Round) -> Grower:
-        return _ConfidentGrower(round_, [min(self.length, depth) for depth in round_.max_depths], self.threshold)
+        return _ConfidentGrower(round_, self.length, self.threshold)
 
 
-class _ConfidentGrower(Grower):
-    def __init__(self, round_: Round, limits: list[int], threshold: float):
-        self._limits = limits
+class _ConfidentGrower(ChainGrower):
+    def __init__(self, round_: Round, length: int, threshold: float):
+        super().__init__(round_, length)
         self._threshold = threshold
-        self._sample = round_.sample
-        self._generator = round_.generator
-        self._tokens: list[Tensor] = []
-        self._q: list[Tensor] = []
 
-    @property
-    def hungry(self) -> bool:
-        return len(self._tokens) < max(self._limits)
-
-    def grow(self, scores_BMV: Tensor) -> Layer:
-        q_BV = scores_BMV[:, 0].softmax(-1)
-        if self._sample:
-            urn = Urn(q_BV, sample=True, generator=self._generator)
-            token_B1, prob_B1 = urn.take(torch.arange(len(q_BV), device=q_BV.device), 1)
-            urn.refill()
-            self._q.append(q_BV)
-        else:
-            prob_B1, token_B1 = q_BV.max(-1, keepdim=True)
-        parent = ROOT + len(self._tokens)
-        self._tokens.append(token_B1)
-        for row, prob in enumerate(prob_B1[:, 0].tolist()):
+    def _pick(self, scores_BV: Tensor) -> Tensor:
+        token_B1 = super()._pick(scores_BV)
+        q_BV = self._q[-1] if self._sample else scores_BV.softmax(-1)
+        for row, prob in enumerate(q_BV.gather(1, token_B1)[:, 0].tolist()):
             if prob < self._threshold:
-                self._limits[row] = min(self._limits[row], len(self._tokens))
-        return Layer(tokens_BM=token_B1, parents_BM=torch.full_like(token_B1, parent))
-
-    def finish(self) -> Draft:
-        trees = TreeBatch.chains(torch.cat(self._tokens, 1), self._limits)
-        if not self._sample:
-            return Draft(trees=trees)
-        return Draft(trees=trees, q_BTV=torch.stack([*self._q, torch.zeros_like(self._q[0])], 1))
+                self._sizes[row] = min(self._sizes[row], len(self._tokens) + 1)
+        return token_B1
