@@ -331,6 +331,6 @@ def test_thread_calibration_measures_and_restores():
 
 
 def test_exported_names():
-    expected = ["calibrate_threads", "describe", "prepare", "prepare_like", "quantized_copy", "unprepare"]
+    expected = ["calibrate_threads", "describe", "prepare", "prepare_like", "prepared", "quantized_copy", "unprepare"]
     assert sorted(kernels.__all__) == expected
     assert layers.fits(make_model().model.layers[0]) is False, "not before its linears are prepared"

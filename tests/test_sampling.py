@@ -22,6 +22,7 @@ from specdec.sampling import Prefixes, Sampler
 from specdec.sequences import Sequences
 from specdec.testing import ScriptedDrafter, tiny_model
 from tests.goodness import assert_drawn_from
+from tests.test_early_exit import WithModules, random_exit
 from trees import ROOT, Chain, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch
 
 VOCAB_SIZE = 6
@@ -161,6 +162,14 @@ def test_early_exits_in_ragged_batches(drafter: str, tree: GrowthPolicy | None, 
         "llama", seed=1, vocab_size=VOCAB_SIZE, num_hidden_layers=3, hidden_size=16, initializer_range=0.6
     )
     assert_ragged_rows_are_exact(target, EARLY_EXITS[drafter](), tree=tree, verify=verify)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_trained_exits_in_ragged_batches(layer: int):
+    target = tiny_model(
+        "llama", seed=1, vocab_size=VOCAB_SIZE, num_hidden_layers=3, hidden_size=16, initializer_range=0.6
+    )
+    assert_ragged_rows_are_exact(target, WithModules([random_exit(target, layer)], layer, num_tokens=2))
 
 
 def test_the_int8_copy_of_the_target_in_ragged_batches(target: PreTrainedModel):

@@ -27,13 +27,13 @@ from specdec.drafters.growing import GrowingSession
 from specdec.errors import DraftError
 from specdec.exits.module import Exit, load_exits
 from specdec.exits.shipped import shipped_exits
-from specdec.kernels import prepare_like
+from specdec.kernels import prepare_like, prepared
 from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
 
-_loaded: WeakKeyDictionary[PreTrainedModel, dict[str, list[Exit]]] = WeakKeyDictionary()
-"""The exits of a model by their file. They hold parts of the model, so they are found by it and go with it."""
+_loaded: WeakKeyDictionary[PreTrainedModel, dict[object, list[Exit]]] = WeakKeyDictionary()
+"""The exits of a model by their file and its preparation. They hold parts of it, and go with it."""
 
 _SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
 """What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
@@ -112,7 +112,7 @@ class EarlyExit(Drafter):
         if file is None:
             return {}
         loaded = _loaded.setdefault(model, {})
-        key = fspath(file)
+        key = fspath(file), prepared(model)
         if key not in loaded:
             loaded[key] = [prepare_like(module, model) for module in load_exits(file, model)]
         return {module.layer: TrainedHead(module, run.target, run.sequences) for module in loaded[key]}

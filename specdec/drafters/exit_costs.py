@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec.control import ExitCosts
 from specdec.drafters.exit_heads import ExitHead
+from specdec.kernels import prepared
 from specdec.target import TreeModel
 from trees import TreeBatch
 
@@ -90,7 +91,15 @@ class RoundCosts:
 def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> ExitCosts:
     known = _measured.setdefault(target.model, {})
     kinds = tuple((head.layer, type(head)) for head in heads)
-    key = (kinds, num_rows, max_length, torch.get_num_threads(), target.model.dtype, target.device)
+    key = (
+        kinds,
+        num_rows,
+        max_length,
+        torch.get_num_threads(),
+        target.model.dtype,
+        target.device,
+        prepared(target.model),
+    )
     if key not in known:
         known[key] = _measure(target, heads, num_rows, max_length)
     return known[key]

@@ -9,7 +9,7 @@ threads.py      calibrate_threads()
 """
 
 from specdec.kernels.native import describe
-from specdec.kernels.prepare import prepare, prepare_like, quantized_copy, unprepare
+from specdec.kernels.prepare import prepare, prepare_like, prepared, quantized_copy, unprepare
 from specdec.kernels.threads import calibrate_threads
 
-__all__ = ["calibrate_threads", "describe", "prepare", "prepare_like", "quantized_copy", "unprepare"]
+__all__ = ["calibrate_threads", "describe", "prepare", "prepare_like", "prepared", "quantized_copy", "unprepare"]

@@ -59,8 +59,13 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
     """Does to a module that works beside a model what `prepare` has done to the model, if anything."""
-    done: Prepared | None = model.__dict__.get(_MARK)
+    done = prepared(model)
     return part if done is None else prepare(part, done.weights)
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """What `prepare` has done to a model, None if nothing: what is measured of the model holds only as long as this."""
+    return model.__dict__.get(_MARK)
 
 
 def unprepare(model: Model) -> Model:
