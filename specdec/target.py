@@ -113,6 +113,14 @@ class TreeModel:
         self._start_masks(attention_mask, model_inputs.get("position_ids"))
         return outputs.logits[:, -1:]
 
+    def read_along(self, other: TreeModel) -> None:
+        """Work on the cache of another model, which has the same layers and has been prefilled.
+
+        Whoever goes on with that cache has to forget this model's tail first.
+        """
+        self.cache = other.cache
+        self._prompt_BP, self._lag_B = other._prompt_BP, other._lag_B
+
     def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 

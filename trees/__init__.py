@@ -6,6 +6,7 @@ from trees.dynamic import DySpec, DySpecThreshold
 from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
+from trees.worthwhile import WorthwhileChain
 
 __all__ = [
     "ROOT",
@@ -22,6 +23,7 @@ __all__ = [
     "Sequoia",
     "TokenTree",
     "TreeBatch",
+    "WorthwhileChain",
     "count_ranks",
     "measure_acceptance",
 ]

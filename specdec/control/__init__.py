@@ -1,5 +1,7 @@
-"""What a round does, decided from what rounds have shown and what they cost. Knows no model."""
+"""What a round does, decided from what rounds have shown and what they cost."""
 
+from specdec.control.acceptance import AcceptanceMemory, AcceptanceModel
+from specdec.control.costs import ForwardCosts, costs_of
 from specdec.control.exits import (
     PLAIN,
     ExitChoice,
@@ -10,14 +12,24 @@ from specdec.control.exits import (
     TokensPerLayer,
     TokensPerSecond,
 )
+from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory
 
 __all__ = [
     "PLAIN",
+    "AcceptanceMemory",
+    "AcceptanceModel",
     "ExitChoice",
     "ExitControl",
     "ExitCosts",
     "ExitObjective",
     "ExitStatistics",
+    "ForwardCosts",
+    "Plan",
+    "RoundControl",
     "TokensPerLayer",
     "TokensPerSecond",
+    "Yield",
+    "YieldAverage",
+    "YieldMemory",
+    "costs_of",
 ]

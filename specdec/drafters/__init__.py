@@ -1,5 +1,6 @@
 """Where drafts come from. `base` holds the contract; write your own against it (see `docs/structures.md`)."""
 
+from specdec.drafters.auto import Auto
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.first_of import FirstOf
@@ -9,6 +10,7 @@ from specdec.drafters.quantized_self import QuantizedSelf
 from specdec.drafters.small_model import SmallModel
 
 __all__ = [
+    "Auto",
     "DraftSession",
     "Drafter",
     "EarlyExit",

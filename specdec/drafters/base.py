@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -76,6 +77,16 @@ class DraftSession(ABC):
     def control_seconds(self) -> float:
         """Spent on watching candidates that did not draft, so far."""
         return 0.0
+
+    @property
+    def backlog(self) -> int:
+        """Tokens of the longest row that the drafter has to read, besides the newest, before it can draft."""
+        return 0
+
+    @property
+    def draft_model(self) -> PreTrainedModel | None:
+        """The model whose forwards draft, if there is one that is not a part of the target."""
+        return None
 
     def explain(self) -> dict[str, Any]:
         """Why the last proposal was made as it was, for the trace: names and numbers."""

@@ -121,8 +121,8 @@ class EarlyExit(Drafter):
 class _ExitSession(GrowingSession):
     """Drafts from one exit a round."""
 
-    def __init__(self, run: Run, heads: dict[int, ExitHead]):
-        super().__init__(run)
+    def __init__(self, run: Run, heads: dict[int, ExitHead], policy: GrowthPolicy):
+        super().__init__(run, policy)
         self._target = run.target
         self._heads = heads
         self._head: ExitHead | None = None
@@ -185,21 +185,20 @@ class _FixedSession(_ExitSession):
     """Always the same exit, and the same policy."""
 
     def __init__(self, run: Run, head: ExitHead, policy: GrowthPolicy):
-        super().__init__(run, {head.layer: head})
+        super().__init__(run, {head.layer: head}, policy)
         self._head = head
-        self._policy = policy
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
             return _nothing(self._run)
-        return self._grow(self._policy, max_depths)
+        return self._grow(max_depths)
 
 
 class _AdaptiveSession(_ExitSession):
     """The exit, the length and the threshold of every round follow the context."""
 
     def __init__(self, drafter: EarlyExit, run: Run, heads: dict[int, ExitHead]):
-        super().__init__(run, heads)
+        super().__init__(run, heads, run.tree or Chain(drafter.num_tokens))
         layers, num_rows = sorted(heads), len(run.sequences)
         trained = {layer: head for layer, head in heads.items() if isinstance(head, TrainedHead)}
         self._prior = _TRAINED_PRIOR if trained else _SHARED_PRIOR
@@ -248,7 +247,8 @@ class _AdaptiveSession(_ExitSession):
         if self._head is None:
             self._draft = _nothing(self._run)
         else:
-            self._draft = self._grow(self._run.tree or ConfidentChain(choice.length, choice.threshold), max_depths)
+            self.policy = self._run.tree or ConfidentChain(choice.length, choice.threshold)
+            self._draft = self._grow(max_depths)
         self._steps = self._num_forwards - before
         self._proposed = self._clock()
         self._draft_seconds = self._proposed - started

@@ -17,9 +17,14 @@ from trees import Draft, Grower, GrowthPolicy, Round, TreeBatch
 
 
 class GrowingSession(DraftSession):
-    """Lets a growth policy shape the trees."""
+    """Lets a growth policy shape the trees.
 
-    def __init__(self, run: Run):
+    Attributes:
+        policy: of the next drafts; may be replaced between rounds.
+    """
+
+    def __init__(self, run: Run, policy: GrowthPolicy):
+        self.policy = policy
         self._run = run
         self._grower: Grower | None = None
 
@@ -31,13 +36,13 @@ class GrowingSession(DraftSession):
     def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
         """Logits after the newest nodes of the growing trees, [B, M, V]."""
 
-    def _grow(self, policy: GrowthPolicy, max_depths: Sequence[int]) -> Draft:
+    def _grow(self, max_depths: Sequence[int]) -> Draft:
         """One round's trees; at least one depth is positive."""
         sampler = self._run.sampler
         round_ = Round(
             max_depths=max_depths, sample=sampler.do_sample, generator=sampler.generator, previous=self._grower
         )
-        grower = self._grower = policy.start(round_)
+        grower = self._grower = self.policy.start(round_)
         grown = TreeBatch.empty(len(max_depths), self._run.device)
         scores_BMV = self._process(self._score_root(), grown, range(1))
         while True:

@@ -124,17 +124,21 @@ class _ChainSession(_LookupSession):
 
     def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
         lengths = (min(self._policy.length, depth) for depth in max_depths)
-        return [TokenTree.chain(self._continuation(*row)) for row in zip(self._rows, lengths, strict=True)]
+        return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
 
-    def _continuation(self, row: _RowText, length: int) -> list[int]:
+    def _continuation(self, row: _RowText, length: int) -> TokenTree:
         text, suffix = self._longest_suffix(row)
         if suffix.length < self._drafter.min_match:
-            return []
+            return TokenTree.chain([])
         if text is row.own:
-            return _copy(text.tokens, text.longest_match().next, length)
-        start = text.position_after(suffix.state)
-        copied = text.tokens[start : start + length]
-        return list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, copied))
+            copied = _copy(text.tokens, text.longest_match().next, length)
+        else:
+            start = text.position_after(suffix.state)
+            known = text.tokens[start : start + length]
+            copied = list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, known))
+        # a guess, not a frequency: the more tokens have agreed, the surer is the next one
+        agreed = range(suffix.length, suffix.length + len(copied))
+        return TokenTree.chain(copied, probs=[count / (count + 1) for count in agreed])
 
 
 class _TreeSession(_LookupSession):

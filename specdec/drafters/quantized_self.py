@@ -1,22 +1,34 @@
-"""The target's own int8 copy drafts for the float target: the output is exactly the float model's."""
+"""The target's own int8 copy drafts for the float target: the output is exactly the float model's.
+
+The copy reads the target's own keys and values, so it needs no prefill and no memory for a cache, and its context is
+the true one; what it adds while drafting is forgotten before the target verifies.
+
+Shape legend: B rows, M nodes of a layer, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import Drafter, DraftSession, Run
+from specdec.drafters.growing import GrowingSession
 from specdec.drafters.small_model import SmallModel
 from specdec.kernels import quantized_copy
-from trees import Chain
+from specdec.target import TreeModel
+from trees import Chain, Draft, GrowthPolicy, TreeBatch
 
 
 class QuantizedSelf(Drafter):
     """Drafts with an int8 copy of the target, made at the first call and kept as long as the drafter.
 
-    The copy shares embeddings and norms with the target and adds a quarter of the memory of its linears. It agrees
-    with the target on most tokens; it pays where a forward of the copy is several times cheaper (float32 on a CPU).
+    The copy shares embeddings and norms with the target, and its cache if that is float32; it adds a quarter of the
+    memory of the linears. It agrees with the target on most tokens, and pays where its forward is several times cheaper
+    (float32 on a CPU).
 
     Args:
         num_tokens: length of the chain that it drafts, unless the call names a tree.
@@ -28,10 +40,52 @@ class QuantizedSelf(Drafter):
 
     def __init__(self, num_tokens: int = 5):
         self._policy = Chain(num_tokens)
-        self._drafters: WeakKeyDictionary[PreTrainedModel, SmallModel] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
+
+    def has_copy(self, target: PreTrainedModel) -> bool:
+        """Whether the copy has been made."""
+        return target in self._copies
 
     def start(self, run: Run) -> DraftSession:
         target = run.target.model
-        if target not in self._drafters:
-            self._drafters[target] = SmallModel(quantized_copy(target), num_tokens=self._policy.length)
-        return self._drafters[target].start(run)
+        if not self.has_copy(target):
+            self._copies[target] = quantized_copy(target)
+        copy = self._copies[target]
+        if target.dtype != torch.float32:  # the copy computes in float32, and so are its keys and values
+            return SmallModel(copy, num_tokens=self._policy.length).start(run)
+        return _QuantizedSelfSession(run, copy, run.tree or self._policy)
+
+
+class _QuantizedSelfSession(GrowingSession):
+    def __init__(self, run: Run, copy: PreTrainedModel, policy: GrowthPolicy):
+        super().__init__(run, policy)
+        self._model = TreeModel(copy)
+
+    @property
+    def num_forwards(self) -> int:
+        return self._model.num_forwards
+
+    @property
+    def draft_model(self) -> PreTrainedModel:
+        return self._model.model
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        if max(max_depths) == 0:
+            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        self._model.read_along(self._run.target)
+        try:
+            return self._grow(max_depths)
+        finally:
+            self._run.target.forget_tail()
+
+    def _score_root(self) -> Tensor:
+        roots_B1 = self._run.sequences.roots_B1
+        return self._model.forward(roots_B1, torch.zeros_like(roots_B1), None)
+
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+        sees_all = grown.is_chain and num_new == 1
+        return self._model.forward(
+            grown.tokens_BN[:, -num_new:],
+            grown.depths_BT[:, -num_new:],
+            None if sees_all else grown.ancestors_BTT[:, -num_new:],
+        )

@@ -66,8 +66,7 @@ class SmallModel(Drafter):
 
 class _SmallModelSession(GrowingSession):
     def __init__(self, drafter: SmallModel, run: Run):
-        super().__init__(run)
-        self._policy = run.tree or drafter.policy
+        super().__init__(run, run.tree or drafter.policy)
         self._model = TreeModel(drafter.model)
         self._cached: list[int] | None = None
         """Committed tokens (padding included) that each row's draft cache holds; None before the prefill."""
@@ -77,10 +76,19 @@ class _SmallModelSession(GrowingSession):
     def num_forwards(self) -> int:
         return self._model.num_forwards
 
+    @property
+    def backlog(self) -> int:
+        lengths = self._run.sequences.lengths
+        return max(lengths) if self._cached is None else max(map(int.__sub__, lengths, self._cached)) - 1
+
+    @property
+    def draft_model(self) -> PreTrainedModel:
+        return self._model.model
+
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._draft = self._grow(self._policy, max_depths)
+        self._draft = self._grow(max_depths)
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:

@@ -1,0 +1,118 @@
+"""How likely a drafted token is to be accepted, from how sure its drafter was of it.
+
+Steers what is drafted and when to stop, never what is accepted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Between the bins of confidence, which are finer where it matters."""
+_CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.965, 0.99)
+_BINS = range(len(_CENTRES))
+
+_PRIOR_TOKENS = 4.0
+"""Tokens that the confidence itself, as a first belief, is worth in each bin."""
+_MEMORY_TOKENS = 4.0
+"""Tokens that what earlier runs have shown is worth in a new one. Prompts differ more than rounds do."""
+_MEMORY_LIMIT = 2000.0
+"""Tokens of a bin after which earlier ones fade."""
+_RUN_DECAY = 0.98
+"""What a token of this run still counts for after another of its bin."""
+
+
+class AcceptanceMemory:
+    """What all runs of a drafter have shown: tokens seen and accepted, by confidence."""
+
+    def __init__(self) -> None:
+        self.seen = [0.0 for _ in _BINS]
+        self.accepted = [0.0 for _ in _BINS]
+
+    @property
+    def chances(self) -> list[float]:
+        """For each bin, not falling."""
+        seen = [count + _PRIOR_TOKENS for count in self.seen]
+        accepted = (count + _PRIOR_TOKENS * centre for count, centre in zip(self.accepted, _CENTRES, strict=True))
+        return monotone([a / s for a, s in zip(accepted, seen, strict=True)], seen)
+
+    def note(self, bin_: int, accepted: bool) -> None:
+        if self.seen[bin_] >= _MEMORY_LIMIT:
+            self.seen[bin_] *= 0.5
+            self.accepted[bin_] *= 0.5
+        self.seen[bin_] += 1
+        self.accepted[bin_] += accepted
+
+
+class AcceptanceModel:
+    """The calibrated map from confidence to acceptance, for one run.
+
+    Starts from what earlier runs have shown, and moves to what this one shows: bin by bin, and all bins together by
+    how much more or less than expected has been accepted so far.
+    """
+
+    def __init__(self, memory: AcceptanceMemory):
+        self._memory = memory
+        self._believed = memory.chances
+        self._seen = [0.0 for _ in _BINS]
+        self._accepted = [0.0 for _ in _BINS]
+        self._chances: list[float] | None = None
+
+    def chance(self, confidence: float) -> float:
+        """That a token is accepted if the one before it is."""
+        return self._current()[bisect_right(_EDGES, confidence)]
+
+    def reaches(self, confidences: Sequence[float]) -> list[float]:
+        """Of each token of a chain: the chance that it and all before it are accepted."""
+        return list(accumulate(map(self.chance, confidences), mul))
+
+    @property
+    def mean_chance(self) -> float:
+        """Of a token whose confidence is not known yet."""
+        weights = [1.0 + memory + run for memory, run in zip(self._memory.seen, self._seen, strict=True)]
+        return sum(map(mul, self._current(), weights)) / sum(weights)
+
+    def note(self, confidence: float, accepted: bool) -> None:
+        """A token was tested by the target."""
+        bin_ = bisect_right(_EDGES, confidence)
+        self._memory.note(bin_, accepted)
+        self._seen[bin_] = self._seen[bin_] * _RUN_DECAY + 1
+        self._accepted[bin_] = self._accepted[bin_] * _RUN_DECAY + accepted
+        self._chances = None
+
+    def note_chain(self, confidences: Sequence[float], num_accepted: int) -> None:
+        """A chain was tested: those after the first refused token were not."""
+        for place, confidence in enumerate(confidences[: num_accepted + 1]):
+            self.note(confidence, place < num_accepted)
+
+    def _current(self) -> list[float]:
+        if self._chances is None:
+            self._chances = self._estimate()
+        return self._chances
+
+    def _estimate(self) -> list[float]:
+        expected = sum(map(mul, self._seen, self._believed))
+        trend = (sum(self._accepted) + _MEMORY_TOKENS) / (expected + _MEMORY_TOKENS)
+        chances, weights = [], []
+        for bin_, believed in enumerate(self._believed):
+            likely = believed * trend if trend < 1 else 1 - (1 - believed) / trend
+            weight = self._seen[bin_] + _MEMORY_TOKENS
+            chances.append((self._accepted[bin_] + _MEMORY_TOKENS * likely) / weight)
+            weights.append(weight)
+        return monotone(chances, weights)
+
+
+def monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The closest non-falling sequence, by weighted squares (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        count = 1
+        while blocks and blocks[-1][0] > value:
+            mean, mass, members = blocks.pop()
+            value = (mean * mass + value * weight) / (mass + weight)
+            weight, count = mass + weight, count + members
+        blocks.append((value, weight, count))
+    return [value for value, _, count in blocks for _ in range(count)]

@@ -1,0 +1,144 @@
+"""What a forward costs, by the number of tokens in it: measured once for a model, then corrected by every round.
+
+The measured curve gives the *shape* (how much dearer 8 tokens are than 1); rounds move it, as the context grows, other
+programs take the cores, or the user's own processors and streamers add to what a round takes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from statistics import median
+from time import perf_counter
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.kernels import prepared
+from specdec.target import TreeModel
+
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens of the forwards that are timed. All of them cost the demo model half a second, once."""
+_TIME_LIMIT_S = 1.0
+"""No further forward is timed after this; what was not measured follows from what was."""
+_CONTEXT = 32
+_REPETITIONS = 3
+_MEMORY = 9
+"""Rounds whose median is what the machine does now: another program shows after five of them."""
+_MIN_OWN = 3
+"""Rounds of a width before its own correction counts."""
+
+
+class ForwardCosts:
+    """Seconds of a round's forward and of what comes with it, by the number of tokens of all rows.
+
+    Args:
+        seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
+            the last slope goes on.
+    """
+
+    def __init__(self, seconds: Mapping[int, float]):
+        self._widths = sorted(seconds)
+        # a wider forward is not cheaper: the narrower one was disturbed
+        least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
+        self._seconds = least[::-1]
+        self._table: dict[int, float] = {}
+        self._drifts: deque[float] = deque(maxlen=_MEMORY)
+        self._own: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_MEMORY))
+        self.drift = 1.0
+        """How much longer rounds take now than was measured."""
+        self._corrections: dict[int, float] = {}
+
+    def measured(self, num_tokens: int) -> float:
+        """As measured at the start."""
+        if num_tokens not in self._table:
+            self._table[num_tokens] = self._interpolate(num_tokens)
+        return self._table[num_tokens]
+
+    def seconds(self, num_tokens: int) -> float:
+        """As expected now."""
+        return self.measured(num_tokens) * self.drift * self._corrections.get(_octave(num_tokens), 1.0)
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A round with so many tokens took so long."""
+        ratio, octave = seconds / self.measured(num_tokens), _octave(num_tokens)
+        self._drifts.append(ratio / self._corrections.get(octave, 1.0))
+        self.drift = median(self._drifts)
+        own = self._own[octave]
+        own.append(ratio / self.drift)
+        if len(own) >= _MIN_OWN:
+            self._corrections[octave] = median(own)
+
+    def _interpolate(self, num_tokens: int) -> float:
+        widths, seconds = self._widths, self._seconds
+        if len(widths) == 1 or num_tokens <= widths[0]:
+            return seconds[0]
+        right = min(bisect_left(widths, num_tokens), len(widths) - 1)
+        left = right - 1
+        slope = (seconds[right] - seconds[left]) / (widths[right] - widths[left])
+        return seconds[left] + slope * (num_tokens - widths[left])
+
+
+def _octave(num_tokens: int) -> int:
+    return (num_tokens - 1).bit_length()
+
+
+_known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ForwardCosts]] = WeakKeyDictionary()
+
+
+def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
+    """The costs of a model's forwards, measured when they are first asked for.
+
+    They hold for the model as it is prepared now, its device and dtype, the number of threads, and the size of the
+    batch up to a factor of two (each has corrections of its own).
+    """
+    key = (prepared(model), model.device, model.dtype, torch.get_num_threads())
+    known = _known.setdefault(model, {})
+    if key not in known:
+        known[key] = ForwardCosts(measure_forwards(model))
+    sized = (*key, _octave(num_rows))
+    if sized not in known:
+        known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS})
+    return known[sized]
+
+
+@torch.no_grad()
+def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMIT_S) -> dict[int, float]:
+    """Number of tokens -> seconds of a forward of the model: the shortest of a few interleaved ones.
+
+    Args:
+        time_limit_s: after this no more is measured. The forward of one token is always timed.
+    """
+    scratch = TreeModel(model)
+    started = perf_counter()
+    scratch.prefill(torch.zeros((1, _CONTEXT), dtype=torch.long, device=scratch.device))
+    if perf_counter() - started > time_limit_s:  # a prompt takes no longer than a token: weights come from far away
+        return {1: _time(scratch, 1)}
+    seconds: dict[int, float] = {}
+    for repetition in range(_REPETITIONS):
+        for width in WIDTHS:
+            if perf_counter() - started > time_limit_s and (repetition or width > 2):
+                return seconds
+            seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
+    return seconds
+
+
+def _time(scratch: TreeModel, width: int) -> float:
+    tokens_BT = torch.zeros((1, width), dtype=torch.long, device=scratch.device)
+    offsets_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
+    seen_BTT = None if width == 1 else offsets_BT[:, :, None] >= offsets_BT[:, None]
+    synchronise = _synchroniser(scratch.device)
+    synchronise()
+    started = perf_counter()
+    scratch.forward(tokens_BT, offsets_BT, seen_BTT)
+    synchronise()
+    seconds = perf_counter() - started
+    scratch.forget_tail()
+    return seconds
+
+
+def _synchroniser(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None

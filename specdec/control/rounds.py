@@ -1,0 +1,238 @@
+"""What a round is for: expected committed tokens per second, and never fewer of them than plain decoding makes.
+
+A run makes tokens at some *pace*. A plan that takes s seconds is worth its expected tokens less what the pace would
+bring in s. The plan that is worth most maximises tokens per second in the long run (Dinkelbach's rule), where
+the best ratio of a single round would favour short rounds. Plain decoding is always one of the plans.
+
+Seconds are wall time, tokens are those of all rows of the batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_PACE_DECAY = 0.95
+"""What a round still counts for after another."""
+_PACE_ROUNDS = 4.0
+"""Rounds of plain decoding that a run's pace starts with."""
+_RUN_ROUNDS = 2.0
+"""Rounds that what earlier runs have shown is worth in a new one."""
+_RUN_DECAY = 0.9
+_LONGEST_ROUND = 2.0
+"""Times what was expected: beyond that it was another program's doing. If it was not, the costs will follow."""
+_REMEMBERED_RUNS = 32
+_PROBE_SHARE = 0.01
+"""Of the time may be lost on looking whether a source that did not pay does so now."""
+_FIRST_PROBE, _LAST_PROBE = 8, 256
+"""Rounds until a source that was not worth it is probed: at first, and at most."""
+_GUARD_SHARE, _GUARD_ROUNDS = 0.015, 1.5
+"""So much of the time, and the time of so many plain rounds, may be lost before speculation is switched off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the next round might do.
+
+    Args:
+        source: which of the sources drafts; None: nobody.
+        length: most tokens to draft for a row.
+        tokens: expected to be committed, of all rows.
+        seconds: that it is expected to take.
+    """
+
+    source: int | None
+    length: int
+    tokens: float
+    seconds: float
+
+    def worth(self, pace: float) -> float:
+        """Tokens that it brings more than its time would bring at this pace (tokens per second)."""
+        return self.tokens - pace * self.seconds
+
+
+class Pace:
+    """Tokens per second that a run makes; at least those of plain decoding, which it can always have."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def now(self, plain: Plan) -> float:
+        tokens = self._tokens + _PACE_ROUNDS * plain.tokens
+        seconds = self._seconds + _PACE_ROUNDS * plain.seconds
+        return max(tokens / seconds, plain.tokens / plain.seconds)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        self._tokens = self._tokens * _PACE_DECAY + tokens
+        self._seconds = self._seconds * _PACE_DECAY + seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yield:
+    """What rounds of a source came to on average, for a row.
+
+    Args:
+        tokens: committed, the bonus included.
+        steps: forwards of the draft.
+        nodes: drafted, of the longest row.
+    """
+
+    tokens: float
+    steps: float
+    nodes: float
+
+
+UNKNOWN_SOURCE = (Yield(tokens=1.5, steps=2.5, nodes=2.5), Yield(tokens=2.5, steps=3.0, nodes=3.0))
+"""What is believed of a source that has never been seen at work: two runs, a poor one and a good one."""
+
+
+class YieldMemory:
+    """What a source yielded in earlier runs: one `Yield` for each."""
+
+    def __init__(self) -> None:
+        self._runs: deque[Yield] = deque(UNKNOWN_SOURCE, maxlen=_REMEMBERED_RUNS)
+
+    @property
+    def runs(self) -> Sequence[Yield]:
+        return self._runs
+
+    @property
+    def mean(self) -> Yield:
+        return mean_yield(self._runs)
+
+    def add(self, run: Yield) -> None:
+        self._runs.append(run)
+
+
+def mean_yield(yields: Iterable[Yield]) -> Yield:
+    columns = zip(*((each.tokens, each.steps, each.nodes) for each in yields), strict=True)
+    tokens, steps, nodes = (sum(column) / len(column) for column in columns)
+    return Yield(tokens=tokens, steps=steps, nodes=nodes)
+
+
+class YieldAverage:
+    """What a source yields in this run, starting from what it yielded in others."""
+
+    def __init__(self, memory: YieldMemory):
+        self._memory = memory
+        self._prior = memory.mean
+        self._rounds = self._tokens = self._steps = self._nodes = 0.0
+        self.num_rounds = 0
+
+    def note(self, tokens: float, steps: float, nodes: float) -> None:
+        """A round of this source, for a row."""
+        self.num_rounds += 1
+        self._rounds = self._rounds * _RUN_DECAY + 1
+        self._tokens = self._tokens * _RUN_DECAY + tokens
+        self._steps = self._steps * _RUN_DECAY + steps
+        self._nodes = self._nodes * _RUN_DECAY + nodes
+
+    @property
+    def now(self) -> Yield:
+        prior, weight = self._prior, self._rounds + _RUN_ROUNDS
+        return Yield(
+            tokens=(self._tokens + _RUN_ROUNDS * prior.tokens) / weight,
+            steps=(self._steps + _RUN_ROUNDS * prior.steps) / weight,
+            nodes=(self._nodes + _RUN_ROUNDS * prior.nodes) / weight,
+        )
+
+    def close(self) -> None:
+        """The run is over: remember it."""
+        if self.num_rounds:
+            self._memory.add(self.now)
+
+
+class Probes:
+    """When a source that is not worth it is tried all the same, because things may have changed.
+
+    The more often it has failed, the later; and never so often that the loss that is expected of it comes to more than
+    1 % of the time.
+    """
+
+    def __init__(self) -> None:
+        self._wait = _FIRST_PROBE
+        self._left = _FIRST_PROBE
+
+    @property
+    def is_due(self) -> bool:
+        return self._left <= 0
+
+    def chosen(self, *, as_probe: bool) -> None:
+        """The source drafts: for its worth, or to be tried."""
+        self._wait = min(2 * self._wait, _LAST_PROBE) if as_probe else _FIRST_PROBE
+        self._left = self._wait
+
+    def passed_over(self) -> None:
+        self._left -= 1
+
+
+class Guard:
+    """An explicit test of speculation against plain decoding, in this run.
+
+    Keeps the balance of the seconds that rounds with a draft have saved against the same tokens made plainly; gains are
+    not saved up beyond what may be lost. Where a loss exceeds its share of the time, speculation is off, until the time
+    that has passed makes twice the loss affordable, or what drafts *would* have saved has made up for it.
+    """
+
+    def __init__(self) -> None:
+        self.saved_seconds = 0.0
+        self.is_on = True
+
+    def note(self, saved_seconds: float, elapsed_seconds: float, plain_seconds: float) -> None:
+        """A round saved (or lost) so much, or would have with the draft that was at hand."""
+        allowed = _GUARD_SHARE * elapsed_seconds + _GUARD_ROUNDS * plain_seconds
+        self.saved_seconds = min(self.saved_seconds + saved_seconds, allowed)
+        self.is_on = -self.saved_seconds <= (allowed if self.is_on else allowed / 2)
+
+
+class RoundControl:
+    """Chooses what every round of one run does."""
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self.guard = Guard()
+        self._probes: defaultdict[int, Probes] = defaultdict(Probes)
+        self._elapsed = 0.0
+        self._probed_seconds = 0.0
+
+    def choose(self, plain: Plan, plans: Sequence[Plan], trials: Sequence[Plan] = ()) -> Plan:
+        """The plan that is worth most, or one that is due to be tried.
+
+        Args:
+            trials: those of the plans whose sources show only by drafting what they are worth.
+        """
+        if not self.guard.is_on:
+            return plain
+        pace = self.pace.now(plain)
+        best = max([plain, *plans], key=lambda plan: plan.worth(pace))
+        for trial in trials:
+            assert trial.source is not None
+            probes = self._probes[trial.source]
+            if trial.source == best.source:
+                probes.chosen(as_probe=False)
+                continue
+            probes.passed_over()
+            loss = (best.worth(pace) - trial.worth(pace)) / pace
+            if probes.is_due and self._probed_seconds + loss <= _PROBE_SHARE * self._elapsed:
+                self._probed_seconds += loss
+                probes.chosen(as_probe=True)
+                return trial
+        return best
+
+    def note(self, plain: Plan, plan: Plan, tokens: int, seconds: float, *, missed_seconds: float = 0.0) -> None:
+        """A round is over.
+
+        Args:
+            plain: what plain decoding was expected to do in a round.
+            plan: what was done, and took so many seconds.
+            missed_seconds: without a draft, what one that was at hand would have saved; negative for a loss.
+        """
+        self._elapsed += seconds
+        seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
+        self.pace.note(tokens, seconds)
+        drafted = plan.source is not None
+        saved = tokens / plain.tokens * plain.seconds - seconds if drafted else missed_seconds
+        if drafted or not self.guard.is_on:
+            self.guard.note(saved, self._elapsed, plain.seconds)
