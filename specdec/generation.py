@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
-from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
+from specdec.drafters import Auto, Drafter, PromptLookup, Run, SmallModel
 from specdec.loop import DecodingLoop
 from specdec.recording import Recorder
 from specdec.sampling import Sampler
@@ -74,7 +74,8 @@ def generate(
             `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`, `prefix_allowed_tokens_fn`,
             `past_key_values`, ... Processors and criteria must depend on nothing but their arguments: they also see
             prefixes that are drafted and then dropped.
-        drafter: a `specdec.drafters` instance, a smaller model of the same tokenizer, or None / "auto".
+        drafter: a `specdec.drafters` instance; None or "auto" chooses every round what is quickest, plain decoding
+            included; so does a smaller model of the same tokenizer, which is then one of the choices.
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
         verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
         router: step-level routing (lossy by design) is not part of this version: None.
@@ -95,7 +96,7 @@ def generate(
     check_model(model)
     arguments = options.prepare(model, {"inputs": inputs, "generation_config": generation_config, **kwargs})
     method = _DecodingMethod(
-        drafter=as_drafter(drafter),
+        drafter=as_drafter(drafter, tree),
         tree=tree,
         verify=verify,
         generator=generator,
@@ -123,7 +124,8 @@ def enable(
     """
     options.check_call(model, tree=tree, verify=verify, router=None, generator=None)
     check_model(model)
-    defaults = {"drafter": as_drafter(drafter), "tree": tree, "verify": verify}
+    as_drafter(drafter, tree)
+    defaults = {"drafter": drafter, "tree": tree, "verify": verify}
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
 
     @functools.wraps(type(model).generate)
@@ -141,18 +143,22 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def as_drafter(drafter: Drafter | PreTrainedModel | str | None) -> Drafter:
+def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None = None) -> Drafter:
     """The drafter that an argument stands for.
+
+    Args:
+        tree: where the caller names one, the drafter is the one that grows it: there is nothing left to choose.
 
     Raises:
         ValueError: the argument is nothing that drafts.
     """
     if drafter is None or drafter == "auto":
-        return PromptLookup()
+        return Auto() if tree is None else PromptLookup()
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):
-        return SmallModel(drafter)
+        small = SmallModel(drafter)
+        return Auto(small) if tree is None else small
     raise ValueError(
         f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
     )

@@ -39,6 +39,7 @@ from trees import (
     Sequoia,
     TokenTree,
     TreeBatch,
+    WorthwhileChain,
 )
 
 CAUGHT = 1e-3
@@ -48,6 +49,7 @@ VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
+    "worthwhile chain": WorthwhileChain(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
     "fixed": Fixed((2, 2)),
     "fixed deep": Fixed((2, 1, 1)),
     "sequoia": Sequoia(5, (0.6, 0.3)),

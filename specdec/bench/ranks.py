@@ -29,10 +29,10 @@ def measure_ranks(
         ValueError: the outputs are too short to have a draft.
     """
     torch.manual_seed(settings.seed)
-    probe = _Probe(as_drafter(drafter))
+    fan = Fixed((_NUM_RANKS,))
+    probe = _Probe(as_drafter(drafter, fan))
     for prompt in prompts:
         inputs = encode_prompts(tokenizer, [prompt.text]).to(model.device)
-        fan = Fixed((_NUM_RANKS,))
         specdec.generate(model, **inputs, **generation_kwargs(model, settings), drafter=probe, tree=fan)
     acceptance = measure_acceptance(probe.accepted, probe.tested)
     if not acceptance:

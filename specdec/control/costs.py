@@ -38,9 +38,12 @@ class ForwardCosts:
     Args:
         seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
             the last slope goes on.
+        plain: number of tokens of a plain round. What these rounds take says how the machine is doing; other widths
+            have corrections of their own on top.
     """
 
-    def __init__(self, seconds: Mapping[int, float]):
+    def __init__(self, seconds: Mapping[int, float], plain: int = 1):
+        self._plain = _octave(plain)
         self._widths = sorted(seconds)
         # a wider forward is not cheaper: the narrower one was disturbed
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
@@ -65,12 +68,14 @@ class ForwardCosts:
     def note(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
         ratio, octave = seconds / self.measured(num_tokens), _octave(num_tokens)
-        self._drifts.append(ratio / self._corrections.get(octave, 1.0))
-        self.drift = median(self._drifts)
-        own = self._own[octave]
-        own.append(ratio / self.drift)
-        if len(own) >= _MIN_OWN:
-            self._corrections[octave] = median(own)
+        if octave == self._plain or octave in self._corrections:
+            self._drifts.append(ratio / self._corrections.get(octave, 1.0))
+            self.drift = median(self._drifts)
+        if octave != self._plain:
+            own = self._own[octave]
+            own.append(ratio / self.drift)
+            if len(own) >= _MIN_OWN:
+                self._corrections[octave] = median(own)
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
@@ -101,7 +106,7 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
         known[key] = ForwardCosts(measure_forwards(model))
     sized = (*key, _octave(num_rows))
     if sized not in known:
-        known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS})
+        known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
     return known[sized]
 
 

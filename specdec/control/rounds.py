@@ -17,9 +17,11 @@ _PACE_DECAY = 0.95
 """What a round still counts for after another."""
 _PACE_ROUNDS = 4.0
 """Rounds of plain decoding that a run's pace starts with."""
-_RUN_ROUNDS = 2.0
+_RUN_ROUNDS = 4.0
 """Rounds that what earlier runs have shown is worth in a new one."""
 _RUN_DECAY = 0.9
+_PLAIN_EVERY = 64
+"""Rounds after which one is plain, so that it is known what plain decoding takes now."""
 _LONGEST_ROUND = 2.0
 """Times what was expected: beyond that it was another program's doing. If it was not, the costs will follow."""
 _REMEMBERED_RUNS = 32
@@ -27,8 +29,10 @@ _PROBE_SHARE = 0.01
 """Of the time may be lost on looking whether a source that did not pay does so now."""
 _FIRST_PROBE, _LAST_PROBE = 8, 256
 """Rounds until a source that was not worth it is probed: at first, and at most."""
-_GUARD_SHARE, _GUARD_ROUNDS = 0.015, 1.5
+_GUARD_SHARE, _GUARD_ROUNDS = 0.02, 4.0
 """So much of the time, and the time of so many plain rounds, may be lost before speculation is switched off."""
+_GUARD_BANK = 10.0
+"""Plain rounds whose time may have been gained before: that much may be lost again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +187,7 @@ class Guard:
     def note(self, saved_seconds: float, elapsed_seconds: float, plain_seconds: float) -> None:
         """A round saved (or lost) so much, or would have with the draft that was at hand."""
         allowed = _GUARD_SHARE * elapsed_seconds + _GUARD_ROUNDS * plain_seconds
-        self.saved_seconds = min(self.saved_seconds + saved_seconds, allowed)
+        self.saved_seconds = min(self.saved_seconds + saved_seconds, _GUARD_BANK * plain_seconds)
         self.is_on = -self.saved_seconds <= (allowed if self.is_on else allowed / 2)
 
 
@@ -196,6 +200,7 @@ class RoundControl:
         self._probes: defaultdict[int, Probes] = defaultdict(Probes)
         self._elapsed = 0.0
         self._probed_seconds = 0.0
+        self._since_plain = 0
 
     def choose(self, plain: Plan, plans: Sequence[Plan], trials: Sequence[Plan] = ()) -> Plan:
         """The plan that is worth most, or one that is due to be tried.
@@ -203,7 +208,8 @@ class RoundControl:
         Args:
             trials: those of the plans whose sources show only by drafting what they are worth.
         """
-        if not self.guard.is_on:
+        self._since_plain += 1
+        if not self.guard.is_on or self._since_plain > _PLAIN_EVERY:
             return plain
         pace = self.pace.now(plain)
         best = max([plain, *plans], key=lambda plan: plan.worth(pace))
@@ -233,6 +239,8 @@ class RoundControl:
         seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
         self.pace.note(tokens, seconds)
         drafted = plan.source is not None
+        if not drafted:
+            self._since_plain = 0
         saved = tokens / plain.tokens * plain.seconds - seconds if drafted else missed_seconds
         if drafted or not self.guard.is_on:
             self.guard.note(saved, self._elapsed, plain.seconds)

@@ -3,7 +3,6 @@
 from specdec.drafters.auto import Auto
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.early_exit import EarlyExit
-from specdec.drafters.first_of import FirstOf
 from specdec.drafters.plain import Plain
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.quantized_self import QuantizedSelf
@@ -14,7 +13,6 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "EarlyExit",
-    "FirstOf",
     "Outcome",
     "Plain",
     "PromptLookup",

@@ -44,8 +44,10 @@ _LOOKUP = 0
 """The place of prompt lookup among the sources of a run."""
 _LONGEST_LOOKUP = 24
 _LONGEST_DRAFT = 12
-_HORIZON = 128
+_HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
+_TRIAL_ROUNDS = 3
+"""Rounds that it takes to know that a drafter does not pay in this run."""
 _MIN_COPY_TOKENS = 32
 """Shorter runs are not worth making an int8 copy of the target for."""
 _UNKNOWN_STEP = 0.2
@@ -201,6 +203,8 @@ class _ModelSource(_Source):
         super().__init__(run, drafter)
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
+        self.reading_seconds = 0.0
+        """Of the last draft, as expected: an expense for the rounds to come."""
 
     @property
     def has_begun(self) -> bool:
@@ -209,22 +213,28 @@ class _ModelSource(_Source):
     def plan(self, place: int, outlook: _Outlook) -> Plan | None:
         """What drafting now would bring; None: less than plain decoding, in every run that is remembered.
 
-        To begin with it, those runs in which it paid have to pay for what it has to read first: it need not go on.
+        To begin with it, those runs in which it paid have to pay for what it reads first, and for the rounds that it
+        takes to know the others.
         """
         expected = [self._yields.now] if self.has_begun else self._known.yields.runs
         plans = [self._round(place, each, outlook) for each in expected]
+        expense = self._reading_seconds(outlook)
         if not self.has_begun:
-            plans = [plan for plan in plans if outlook.worth(plan) > outlook.worth(outlook.plain)]
+            plain_worth = outlook.worth(outlook.plain)
+            failures = [plan for plan in plans if outlook.worth(plan) <= plain_worth]
+            plans = [plan for plan in plans if outlook.worth(plan) > plain_worth]
+            loss = sum(plain_worth - outlook.worth(plan) for plan in failures) / outlook.pace
+            expense += _TRIAL_ROUNDS * loss / len(expected)
         if not plans:
             return None
-        share = len(plans) / len(expected)
         tokens, seconds = (mean(column) for column in zip(*((p.tokens, p.seconds) for p in plans), strict=True))
         rounds_left = min(max(outlook.max_depths), _HORIZON) / (tokens / outlook.num_rows)
-        reading = self._reading_seconds(outlook) / max(rounds_left * share, 1.0)
-        return replace(plans[0], tokens=tokens, seconds=seconds + reading)
+        paying_rounds = max(rounds_left * len(plans) / len(expected), 1.0)
+        return replace(plans[0], tokens=tokens, seconds=seconds + expense / paying_rounds)
 
     def draft(self, outlook: _Outlook) -> Draft:
-        self._forwards, self._backlog = self.session.num_forwards, self.session.backlog
+        self._forwards = self.session.num_forwards
+        self.reading_seconds = self._reading_seconds(outlook)
         if isinstance(self.session, GrowingSession):
             self.session.policy = WorthwhileChain(
                 prices=outlook.prices(self._step_seconds(outlook), _LONGEST_DRAFT),
@@ -238,8 +248,8 @@ class _ModelSource(_Source):
         trees, num_rows = draft.trees, outlook.num_rows
         steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
-        if steps and self._backlog <= 1:
-            self._note_step(outlook, draft_seconds / steps)
+        if steps and self.reading_seconds < draft_seconds / 2:
+            self._note_step(outlook, (draft_seconds - self.reading_seconds) / steps)
         if trees.is_chain and trees.rows is not None:
             for row, path in zip(trees.rows, outcome.paths, strict=True):
                 self.acceptance.note_chain(row.probs or (), len(path))
@@ -390,14 +400,17 @@ class _AutoSession(DraftSession):
         outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees
         if plan.source in (None, _LOOKUP) or self._model_of(plan).session.draft_model is not None:
             outlook.costs.note(outlook.num_rows * (trees.width + 1), now - round_.drafted)
+        seconds = now - round_.started
         if plan.source not in (None, _LOOKUP):
-            self._model_of(plan).learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
+            source = self._model_of(plan)
+            source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
+            seconds = max(seconds - source.reading_seconds, 0.0)
         self._lookup.learn(outcome)
         tokens, missed = sum(map(len, outcome.tokens)), 0.0
         if round_.offer is not None and plan.source is None:
             would = self._lookup.would_commit(outcome, round_.offer.length)
             missed = would / outlook.num_rows * outlook.plain.seconds - round_.offer.seconds
-        self._control.note(outlook.plain, plan, tokens, now - round_.started, missed_seconds=missed)
+        self._control.note(outlook.plain, plan, tokens, seconds, missed_seconds=missed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
