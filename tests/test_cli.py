@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import specdec
 from specdec.bench.harness import Harness
 from specdec.cli.app import app
-from specdec.cli.bench import TABLE_WIDTH
+from specdec.cli.bench_output import TABLE_WIDTH
 from specdec.cli.conversation import Conversation
 from tests.tiny_models import save_tiny_model
 
@@ -63,6 +63,26 @@ def test_generate_streams_what_transformers_says(tiny: str, tiny_draft: str, dra
     assert result.exit_code == 0, result.output
     assert result.stdout == plain_text(tiny, PROMPT) + "\n"
     assert "tokens per round" in result.stderr
+
+
+@pytest.mark.parametrize("tree", ["chain:3", "fixed:2x1", "dyspec:budget=8,max_depth=4"])
+def test_generate_grows_trees(tiny: str, tiny_draft: str, tree: str) -> None:
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-d", tiny_draft, "-n", "16", "--tree", tree, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["text"] == plain_text(tiny, PROMPT)
+    assert document["stats"]["draft_forwards"] > 0
+    assert (document["stats"]["num_drafted"] > document["stats"]["num_levels"]) == (tree != "chain:3")
+
+
+def test_generate_verifies_by_traversal(tiny: str, tiny_draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    generate = specdec.generate
+    monkeypatch.setattr(specdec, "generate", lambda *a, **kw: asked.update(kw) or generate(*a, **kw), raising=False)
+    options = ("--sample", "--seed", "1", "--tree", "dyspec:8", "--verify", "traversal")
+    result = specdec_command("generate", PROMPT, "-m", tiny, "-d", tiny_draft, "-n", "16", *options)
+    assert result.exit_code == 0, result.output
+    assert asked["verify"] == "traversal"
 
 
 def test_generate_reads_stdin(tiny: str) -> None:
@@ -117,6 +137,12 @@ def test_generate_passes_the_system_prompt(tiny: str) -> None:
         (["--drafter", "small-model"], "give it with --draft"),
         (["--drafter", "prompt-lookup:num_tokens=0"], "num_tokens"),
         (["--drafter", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--tree", "bush"], "unknown tree 'bush'; choose from: chain, fixed"),
+        (["--tree", "dyspec:4", "--drafter", "plain"], "plain does not take the tree dyspec:4: use prompt-lookup or"),
+        (["--tree", "fixed:2x1"], "auto does not take the tree fixed:2x1: use small-model or quantized-self"),
+        (["--tree", "sequoia:8"], "specdec bench --tree sequoia:8"),
+        (["--tree", "dyspec:0", "--drafter", "prompt-lookup"], "budget is a positive integer"),
+        (["--verify", "traversal"], "--verify traversal needs --sample"),
         (["--temperature", "0.5"], "--temperature needs --sample"),
         (["--top-k", "5"], "--top-k needs --sample"),
         (["--seed", "5"], "--seed needs --sample"),
@@ -288,7 +314,8 @@ def test_bench_prints_a_table(tiny: str, tiny_draft: str, few: str) -> None:
     assert result.exit_code == 0, result.output
     for method in ("transformers", "plain", "prompt-lookup", "small-model"):
         assert method in result.stdout
-    assert "counts the bonus token" in result.stdout.splitlines()[-1]
+    assert "counts the bonus token" in result.stdout
+    assert "greedy, new tokens: 8, batch: 1" in " ".join(result.stdout.split())
 
 
 def test_bench_prints_one_json_document(tiny: str, few: str) -> None:
@@ -302,21 +329,76 @@ def test_bench_prints_one_json_document(tiny: str, few: str) -> None:
     assert rows == [(name, category, 2) for category in ("few", "all") for name in names]
 
 
+def test_bench_measures_every_batch_size_and_length(tiny: str, few: str) -> None:
+    sizes = ("--batch-size", "1,2", "--output-len", "4,6", "-r", "1", "--warmup", "0")
+    result = specdec_command("bench", "-m", tiny, "--prompts", few, "--methods", "plain", *sizes, "--json")
+    assert result.exit_code == 0, result.output
+    rows = [row for row in json.loads(result.stdout)["methods"] if (row["name"], row["category"]) == ("plain", "all")]
+    measured = [(row["max_new_tokens"], row["batch_size"], row["num_tokens"]) for row in rows]
+    assert measured == [(4, 1, 12), (4, 2, 12), (6, 1, 18), (6, 2, 18)]
+
+
+def test_bench_cuts_prompts_to_a_length(tiny: str) -> None:
+    options = ("--input-len", "5,40", "--category", "math", "--methods", "plain", "--json")
+    result = specdec_command("bench", "-m", tiny, *options, *FAST)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["suite"] == "builtin, cut"
+    rows = [(row["category"], row["num_prompts"]) for row in document["methods"] if row["name"] == "plain"]
+    assert rows == [("5 tokens", 2), ("40 tokens", 2), ("all", 4)]
+
+
+def test_bench_runs_peers(tiny: str, tiny_draft: str, few: str) -> None:
+    peers = ("--peers", "transformers,transformers/early-exit:exit_layer=1", "--methods", "plain", "--json")
+    result = specdec_command("bench", "-m", tiny, "-d", tiny_draft, "--prompts", few, "--limit", "1", *peers, *FAST)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    modes = ("prompt-lookup", "assistant", "early-exit:exit_layer=1")
+    names = ["transformers", "plain", *(f"transformers/{mode}" for mode in modes)]
+    assert [row["name"] for row in document["methods"] if row["category"] == "all"] == names
+    assert {row["identical_to_plain"] for row in document["methods"]} == {True}
+    assert document["not_available"] == []
+
+
+def test_bench_writes_files_beside_the_table(tiny: str, few: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = {ending: tmp_path / f"out.{ending}" for ending in ("json", "jsonl", "csv", "md", "txt")}
+    for path in written.values():
+        files = ("--output", str(path), "--plot", str(tmp_path / "figure.svg"), "--limit", "1", "--methods", "plain")
+        result = specdec_command("bench", "-m", tiny, "--prompts", few, *files, *FAST)
+        assert result.exit_code == 0, result.output
+        assert "speed-up" in result.stdout
+    assert json.loads(written["json"].read_text())["suite"] == "few.jsonl"
+    assert json.loads(written["jsonl"].read_text().splitlines()[-1])["name"] == "plain"
+    assert written["csv"].read_text().startswith("model,suite,")
+    assert "| category | method |" in written["md"].read_text()
+    assert "counts the bonus token" in written["txt"].read_text()
+    assert (tmp_path / "figure.svg").stat().st_size > 10_000
+
+
+def test_bench_prints_other_formats(tiny: str, few: str) -> None:
+    for name, start in (("csv", "model,suite,"), ("md", "**"), ("jsonl", '{"schema_version": 1')):
+        options = ("-o", name, "--limit", "1", "--methods", "plain")
+        result = specdec_command("bench", "-m", tiny, "--prompts", few, *options, *FAST)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(start)
+
+
 def test_bench_drafts_trees(tiny: str, tiny_draft: str, few: str) -> None:
     trees = ("--tree", "chain:3", "--tree", "sequoia:8", "--tree", "dyspec:budget=8,max_depth=4")
     result = specdec_command("bench", "-m", tiny, "--draft", tiny_draft, "--prompts", few, *trees, *FAST)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= TABLE_WIDTH
-    for text in ("small-model sequoia:8", "dyspec:budget=8,max_depth=4", "calls  depth  nodes"):
+    for text in ("small-model sequoia:8", "dyspec:budget=8,max_depth=4", "calls", "depth", "nodes"):
         assert text in result.stdout
-    assert "depth and nodes of a row's tree" in result.stdout.splitlines()[-1]
+    assert "depth and nodes of a row's tree" in result.stdout
 
 
 def test_bench_measures_ranks_once_for_each_drafter(
     tiny: str, tiny_draft: str, few: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr("specdec.bench.ranks.measure_ranks", lambda *args: asked.append(args[2]) or (0.5, 0.25))
+    monkeypatch.setattr("specdec.bench.building.measure_ranks", lambda *args: asked.append(args[2]) or (0.5, 0.25))
     options = ("--methods", "small-model,quantized-self", "--tree", "sequoia:4", "--tree", "sequoia:8", "--json")
     result = specdec_command("bench", "-m", tiny, "-d", tiny_draft, "--prompts", few, "--limit", "1", *options, *FAST)
     assert result.exit_code == 0, result.output
@@ -406,6 +488,17 @@ def test_bench_fails_when_a_method_fails(tiny: str, few: str, monkeypatch: pytes
         (["--prompts", "missing.jsonl"], "cannot read the prompts"),
         (["--temperature", "0.5"], "temperature"),
         (["--reference", "prompt-lookup"], "--reference"),
+        (["--peers", "vllm"], "unknown peer 'vllm'; choose from: transformers, llama.cpp"),
+        (["--peers", "transformers/assistant"], "give it with --draft"),
+        (["--peers", "transformers/early-exit:exit_layer=9"], "exit_layer must be from 1 to 1 for this model"),
+        (["--gguf", "x.gguf"], "--gguf and --draft-gguf are for --peers llama.cpp"),
+        (["--batch-size", "1,many"], "--batch-size takes a whole number or several, separated by commas"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--input-len", "0"], "--input-len must be at least 1"),
+        (["-o", "yaml"], "yaml"),
+        (["--output", "results.yaml"], "the ending says what is written; it may be .json, .jsonl, .csv, .md, .txt"),
+        (["--output", "no/such/folder/results.json"], "there is no folder no/such/folder"),
+        (["--plot", "figure.gif"], "the ending says what is written; it may be .png, .svg, .pdf"),
         (["--max-new-tokens", str(CONTEXT_LENGTH)], "positions of the model"),
     ],
 )

@@ -8,7 +8,7 @@ MODEL and SMALL are folders or `.gguf` files. llama.cpp (through the wheel `xlla
 
 Every configuration gets the same token ids and the same limit, and stops at the end-of-sequence token, which counts on
 all sides. Two rates: `end to end` is new tokens over wall time, prefill included; `decode` is the tokens after the
-first commit over the time after it (llama.cpp: its own timer, which starts with the first token). A prompt's rate is
+first commit over the time after it. A prompt's rate is
 the median of its repetitions, a category's the geometric mean of its prompts. Text is not expected to agree between
 sides (float32, int8 and GGUF weights differ); `same` counts the prompts on which a configuration says what its own
 side's plain decoding says. llama.cpp's servers hold one speculation each, and the n-gram maps learn from earlier
@@ -29,22 +29,22 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
+from bench.peers.configurations import drafted_by, llama_configurations, ours, prepared_copy
 from bench.peers.contest import (
     FLOAT,
     INT8,
-    LLAMA,
     Configuration,
     Task,
     log,
     measure,
     warm_up,
 )
-from bench.peers.llama_cpp import LLAMA_KINDS, LlamaFiles, llama_configurations
-from bench.peers.ours import drafted_by, ours, prepared_copy
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
 from specdec.bench.harness import Method
 from specdec.bench.methods import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.bench.peers import LLAMA_CPP, PeerSpec
+from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.bench.suite import ALL, load_suite
 from specdec.cli.loading import load_pair
 from specdec.errors import SpecdecError
@@ -82,20 +82,7 @@ def check_methods(arguments: argparse.Namespace) -> None:
     for method in f"{arguments.int8},{arguments.float or PLAIN}".split(","):
         DrafterSpec.parse(method)
     for method in arguments.llama.split(","):
-        if method.partition(":")[0] not in LLAMA_KINDS:
-            raise ValueError(f"unknown llama.cpp method {method!r}; choose from: {', '.join(LLAMA_KINDS)}")
-
-
-def find_gguf(given: Path | None, source: str | None) -> Path | None:
-    """The file that was named, else the source if it is one, else the one of the same name beside the folder."""
-    if given is not None:
-        if not given.is_file():
-            raise ValueError(f"there is no file {given}")
-        return given
-    if source is None:
-        return None
-    candidates = [Path(source), Path(source.rstrip("/") + ".gguf")]
-    return next((path for path in candidates if path.suffix == ".gguf" and path.is_file()), None)
+        PeerSpec.parse(f"{LLAMA_CPP}/{method}")
 
 
 def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,8 +102,6 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
     files = LlamaFiles(
         target=find_gguf(arguments.gguf, arguments.model),
         draft=find_gguf(arguments.draft_gguf, arguments.draft),
-        num_threads=arguments.threads,
-        context_length=max(len(task.ids) for task in tasks) + arguments.max_new_tokens + 128,
     )
     if draft is not None:
         specdec.prepare(draft, weights="int8")
@@ -124,7 +109,9 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
     configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
     if arguments.float:
         configurations += drafted_by(FLOAT, arguments.float, prepared_copy(model), tokenizer, draft)
-    configurations += llama_configurations(arguments.llama, files)
+    longest = max(len(task.ids) for task in tasks) + arguments.max_new_tokens
+    room = {"num_threads": arguments.threads, "context_length": longest}
+    configurations += llama_configurations(arguments.llama, files, **room)
     heading = {"model": name, "draft": arguments.draft and Path(arguments.draft).name}
     heading["environment"] = environment(arguments, files)
     return configurations, tasks, heading, model.num_parameters() < SMALL_MODEL_PARAMETERS
@@ -149,7 +136,7 @@ def run(arguments: argparse.Namespace) -> bool:
         print(text)
     else:
         show(document, rows, found)
-    wrong = [row for row in rows if row.category == ALL and row.side != LLAMA and is_wrong(row)]
+    wrong = [row for row in rows if row.category == ALL and row.side != LLAMA_CPP and is_wrong(row)]
     for row in wrong:
         log(f"{row.name} differs from plain decoding on {row.num_prompts - row.num_same - row.num_ties} prompts")
     return not wrong

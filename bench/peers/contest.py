@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.bench.equality import Verdict
+from specdec.bench.peers import LLAMA_CPP
+from specdec.bench.running import Run
 from specdec.bench.suite import Prompt
 
-INT8, FLOAT, LLAMA = "int8", "float32", "llama.cpp"
+INT8, FLOAT = "int8", "float32"
 METRICS = {"decode": "decode tok/s", "end_to_end": "end-to-end"}
 PAUSE_S = 0.05
 """Between two calls, so that one side's idle workers do not spin into the other's time."""
@@ -30,6 +32,20 @@ class Sample:
     num_drafted: int
     num_accepted: int
     output: list[int] | str
+
+    @classmethod
+    def of(cls, run: Run) -> Sample:
+        """What the harness or a peer noted of one prompt."""
+        first, last = run.token_seconds[0], run.token_seconds[-1]
+        return cls(
+            num_tokens=run.num_tokens,
+            seconds=run.seconds,
+            num_decoded=sum(stamp > first for stamp in run.token_seconds),
+            decode_seconds=last - first,
+            num_drafted=(run.counts and run.counts.num_drafted) or 0,
+            num_accepted=(run.counts and run.counts.num_accepted) or 0,
+            output=run.tokens[0] if run.text is None else run.text,
+        )
 
     @property
     def rates(self) -> dict[str, float | None]:
@@ -76,7 +92,7 @@ def warm_up(configurations: list[Configuration], task: Task, max_new_tokens: int
         try:
             configuration.decode(task, min(max_new_tokens, NUM_WARMUP_TOKENS))
         except RuntimeError as error:
-            if configuration.side != LLAMA:
+            if configuration.side != LLAMA_CPP:
                 raise
             configuration.decode, configuration.unavailable = None, f"failed: {error}"
 

@@ -22,16 +22,16 @@ import specdec
 from bench.peers.contest import (
     FLOAT,
     INT8,
-    LLAMA,
     METRICS,
     Configuration,
     Sample,
     Task,
 )
-from bench.peers.llama_cpp import LlamaFiles, xllamacpp
 from specdec import kernels
 from specdec.bench.equality import Verdict
 from specdec.bench.methods import PLAIN, QUANTIZED_SELF, TRANSFORMERS
+from specdec.bench.peers import LLAMA_CPP
+from specdec.bench.peers.llama_cpp import LlamaFiles, describe
 from specdec.bench.suite import ALL
 
 
@@ -146,8 +146,8 @@ def category_ratios(rows: list[Row], category: str, metric: str, is_small: bool)
     stock_bar, llama_bar = (4.0, 0.6) if is_small else (5.0, 0.8)
     wanted = [
         ("int8 plain / transformers", int8_plain, stock, stock_bar),
-        ("int8 plain / llama.cpp plain", int8_plain, best(LLAMA, method=PLAIN), llama_bar),
-        ("best int8 / best llama.cpp", best(INT8), best(LLAMA), {"edit": 1.4, "code": 1.0}.get(category)),
+        ("int8 plain / llama.cpp plain", int8_plain, best(LLAMA_CPP, method=PLAIN), llama_bar),
+        ("best int8 / best llama.cpp", best(INT8), best(LLAMA_CPP), {"edit": 1.4, "code": 1.0}.get(category)),
         ("quantized-self / transformers", quantized, stock, 2.2),
         ("quantized-self / float32 plain", quantized, best(FLOAT, method=PLAIN), None),
         ("best int8 / transformers", best(INT8), stock, None),
@@ -232,10 +232,7 @@ def environment(arguments: argparse.Namespace, files: LlamaFiles) -> dict[str, A
         "kernels": kernels.describe(),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
-        "xllamacpp": xllamacpp and xllamacpp.__version__,
-        "llama_cpp_features": xllamacpp and xllamacpp.get_system_info().strip(" |"),
-        "gguf": files.target and files.target.name,
-        "draft_gguf": files.draft and files.draft.name,
+        **describe(files),
         "platform": platform.platform(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

@@ -21,15 +21,21 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """An output beside the reference's: `position` and `logit_gap` are those of the first difference."""
+    """An output beside the reference's: `position` and `logit_gap` are those of the first difference.
+
+    Where nobody can be asked for logits there are texts instead of tokens, and `position` counts characters.
+    """
 
     verdict: Verdict
     position: int | None = None
     logit_gap: float | None = None
+    is_text: bool = False
 
     def __str__(self) -> str:
         if self.verdict is Verdict.IDENTICAL:
             return "identical"
+        if self.is_text:
+            return f"another text from character {self.position} on"
         if self.logit_gap is None:
             return f"one output ends at token {self.position}, the other one goes on"
         return f"first difference at token {self.position}, logit gap {self.logit_gap:.3g}"
@@ -58,6 +64,15 @@ def compare(
     gap = (logits.max() - logits[[reference[position], output[position]]].min()).item()
     verdict = Verdict.TIE if gap < TIE_BOUND[model.dtype] else Verdict.DIFFERENT
     return Comparison(verdict=verdict, position=position, logit_gap=gap)
+
+
+def compare_texts(reference: str, output: str) -> Comparison:
+    """For decoders whose logits are out of reach: a tie cannot be told from a mistake."""
+    if reference == output:
+        return Comparison(verdict=Verdict.IDENTICAL, is_text=True)
+    pairs = enumerate(zip(reference, output, strict=False))
+    position = next((i for i, (a, b) in pairs if a != b), min(len(reference), len(output)))
+    return Comparison(verdict=Verdict.DIFFERENT, position=position, is_text=True)
 
 
 def _next_logits(model: PreTrainedModel, prefix_ids: torch.Tensor, generation_kwargs: dict[str, Any]) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """Measure: every method on every batch of prompts, repetitions interleaved, in one process."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-import specdec
-from specdec.bench.equality import Comparison, compare
+from specdec.bench.equality import Comparison, compare, compare_texts
 from specdec.bench.memory import PeakMemory
+from specdec.bench.peers.transformers_modes import OwnGenerate
+from specdec.bench.running import Peer, Run, decode, pad_id
 from specdec.bench.suite import Prompt
 from specdec.compatibility import position_limit
 from specdec.drafters import Drafter
@@ -23,11 +24,12 @@ from trees import GrowthPolicy
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to generate: what `specdec.generate` takes; no drafter stands for the model's own `generate()`."""
+    """What `specdec.generate` takes, or a peer; without either it is the model's own `generate()`."""
 
     name: str
-    drafter: Drafter | str | None
+    drafter: Drafter | str | None = None
     tree: GrowthPolicy | None = None
+    peer: Peer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class Settings:
     temperature: float | None = None
     verify: str = "topdown"
     seed: int = 0
+    without_penalty: bool = False
+    """Leave the checkpoint's repetition penalty out: llama.cpp's looks at another window of tokens."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "repetitions"):
@@ -55,35 +59,24 @@ class Settings:
     @property
     def generation_kwargs(self) -> dict[str, Any]:
         temperature = {} if self.temperature is None else {"temperature": self.temperature}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, **temperature}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One timed call on one batch.
-
-    `tokens` are each row's new tokens, the end-of-sequence token among them; `token_seconds` holds for every
-    one of them, in ascending order, when it was there, counted from the start of the call.
-    """
-
-    seconds: float
-    tokens: list[list[int]]
-    token_seconds: list[float]
-    stats: "specdec.DecodingStats | None"
-    peak_memory_mib: float | None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.tokens))
+        penalty = {"repetition_penalty": 1.0} if self.without_penalty else {}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, **temperature, **penalty}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult:
-    """All repetitions of all methods on one batch. `comparisons`: one a prompt; none at all when sampling."""
+    """All repetitions of all methods on one batch.
+
+    `comparisons`: one a prompt; none at all when sampling. `references`: whom each of them was compared with; `peers`:
+    the methods that are not specdec's.
+    """
 
     prompts: list[Prompt]
     runs: dict[str, list[Run]]
     comparisons: dict[str, list[Comparison]]
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    peers: frozenset[str] = frozenset()
+    settings: Settings = Settings()
 
     @property
     def category(self) -> str:
@@ -91,12 +84,25 @@ class BatchResult:
 
     @property
     def reference(self) -> str:
-        """The method that the others are compared with."""
+        """The method that the others are compared with, where they have no plain decoding of their own."""
         return next(iter(self.runs))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotAvailable:
+    """A peer that could not take part."""
+
+    name: str
+    batch_size: int
+    max_new_tokens: int
+    reason: str
+
+
 class Harness:
-    """Runs `methods` on one model; the first one is the reference that greedy outputs are compared with."""
+    """Runs `methods` on one model; the first one is the reference that greedy outputs are compared with.
+
+    A peer that cannot take part, or that fails, is left out; `missing` says why.
+    """
 
     def __init__(
         self,
@@ -107,39 +113,57 @@ class Harness:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._methods = methods
-        self._settings = settings
+        self.settings = settings
+        self._lacking = dict(_lacking(methods, settings))
+        self._methods = [method for method in methods if method.name not in self._lacking]
+        self._references = dict(_references(self._methods))
+        self._own_generate = OwnGenerate(model)
+        self._settle_seconds = max((method.peer.settle_seconds for method in self._methods if method.peer), default=0.0)
         self._memory = PeakMemory(model.device)
-        self._eos_ids = _eos_ids(model)
-        self._pad_id = _pad_id(model)
         self._generation_kwargs = generation_kwargs(model, settings)
+
+    @property
+    def missing(self) -> list[NotAvailable]:
+        size, length = self.settings.batch_size, self.settings.max_new_tokens
+        return [
+            NotAvailable(name=name, batch_size=size, max_new_tokens=length, reason=reason)
+            for name, reason in self._lacking.items()
+        ]
 
     def num_calls(self, prompts: list[Prompt]) -> int:
         """How often `run` will call `on_call`."""
-        num_rounds = len(self._batches(prompts)) * self._settings.repetitions + self._settings.warmup
+        num_rounds = len(self._batches(prompts)) * self.settings.repetitions + self.settings.warmup
         return num_rounds * len(self._methods)
 
     def run(self, prompts: list[Prompt], on_call: Callable[[], None]) -> Iterator[BatchResult]:
         """Yield each batch's result when all its repetitions are done: those stay valid after Ctrl-C.
 
-        Raises `ValueError` if a prompt does not fit into the context, `SpecdecError` if a method fails.
+        Raises `ValueError` if a prompt does not fit into the context, `SpecdecError` if specdec fails.
         """
         batches = [(batch, self._encode(batch)) for batch in self._batches(prompts)]
-        for _ in range(self._settings.warmup):
-            self._run_all(*batches[0], on_call)
+        for turn in range(self.settings.warmup):
+            self._run_all(*batches[0], turn, on_call)
         for batch, inputs in batches:
-            repetitions = [self._run_all(batch, inputs, on_call) for _ in range(self._settings.repetitions)]
-            runs = {method.name: [runs[method.name] for runs in repetitions] for method in self._methods}
-            yield BatchResult(prompts=batch, runs=runs, comparisons=self._compare(inputs, runs))
+            repetitions = [self._run_all(batch, inputs, turn, on_call) for turn in range(self.settings.repetitions)]
+            present = [method.name for method in self._methods if method.name not in self._lacking]
+            runs = {name: [runs[name] for runs in repetitions] for name in present}
+            yield BatchResult(
+                prompts=batch,
+                runs=runs,
+                comparisons=self._compare(inputs, runs),
+                references=self._references,
+                peers=frozenset(method.name for method in self._methods if method.peer is not None),
+                settings=self.settings,
+            )
 
     def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
-        size = self._settings.batch_size
+        size = self.settings.batch_size
         by_category = [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.category)]
         return [group[start : start + size] for group in by_category for start in range(0, len(group), size)]
 
     def _encode(self, batch: list[Prompt]) -> BatchEncoding:
-        inputs = encode_prompts(self._tokenizer, [prompt.text for prompt in batch])
-        num_prompt, num_new = inputs["input_ids"].shape[1], self._settings.max_new_tokens
+        inputs = encode(self._tokenizer, batch)
+        num_prompt, num_new = inputs["input_ids"].shape[1], self.settings.max_new_tokens
         limit = position_limit(self._model)
         if num_prompt + num_new > limit:
             raise ValueError(
@@ -148,112 +172,99 @@ class Harness:
             )
         return inputs.to(self._model.device)
 
-    def _run_all(self, batch: list[Prompt], inputs: BatchEncoding, on_call: Callable[[], None]) -> dict[str, Run]:
+    def _run_all(
+        self, batch: list[Prompt], inputs: BatchEncoding, turn: int, on_call: Callable[[], None]
+    ) -> dict[str, Run]:
+        """Everyone once. The first one changes from turn to turn: nobody always runs after the same neighbour."""
         runs = {}
-        for method in self._methods:
-            try:
-                runs[method.name] = self._run(method, inputs)
-            except Exception as error:
-                raise SpecdecError(
-                    f"{method.name} failed on {_name(batch)}: {type(error).__name__}: {error}"
-                ) from error
+        first = turn % len(self._methods)
+        for method in self._methods[first:] + self._methods[:first]:
+            if method.name not in self._lacking:
+                try:
+                    runs[method.name] = self._run(method, inputs)
+                except Exception as error:
+                    reason = f"failed on {_name(batch)}: {type(error).__name__}: {error}"
+                    if method.peer is None:
+                        raise SpecdecError(f"{method.name} {reason}") from error
+                    self._lacking[method.name] = reason
             on_call()
         return runs
 
     def _run(self, method: Method, inputs: BatchEncoding) -> Run:
-        torch.manual_seed(self._settings.seed)
+        torch.manual_seed(self.settings.seed)
+        time.sleep(self._settle_seconds)
         self._memory.reset()
-        clock = _StepClock()
-        if method.drafter is None:
-            sequences = self._model.generate(**inputs, **self._generation_kwargs, streamer=clock)
-            stats = None
+        peer = self._own_generate if method.drafter is None and method.peer is None else method.peer
+        if peer is not None:
+            run = peer.decode(inputs, self._generation_kwargs)
         else:
-            out = specdec.generate(
+            assert method.drafter is not None
+            run = decode(
                 self._model,
-                **inputs,
-                **self._generation_kwargs,
+                inputs,
+                self._generation_kwargs,
                 drafter=method.drafter,
                 tree=method.tree,
-                verify=self._settings.verify,
-                return_dict_in_generate=True,
+                verify=self.settings.verify,
             )
-            assert isinstance(out, specdec.SpeculativeOutput)
-            sequences, stats = out.sequences, out.stats
-        new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        seconds = clock.seconds()
-        tokens = [without_padding(row, self._eos_ids, self._pad_id) for row in new_ids]
-        return Run(
-            seconds=seconds,
-            tokens=tokens,
-            token_seconds=clock.token_seconds(tokens) if stats is None else stats.token_seconds,
-            stats=stats,
-            peak_memory_mib=self._memory.mib(),
-        )
+        return dataclasses.replace(run, peak_memory_mib=self._memory.mib())
 
     def _compare(self, inputs: BatchEncoding, runs: dict[str, list[Run]]) -> dict[str, list[Comparison]]:
-        if self._settings.sample:
+        if self.settings.sample:
             return {}
-        first_run, *_ = runs[self._methods[0].name]
         prompts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         return {
-            name: [
-                self._worst(prompts[row], first_run.tokens[row], [run.tokens[row] for run in repetitions])
-                for row in range(len(prompts))
-            ]
+            name: self._compare_runs(prompts, runs[self._references[name]][0], repetitions)
             for name, repetitions in runs.items()
+            if self._references[name] in runs
         }
 
-    def _worst(self, prompt_ids: torch.Tensor, reference: list[int], outputs: list[list[int]]) -> Comparison:
-        comparisons = [
-            compare(self._model, prompt_ids, reference, output, self._generation_kwargs) for output in outputs
+    def _compare_runs(self, prompts: list[torch.Tensor], reference: Run, runs: list[Run]) -> list[Comparison]:
+        """The worst verdict of all repetitions, for each prompt."""
+        if reference.text is not None:
+            return [_worst([compare_texts(reference.text, run.text or "") for run in runs])]
+        return [
+            _worst(
+                [
+                    compare(self._model, prompt_ids, reference.tokens[row], run.tokens[row], self._generation_kwargs)
+                    for run in runs
+                ]
+            )
+            for row, prompt_ids in enumerate(prompts)
         ]
-        return max(comparisons, key=lambda comparison: comparison.verdict)
-
-
-class _StepClock(BaseStreamer):
-    """Stamps every step of transformers' own loop, which puts the prompt first and then one token a row."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._stamps: list[float] = []
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def put(self, value: torch.Tensor) -> None:
-        self._stamps.append(self.seconds())
-
-    def end(self) -> None:
-        pass
-
-    def token_seconds(self, tokens: list[list[int]]) -> list[float]:
-        _prompt, *steps = self._stamps
-        return sorted(steps[index] for row in tokens for index in range(len(row)))
-
-
-def without_padding(row: list[int], eos_ids: list[int], pad_id: int | None) -> list[int]:
-    """The row up to and including its first end-of-sequence token, if nothing but padding follows it.
-
-    Anything else after that token is a decoding error, which stays visible to the comparison.
-    """
-    end = next((index + 1 for index, token in enumerate(row) if token in eos_ids), len(row))
-    return row[:end] if all(token == pad_id for token in row[end:]) else row
 
 
 def generation_kwargs(model: PreTrainedModel, settings: Settings) -> dict[str, Any]:
     """What every method gets, the model's own `generate()` too."""
-    return {**settings.generation_kwargs, "pad_token_id": _pad_id(model)}
+    return {**settings.generation_kwargs, "pad_token_id": pad_id(model)}
 
 
-def _eos_ids(model: PreTrainedModel) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _lacking(methods: list[Method], settings: Settings) -> Iterator[tuple[str, str]]:
+    for method in methods:
+        if method.peer is not None:
+            reason = method.peer.lacks(batch_size=settings.batch_size, sample=settings.sample)
+            if reason is not None:
+                yield method.name, reason
 
 
-def _pad_id(model: PreTrainedModel) -> int | None:
-    """What `generate()` fills finished rows with."""
-    pad_id = model.generation_config.pad_token_id
-    return next(iter(_eos_ids(model)), None) if pad_id is None else pad_id
+def _references(methods: list[Method]) -> Iterator[tuple[str, str]]:
+    """Whom each method's output must equal: the first method, or the first one of a family with weights of its own."""
+    first: dict[str, str] = {}
+    for method in methods:
+        family = method.peer.family if method.peer is not None and method.peer.has_own_weights else ""
+        yield method.name, first.setdefault(family, method.name)
+
+
+def _worst(comparisons: list[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda comparison: comparison.verdict)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt]) -> BatchEncoding:
+    """`input_ids` and `attention_mask`, [B, P], left-padded."""
+    if batch[0].token_ids is None:
+        return encode_prompts(tokenizer, [prompt.text for prompt in batch])
+    input_ids = torch.tensor([prompt.token_ids for prompt in batch])
+    return BatchEncoding({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
 
 
 def _name(batch: list[Prompt]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from specdec.bench.naming import FLAG, SHARE, TEXT, WHOLE, Value, check_known, parse_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,42 +25,31 @@ EARLY_EXIT = "early-exit"
 SEQUOIA = "sequoia"
 
 
-class _Value(NamedTuple):
-    """What a parameter takes, in words and as the function that reads it."""
-
-    meaning: str
-    read: Callable[[str], Any]
-
-
 def _read_widths(text: str) -> tuple[int, ...]:
     return tuple(int(width) for width in text.split("x"))
 
 
-_WHOLE = _Value("a whole number", int)
-_SHARE = _Value("a number", float)
-_TEXT = _Value("a text", str)
-_EXIT = _Value("a number of layers or adaptive", lambda text: text if text == "adaptive" else int(text))
-_FLAG = _Value("true or false", {"true": True, "false": False}.__getitem__)
-_WIDTHS = _Value("whole numbers joined by x (4x2x1)", _read_widths)
+_EXIT = Value("a number of layers or adaptive", lambda text: text if text == "adaptive" else int(text))
+_WIDTHS = Value("whole numbers joined by x (4x2x1)", _read_widths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TreeKind:
     class_name: str
     """In `trees`."""
-    parameters: Mapping[str, _Value]
+    parameters: Mapping[str, Value]
     """The value of the first one may stand without its name."""
     is_complete: bool = True
     """Whether every parameter has a default value."""
 
 
 _TREE_KINDS = {
-    "chain": _TreeKind(class_name="Chain", parameters={"length": _WHOLE}),
+    "chain": _TreeKind(class_name="Chain", parameters={"length": WHOLE}),
     "fixed": _TreeKind(class_name="Fixed", parameters={"branching": _WIDTHS}, is_complete=False),
-    SEQUOIA: _TreeKind(class_name="Sequoia", parameters={"budget": _WHOLE}, is_complete=False),
-    "dyspec": _TreeKind(class_name="DySpec", parameters={"budget": _WHOLE, "max_depth": _WHOLE, "shared": _FLAG}),
+    SEQUOIA: _TreeKind(class_name="Sequoia", parameters={"budget": WHOLE}, is_complete=False),
+    "dyspec": _TreeKind(class_name="DySpec", parameters={"budget": WHOLE, "max_depth": WHOLE, "shared": FLAG}),
     "dyspec-threshold": _TreeKind(
-        class_name="DySpecThreshold", parameters={"max_nodes": _WHOLE, "threshold": _SHARE, "max_depth": _WHOLE}
+        class_name="DySpecThreshold", parameters={"max_nodes": WHOLE, "threshold": SHARE, "max_depth": WHOLE}
     ),
 }
 
@@ -67,7 +58,7 @@ _TREE_KINDS = {
 class _Kind:
     class_name: str | None
     """In `specdec.drafters`; None: `specdec.generate` knows the name itself."""
-    parameters: Mapping[str, _Value] = field(default_factory=dict)
+    parameters: Mapping[str, Value] = field(default_factory=dict)
     needs_draft: bool = False
     trees: tuple[str, ...] = ()
     """The trees that it takes."""
@@ -78,21 +69,21 @@ _KINDS = {
     PLAIN: _Kind(class_name="Plain"),
     PROMPT_LOOKUP: _Kind(
         class_name="PromptLookup",
-        parameters={"num_tokens": _WHOLE, "min_match": _WHOLE},
+        parameters={"num_tokens": WHOLE, "min_match": WHOLE},
         trees=("chain", "dyspec"),
     ),
     SMALL_MODEL: _Kind(
-        class_name="SmallModel", parameters={"num_tokens": _WHOLE}, needs_draft=True, trees=tuple(_TREE_KINDS)
+        class_name="SmallModel", parameters={"num_tokens": WHOLE}, needs_draft=True, trees=tuple(_TREE_KINDS)
     ),
-    QUANTIZED_SELF: _Kind(class_name="QuantizedSelf", parameters={"num_tokens": _WHOLE}, trees=tuple(_TREE_KINDS)),
+    QUANTIZED_SELF: _Kind(class_name="QuantizedSelf", parameters={"num_tokens": WHOLE}, trees=tuple(_TREE_KINDS)),
     EARLY_EXIT: _Kind(
         class_name="EarlyExit",
         parameters={
             "exit_layer": _EXIT,
-            "exits": _TEXT,
-            "num_tokens": _WHOLE,
-            "objective": _TEXT,
-            "shadow_share": _SHARE,
+            "exits": TEXT,
+            "num_tokens": WHOLE,
+            "objective": TEXT,
+            "shadow_share": SHARE,
         },
         trees=tuple(_TREE_KINDS),
     ),
@@ -111,9 +102,9 @@ class DrafterSpec:
     def parse(cls, text: str) -> DrafterSpec:
         """`NAME` or `NAME:parameter=value:...`; raises `ValueError` that lists what is allowed."""
         kind, *assignments = text.split(":")
-        _check_known("method", kind, tuple(_KINDS))
+        check_known("method", kind, tuple(_KINDS))
         allowed = _KINDS[kind].parameters
-        parameters = dict(_parse_parameter(kind, assignment, allowed) for assignment in assignments)
+        parameters = dict(parse_parameter(kind, assignment, allowed) for assignment in assignments)
         return cls(text=text, kind=kind, parameters=parameters)
 
     @property
@@ -146,11 +137,11 @@ class TreeSpec:
     def parse(cls, text: str) -> TreeSpec:
         """`NAME`, `NAME:value` or `NAME:parameter=value,...`; raises `ValueError` that lists what is allowed."""
         kind, _, rest = text.partition(":")
-        _check_known("tree", kind, tuple(_TREE_KINDS))
+        check_known("tree", kind, tuple(_TREE_KINDS))
         allowed = _TREE_KINDS[kind].parameters
         first, *others = rest.split(",")
         assignments = [first if "=" in first else f"{next(iter(allowed))}={first}", *others] if rest else []
-        parameters = dict(_parse_parameter(kind, assignment, allowed) for assignment in assignments)
+        parameters = dict(parse_parameter(kind, assignment, allowed) for assignment in assignments)
         if not _TREE_KINDS[kind].is_complete and not parameters:
             name, value = next(iter(allowed.items()))
             raise ValueError(f"{kind} needs its {name}, {value.meaning}: {kind}:{name}=...")
@@ -191,8 +182,25 @@ def choose_drafter(name: str | None, draft: str | None) -> DrafterSpec:
     return spec
 
 
+def choose_tree(text: str | None, drafter: DrafterSpec) -> TreeSpec | None:
+    """What --tree means where nothing is measured beforehand."""
+    if text is None:
+        return None
+    tree = TreeSpec.parse(text)
+    if tree.kind == SEQUOIA:
+        raise ValueError(f"{text} needs an acceptance that is measured on many prompts: `specdec bench --tree {text}`")
+    if not drafter.takes(tree):
+        raise ValueError(f"{drafter.kind} does not take the tree {text}: use {_takers(tree)}")
+    return tree
+
+
 def choose_methods(
-    names: str | None, *, reference: str, draft: str | None, trees: Sequence[str] = ()
+    names: str | None,
+    *,
+    reference: str,
+    draft: str | None,
+    trees: Sequence[str] = (),
+    peers_use_draft: bool = False,
 ) -> dict[str, MethodSpec]:
     """What `specdec bench` compares, in the order in which it runs.
 
@@ -202,9 +210,10 @@ def choose_methods(
     asked = _default_methods(draft) if names is None else [name.strip() for name in names.split(",")]
     drafters: dict[str, DrafterSpec | None] = {}
     for name in (reference, PLAIN, *asked):
-        _check_known("method", name.partition(":")[0], (TRANSFORMERS, *_KINDS))
+        check_known("method", name.partition(":")[0], (TRANSFORMERS, *_KINDS))
         drafters[name] = None if name == TRANSFORMERS else DrafterSpec.parse(name)
-    check_draft([drafter for drafter in drafters.values() if drafter is not None], draft)
+    specs = [drafter for drafter in drafters.values() if drafter is not None]
+    check_draft(specs, None if peers_use_draft and not any(spec.needs_draft for spec in specs) else draft)
     return _with_trees(drafters, [TreeSpec.parse(tree) for tree in dict.fromkeys(trees)])
 
 
@@ -217,25 +226,13 @@ def _with_trees(drafters: Mapping[str, DrafterSpec | None], trees: Sequence[Tree
             methods[name] = MethodSpec(drafter=drafter)
     for tree in trees:
         if not any(method.tree == tree for method in methods.values()):
-            takers = [name for name, kind in _KINDS.items() if tree.kind in kind.trees]
-            raise ValueError(f"no method takes the tree {tree.text}: ask for {' or '.join(takers)} too")
+            raise ValueError(f"no method takes the tree {tree.text}: ask for {_takers(tree)} too")
     return methods
+
+
+def _takers(tree: TreeSpec) -> str:
+    return " or ".join(name for name, kind in _KINDS.items() if tree.kind in kind.trees)
 
 
 def _default_methods(draft: str | None) -> list[str]:
     return [PROMPT_LOOKUP] if draft is None else [PROMPT_LOOKUP, SMALL_MODEL]
-
-
-def _check_known(what: str, name: str, allowed: Sequence[str]) -> None:
-    if name not in allowed:
-        raise ValueError(f"unknown {what} {name!r}; choose from: {', '.join(allowed)}")
-
-
-def _parse_parameter(kind: str, assignment: str, allowed: Mapping[str, _Value]) -> tuple[str, Any]:
-    name, _, text = assignment.partition("=")
-    if name not in allowed:
-        raise ValueError(f"{kind} has no parameter {name!r}; it takes: {', '.join(allowed) or 'none'}")
-    try:
-        return name, allowed[name].read(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"{kind}: {name} must be {allowed[name].meaning}, got {text!r}") from None

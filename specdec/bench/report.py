@@ -1,55 +1,52 @@
-"""What the runs come to: one row per method and category, as a table and as a JSON document."""
+"""What the runs come to: one row per method and category."""
 
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
-import torch
-import transformers
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-from transformers import PreTrainedModel
-
-import specdec
-from specdec.bench.equality import TIE_BOUND, Verdict
-from specdec.bench.harness import BatchResult, Method, Run, Settings
+from specdec.bench.equality import Verdict
+from specdec.bench.harness import BatchResult, Settings
+from specdec.bench.intervals import Timing, speedup_interval
 from specdec.bench.methods import PLAIN
+from specdec.bench.running import Run
 from specdec.bench.suite import ALL
-
-_LEGEND = "tok/round counts the bonus token; tok/s = tokens / sum of median seconds; speedup = tok/s vs plain"
-_TREE_LEGEND = "per round: calls of the draft model (its prefill included), depth and nodes of a row's tree"
-_NUMBERS = ("tok/s", "speedup", "tok/round", "accept", "identical", "TTFT ms", "ms p50/90/99", "MiB")
-_TREE_NUMBERS = ("tok/s", "speedup", "tok/round", "calls", "depth", "nodes", "accept", "identical")
-_NOT_MEASURED = "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodReport:
-    """One method on one category, or on `"all"`; the fields are those of the JSON document.
+    """One method on one category, or on `"all"`; the fields are those of the JSON document (`schema.json`).
 
-    `tokens_per_second` is the number of new tokens over the sum of each batch's median seconds. `ttft_ms` is
-    the median over all runs. In `ms_per_token`, the time between two commits is shared out evenly among the
-    tokens of the later one, and the first commit is left out. None: not applicable, or not measurable.
+    `tokens_per_second` is the number of new tokens over the sum of each batch's median seconds; `_mean` and `_std` are
+    over repetitions, each of them tokens over seconds. `ttft_ms` is the median over all runs. In `ms_per_token`, the
+    time between two commits is shared out evenly among the tokens of the later one, and the first commit is left out.
+    `accepted_histogram[n]` counts rounds that accepted n drafted tokens, `acceptance_per_position[n]` is the share of
+    rounds that accepted more than n. None: not applicable, or not measurable.
     """
 
     name: str
     category: str
+    batch_size: int
+    max_new_tokens: int
     tokens_per_second: float
+    tokens_per_second_mean: float
+    tokens_per_second_std: float | None
     speedup_vs_plain: float
+    speedup_interval: tuple[float, float] | None
     tokens_per_round: float | None
     acceptance_rate: float | None
+    acceptance_per_position: list[float] | None
+    accepted_histogram: list[int] | None
     tokens_per_target_forward: float | None
     draft_forwards_per_round: float | None
     mean_depth: float | None
     mean_size: float | None
     identical_to_plain: bool | None
+    compared_with: str
+    num_identical: int | None
     ties: int | None
     num_prompts: int
     num_tokens: int
@@ -58,25 +55,40 @@ class MethodReport:
     peak_memory_mib: float | None
 
 
-def summarise(results: list[BatchResult]) -> list[MethodReport]:
-    """A report per category and method, then one per method over all categories."""
-    categories = dict.fromkeys(result.category for result in results)
-    parts = {name: [result for result in results if result.category == name] for name in categories}
-    parts[ALL] = results
-    return [_report(method, name, part) for name, part in parts.items() for method in part[0].runs]
+def summarise(results: Sequence[BatchResult]) -> list[MethodReport]:
+    """For all settings in turn: a report per category and method, then one per method over all categories.
+
+    A method that is missing on some batch, a peer that failed there, has none: its prompts would be others.
+    """
+    return [
+        _report(method, category, part)
+        for settings in dict.fromkeys(result.settings for result in results)
+        for category, part, methods in _parts([result for result in results if result.settings == settings])
+        for method in methods
+    ]
 
 
-def mismatches(results: list[BatchResult]) -> Iterator[str]:
-    """A line for every greedy output that differs from the reference's by more than a tie."""
+def _parts(results: list[BatchResult]) -> Iterator[tuple[str, list[BatchResult], list[str]]]:
+    methods = [name for name in results[0].runs if all(name in result.runs for result in results)]
+    for category in dict.fromkeys(result.category for result in results):
+        yield category, [result for result in results if result.category == category], methods
+    yield ALL, results, methods
+
+
+def mismatches(results: Sequence[BatchResult], *, of_peers: bool = False) -> Iterator[str]:
+    """A line for every greedy output of specdec, or of its peers, that differs from its reference and is no tie."""
     for result in results:
         for method, comparisons in result.comparisons.items():
+            if (method in result.peers) is not of_peers:
+                continue
+            reference = result.references.get(method, result.reference)
             for prompt, comparison in zip(result.prompts, comparisons, strict=True):
                 if comparison.verdict is Verdict.DIFFERENT:
                     where = f"{result.category} prompt {prompt.text[:50]!r}"
-                    yield f"{method} differs from {result.reference} on {where}: {comparison}"
+                    yield f"{method} differs from {reference} on {where}: {comparison}"
 
 
-def trace(results: list[BatchResult]) -> Iterator[dict[str, Any]]:
+def trace(results: Sequence[BatchResult]) -> Iterator[dict[str, Any]]:
     """What drafters that choose have chosen, round by round, in every timed call."""
     for result in results:
         for method, runs in result.runs.items():
@@ -87,118 +99,35 @@ def trace(results: list[BatchResult]) -> Iterator[dict[str, Any]]:
                     yield {**where, "repetition": repetition, "round": number, **choice}
 
 
-def to_json(
-    results: list[BatchResult],
-    *,
-    model: PreTrainedModel,
-    model_name: str,
-    suite_name: str,
-    methods: Sequence[Method],
-    settings: Settings,
-) -> dict[str, object]:
-    """The document of `specdec bench --json`."""
-    trees = {method.name: repr(method.tree) for method in methods if method.tree is not None}
-    return {
-        "environment": _environment(model, asdict(settings) | {"reference": results[0].reference, "trees": trees}),
-        "model": model_name,
-        "suite": suite_name,
-        "methods": [asdict(report) for report in summarise(results)],
-    }
-
-
-def _environment(model: PreTrainedModel, settings: dict[str, object]) -> dict[str, object]:
-    """What the numbers depend on besides the model and the prompts."""
-    return {
-        "specdec": specdec.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": _device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "settings": settings | {"tie_bound": TIE_BOUND[model.dtype]},
-    }
-
-
-def to_table(reports: list[MethodReport], *, title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("category", "method"):
-        table.add_column(heading, overflow="fold")
-    headings = _TREE_NUMBERS if _has_trees(reports) else _NUMBERS
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
-    for report in reports:
-        if previous not in (None, report.category):
-            table.add_section()
-        category = "" if report.category == previous else escape(report.category)
-        cells = _cells(report)
-        table.add_row(category, escape(report.name), *(cells[heading] for heading in headings))
-        previous = report.category
-    return table
-
-
-def legend(reports: list[MethodReport]) -> str:
-    """What the table's headings mean."""
-    return f"{_LEGEND}\n{_TREE_LEGEND}" if _has_trees(reports) else _LEGEND
-
-
-def _has_trees(reports: list[MethodReport]) -> bool:
-    """Whether anything but chains was drafted."""
-    return any((report.mean_size or 0) > (report.mean_depth or 0) for report in reports)
-
-
-def _cells(report: MethodReport) -> dict[str, str]:
-    latencies = [_milliseconds(value) for value in report.ms_per_token.values()]
-    return {
-        "tok/s": _number(report.tokens_per_second, ".1f"),
-        "speedup": _number(report.speedup_vs_plain, ".2f"),
-        "tok/round": _number(report.tokens_per_round, ".2f"),
-        "calls": _number(report.draft_forwards_per_round, ".1f"),
-        "depth": _number(report.mean_depth, ".1f"),
-        "nodes": _number(report.mean_size, ".1f"),
-        "accept": _number(report.acceptance_rate, ".0%"),
-        "identical": _identical(report),
-        "TTFT ms": _milliseconds(report.ttft_ms),
-        "ms p50/90/99": "/".join(latencies),
-        "MiB": _number(report.peak_memory_mib, ".0f"),
-    }
-
-
-def _identical(report: MethodReport) -> str:
-    if report.identical_to_plain is None:
-        return _NOT_MEASURED
-    if not report.identical_to_plain:
-        return "[red]NO[/red]"
-    return f"{report.ties} tied" if report.ties else "yes"
-
-
-def _milliseconds(value: float | None) -> str:
-    return _number(value, ".1f" if value is not None and value < 10 else ".0f")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return _NOT_MEASURED if value is None else format(value, spec)
-
-
 def _report(method: str, category: str, results: list[BatchResult]) -> MethodReport:
     runs = [run for result in results for run in result.runs[method]]
     verdicts = [comparison.verdict for result in results for comparison in result.comparisons.get(method, [])]
     tokens_per_second = _tokens_per_second(method, results)
+    rates = _rates(method, results)
+    histogram = _accepted_histogram(runs)
     peaks = [run.peak_memory_mib for run in runs if run.peak_memory_mib is not None]
+    settings: Settings = results[0].settings
     return MethodReport(
         name=method,
         category=category,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
         tokens_per_second=tokens_per_second,
+        tokens_per_second_mean=mean(rates),
+        tokens_per_second_std=stdev(rates) if len(rates) > 1 else None,
         speedup_vs_plain=tokens_per_second / _tokens_per_second(PLAIN, results),
+        speedup_interval=None if method == PLAIN else speedup_interval([_timing(method, one) for one in results]),
         tokens_per_round=_ratio(runs, "num_committed", "num_rounds"),
         acceptance_rate=_ratio(runs, "num_accepted", "num_drafted"),
+        acceptance_per_position=None if histogram is None else _per_position(histogram),
+        accepted_histogram=histogram,
         tokens_per_target_forward=_ratio(runs, "num_new_tokens", "target_forwards"),
         draft_forwards_per_round=_ratio(runs, "draft_forwards", "num_batch_rounds"),
         mean_depth=_ratio(runs, "num_levels", "num_rounds"),
         mean_size=_ratio(runs, "num_drafted", "num_rounds"),
         identical_to_plain=Verdict.DIFFERENT not in verdicts if verdicts else None,
+        compared_with=results[0].references.get(method, results[0].reference),
+        num_identical=verdicts.count(Verdict.IDENTICAL) if verdicts else None,
         ties=verdicts.count(Verdict.TIE) if verdicts else None,
         num_prompts=sum(len(result.prompts) for result in results),
         num_tokens=sum(result.runs[method][0].num_tokens for result in results),
@@ -213,11 +142,42 @@ def _tokens_per_second(method: str, results: list[BatchResult]) -> float:
     return num_tokens / sum(median(run.seconds for run in result.runs[method]) for result in results)
 
 
+def _rates(method: str, results: list[BatchResult]) -> list[float]:
+    """Tokens per second over all batches, by repetition."""
+    turns = zip(*(result.runs[method] for result in results), strict=True)
+    return [sum(run.num_tokens for run in runs) / sum(run.seconds for run in runs) for runs in turns]
+
+
+def _timing(method: str, result: BatchResult) -> Timing:
+    runs, plain = result.runs[method], result.runs[PLAIN]
+    return Timing(
+        stratum=result.category,
+        seconds=[run.seconds for run in runs],
+        num_tokens=runs[0].num_tokens,
+        plain_seconds=[run.seconds for run in plain],
+        num_plain_tokens=plain[0].num_tokens,
+    )
+
+
 def _ratio(runs: list[Run], numerator: str, denominator: str) -> float | None:
-    """The ratio of two counts, each summed over the runs; None if there are none to divide by."""
-    stats = [run.stats for run in runs if run.stats is not None]
-    total = sum(getattr(one, denominator) for one in stats)
-    return sum(getattr(one, numerator) for one in stats) / total if total else None
+    """The ratio of two counts, each summed over the runs; None if nobody counted, or there are none to divide by."""
+    pairs = [(getattr(run.counts, numerator, None), getattr(run.counts, denominator, None)) for run in runs]
+    counted = [(above, below) for above, below in pairs if above is not None and below is not None]
+    total = sum(below for _, below in counted)
+    return sum(above for above, _ in counted) / total if total else None
+
+
+def _accepted_histogram(runs: list[Run]) -> list[int] | None:
+    """By number of accepted tokens how many rounds."""
+    total: Counter[int] = Counter()
+    for run in runs:
+        total.update(getattr(run.counts, "accepted_histogram", None) or {})
+    return [total[count] for count in range(max(total) + 1)] if total else None
+
+
+def _per_position(histogram: list[int]) -> list[float]:
+    num_rounds = sum(histogram)
+    return [sum(histogram[position:]) / num_rounds for position in range(1, len(histogram))]
 
 
 def token_costs_ms(token_seconds: list[float]) -> list[float]:
@@ -237,11 +197,3 @@ def _percentiles(values: list[float]) -> dict[str, float | None]:
         f"p{percent}": ranked[math.ceil(percent / 100 * len(ranked)) - 1] if ranked else None
         for percent in (50, 90, 99)
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device.type != "cpu":
-        return str(device)
-    return f"{device} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"

@@ -1,11 +1,15 @@
 """Where benchmark prompts come from: the built-in suite or a JSON-lines file."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUILTIN = "builtin"
 ALL = "all"
@@ -14,8 +18,11 @@ NO_CATEGORY = "prompts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
+    """`token_ids`: what is decoded in place of the text, where a number of tokens was asked for."""
+
     text: str
     category: str
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,24 @@ def load_suite(path: Path | None = None) -> Suite:
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return Suite(name=path.name, prompts=prompts)
+
+
+def of_lengths(suite: Suite, lengths: Sequence[int], tokenizer: "PreTrainedTokenizerBase", *, count: int) -> Suite:
+    """Prompts of exactly so many tokens, `count` of each length: the suite's texts, one after the other, cut off.
+
+    Prompt i starts with text i. There is no chat template in it: the model goes on where the text stops.
+    """
+    texts = [prompt.text for prompt in suite.prompts]
+    pieces = [tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"] for text in texts]
+    opening = tokenizer("")["input_ids"]
+    prompts = []
+    for length in lengths:
+        for index in range(count):
+            turn = chain.from_iterable(islice(cycle(pieces), index % len(pieces), None))
+            token_ids = tuple(islice(chain(opening, turn), length))
+            category = f"{length} tokens"
+            prompts.append(Prompt(text=texts[index % len(texts)], category=category, token_ids=token_ids))
+    return Suite(name=f"{suite.name}, cut", prompts=prompts)
 
 
 def _parse_lines(text: str, source: str) -> Iterator[Prompt]:

@@ -1,17 +1,39 @@
 """`specdec bench`: is it faster, and is it the same?"""
 
-import json
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from specdec.cli.bench_options import (
+    BatchSizesOption,
+    CategoryOption,
+    DraftGgufOption,
+    FormatOption,
+    GgufOption,
+    InputLengthsOption,
+    JsonOption,
+    LimitOption,
+    MethodsOption,
+    OutputLengthsOption,
+    OutputOption,
+    PeersOption,
+    PlotOption,
+    PromptsOption,
+    ReferenceOption,
+    RepetitionsOption,
+    SeedOption,
+    TraceOption,
+    TreesOption,
+    WarmupOption,
+)
+from specdec.cli.bench_output import BenchOutput
 from specdec.cli.common import (
     DeviceOption,
     DtypeOption,
@@ -21,21 +43,16 @@ from specdec.cli.common import (
     err_console,
     friendly_errors,
 )
-from specdec.cli.options import DraftOption, MaxNewTokensOption, SampleOption, TemperatureOption, WeightsOption
+from specdec.cli.options import DraftOption, SampleOption, TemperatureOption, VerifyOption, WeightsOption
 from specdec.errors import SpecdecError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from specdec.bench.harness import BatchResult, Harness, Method
-    from specdec.bench.methods import MethodSpec
+    from specdec.bench.harness import BatchResult, Harness
     from specdec.bench.suite import Prompt
-    from specdec.drafters import Drafter
 
 NOT_IDENTICAL = 1
 INTERRUPTED = 130
-TABLE_WIDTH = 110
-"""Where stdout is not a terminal."""
+PROMPTS_OF_A_LENGTH = 2
 
 
 def register(app: typer.Typer) -> None:
@@ -46,176 +63,112 @@ def register(app: typer.Typer) -> None:
 def bench(
     model: ModelOption = "demo",
     draft: DraftOption = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods",
-            help="Separated by commas: prompt-lookup, small-model, quantized-self, early-exit, auto, plain; with "
-            "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, and small-model if there is a --draft. "
-            "plain and the --reference always run.",
-        ),
-    ] = None,
-    tree: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tree",
-            metavar="SPEC",
-            help="Drafted by every method that takes it, in a row of its own: chain:5, fixed:4x2x1, sequoia:32, "
-            "dyspec:32, dyspec:budget=32,max_depth=8,shared=true, dyspec-threshold:32; may be given several times. "
-            "prompt-lookup takes chain and dyspec. What Sequoia needs to know is measured on one prompt a category.",
-        ),
-    ] = None,
-    verify: Annotated[
-        Literal["topdown", "traversal"],
-        typer.Option("--verify", help="With --sample: how a drawn tree is verified; both are exact."),
-    ] = "topdown",
-    reference: Annotated[
-        Literal["transformers", "plain"],
-        typer.Option(
-            "--reference",
-            help="Whose greedy output the others must equal; transformers is the model's own generate().",
-        ),
-    ] = "transformers",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help="JSON lines with 'prompt' and 'category', or Spec-Bench's 'turns' (the first turn is used); "
-            "the built-in suite if absent.",
-        ),
-    ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", help="Only this category; may be given several times.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Prompts of each category.")] = None,
-    max_new_tokens: MaxNewTokensOption = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 1,
-    repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, help="Timed calls of each method on each batch.")
-    ] = 3,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls of each method before anything is timed.")] = 1,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every call, with --sample.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
-    trace_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--trace", metavar="FILE", help="Write what adaptive drafters chose in every round, as JSON lines."
-        ),
-    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     weights: WeightsOption = "stock",
     trust_remote_code: TrustRemoteCodeOption = False,
+    methods: MethodsOption = None,
+    tree: TreesOption = None,
+    peers: PeersOption = None,
+    gguf: GgufOption = None,
+    draft_gguf: DraftGgufOption = None,
+    reference: ReferenceOption = "transformers",
+    prompts: PromptsOption = None,
+    category: CategoryOption = None,
+    limit: LimitOption = None,
+    input_len: InputLengthsOption = None,
+    max_new_tokens: OutputLengthsOption = "64",
+    batch_size: BatchSizesOption = "1",
+    repetitions: RepetitionsOption = 3,
+    warmup: WarmupOption = 1,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    verify: VerifyOption = "topdown",
+    seed: SeedOption = 0,
+    output_format: FormatOption = "table",
+    as_json: JsonOption = False,
+    output: OutputOption = None,
+    plot: PlotOption = None,
+    trace_file: TraceOption = None,
 ) -> None:
-    """Time drafters against plain decoding and check that they say the same.
+    """Time drafters and peers against plain decoding and check that they say the same.
 
-    Exit code 1: a greedy output differs from the reference by more than a numerical tie.
+    Exit code 1: a greedy output of specdec differs from the reference by more than a numerical tie.
     """
     from specdec.bench.methods import choose_methods
-    from specdec.bench.suite import load_suite
+    from specdec.bench.naming import whole_numbers
+    from specdec.bench.peers import choose_peers
+    from specdec.bench.suite import load_suite, of_lengths
 
-    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or ())
-    suite = load_suite(prompts).select(category or (), limit)
+    writer = BenchOutput(format="json" if as_json else output_format, output=output, plot=plot, trace=trace_file)
+    input_lengths = whole_numbers("--input-len", input_len)
+    lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
+    wanted = choose_peers(peers, draft=draft, draft_gguf=draft_gguf)
+    drafting_peers = any(spec.needs_draft for spec in wanted.values())
+    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafting_peers)
+    suite = load_suite(prompts).select(category or (), None if input_lengths else limit)
 
+    from specdec.bench.building import Models, build_methods, build_peers, llama_files
+    from specdec.bench.document import make_document
     from specdec.bench.harness import Harness, Settings
-    from specdec.bench.ranks import measure_ranks
-    from specdec.bench.report import legend, mismatches, summarise, to_json, to_table, trace
+    from specdec.bench.peers.llama_cpp import describe
     from specdec.cli.loading import load_pair
 
-    settings = Settings(
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        repetitions=repetitions,
-        warmup=warmup,
-        sample=sample,
-        temperature=temperature,
-        verify=verify,
-        seed=seed,
+    peer_specs = [spec for name, spec in wanted.items() if name not in specs]
+    llama = llama_files(peer_specs, model=model, draft=draft, gguf=gguf, draft_gguf=draft_gguf)
+    sampling = Settings(sample=sample, temperature=temperature, verify=verify, seed=seed)
+    base = replace(sampling, repetitions=repetitions, warmup=warmup, without_penalty=llama is not None)
+    settings = [replace(base, max_new_tokens=length, batch_size=size) for length, size in product(lengths, sizes)]
+    how = {"dtype": dtype, "device": device, "weights": weights}
+    (target, tokenizer, name), small = load_pair(
+        model, draft, **how, threads=threads, trust_remote_code=trust_remote_code
     )
-    (target, tokenizer, model_name), draft_model = load_pair(
-        model,
-        draft,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        weights=weights,
-        trust_remote_code=trust_remote_code,
+    models = Models(target=target, tokenizer=tokenizer, draft=small, llama=llama)
+    built = build_methods(specs, models, suite.select(limit=1).prompts, settings[0])
+    if input_lengths:
+        suite = of_lengths(suite, input_lengths, tokenizer, count=limit or PROMPTS_OF_A_LENGTH)
+    built += build_peers(peer_specs, models, suite.prompts, max(lengths))
+    harnesses = [Harness(target, tokenizer, built, one) for one in settings]
+    results, was_interrupted = _measure(harnesses, suite.prompts)
+    document = make_document(
+        results,
+        model=target,
+        model_name=name,
+        suite_name=suite.name,
+        methods=built,
+        settings=settings,
+        not_available=[one for harness in harnesses for one in harness.missing],
+        further={"weights": weights} | ({} if llama is None else describe(llama)),
     )
-    few = suite.select(limit=1).prompts
-    built = _build(specs, draft_model, lambda drafter: measure_ranks(target, tokenizer, drafter, few, settings))
-    harness = Harness(target, tokenizer, built, settings)
-    results, was_interrupted = _measure(harness, suite.prompts)
-    if not results:
-        raise SpecdecError("interrupted before the first prompt was measured")
-    if trace_file is not None:
-        trace_file.write_text("".join(f"{json.dumps(choice)}\n" for choice in trace(results)))
-    if as_json:
-        document = to_json(
-            results, model=target, model_name=model_name, suite_name=suite.name, methods=built, settings=settings
-        )
-        print(json.dumps(document, indent=2, allow_nan=False))
-    else:
-        reports = summarise(results)
-        _print_table(to_table(reports, title=f"{model_name} on {suite.name}"), legend(reports))
-    _exit(list(mismatches(results)), was_interrupted)
+    writer.write(document, results)
+    _exit(results, was_interrupted)
 
 
-def _build(
-    specs: "dict[str, MethodSpec]",
-    draft_model: "PreTrainedModel | None",
-    measure_acceptance: "Callable[[Drafter | str], tuple[float, ...]]",
-) -> "list[Method]":
-    """One instance of each drafter, with its trees; Sequoia's acceptance is measured once for each drafter."""
-    from specdec.bench.harness import Method
-    from specdec.bench.methods import SEQUOIA, DrafterSpec
-
-    @cache
-    def drafter_of(text: str) -> "Drafter | str":
-        return DrafterSpec.parse(text).build(draft_model)
-
-    @cache
-    def acceptance_of(text: str) -> tuple[float, ...]:
-        return measure_acceptance(drafter_of(text))
-
-    methods = []
-    for name, spec in specs.items():
-        drafter = None if spec.drafter is None else drafter_of(spec.drafter.text)
-        measured = {}
-        if spec.drafter is not None and spec.tree is not None and spec.tree.kind == SEQUOIA:
-            measured["acceptance"] = acceptance_of(spec.drafter.text)
-        methods.append(Method(name, drafter, None if spec.tree is None else spec.tree.build(**measured)))
-    return methods
-
-
-def _measure(harness: "Harness", prompts: "list[Prompt]") -> "tuple[list[BatchResult], bool]":
+def _measure(harnesses: Sequence[Harness], prompts: list[Prompt]) -> tuple[list[BatchResult], bool]:
     """The results, and whether Ctrl-C cut them short."""
     results: list[BatchResult] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err_console, transient=True, refresh_per_second=1) as progress:
-        task = progress.add_task("calls", total=harness.num_calls(prompts))
+        task = progress.add_task("calls", total=sum(harness.num_calls(prompts) for harness in harnesses))
         try:
-            for result in harness.run(prompts, on_call=lambda: progress.advance(task)):
-                results.append(result)
+            for harness in harnesses:
+                for result in harness.run(prompts, on_call=lambda: progress.advance(task)):
+                    results.append(result)
         except KeyboardInterrupt:
+            if not results:
+                raise SpecdecError("interrupted before the first prompt was measured") from None
             return results, True
     return results, False
 
 
-def _print_table(table: Table, legend: str) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    console.print(table)
-    console.print(legend, style="dim", highlight=False)
+def _exit(results: Sequence[BatchResult], was_interrupted: bool) -> None:
+    from specdec.bench.report import mismatches
 
-
-def _exit(differences: list[str], was_interrupted: bool) -> None:
-    for difference in differences:
-        err_console.print(Text(difference, style="red"), soft_wrap=True)
+    differences = list(mismatches(results))
+    for style, lines in (("yellow", mismatches(results, of_peers=True)), ("red", differences)):
+        for line in lines:
+            err_console.print(Text(line, style=style), soft_wrap=True)
     if differences:
         raise typer.Exit(NOT_IDENTICAL)
     if was_interrupted:

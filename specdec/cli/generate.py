@@ -29,6 +29,7 @@ from specdec.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    VerifyOption,
     WeightsOption,
 )
 
@@ -48,6 +49,15 @@ def generate(
     model: ModelOption = "demo",
     draft: DraftOption = None,
     drafter: DrafterOption = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            "--tree",
+            metavar="SPEC",
+            help="How drafts grow: chain:5, fixed:4x2x1, dyspec:32 (see `specdec bench`).",
+        ),
+    ] = None,
+    verify: VerifyOption = "topdown",
     max_new_tokens: MaxNewTokensOption = 256,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
@@ -71,10 +81,14 @@ def generate(
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Answer one prompt: the text streams to stdout, the statistics go to stderr."""
-    from specdec.bench.methods import choose_drafter
+    from specdec.bench.methods import choose_drafter, choose_tree
 
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    if verify != "topdown" and not sample:
+        raise ValueError(f"--verify {verify} needs --sample: greedy output is verified in one way only")
     drafter_spec = choose_drafter(drafter, draft)
+    tree_spec = choose_tree(tree, drafter_spec)
+    policy = None if tree_spec is None else tree_spec.build()
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
     text = _read_stdin() if prompt is None else prompt
@@ -105,6 +119,8 @@ def generate(
         **stopping,
         max_new_tokens=max_new_tokens,
         drafter=drafter_spec.build(draft_model),
+        tree=policy,
+        verify=verify,
         streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         return_dict_in_generate=True,
     )

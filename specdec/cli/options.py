@@ -5,10 +5,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from specdec.cli.common import MODEL_PANEL
+
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
 DraftOption = Annotated[
     str | None,
-    typer.Option("--draft", "-d", help="A smaller model with the same tokenizer that drafts for --model."),
+    typer.Option(
+        "--draft",
+        "-d",
+        help="A smaller model with the same tokenizer that drafts for --model.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 DrafterOption = Annotated[
     str | None,
@@ -18,12 +25,17 @@ DrafterOption = Annotated[
         "prompt-lookup:num_tokens=8. Without it: small-model if there is a --draft, otherwise auto.",
     ),
 ]
+VerifyOption = Annotated[
+    Literal["topdown", "traversal"],
+    typer.Option("--verify", help="With --sample: how a drawn tree is verified; both are exact."),
+]
 WeightsOption = Annotated[
     Literal["stock", "float", "int8"],
     typer.Option(
         "--weights",
         help="Of --model and --draft alike. stock: as loaded; float: the same weights in products that are quick for "
         "a few tokens on a CPU; int8: 8-bit weights on a CPU, another model than the float one.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 SampleOption = Annotated[

@@ -1,4 +1,4 @@
-"""specdec and transformers, as configurations of a contest."""
+"""specdec, transformers and llama.cpp, as configurations of a contest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from bench.peers.contest import (
     Sample,
     Task,
 )
-from specdec.bench.equality import Verdict, compare
-from specdec.bench.harness import Harness, Method, Run, Settings
+from specdec.bench.equality import Verdict, compare, compare_texts
+from specdec.bench.harness import Harness, Method, Settings
 from specdec.bench.methods import DrafterSpec
+from specdec.bench.peers import LLAMA_CPP, PeerSpec
+from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, llama_lacks
 
 
 def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Configuration:
@@ -25,26 +27,13 @@ def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         settings = Settings(max_new_tokens=max_new_tokens, repetitions=1, warmup=0)
         harness = Harness(model, tokenizer, [method], settings)
         result = next(harness.run([task.prompt], on_call=lambda: None))
-        return from_run(result.runs[method.name][0])
+        return Sample.of(result.runs[method.name][0])
 
     def judge(task: Task, output: list[int], plain: list[int]) -> Verdict:
         options = {"max_new_tokens": len(plain), "do_sample": False}
         return compare(model, torch.tensor(task.ids), plain, output, options).verdict
 
     return Configuration(side=side, method=method.name, decode=decode, judge=judge)
-
-
-def from_run(run: Run) -> Sample:
-    first, last = run.token_seconds[0], run.token_seconds[-1]
-    return Sample(
-        num_tokens=run.num_tokens,
-        seconds=run.seconds,
-        num_decoded=sum(stamp > first for stamp in run.token_seconds),
-        decode_seconds=last - first,
-        num_drafted=run.stats.num_drafted if run.stats else 0,
-        num_accepted=run.stats.num_accepted if run.stats else 0,
-        output=run.tokens[0],
-    )
 
 
 def prepared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -65,3 +54,25 @@ def drafted_by(
             yield Configuration(side=side, method=spec.text, unavailable="no --draft was given")
         else:
             yield ours(side, model, tokenizer, Method(spec.text, spec.build(draft)))
+
+
+def llama_configurations(
+    methods: str, files: LlamaFiles, *, num_threads: int, context_length: int
+) -> Iterator[Configuration]:
+    for method in methods.split(","):
+        spec = PeerSpec.parse(f"{LLAMA_CPP}/{method}")
+        reason = llama_lacks(spec.mode, files)
+        if reason is not None:
+            yield Configuration(side=LLAMA_CPP, method=method, unavailable=reason)
+        else:
+            room = {"num_threads": num_threads, "context_length": context_length}
+            yield llama(method, LlamaCpp(spec.mode, spec.parameters, files, **room))
+
+
+def llama(method: str, peer: LlamaCpp) -> Configuration:
+    return Configuration(
+        side=LLAMA_CPP,
+        method=method,
+        decode=lambda task, max_new_tokens: Sample.of(peer.complete(task.ids, max_new_tokens)),
+        judge=lambda _, output, plain: compare_texts(plain, output).verdict,
+    )

@@ -1,0 +1,158 @@
+"""The options of `specdec bench`, by the panel of `--help` in which they stand."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+_COMPARED = "What is compared"
+_PROMPTS = "Prompts and lengths (1,4 measures one after the other)"
+_MEASURING = "Measuring"
+_RESULTS = "Results"
+
+MethodsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        help="Separated by commas: prompt-lookup, small-model, quantized-self, early-exit, auto, plain; with "
+        "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, and small-model if there is a --draft. "
+        "plain and the --reference always run.",
+        rich_help_panel=_COMPARED,
+    ),
+]
+TreesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tree",
+        metavar="SPEC",
+        help="Drafted by every method that takes it, in a row of its own: chain:5, fixed:4x2x1, sequoia:32, "
+        "dyspec:32, dyspec:budget=32,max_depth=8,shared=true, dyspec-threshold:32; may be given several times. "
+        "prompt-lookup takes chain and dyspec. What Sequoia needs to know is measured on one prompt a category.",
+        rich_help_panel=_COMPARED,
+    ),
+]
+PeersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--peers",
+        help="Separated by commas: transformers (prompt lookup, and its assisted generation if there is a --draft), "
+        "llama.cpp (plain, ngram-simple, and draft if there is one; needs the extra `peers`); or single modes: "
+        "transformers/early-exit:exit_layer=8, llama.cpp/draft:n_max=8.",
+        rich_help_panel=_COMPARED,
+    ),
+]
+GgufOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--gguf",
+        metavar="FILE",
+        help="What llama.cpp reads; without it the --model itself or the .gguf file of the same name beside it.",
+        rich_help_panel=_COMPARED,
+    ),
+]
+DraftGgufOption = Annotated[
+    Path | None,
+    typer.Option("--draft-gguf", metavar="FILE", help="What llama.cpp drafts with.", rich_help_panel=_COMPARED),
+]
+ReferenceOption = Annotated[
+    Literal["transformers", "plain"],
+    typer.Option(
+        "--reference",
+        help="Whose greedy output the others must equal; transformers is the model's own generate().",
+        rich_help_panel=_COMPARED,
+    ),
+]
+
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines with 'prompt' and 'category', or Spec-Bench's 'turns' (the first turn is used); "
+        "the built-in suite if absent.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+CategoryOption = Annotated[
+    list[str] | None,
+    typer.Option("--category", help="Only this category; may be given several times.", rich_help_panel=_PROMPTS),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        help="Prompts of each category, or of each --input-len (there 2 if absent).",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+InputLengthsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--input-len",
+        metavar="N,...",
+        help="Prompts of exactly so many tokens, cut from the text of the suite, without a chat template.",
+        rich_help_panel=_PROMPTS,
+    ),
+]
+OutputLengthsOption = Annotated[
+    str,
+    typer.Option("--max-new-tokens", "--output-len", "-n", metavar="N,...", help="At most.", rich_help_panel=_PROMPTS),
+]
+BatchSizesOption = Annotated[
+    str,
+    typer.Option("--batch-size", "-b", metavar="N,...", help="Prompts of a call.", rich_help_panel=_PROMPTS),
+]
+
+RepetitionsOption = Annotated[
+    int,
+    typer.Option(
+        "--repetitions",
+        "-r",
+        min=1,
+        help="Timed calls of each method on each batch, in turns.",
+        rich_help_panel=_MEASURING,
+    ),
+]
+WarmupOption = Annotated[
+    int,
+    typer.Option("--warmup", min=0, help="Calls of each method before anything is timed.", rich_help_panel=_MEASURING),
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Of every call, with --sample.", rich_help_panel=_MEASURING)
+]
+
+FormatOption = Annotated[
+    Literal["table", "md", "csv", "json", "jsonl"],
+    typer.Option("-o", "--format", help="What is printed.", rich_help_panel=_RESULTS),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Short for -o json: one document, see schema.json.", rich_help_panel=_RESULTS)
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Written too, as its ending says: .json, .jsonl, .csv, .md or .txt (the table).",
+        rich_help_panel=_RESULTS,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Draw speed-up by category, acceptance and one generation (.png, .svg, .pdf; needs the extra `bench`).",
+        rich_help_panel=_RESULTS,
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write what adaptive drafters chose in every round, as JSON lines.",
+        rich_help_panel=_RESULTS,
+    ),
+]

@@ -1,0 +1,87 @@
+"""Where `specdec bench` puts its results: stdout, a file, a figure, a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from specdec.bench.document import Document
+    from specdec.bench.harness import BatchResult
+
+TABLE_WIDTH = 120
+"""Where stdout is not a terminal."""
+TABLE = "table"
+_FORMATS_OF_ENDINGS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md", ".txt": TABLE}
+_FIGURE_ENDINGS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOutput:
+    """What is wanted. Raises `ValueError` for what could not be written, before anything is measured."""
+
+    format: str
+    output: Path | None = None
+    plot: Path | None = None
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_ending("--output", self.output, tuple(_FORMATS_OF_ENDINGS))
+        _check_ending("--plot", self.plot, _FIGURE_ENDINGS)
+        for option, path in (("--output", self.output), ("--plot", self.plot), ("--trace", self.trace)):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+        if self.plot is not None and find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'specdec-runtime[bench]'")
+
+    def write(self, document: Document, results: Sequence[BatchResult]) -> None:
+        if self.trace is not None:
+            from specdec.bench.report import trace
+
+            self.trace.write_text("".join(f"{json.dumps(choice)}\n" for choice in trace(results)), encoding="utf-8")
+        if self.output is not None:
+            text = _text(document, _FORMATS_OF_ENDINGS[self.output.suffix])
+            self.output.write_text(f"{text}\n", encoding="utf-8")
+        if self.plot is not None:
+            from specdec.bench.plots import draw
+
+            draw(document, results, self.plot)
+        if self.format == TABLE:
+            _print_table(document)
+        else:
+            print(_text(document, self.format))
+
+
+def _check_ending(option: str, path: Path | None, allowed: Sequence[str]) -> None:
+    if path is not None and path.suffix not in allowed:
+        raise ValueError(f"{option} {path}: the ending says what is written; it may be {', '.join(allowed)}")
+
+
+def _text(document: Document, format: str) -> str:
+    from specdec.bench.document import to_csv, to_json, to_jsonl
+    from specdec.bench.tables import to_markdown, to_text
+
+    if format == TABLE:
+        return to_text(document, TABLE_WIDTH)
+    writers: dict[str, Callable[[Document], str]] = {
+        "json": to_json,
+        "jsonl": to_jsonl,
+        "csv": to_csv,
+        "md": to_markdown,
+    }
+    return writers[format](document)
+
+
+def _print_table(document: Document) -> None:
+    from specdec.bench.tables import to_rich
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    console.print(to_rich(document), highlight=False)
