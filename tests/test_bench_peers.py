@@ -188,20 +188,27 @@ def test_streamed_pieces_become_a_run() -> None:
     last = piece("", 6, usage=USAGE, timings=drafted)
     stamped = [(0.5, "a", 1), (0.8, "b", 2), (0.81, "cd", 4), (0.9, "e", 5), (0.91, "", 6)]
     pieces = [(stamp, piece(text, num_tokens)) for stamp, text, num_tokens in stamped] + [(0.95, last)]
-    run = llama_cpp._to_run(pieces, 1.0, num_prompt=3)
+    run = llama_cpp._to_run(pieces, 1.0, num_prompt=3, is_plain=False)
     assert (run.text, run.num_tokens, run.seconds) == ("abcde", 6, 1.0)
     assert run.token_seconds == [0.5, 0.8, 0.8, 0.8, 0.9, 0.9]
     counts = run.counts
     assert (counts.num_rounds, counts.num_committed, counts.num_accepted, counts.num_drafted) == (2, 5, 3, 5)
     assert counts.target_forwards == 3
-    assert llama_cpp._to_run([(0.5, piece("abcdef", 6, usage=USAGE))], 1.0, num_prompt=3).counts is None
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_call_without_drafts_counts_its_rounds_unless_it_is_plain(is_plain: bool) -> None:
+    pieces = [(0.5, piece("abcde", 5)), (0.6, piece("f", 6, usage=USAGE))]
+    run = llama_cpp._to_run(pieces, 1.0, num_prompt=3, is_plain=is_plain)
+    assert run.token_seconds == [0.5] * 5 + [0.6]
+    assert run.counts is None if is_plain else (run.counts.num_rounds, run.counts.num_drafted) == (5, 0)
 
 
 def test_an_answer_that_is_none_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="answered out of room"):
-        llama_cpp._to_run([(0.1, {"error": "out of room"})], 1.0, num_prompt=3)
+        llama_cpp._to_run([(0.1, {"error": "out of room"})], 1.0, num_prompt=3, is_plain=True)
     with pytest.raises(RuntimeError, match="was given 4 tokens and read"):
-        llama_cpp._to_run([(0.5, piece("a", 6, usage=USAGE))], 1.0, num_prompt=4)
+        llama_cpp._to_run([(0.5, piece("a", 6, usage=USAGE))], 1.0, num_prompt=4, is_plain=True)
 
 
 def test_gguf_files_are_found_or_asked_for(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MAX_ACCEPTED = 10
 """Longer runs of accepted tokens share one bin."""
 _GREY = "0.35"
+_HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 
 
 def draw(document: Document, results: Sequence[BatchResult], out: Path) -> None:
@@ -64,7 +65,9 @@ def _draw_speedups(axes: Axes, rows: Sequence[MethodReport], colours: dict[str, 
         axes.errorbar(places, heights, yerr=whiskers, fmt="none", ecolor=_GREY, elinewidth=1, capsize=2)
         for place, height, (_, high) in zip(places, heights, ends, strict=True):
             above = (place, max(height, high))
-            axes.annotate(f"{height:.2f}", above, (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            axes.annotate(
+                f"{height:.2f}", above, (0, 2), textcoords="offset points", ha="center", fontsize=7, bbox=_HALO
+            )
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
     right = ("axes fraction", "data")
     axes.annotate("plain", (1, 1), (3, 0), xycoords=right, textcoords="offset points", va="center")
@@ -119,8 +122,8 @@ def _typical(runs: Sequence[Run]) -> Run:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    """Black for plain, and for the others a palette that the colour-blind can tell apart (Okabe and Ito 2008)."""
-    palette = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+    """Black for plain, a palette for the colour-blind otherwise (Okabe and Ito 2008; brown for its faint yellow)."""
+    palette = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C510A", "#999999")
     others = [name for name in dict.fromkeys(names) if name != PLAIN]
     return {PLAIN: "black"} | {name: palette[index % len(palette)] for index, name in enumerate(others)}
 

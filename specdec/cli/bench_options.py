@@ -119,7 +119,7 @@ WarmupOption = Annotated[
     typer.Option("--warmup", min=0, help="Calls of each method before anything is timed.", rich_help_panel=_MEASURING),
 ]
 SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, help="Of every call, with --sample.", rich_help_panel=_MEASURING)
+    int, typer.Option("--seed", min=0, help="Of every call, with --sample.", rich_help_panel="Sampling")
 ]
 
 FormatOption = Annotated[

@@ -25,10 +25,6 @@ DrafterOption = Annotated[
         "prompt-lookup:num_tokens=8. Without it: small-model if there is a --draft, otherwise auto.",
     ),
 ]
-VerifyOption = Annotated[
-    Literal["topdown", "traversal"],
-    typer.Option("--verify", help="With --sample: how a drawn tree is verified; both are exact."),
-]
 WeightsOption = Annotated[
     Literal["stock", "float", "int8"],
     typer.Option(
@@ -38,16 +34,39 @@ WeightsOption = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+_SAMPLING = "Sampling"
 SampleOption = Annotated[
-    bool, typer.Option("--sample", help="Sample; the default is greedy decoding.", show_default=False)
+    bool,
+    typer.Option(
+        "--sample", help="Sample; the default is greedy decoding.", show_default=False, rich_help_panel=_SAMPLING
+    ),
 ]
 TemperatureOption = Annotated[
-    float | None, typer.Option("--temperature", "-t", help="With --sample; the model's own value if absent.")
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="With --sample; the model's own value if absent.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
-TopPOption = Annotated[float | None, typer.Option("--top-p", help="With --sample; the model's own value if absent.")]
-TopKOption = Annotated[int | None, typer.Option("--top-k", help="With --sample; the model's own value if absent.")]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option("--top-k", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
+]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", min=0, help="With --sample: the same seed gives the same text.")
+    int | None,
+    typer.Option("--seed", min=0, help="With --sample: the same seed gives the same text.", rich_help_panel=_SAMPLING),
+]
+VerifyOption = Annotated[
+    Literal["topdown", "traversal"],
+    typer.Option(
+        "--verify", help="With --sample: how a drawn tree is verified; both are exact.", rich_help_panel=_SAMPLING
+    ),
 ]
 
 

@@ -115,7 +115,8 @@ class LlamaCpp(Peer):
         pieces: list[tuple[float, dict[str, Any]]] = []
         start = time.perf_counter()
         self._server.handle_completions(request, lambda piece: pieces.append((time.perf_counter() - start, piece)))
-        return _to_run(pieces, time.perf_counter() - start, len(prompt_ids))
+        seconds = time.perf_counter() - start
+        return _to_run(pieces, seconds, len(prompt_ids), is_plain=self._kind is _KINDS[PLAIN])
 
 
 def find_gguf(given: Path | None, source: str | None) -> Path | None:
@@ -178,7 +179,7 @@ def _params(kind: _Kind, files: LlamaFiles, *, num_threads: int, context_length:
     return params
 
 
-def _to_run(pieces: list[tuple[float, dict[str, Any]]], seconds: float, num_prompt: int) -> Run:
+def _to_run(pieces: list[tuple[float, dict[str, Any]]], seconds: float, num_prompt: int, *, is_plain: bool) -> Run:
     """From what was streamed: pieces of text, each with the number of tokens so far."""
     _, last = pieces[-1] if pieces else (seconds, {})
     if "timings" not in last or "usage" not in last:
@@ -189,7 +190,7 @@ def _to_run(pieces: list[tuple[float, dict[str, Any]]], seconds: float, num_prom
     stamps: list[float] = []
     for stamp, piece in pieces:
         stamps += [stamp] * (piece["timings"]["predicted_n"] - len(stamps))
-    counts = _counts(timings, num_new=len(stamps))
+    counts = None if is_plain else _counts(timings, num_new=len(stamps))
     return Run(
         seconds=seconds,
         tokens=[],
@@ -199,17 +200,15 @@ def _to_run(pieces: list[tuple[float, dict[str, Any]]], seconds: float, num_prom
     )
 
 
-def _counts(timings: dict[str, Any], *, num_new: int) -> PeerCounts | None:
-    """Of a call that drafted: every round commits what it accepts and one token more; the prefill yields the first."""
-    if "draft_n" not in timings:
-        return None
-    num_accepted = timings["draft_n_accepted"]
+def _counts(timings: dict[str, Any], *, num_new: int) -> PeerCounts:
+    """Every round commits what it accepts and one token more; the prefill yields the first. No draft, no entry."""
+    num_accepted = timings.get("draft_n_accepted", 0)
     return PeerCounts(
         num_new_tokens=num_new,
         num_rounds=num_new - 1 - num_accepted,
         num_committed=num_new - 1,
         num_accepted=num_accepted,
-        num_drafted=timings["draft_n"],
+        num_drafted=timings.get("draft_n", 0),
         target_forwards=num_new - num_accepted,
     )
 
