@@ -62,7 +62,7 @@ def _draw_speedups(axes: Axes, rows: Sequence[MethodReport], colours: dict[str, 
         axes.bar(places, heights, width=0.92 * width, color=colours[name])
         ends = [row.speedup_interval or (row.speedup_vs_plain,) * 2 for row in own.values()]
         whiskers = np.maximum([[-1], [1]] * (np.array(ends).T - heights), 0)
-        axes.errorbar(places, heights, yerr=whiskers, fmt="none", ecolor=_GREY, elinewidth=1, capsize=2)
+        axes.errorbar(places, heights, yerr=whiskers, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
         for place, height, (_, high) in zip(places, heights, ends, strict=True):
             above = (place, max(height, high))
             axes.annotate(
