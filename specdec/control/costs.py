@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from specdec.compatibility import position_limit
 from specdec.kernels import prepared
 from specdec.target import TreeModel
 
@@ -119,7 +120,8 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     """
     scratch = TreeModel(model)
     started = perf_counter()
-    scratch.prefill(torch.zeros((1, _CONTEXT), dtype=torch.long, device=scratch.device))
+    context = max(min(_CONTEXT, position_limit(model) - 1), 1)
+    scratch.prefill(torch.zeros((1, context), dtype=torch.long, device=scratch.device))
     if perf_counter() - started > time_limit_s:  # a prompt takes no longer than a token: weights come from far away
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
@@ -133,12 +135,12 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
 
 def _time(scratch: TreeModel, width: int) -> float:
     tokens_BT = torch.zeros((1, width), dtype=torch.long, device=scratch.device)
-    offsets_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
-    seen_BTT = None if width == 1 else offsets_BT[:, :, None] >= offsets_BT[:, None]
+    order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
+    seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
     synchronise = _synchroniser(scratch.device)
     synchronise()
     started = perf_counter()
-    scratch.forward(tokens_BT, offsets_BT, seen_BTT)
+    scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
     synchronise()
     seconds = perf_counter() - started
     scratch.forget_tail()
