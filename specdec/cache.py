@@ -12,6 +12,7 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
@@ -242,6 +243,19 @@ class _TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def beginning(cache: DynamicCache, length: int) -> DynamicCache:
+    """A cache of the first `length` slots of another one, which stays as it is. Nothing is copied.
+
+    Args:
+        cache: without sliding windows (one made without a configuration): those forget their beginning.
+    """
+    shorter = DynamicCache()
+    if length:
+        shorter.layers = [copy.copy(layer) for layer in cache.layers]
+        shorter.crop(length - cache.get_seq_length())
+    return shorter
 
 
 def refill(cache: DynamicCache, rows: Sequence[RowStates]) -> None:

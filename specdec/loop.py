@@ -150,11 +150,13 @@ class DecodingLoop:
             if reasons := self.session.explain():
                 self.stats.trace.append({**reasons, "drafted": trees.sizes, "committed": counts})
         self.stats.note_tokens(sum(counts), perf_counter() - self.started)
-        for row, row_tokens, finished, count in zip(rows, tokens, stopped, num_new, strict=True):
+        for row, count in zip(rows, num_new, strict=True):
             self.recorder.trim(row, count)
-            if self.feed is not None:
-                self.feed.put(row, row_tokens, finished)
         if self.feed is not None:
+            num_accepted = [min(len(path), count) for path, count in zip(paths, counts, strict=True)]
+            self.feed.put_round(rows, tokens, num_accepted)
+            for row, row_tokens, finished in zip(rows, tokens, stopped, strict=True):
+                self.feed.put(row, row_tokens, finished)
             self.feed.flush()
 
     def _let_go(self, stopped: Sequence[bool]) -> None:

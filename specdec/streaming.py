@@ -1,4 +1,7 @@
-"""Feeds a `transformers` streamer exactly as plain decoding does: one token of every row at a time."""
+"""Feeds a `transformers` streamer exactly as plain decoding does: one token of every row at a time.
+
+A streamer that wants to know more than plain decoding could tell, which tokens were drafted, is a `RoundStreamer`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,24 @@ from collections.abc import Sequence
 
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+
+class RoundStreamer(BaseStreamer):
+    """A streamer that is also told of every round which of its tokens were drafted.
+
+    `put` and `end` are called as on any streamer: `put` with the prompt, then with one token of every row at a time.
+    """
+
+    def put_round(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_accepted: Sequence[int]) -> None:
+        """Take what a round has committed; called before `put` passes it on. The prefill counts as a round.
+
+        Args:
+            rows: index in the caller's batch of every row that was unfinished before this round.
+            tokens: for each of these rows its new tokens, at least one.
+            num_accepted: for each of these rows how many of its first new tokens were drafted and accepted; the one
+                that may follow is the target's own. 0 after the prefill.
+        """
+        raise NotImplementedError
 
 
 class StreamFeed:
@@ -22,6 +43,11 @@ class StreamFeed:
         self._pad = pad_token_id
         self._waiting: list[list[int]] = [[] for _ in range(num_rows)]
         self._finished = [False] * num_rows
+
+    def put_round(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_accepted: Sequence[int]) -> None:
+        """Tell a `RoundStreamer` of a round; other streamers do not ask."""
+        if isinstance(self._streamer, RoundStreamer):
+            self._streamer.put_round(rows, tokens, num_accepted)
 
     def put(self, row: int, tokens: Sequence[int], finished: bool) -> None:
         """Take a row's newly committed tokens."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, save_word_model
 
 torch.set_num_threads(1)  # the models are too small for two threads to pay
 
@@ -23,3 +23,9 @@ def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_without_template(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("untemplated"), chat_template=None)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a model that says words, with a long context."""
+    return save_word_model(tmp_path_factory.mktemp("words"))

@@ -1,14 +1,10 @@
 """The commands as a user types them, on tiny models on disk."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
-import pexpect
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -17,7 +13,6 @@ import specdec
 from specdec.bench.harness import Harness
 from specdec.cli.app import app
 from specdec.cli.bench_output import TABLE_WIDTH
-from specdec.cli.conversation import Conversation
 from tests.tiny_models import save_tiny_model
 
 CONTEXT_LENGTH = 256
@@ -184,114 +179,6 @@ def test_template_that_refuses_a_conversation_is_reported(tmp_path: Path) -> Non
     template = "{{ raise_exception('no system role') }}"
     picky = save_tiny_model(tmp_path / "picky", chat_template=template)
     assert "chat template refuses" in error_of(specdec_command("generate", PROMPT, "-m", picky))
-
-
-# chat
-
-
-def chat(folder: str, *lines: str, options: tuple[str, ...] = ("-n", "8")) -> Result:
-    return specdec_command("chat", "-m", folder, *options, stdin="".join(f"{line}\n" for line in lines))
-
-
-def test_chat_keeps_the_history(tiny: str) -> None:
-    first = plain_text(tiny, "hello", max_new_tokens=8)
-    history = f"user: hello\nassistant: {first}\nuser: again\nassistant: "
-    second = plain_text(tiny, history, max_new_tokens=8, raw=True)
-    result = chat(tiny, "hello", "", "again")
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"> {first}\n> > {second}\n> \n"
-    assert result.stderr.count("tokens per round") == 2
-
-
-def test_chat_commands(tiny: str) -> None:
-    plain = plain_text(tiny, "hello", max_new_tokens=8)
-    by_hand = "system: Be brief.\nuser: hello\nassistant: "
-    brief = plain_text(tiny, by_hand, max_new_tokens=8, raw=True)
-    lines = ("/regen", "hello", "/regen", "/clear", "/system Be brief.", "hello", "/system", "/regen")
-    result = chat(tiny, *lines, "/dance", "/help", "/exit", "never read")
-    assert result.stdout == f"> > {plain}\n> {plain}\n> > > {brief}\n> > {plain}\n> > > "
-    for message in (
-        "error: there is no reply yet",
-        "conversation forgotten",
-        "system prompt set",
-        "system prompt removed",
-        "error: unknown command /dance",
-        "/system TEXT",
-    ):
-        assert message in result.stderr
-
-
-def test_chat_needs_a_template(tiny_without_template: str) -> None:
-    result = chat(tiny_without_template, "hello")
-    assert "specdec generate --raw" in error_of(result)
-
-
-def test_chat_forgets_the_oldest_turns_when_the_context_is_full(tiny: str) -> None:
-    long = "x" * (CONTEXT_LENGTH // 2)
-    result = chat(tiny, long, long, "short", options=("-n", "4"))
-    assert result.exit_code == 0, result.output
-    assert "the context is full: forgot the oldest 2 messages" in result.stderr
-
-
-def test_chat_refuses_a_message_longer_than_the_context_and_goes_on(tiny: str) -> None:
-    result = chat(tiny, "x" * CONTEXT_LENGTH, "hello")
-    assert "error: the message is too long" in result.stderr
-    assert plain_text(tiny, "hello", max_new_tokens=8) in result.stdout
-
-
-def test_interrupted_reply_stays_in_the_conversation(
-    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    conversation = Conversation(
-        model, tokenizer, drafter=None, system=None, max_new_tokens=8, generation_kwargs={"do_sample": False}
-    )
-
-    def interrupted(*args: object, input_ids: object, streamer: object, **kwargs: object) -> None:
-        streamer.put(input_ids)
-        streamer.put(tokenizer("so far", return_tensors="pt").input_ids[0])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(specdec, "generate", interrupted, raising=False)
-        conversation._handle("hello")
-    captured = capsys.readouterr()
-    assert captured.out == "so far\n"
-    assert "stopped" in captured.err
-    assert [turn["content"] for turn in conversation._turns] == ["hello", "so far"]
-
-
-def interrupt(terminal: pexpect.spawn, answer: str) -> None:
-    """Press Ctrl-C until it is answered: one that comes between a prompt and its read waits for the next key."""
-    for _ in range(10):
-        terminal.sendintr()
-        if terminal.expect([answer, pexpect.TIMEOUT], timeout=3) == 0:
-            return
-    raise AssertionError(f"Ctrl-C was not answered with {answer!r}")
-
-
-def test_chat_in_a_terminal(tiny: str) -> None:
-    environment = os.environ | {"TERM": "dumb", "NO_COLOR": "1"}
-    script = "from specdec.cli import main; main()"
-    arguments = ["-c", script, "chat", "-m", tiny, "-n", "100", "--threads", "1"]
-    terminal = pexpect.spawn(
-        sys.executable,
-        arguments,
-        env=environment,
-        encoding="utf-8",
-        timeout=60,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background shell ignores Ctrl-C
-    )
-    terminal.expect("> ")
-    interrupt(terminal, "Ctrl-D or /exit to leave")
-    terminal.expect("> ")
-    terminal.sendline("hello")
-    terminal.expect("tokens per round")
-    terminal.expect("> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0
 
 
 # bench

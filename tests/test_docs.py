@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import specdec
+from specdec.cli.chat.commands import COMMANDS
+from specdec.drafters import Plain
 from specdec.testing import random_prompts, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -49,3 +51,18 @@ def test_a_drafter_in_twenty_lines():
     expected = model.generate(**prompts, max_new_tokens=16, do_sample=False)
     out = specdec.generate(model, **prompts, max_new_tokens=16, do_sample=False, drafter=names["RepeatLast"]())
     assert torch.equal(out, expected)
+
+
+def test_a_streamer_that_is_told_of_rounds(capsys: pytest.CaptureFixture[str]):
+    (program,) = blocks("docs/chat.md", "python")
+    names: dict = {}
+    exec(program, names)
+    options = {"max_new_tokens": 4, "do_sample": False, "drafter": Plain(), "streamer": names["Rounds"]()}
+    specdec.generate(tiny_model("llama"), **random_prompts([6]), **options)
+    assert capsys.readouterr().out == "1 tokens, of these drafted: 0\n" * 4 + "end\n"
+
+
+def test_the_commands_of_the_chat():
+    """The page lists those that there are, as the help does."""
+    table = re.findall(r"^\| `(/\w+)", (ROOT / "docs/chat.md").read_text(), re.MULTILINE)
+    assert table == list(COMMANDS)

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
-from specdec.streaming import StreamFeed
-from specdec.testing import ByteTokenizer, tiny_model
+from specdec.streaming import RoundStreamer, StreamFeed
+from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 
 PROMPT = torch.tensor([list(b"to be")])
 PROMPTS = torch.tensor([list(b"to be"), [0, 0, *b"or "], [0, *b"not "]])
@@ -144,3 +144,60 @@ def test_the_feed_waits_for_the_slowest_row_that_is_not_finished():
     feed.end()
     assert [tokens for _, tokens in streamer.puts] == [[1, 4, 5], [2, 0, 6], [3, 0, 7], [8, 0, 0]]
     assert streamer.num_ends == 1
+
+
+class RecordingRounds(RoundStreamer, Recording):
+    """Keeps what it is told of rounds, and how many puts had come before."""
+
+    def __init__(self) -> None:
+        Recording.__init__(self)
+        self.rounds: list[tuple[list[int], list[list[int]], list[int]]] = []
+        self.num_puts_before: list[int] = []
+
+    def put_round(self, rows: Any, tokens: Any, num_accepted: Any) -> None:
+        self.rounds.append((list(rows), [list(row_tokens) for row_tokens in tokens], list(num_accepted)))
+        self.num_puts_before.append(len(self.puts))
+
+
+def test_a_round_streamer_is_told_which_tokens_were_drafted(model: PreTrainedModel):
+    plain = model.generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+    wrong = (plain[6] + 1) % 250
+    streamer = RecordingRounds()
+    drafter = ScriptedDrafter([[plain[1:4]], [[plain[5], wrong]]])
+    out = specdec.generate(model, PROMPT, streamer=streamer, drafter=drafter, **{**GREEDY, "max_new_tokens": 8})
+    assert out[0, PROMPT.shape[1] :].tolist() == plain[:8]
+    expected = [([plain[0]], 0), (plain[1:5], 3), (plain[5:7], 1), ([plain[7]], 0)]
+    assert streamer.rounds == [([0], [tokens], [count]) for tokens, count in expected]
+    assert streamer.num_puts_before == [1, 2, 6, 8], (
+        "the prompt was put first; a round is told before its tokens are put"
+    )
+    assert len(streamer.puts) == 9
+
+
+def test_a_draft_that_goes_past_the_stop_counts_up_to_it(model: PreTrainedModel):
+    plain = model.generate(PROMPT, **GREEDY)[0, PROMPT.shape[1] :].tolist()
+    stop = next(place for place in range(2, 9) if plain[place] not in plain[:place])
+    streamer = RecordingRounds()
+    drafter = ScriptedDrafter([[plain[1 : stop + 4]]])
+    specdec.generate(model, PROMPT, streamer=streamer, drafter=drafter, eos_token_id=plain[stop], **GREEDY)
+    assert streamer.rounds[1:] == [([0], [plain[1 : stop + 1]], [stop])]
+
+
+def test_rounds_of_a_batch_name_the_unfinished_rows(model: PreTrainedModel, drafter: Drafter):
+    mask = (PROMPTS > 0).long()
+    free = model.generate(PROMPTS, attention_mask=mask, **GREEDY)[:, PROMPTS.shape[1] :]
+    eos = [int(row[place]) for row, place in zip(free, (3, 11, 25), strict=True)]
+    streamer = RecordingRounds()
+    options = {**GREEDY, "attention_mask": mask, "eos_token_id": eos}
+    out = specdec.generate(model, PROMPTS, streamer=streamer, drafter=drafter, return_dict_in_generate=True, **options)
+    told: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    num_accepted = 0
+    for rows, tokens, accepted in streamer.rounds:
+        assert all(0 <= count <= len(row_tokens) for count, row_tokens in zip(accepted, tokens, strict=True))
+        num_accepted += sum(accepted)
+        for row, row_tokens in zip(rows, tokens, strict=True):
+            told[row] += row_tokens
+    new = out.sequences[:, PROMPTS.shape[1] :].tolist()
+    assert [row[: len(told[index])] for index, row in enumerate(new)] == list(told.values())
+    assert all(token == 0 for index, row in enumerate(new) for token in row[len(told[index]) :])
+    assert num_accepted <= out.stats.num_accepted

@@ -35,6 +35,7 @@ from specdec.cli.bench_options import (
 )
 from specdec.cli.bench_output import BenchOutput
 from specdec.cli.common import (
+    INTERRUPTED,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from specdec.bench.suite import Prompt
 
 NOT_IDENTICAL = 1
-INTERRUPTED = 130
 PROMPTS_OF_A_LENGTH = 2
 
 

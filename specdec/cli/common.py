@@ -14,6 +14,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 USER_ERROR = 2
+INTERRUPTED = 130
+"""What shells report of a program that Ctrl-C has ended."""
 
 MODEL_PANEL = "Model and machine"
 ModelOption = Annotated[

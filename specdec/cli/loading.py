@@ -26,14 +26,33 @@ def load_pair(
         ModelError: a model cannot be found, fetched or read.
         DraftError: the draft's tokenizer gives a token another id than the target's does.
     """
-    target = models.load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    _prepare(target.model, weights)
+    target = load_target(
+        model, dtype=dtype, device=device, threads=threads, weights=weights, trust_remote_code=trust_remote_code
+    )
     if draft is None:
         return target, None
+    return target, load_draft(
+        draft, target, dtype=dtype, device=device, weights=weights, trust_remote_code=trust_remote_code
+    )
+
+
+def load_target(
+    model: str, *, dtype: str, device: str, threads: int | None, weights: str, trust_remote_code: bool
+) -> models.LoadedModel:
+    """The first half of `load_pair`."""
+    target = models.load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
+    _prepare(target.model, weights)
+    return target
+
+
+def load_draft(
+    draft: str, target: models.LoadedModel, *, dtype: str, device: str, weights: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The second half of `load_pair`."""
     small = models.load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_same_ids(target.tokenizer, small.tokenizer)
     _prepare(small.model, weights)
-    return target, small.model
+    return small.model
 
 
 def _prepare(model: PreTrainedModel, weights: str) -> None:

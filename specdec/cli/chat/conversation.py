@@ -1,0 +1,204 @@
+"""What was said, the prompt that the model's template makes of it, and the states kept from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+import specdec
+from specdec.cache import beginning
+from specdec.cli.chat.reply import Piece, Reply
+from specdec.cli.chat.streamer import ReplyStreamer
+from specdec.compatibility import position_limit
+from specdec.drafters import Drafter
+from specdec.prompting import Message, encode_chats, has_chat_template
+
+
+class Conversation:
+    """A dialogue with one model: messages by turns, the user's first. It knows no terminal.
+
+    A turn reads only what is new in its prompt: key and value states of the longest common beginning with what the
+    turn before has left are kept. Token ids are compared, so a template that writes a reply otherwise than the model
+    said it, or drops a part of it, costs reading from there on, and nothing else.
+
+    Args:
+        messages: the user's and the model's by turns, complete ones.
+
+    Raises:
+        ValueError: the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        drafter: Drafter | str | None = None,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+    ) -> None:
+        if not has_chat_template(tokenizer):
+            raise ValueError(
+                "this model has no chat template, so it cannot hold a conversation; "
+                "`specdec generate --raw` continues a text with it"
+            )
+        self.drafter = drafter
+        self.system = system
+        self.messages = list(messages)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._num_positions = position_limit(model)
+        self._kept = _KeptStates()
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens whose states are kept."""
+        return len(self._kept.ids)
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens that the model's context can hold."""
+        return self._num_positions
+
+    @property
+    def last_question(self) -> str:
+        """The user's last message. Raises `ValueError` if there is none."""
+        if not self.messages:
+            raise ValueError("nothing has been said yet")
+        return self.messages[-2]["content"]
+
+    def clear(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.messages = []
+
+    def say(self, text: str, **options: Any) -> Reply:
+        """Reply to a message; options as of `_reply`."""
+        return self._reply([*self.messages, {"role": "user", "content": text}], **options)
+
+    def say_instead(self, text: str, **options: Any) -> Reply:
+        """Reply to a message that takes the place of the last one; options as of `_reply`."""
+        return self._reply([*self.messages[:-2], {"role": "user", "content": text}], **options)
+
+    def _reply(
+        self,
+        messages: list[Message],
+        *,
+        max_new_tokens: int,
+        generation_kwargs: dict[str, Any],
+        show: Callable[[Sequence[Piece]], None],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """Stream a reply to `messages`, which end with the user's. What was said changes only if there is a reply.
+
+        Args:
+            show: takes each part of the reply as it comes.
+            stop: asked after every token whether to end here.
+
+        Raises:
+            KeyboardInterrupt: before the first token; later, it ends the reply like `stop`, but its states are lost.
+            ValueError: the message does not fit into the context; an option of generation is wrong.
+        """
+        kept_messages, ids = self._fit(messages, max_new_tokens)
+        room = min(max_new_tokens, self._num_positions - len(ids))
+        cache = self._kept.beginning_of(ids)
+        num_kept = cache.get_seq_length()
+        streamer = ReplyStreamer(self._tokenizer, show)
+        stats = None
+        try:
+            out = self._generate(ids, cache, streamer, stop, max_new_tokens=room, **generation_kwargs)
+            self._kept = _KeptStates(out.sequences[0].tolist(), cache)
+            stats = out.stats
+        except KeyboardInterrupt:
+            if not streamer.num_tokens:
+                raise
+            streamer.end()
+        reply = Reply(
+            pieces=tuple(streamer.pieces),
+            stats=stats,
+            num_read=len(ids) - num_kept,
+            num_kept=num_kept,
+            num_forgotten=len(messages) - len(kept_messages),
+            stopped=stats is None or stop(),
+            cut=streamer.num_tokens == room,
+        )
+        self.messages = [*kept_messages, {"role": "assistant", "content": reply.text}]
+        return reply
+
+    def _generate(
+        self,
+        ids: list[int],
+        cache: DynamicCache,
+        streamer: ReplyStreamer,
+        stop: Callable[[], bool],
+        **options: Any,
+    ) -> specdec.SpeculativeOutput:
+        input_ids = torch.tensor([ids], device=self._model.device)
+        out = specdec.generate(
+            self._model,
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=cache,
+            drafter=self.drafter,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_StopOnRequest(stop)]),
+            return_dict_in_generate=True,
+            **options,
+        )
+        assert isinstance(out, specdec.SpeculativeOutput)
+        return out
+
+    def _fit(self, messages: list[Message], max_new_tokens: int) -> tuple[list[Message], list[int]]:
+        """Drop the oldest exchanges until the conversation leaves room for a reply."""
+        # old messages make way for a full reply, but for no more than a quarter of the context
+        wanted = min(max_new_tokens, self._num_positions // 4)
+        ids = self._encode(messages)
+        while self._num_positions - len(ids) < wanted and len(messages) > 1:
+            messages = messages[2:]
+            ids = self._encode(messages)
+        if len(ids) >= self._num_positions:
+            raise ValueError(
+                f"the message is too long: with its prompt it has {len(ids)} tokens, "
+                f"and the model's context {self._num_positions}"
+            )
+        return messages, ids
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        return encode_chats(self._tokenizer, [[*opening, *messages]])["input_ids"][0].tolist()
+
+
+class _KeptStates:
+    """Key and value states, and the tokens that they are of.
+
+    Args:
+        ids: tokens of a finished run; the last ones have no states yet.
+        cache: what the run has left; never changed from here on.
+    """
+
+    def __init__(self, ids: Sequence[int] = (), cache: DynamicCache | None = None):
+        self._cache = DynamicCache() if cache is None else cache
+        self.ids = list(ids[: self._cache.get_seq_length()])
+
+    def beginning_of(self, ids: list[int]) -> DynamicCache:
+        """The states of the longest common beginning, without those of the last token: it is always read."""
+        return beginning(self._cache, min(_num_common(self.ids, ids), len(ids) - 1))
+
+
+def _num_common(ids: list[int], others: list[int]) -> int:
+    """Length of the longest common beginning."""
+    for place, (token, other) in enumerate(zip(ids, others, strict=False)):
+        if token != other:
+            return place
+    return min(len(ids), len(others))
+
+
+class _StopOnRequest(StoppingCriteria):
+    def __init__(self, stop: Callable[[], bool]):
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self._stop(), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,174 @@
+"""Where the user's lines come from: a terminal with history and completion, or a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+from prompt_toolkit.utils import is_dumb_terminal
+
+PROMPT = "> "
+_CONTINUATION = "  "
+
+Candidates = Iterable[tuple[str, str]]
+"""What can stand next, each with its meaning."""
+
+
+class Reader(Protocol):
+    """Gives the user's messages and commands, one at a time."""
+
+    @property
+    def is_person(self) -> bool:
+        """Whether someone is there to be told how to go on."""
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether a given text can be changed."""
+
+    def read(self, default: str = "") -> str | None:
+        """The next one, stripped; None at the end.
+
+        Args:
+            default: a text to start from, where one can be changed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+        """
+
+
+def state_folder() -> Path:
+    """`$XDG_STATE_HOME/specdec`, or `~/.local/state/specdec`: what is remembered from one start to the next."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "specdec"
+
+
+class LineReader:
+    """One message a line; a line that ends with a backslash goes on with the next one.
+
+    Args:
+        file: where lines come from.
+        prompt: shown before each line to the person who types them; "" says that nobody does.
+    """
+
+    can_edit = False
+
+    def __init__(self, file: TextIO, prompt: str = ""):
+        self.is_person = bool(prompt)
+        self._file = file
+        self._prompt = prompt
+
+    def read(self, default: str = "") -> str | None:
+        parts: list[str] = []
+        while (line := self._read_line(_CONTINUATION if parts else self._prompt)) is not None:
+            if not line.endswith("\\"):
+                return "\n".join([*parts, line]).strip()
+            parts.append(line[:-1])
+        return "\n".join(parts).strip() if parts else None
+
+    def _read_line(self, prompt: str) -> str | None:
+        if not self.is_person:
+            line = self._file.readline()
+            return line.removesuffix("\n") if line else None
+        try:
+            return input(prompt)
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            raise
+
+
+class TerminalReader:
+    """Reads with history, several lines and completion.
+
+    Args:
+        candidates: what can follow the text typed so far, if it is a command.
+        history_file: where lines are remembered; kept in memory if it cannot be written.
+    """
+
+    is_person = True
+    can_edit = True
+
+    def __init__(self, candidates: Callable[[str], Candidates], history_file: Path):
+        self._session: PromptSession[str] = PromptSession(
+            PROMPT,
+            history=_open_history(history_file),
+            multiline=True,
+            prompt_continuation=_CONTINUATION,
+            key_bindings=_key_bindings(),
+            completer=_CommandCompleter(candidates),
+            complete_while_typing=Condition(self._is_command),
+            output=create_output(always_prefer_tty=True),
+        )
+
+    def read(self, default: str = "") -> str | None:
+        try:
+            return self._session.prompt(default=default).strip()
+        except EOFError:
+            return None
+
+    def _is_command(self) -> bool:
+        return self._session.default_buffer.text.startswith("/")
+
+
+def make_reader(candidates: Callable[[str], Candidates]) -> Reader:
+    """A reader of stdin."""
+    if not sys.stdin.isatty():
+        return LineReader(sys.stdin)
+    if is_dumb_terminal():
+        return LineReader(sys.stdin, PROMPT)
+    return TerminalReader(candidates, state_folder() / "chat_history")
+
+
+def _open_history(file: Path) -> History:
+    """A history that only the user can read."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(file)
+
+
+def _key_bindings() -> KeyBindings:
+    """Enter sends, but continues after a backslash; Alt-Enter starts a new line."""
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def start_a_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings
+
+
+class _CommandCompleter(Completer):
+    def __init__(self, candidates: Callable[[str], Candidates]):
+        self._candidates = candidates
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        typed = document.text_before_cursor
+        if not typed.startswith("/") or "\n" in typed:
+            return
+        word = typed.rpartition(" ")[2]
+        for text, meaning in self._candidates(typed):
+            if text.startswith(word):
+                yield Completion(text, start_position=-len(word), display_meta=meaning)

@@ -1,0 +1,282 @@
+"""What happens inside `specdec chat`: read a line, obey it or reply to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from specdec.bench.methods import AUTO, DrafterSpec
+from specdec.cli.chat import commands, settings
+from specdec.cli.chat.conversation import Conversation
+from specdec.cli.chat.keyboard import Interrupt, handling, unseen_keys
+from specdec.cli.chat.reading import Reader
+from specdec.cli.chat.rendering import make_view, shows_styles, visible
+from specdec.cli.chat.reply import Piece, Reply
+from specdec.cli.chat.settings import Settings
+from specdec.cli.chat.speakers import Speaker, SpeakerLoader
+from specdec.cli.chat.transcript import Transcript
+from specdec.cli.common import err_console
+from specdec.errors import SpecdecError
+
+_RECOVERABLE = (SpecdecError, ValueError, RuntimeError, OSError)
+"""Errors that the conversation outlives: wrong input, a file, a device that is out of memory."""
+
+
+@dataclass
+class _Totals:
+    num_replies: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+class ChatSession:
+    """One run of the command. What it says itself goes to stderr, replies go to `console`.
+
+    Args:
+        speaker: the model to begin with; `loader` loads others.
+
+    Raises:
+        ValueError: the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        *,
+        loader: SpeakerLoader,
+        reader: Reader,
+        console: Console,
+        settings: Settings,
+        system: str | None = None,
+    ) -> None:
+        self._speaker = speaker
+        self._loader = loader
+        self._reader = reader
+        self._console = console
+        self._settings = settings
+        self._conversation = _converse(speaker, system=system)
+        self._is_tinted = False
+        self._is_over = False
+        self._file: Path | None = None
+        self._last_reply: Reply | None = None
+        self._totals = _Totals()
+        settings.sampling.seed_torch()
+
+    def run(self) -> None:
+        """Talk until /exit or the end of the input."""
+        if self._reader.is_person:
+            self.notify(f"{self._speaker.name}: /help for help, Ctrl-D to leave")
+        while not self._is_over:
+            try:
+                line = self._reader.read()
+                if line is None:
+                    return
+                self._handle(line)
+                if line and self._reader.is_person:
+                    self.notify("")
+            except KeyboardInterrupt:
+                if not self._reader.is_person:
+                    raise
+                self.notify("Ctrl-D or /exit to leave")
+            except _RECOVERABLE as error:
+                self.notify(f"error: {error}", style="red")
+
+    def reply_once(self, message: str) -> bool:
+        """Reply to one message; whether there was a reply before Ctrl-C."""
+        return self._reply(self._conversation.say, message)
+
+    def notify(self, text: str, style: str = "dim") -> None:
+        """Say something that is no reply."""
+        # a terminal breaks between words; in a file each line stays one
+        err_console.print(Text(visible(text), style=style), soft_wrap=not err_console.is_terminal)
+
+    def leave(self) -> None:
+        self._is_over = True
+
+    def clear(self) -> None:
+        self._conversation.clear()
+        self.notify("conversation forgotten")
+
+    def regenerate(self) -> None:
+        self._reply(self._conversation.say_instead, self._conversation.last_question)
+
+    def edit(self, text: str | None) -> None:
+        """Reply to `text` in place of the last message; None asks the user for it."""
+        before = self._conversation.last_question
+        if text is None:
+            if not self._reader.can_edit:
+                raise ValueError("the message cannot be edited here: /edit TEXT puts another one in its place")
+            text = self._reader.read(default=before)
+        if text:
+            self._reply(self._conversation.say_instead, text)
+
+    def set_system(self, text: str | None) -> None:
+        self._conversation.system = text
+        self.notify("system prompt set" if text else "system prompt removed")
+
+    def show_settings(self, name: str | None) -> None:
+        values = self._settings.values()
+        if name is not None and name not in values:
+            raise ValueError(f"there is no setting {name!r}; choose from: {', '.join(values)}")
+        asked = values if name is None else {name: values[name]}
+        self.notify("\n".join(f"{name:16}{settings.describe(value)}" for name, value in asked.items()))
+
+    def change_setting(self, name: str, value: str) -> None:
+        changed = self._settings.changed(name, value)
+        self._settings = changed
+        if name == "seed":
+            changed.sampling.seed_torch()
+        self.notify(f"{name} {settings.describe(changed.values()[name])}")
+
+    def save(self, path: Path | None) -> None:
+        """Write the conversation; None is the file that it was last saved to or loaded from."""
+        path = path or self._file
+        if path is None:
+            raise ValueError("there is no file yet: /save FILE")
+        if path.exists() and path != self._file:
+            raise ValueError(f"{path} exists: choose another name, or delete it first")
+        conversation = self._conversation
+        Transcript(
+            model=self._speaker.name,
+            drafter=self._speaker.drafter_spec.text,
+            system=conversation.system,
+            settings=self._settings,
+            messages=conversation.messages,
+        ).save(path)
+        self._file = path
+        self.notify(f"saved {len(conversation.messages)} messages to {path}")
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation, its system prompt and its settings; the model stays."""
+        saved = Transcript.load(path)
+        self._conversation.messages, self._conversation.system = saved.messages, saved.system
+        self._settings, self._file = saved.settings, path
+        saved.settings.sampling.seed_torch()
+        self.notify(f"loaded {len(saved.messages)} messages from {path}")
+        if saved.model != self._speaker.name:
+            self.notify(f"they were held with {saved.model}; {self._speaker.name} goes on")
+        for message in saved.messages[-2:]:
+            self.notify(f"{message['role']}: {message['content']}")
+
+    def show_stats(self) -> None:
+        reply, totals, conversation = self._last_reply, self._totals, self._conversation
+        if reply is None:
+            raise ValueError("there is no reply yet")
+        rate = totals.num_tokens / totals.seconds if totals.seconds else 0.0
+        lines = {
+            "last reply": "broken off" if reply.stats is None else str(reply.stats),
+            "its prompt": f"{reply.num_read} tokens read, {reply.num_kept} kept from before"
+            + ("" if reply.stats is None else f"; first token after {reply.stats.ttft_seconds:.2f} s"),
+            "conversation": f"{len(conversation.messages)} messages; "
+            f"the states of {conversation.num_kept} tokens are kept, the context has {conversation.num_positions}",
+            "all replies": f"{totals.num_replies}: {totals.num_tokens} tokens at {rate:.1f} tokens/s",
+            "model": f"{self._speaker.name}, drafter {self._speaker.drafter_spec.text}",
+        }
+        self.notify("\n".join(f"{name:14}{text}" for name, text in lines.items()))
+
+    def set_tinted(self, is_tinted: bool) -> None:
+        self._check_styles()
+        self._is_tinted = is_tinted
+        self.notify("drafted and accepted tokens are tinted" if is_tinted else "replies are not tinted")
+
+    def show_last_reply(self) -> None:
+        """Show the last reply again, tinted."""
+        self._check_styles()
+        if self._last_reply is None:
+            raise ValueError("there is no reply yet")
+        view = make_view(self._console, tinted=True)
+        view.show(self._last_reply.pieces)
+        view.end()
+        self.notify("tinted: drafted, and accepted by the model; the rest is the model's own")
+
+    def change_model(self, name: str | None) -> None:
+        """Go on with another model; None names the present one."""
+        if name is not None:
+            old, conversation = self._speaker, self._conversation
+            self.notify(f"loading {name}")
+            kept = old.drafter_spec if not old.drafter_spec.needs_draft else DrafterSpec.parse(AUTO)
+            new = self._loader.load(name, kept)
+            self._conversation = _converse(new, system=conversation.system, messages=conversation.messages)
+            self._speaker = new
+        self.notify(f"model {self._speaker.name}, drafter {self._speaker.drafter_spec.text}")
+
+    def change_drafter(self, name: str | None, draft: str | None) -> None:
+        """Draft with another drafter; None names the present one."""
+        if name is not None:
+            self._speaker = self._loader.with_drafter(self._speaker, name, draft)
+            self._conversation.drafter = self._speaker.drafter
+        self.notify(f"drafter {self._speaker.drafter_spec.text}")
+
+    def _handle(self, line: str) -> None:
+        if commands.is_command(line):
+            commands.obey(self, line)
+        elif line:
+            self._reply(self._conversation.say, line[1:] if line.startswith("//") else line)
+
+    def _reply(self, say: Callable[..., Reply], message: str) -> bool:
+        """Show a reply as it comes; whether there was one before Ctrl-C."""
+        view = make_view(self._console, tinted=self._is_tinted)
+        has_begun = False
+
+        def show(pieces: list[Piece]) -> None:
+            nonlocal has_begun
+            has_begun = True
+            view.show(pieces)
+
+        interrupt = Interrupt(can_stop=lambda: has_begun)
+        try:
+            with unseen_keys(), handling(interrupt):
+                reply = say(message, show=show, stop=lambda: interrupt.asked, **self._decoding)
+        except KeyboardInterrupt:
+            self.notify("stopped before the first token: the message is taken back")
+            return False
+        except _RECOVERABLE:
+            if has_begun:
+                view.end()
+            raise
+        view.end()
+        self._note(reply)
+        return True
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self._settings.max_new_tokens,
+            "generation_kwargs": self._settings.sampling.generation_kwargs,
+        }
+
+    def _note(self, reply: Reply) -> None:
+        """Remember a reply, and say what it took."""
+        self._last_reply = reply
+        if reply.num_forgotten:
+            self.notify(f"the context is full: forgot the oldest {reply.num_forgotten} messages")
+        if reply.stopped:
+            self.notify("stopped")
+        elif reply.cut:
+            self.notify("cut at the limit: /set max_new_tokens N allows longer replies")
+        if reply.stats is not None:
+            totals, stats = self._totals, reply.stats
+            self._totals = replace(
+                totals,
+                num_replies=totals.num_replies + 1,
+                num_tokens=totals.num_tokens + stats.num_new_tokens,
+                seconds=totals.seconds + stats.total_seconds,
+            )
+            self.notify(
+                f"{stats.num_new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+                f"{stats.tokens_per_round:.2f} tokens per round, "
+                f"{stats.num_accepted} of {stats.num_drafted} drafted accepted"
+            )
+
+    def _check_styles(self) -> None:
+        if not shows_styles(self._console):
+            raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be tinted")
+
+
+def _converse(speaker: Speaker, **state: Any) -> Conversation:
+    return Conversation(speaker.loaded.model, speaker.loaded.tokenizer, drafter=speaker.drafter, **state)

@@ -1,0 +1,261 @@
+"""What a reply looks like while it comes and when it is there. No model is needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from specdec.cli.chat import rendering
+from specdec.cli.chat.markdown import num_finished, render
+from specdec.cli.chat.rendering import MarkdownView, PlainView, make_view, shows_styles
+from specdec.cli.chat.reply import Piece
+from tests.screen import Screen
+
+REPLY = """\
+# Title
+
+A paragraph with **bold**, `code`, a [link](https://example.org), <b>HTML</b>, and more words than fit on one line.
+Its second line.
+
+1. one
+2. two, which is long enough to go on in the next line of the screen
+
+   with a paragraph
+   - nested
+3. three
+
+| name | value |
+|------|------:|
+| a | 1 |
+| b | 22 |
+
+> quoted
+
+```python
+def f(x):
+
+    return x  # done
+```
+
+---
+The end."""
+
+SHOWN = """\
+Title
+
+A paragraph with bold, code, a link
+(https://example.org), <b>HTML</b>, and
+more words than fit on one line.
+Its second line.
+
+ 1 one
+ 2 two, which is long enough to go on
+   in the next line of the screen
+   with a paragraph
+    • nested
+ 3 three
+
+ name  value
+ ───────────
+ a         1
+ b        22
+
+▌ quoted
+
+```python
+def f(x):
+
+    return x  # done
+```
+
+---------------------------------------
+
+The end.
+"""
+
+
+@pytest.fixture(autouse=True)
+def draw_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_SECONDS_BETWEEN_DRAWINGS", 0.0)
+
+
+class Terminal:
+    """A console whose output goes to a screen."""
+
+    def __init__(self, width: int = 40, height: int = 30, **options: object):
+        self.screen = Screen(width, height)
+        self._file = io.StringIO()
+        self.sent = ""
+        self.console = Console(file=self._file, force_terminal=True, width=width, height=height, _environ={}, **options)
+
+    def resize(self, width: int, height: int) -> None:
+        self.update()
+        self.screen.resize(width, height)
+        self.console.width, self.console.height = width, height
+
+    def update(self) -> None:
+        new = self._file.getvalue()[len(self.sent) :]
+        self.sent += new
+        self.screen.feed(new)
+
+    @property
+    def text(self) -> str:
+        self.update()
+        return self.screen.text
+
+
+def pieces(text: str, size: int = 3) -> list[Piece]:
+    return [Piece(text[start : start + size], False) for start in range(0, len(text), size)]
+
+
+def show(terminal: Terminal, parts: Iterable[Piece], *, tinted: bool = False) -> None:
+    view = MarkdownView(terminal.console, tinted=tinted)
+    for part in parts:
+        view.show([part])
+        terminal.update()
+    view.end()
+
+
+@pytest.mark.parametrize("height", [30, 8, 5])
+def test_it_ends_as_if_it_had_come_at_once(height: int):
+    """Also where blocks are taller than the screen: what has left it is never missed or repeated."""
+    terminal = Terminal(height=height)
+    show(terminal, pieces(REPLY))
+    assert terminal.text == SHOWN
+
+
+def test_what_is_finished_is_never_written_again():
+    text = "".join(f"paragraph {number}\n\n" for number in range(30))
+    terminal = Terminal()
+    show(terminal, pieces(text))
+    assert terminal.text == "".join(f"paragraph {number}\n\n" for number in range(30))[:-1]
+    assert "\x1b[2A" not in terminal.sent
+    assert terminal.sent.count("paragraph 7") <= len("paragraph 7\n\n")
+
+
+def test_only_lines_that_changed_are_written():
+    terminal = Terminal()
+    view = MarkdownView(terminal.console, tinted=False)
+    view.show(pieces("one two three four five six seven eight nine ten eleven"))
+    terminal.update()
+    before = len(terminal.sent)
+    view.show([Piece(" twelve", False)])
+    terminal.update()
+    assert terminal.sent[before:] == "\r\x1b[2Knine ten eleven twelve"
+
+
+BLOCKS = st.sampled_from(
+    ["word ", "**bold** ", "`x` ", "\n", "\n\n", "- item\n", "1. ", "# ", "```\n", "> ", "| a |", "-", "é中"]
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.lists(BLOCKS, max_size=25), height=st.integers(3, 12))
+def test_any_text_ends_as_if_it_had_come_in_blocks(parts: Sequence[str], height: int):
+    whole, growing = Terminal(height=100), Terminal(height=100)
+    text = "".join(parts)
+    show(growing, [Piece(part, False) for part in parts])
+    view = MarkdownView(whole.console, tinted=False)
+    for line in text.splitlines(keepends=True):
+        view.show([Piece(line, False)])
+    view.end()
+    assert growing.text == whole.text
+    small = Terminal(height=height)
+    show(small, [Piece(part, False) for part in parts])
+    assert "".join(small.text.split()).count("word") >= text.count("word"), "nothing is lost"
+
+
+@pytest.mark.parametrize("sizes", [[(60, 30)], [(20, 30)], [(17, 9), (70, 30)], [(20, 5), (80, 6), (33, 7)]])
+def test_a_terminal_that_is_resized(sizes: list[tuple[int, int]]):
+    """Every word stays; none that is still on the screen is shown twice."""
+    words = [f"word{number}" for number in range(60)]
+    is_tall = all(height == 30 for _, height in sizes)
+    terminal = Terminal(height=30)
+    view = MarkdownView(terminal.console, tinted=False)
+    for place, word in enumerate(words):
+        if place and place % 15 == 0 and sizes:
+            terminal.resize(*sizes.pop(0))
+        view.show([Piece(word + " ", False)])
+        terminal.update()
+    view.end()
+    shown = terminal.text.split()
+    assert sorted(set(shown), key=words.index) == words
+    if is_tall:
+        assert shown == words
+
+
+def marked(terminal: Terminal, style: str) -> str:
+    """The characters that have a style, in order."""
+    terminal.update()
+    runs = terminal.sent.replace("\x1b[0m", "\0").split("\x1b[")
+    return "".join(
+        run.partition("m")[2].partition("\0")[0] for run in runs if style in run.partition("m")[0].split(";")
+    )
+
+
+def test_drafted_tokens_are_tinted():
+    """Upper case is drafted; mark-up between and around it changes nothing."""
+    text = "aa BB **CC dd EE** `FF gg`\n\n- HH [ii](JJ)\n- kk\n\n```python\ndef LL(mm): NN\n```\n"
+    terminal = Terminal(color_system="standard")
+    view = MarkdownView(terminal.console, tinted=True)
+    view.show([Piece(char, char.isupper()) for char in text])
+    view.end()
+    assert marked(terminal, "32").replace(" ", "") == "BBCCEEFFHHJJLLNN"
+
+
+def test_drafted_tokens_are_underlined_where_colours_are_not_wanted():
+    terminal = Terminal(no_color=True)
+    show(terminal, [Piece("own ", False), Piece("drafted ", True), Piece("own", False)], tinted=True)
+    assert "\x1b[4mdrafted" in terminal.sent
+    assert not any(colour in terminal.sent for colour in ("\x1b[3", "\x1b[9"))
+
+
+def test_a_model_cannot_control_the_terminal():
+    evil = "\x1b[2J\x1b]52;c;AAAA\x07 \x9b31m \r\x08\x7f."
+    terminal = Terminal()
+    show(terminal, [Piece(evil, False)])
+    assert "␛[2J␛]52;c;AAAA␇ \ufffd31m ␍␈\ufffd." in terminal.text  # the screen knows no such sequences
+
+
+def test_a_plain_view_writes_what_comes():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=False)
+    assert isinstance(make_view(console), PlainView)
+    view = make_view(console)
+    view.show([Piece("**a** ", True), Piece("\x1b", False)])
+    assert file.getvalue() == "**a** \x1b"
+    view.end()
+    assert file.getvalue() == "**a** \x1b\n"
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_dumb_terminal_gets_plain_text_without_control_characters(term: str):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, _environ={"TERM": term})
+    assert not shows_styles(console)
+    view = make_view(console, tinted=True)
+    view.show([Piece("**a** \x1b[2J", True)])
+    view.end()
+    assert file.getvalue() == "**a** ␛[2J\n"
+
+
+def test_a_block_is_finished_when_the_next_one_has_a_word():
+    assert num_finished("a\n\n") == 0
+    assert num_finished("a\n\n1. ") == 0
+    assert num_finished("a\n\n1. be") == 3
+    assert num_finished("a\n\nb\n") == 3
+    assert num_finished("a\n---\n") == 0, "it may be a heading"
+    assert num_finished("```\na\n\nb\n") == 0
+    assert num_finished("- a\n\n- b\n\n- c\n") == 0
+    assert num_finished("- a\n\nb\n") == 5
+
+
+def test_what_rich_would_hide_is_shown():
+    console = Console(width=40, file=io.StringIO())
+    shown = ["".join(segment.text for segment in line) for line in render("<div>a</div>\nb <br> c", console, 40)]
+    assert shown == ["<div>a</div>", "b <br> c"]
