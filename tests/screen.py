@@ -24,6 +24,7 @@ class Screen:
     @property
     def text(self) -> str:
         """All lines that were ever on it, however they are broken now, without spaces at their ends."""
+        self._drop_empty_rows()
         return "\n".join(line.rstrip() for line in self._lines())
 
     def feed(self, data: str) -> None:
@@ -39,9 +40,7 @@ class Screen:
 
     def resize(self, width: int, height: int) -> None:
         """As most terminals do: lines are broken anew. The cursor must be in the last row."""
-        while self._row < len(self.rows) - 1 and not self.rows[-1]:
-            self.rows.pop()
-            self._is_broken.pop()
+        self._drop_empty_rows()
         assert self._row == len(self.rows) - 1
         lines = self._lines()
         self.width, self.height = width, height
@@ -51,6 +50,12 @@ class Screen:
             self.rows += parts
             self._is_broken += [True] * (len(parts) - 1) + [False]
         self._row, self._column = len(self.rows) - 1, len(self.rows[-1])
+
+    def _drop_empty_rows(self) -> None:
+        """Those below the cursor."""
+        while self._row < len(self.rows) - 1 and not self.rows[-1]:
+            self.rows.pop()
+            self._is_broken.pop()
 
     def _lines(self) -> list[str]:
         lines: list[str] = [""]
@@ -66,7 +71,7 @@ class Screen:
             self._row = max(top, self._row - int(arguments or 1))
         elif (kind, arguments) == ("K", "2"):
             self.rows[self._row] = ""
-            self._is_broken[self._row] = False
+            self._is_broken[max(0, self._row - 1) : self._row + 1] = [False] * min(2, self._row + 1)
         else:
             assert kind == "m", f"unknown sequence {arguments}{kind}"
 

@@ -40,6 +40,7 @@ def test_commands(tiny: str) -> None:
     lines = ("/regen", "hello", "/regen", "/clear", "/system Be brief.", "hello", "/system", "/regen", "/edit bye")
     result = chat(tiny, *lines, "/dance", "/clear all", "/load", "/edit", "/show", "/help", "/exit", "never read")
     assert result.stdout == "".join(f"{text}\n" for text in (plain, plain, brief, plain, edited))
+    assert result.stderr.count("the same, because decoding is greedy") == 1
     for message in (
         "error: nothing has been said yet",
         "conversation forgotten",

@@ -81,9 +81,8 @@ class PlainView:
 class MarkdownView:
     """Markdown that grows: finished blocks are printed for good, only the lines of the last one change.
 
-    A block that outgrows the screen is printed for good from its top. Where a line that has left the screen would
-    look different by now (a wide cell late in a long table), it stays as it was. After a resize, lines are broken
-    anew, and one that was printed in part is shown again.
+    A block that outgrows the screen is printed for good from its top. Lines that have left the screen stay as they
+    were, also where they would look different by now (a wide cell late in a long table).
     """
 
     def __init__(self, console: Console, *, tinted: bool):
@@ -116,11 +115,11 @@ class MarkdownView:
         finished = self._lines(0, count, width, is_first=self._is_first)
         growing = self._lines(count, len(self._text), width, is_first=self._is_first and not finished)
         lines = [*finished, *growing]
-        lines = lines[self._printed.num_lines_of(lines, width) :]
+        lines = lines[self._printed.num_lines_of(lines) :]
         num_growing = 0 if is_end else min(len(growing), max(1, self._console.height - 1))
         num_final = max(0, len(lines) - num_growing)
         self._live.update(lines, num_final)
-        self._printed.add(lines[:num_final], width)
+        self._printed.add(lines[:num_final])
         if count:
             self._text, self._marks = self._text[count:], self._marks[count:]
             self._printed = _Printed()
@@ -135,27 +134,27 @@ class MarkdownView:
 
 
 class _Printed:
-    """How many lines of what is not finished have been printed for good."""
+    """The lines of what is not finished that have been printed for good."""
 
     def __init__(self) -> None:
-        self._num_lines = 0
-        self._num_shown = 0
-        self._width = 0
+        self._lines: list[Line] = []
 
-    def add(self, lines: Sequence[Line], width: int) -> None:
-        """These were printed, broken at `width`."""
-        self._num_lines += len(lines)
-        self._num_shown += _num_shown(lines)
-        self._width = width
+    def add(self, lines: Sequence[Line]) -> None:
+        self._lines += lines
 
-    def num_lines_of(self, lines: Sequence[Line], width: int) -> int:
-        """How many of all lines, broken at `width`, have been printed: whole ones."""
-        if width != self._width and self._num_lines:
-            shown = accumulate(_num_shown([line]) for line in lines)
-            self._num_lines, self._width = sum(count <= self._num_shown for count in shown), width
-        return self._num_lines
+    def num_lines_of(self, lines: Sequence[Line]) -> int:
+        """How many of all lines have been printed.
+
+        If they look different by now (a resize, a mark that changes what is before it), those whose letters and digits
+        have all been printed: some may be shown twice, none is missed.
+        """
+        count = len(self._lines)
+        if lines[:count] != self._lines:
+            num_printed = _num_letters(self._lines)
+            count = sum(letters <= num_printed for letters in accumulate(_num_letters([line]) for line in lines))
+            self._lines = list(lines[:count])
+        return count
 
 
-def _num_shown(lines: Iterable[Line]) -> int:
-    """Characters, spaces not counted."""
-    return sum(not char.isspace() for line in lines for segment in line for char in segment.text)
+def _num_letters(lines: Iterable[Line]) -> int:
+    return sum(char.isalnum() for line in lines for segment in line for char in segment.text)

@@ -103,7 +103,10 @@ class ChatSession:
         self.notify("conversation forgotten")
 
     def regenerate(self) -> None:
-        self._reply(self._conversation.say_instead, self._conversation.last_question)
+        question, before = self._conversation.last_question, self._conversation.messages[-1]
+        has_replied = self._reply(self._conversation.say_instead, question)
+        if has_replied and self._conversation.messages[-1] == before and not self._settings.sampling.sample:
+            self.notify("the same, because decoding is greedy: /set sample on makes replies differ")
 
     def edit(self, text: str | None) -> None:
         """Reply to `text` in place of the last message; None asks the user for it."""
