@@ -9,6 +9,7 @@ import pytest
 from typer.testing import Result
 
 import specdec
+from specdec.cli.chat.commands import help_text
 from tests.test_cli import CONTEXT_LENGTH, error_of, plain_text, specdec_command
 
 
@@ -51,9 +52,13 @@ def test_commands(tiny: str) -> None:
         "error: /load needs its FILE",
         "error: the message cannot be edited here: /edit TEXT",
         "error: replies do not go to a terminal that shows styles",
-        "/system [TEXT]         set the system prompt",
+        "/system [TEXT]           set the system prompt",
     ):
         assert message in result.stderr
+
+
+def test_the_help_fits_a_terminal() -> None:
+    assert max(map(len, help_text().splitlines())) < 80
 
 
 def test_a_message_of_two_lines_and_one_that_starts_with_a_slash(tiny: str) -> None:

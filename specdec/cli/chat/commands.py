@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 _DRAFTERS = (AUTO, PLAIN, PROMPT_LOOKUP, SMALL_MODEL, QUANTIZED_SELF, EARLY_EXIT)
 _KEYS = """\
-//TEXT                 a message that starts with a slash
-Ctrl-C stops a reply; what was said until then stays in the conversation. Alt-Enter, or a backslash at the end of a
-line, starts a new line; Tab completes commands; the arrow keys bring back what was typed before."""
+//TEXT                   a message that starts with a slash
+
+Ctrl-C stops a reply; what was said until then stays in the conversation.
+Alt-Enter, or a backslash at the end of a line, starts a new line.
+Tab completes commands; the arrow keys bring back what was typed before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,7 @@ def candidates(typed: str) -> list[tuple[str, str]]:
 
 def help_text() -> str:
     usages = {f"{name} {command.argument}": command.meaning for name, command in COMMANDS.items()}
-    return "\n".join([*(f"{usage:22} {meaning}" for usage, meaning in usages.items()), _KEYS])
+    return "\n".join([*(f"{usage:24} {meaning}" for usage, meaning in usages.items()), _KEYS])
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -150,7 +152,7 @@ COMMANDS = {
     "/system": Command(argument="[TEXT]", meaning="set the system prompt; without TEXT, remove it", run=_system),
     "/set": Command(
         argument="[NAME VALUE]",
-        meaning=f"change how replies are decoded: {', '.join(settings.NAMES)}",
+        meaning="change how replies are decoded; alone, list the values",
         run=_set,
         choices=lambda: settings.NAMES,
     ),
@@ -165,7 +167,7 @@ COMMANDS = {
     ),
     "/show": Command(
         argument="[on|off]",
-        meaning="the last reply with drafted and accepted tokens tinted; on: all replies",
+        meaning="tint drafted tokens, of the last reply or (on) of all",
         run=_show,
         choices=lambda: ("on", "off"),
     ),
@@ -177,7 +179,7 @@ COMMANDS = {
     ),
     "/draft": Command(
         argument="[DRAFTER [MODEL]]",
-        meaning="draft with another drafter, small-model with MODEL",
+        meaning="draft with another drafter; small-model takes a MODEL",
         run=_draft,
         choices=lambda: _DRAFTERS,
     ),
