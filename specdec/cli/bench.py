@@ -15,6 +15,7 @@ from specdec.cli.bench_options import (
     BatchSizesOption,
     CategoryOption,
     DraftGgufOption,
+    ExplainOption,
     FormatOption,
     GgufOption,
     InputLengthsOption,
@@ -90,6 +91,7 @@ def bench(
     as_json: JsonOption = False,
     output: OutputOption = None,
     plot: PlotOption = None,
+    explain: ExplainOption = False,
     trace_file: TraceOption = None,
 ) -> None:
     """Time drafters and peers against plain decoding and check that they say the same.
@@ -101,7 +103,9 @@ def bench(
     from specdec.bench.peers import choose_peers
     from specdec.bench.suite import load_suite, of_lengths
 
-    writer = BenchOutput(format="json" if as_json else output_format, output=output, plot=plot, trace=trace_file)
+    writer = BenchOutput(
+        format="json" if as_json else output_format, output=output, plot=plot, trace=trace_file, explain=explain
+    )
     input_lengths = whole_numbers("--input-len", input_len)
     lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
     wanted = choose_peers(peers, draft=draft, draft_gguf=draft_gguf)

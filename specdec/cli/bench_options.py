@@ -147,6 +147,14 @@ PlotOption = Annotated[
         rich_help_panel=_RESULTS,
     ),
 ]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say for each category what auto drafted with, and which tokens per second it predicted and made.",
+        rich_help_panel=_RESULTS,
+    ),
+]
 TraceOption = Annotated[
     Path | None,
     typer.Option(

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+
+from specdec.cli.common import err_console
 
 if TYPE_CHECKING:
     from specdec.bench.document import Document
@@ -30,6 +32,7 @@ class BenchOutput:
     output: Path | None = None
     plot: Path | None = None
     trace: Path | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         _check_ending("--output", self.output, tuple(_FORMATS_OF_ENDINGS))
@@ -56,6 +59,11 @@ class BenchOutput:
             _print_table(document)
         else:
             print(_text(document, self.format))
+        if self.explain:
+            from specdec.bench.explain import explain, to_table
+
+            # beside another format stdout holds just that
+            _print(to_table(explain(results)), console=Console() if self.format == TABLE else err_console)
 
 
 def _check_ending(option: str, path: Path | None, allowed: Sequence[str]) -> None:
@@ -81,7 +89,10 @@ def _text(document: Document, format: str) -> str:
 def _print_table(document: Document) -> None:
     from specdec.bench.tables import to_rich
 
-    console = Console()
+    _print(to_rich(document), console=Console())
+
+
+def _print(what: RenderableType, console: Console) -> None:
     if not console.is_terminal:
         console.width = TABLE_WIDTH
-    console.print(to_rich(document), highlight=False)
+    console.print(what, highlight=False)

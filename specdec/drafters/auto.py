@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise, takewhile, zip_longest
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -145,9 +145,9 @@ class _Outlook:
 class _Source:
     """A drafter at work, and what is known of it."""
 
-    def __init__(self, run: Run, drafter: Drafter):
+    def __init__(self, run: Run, drafter: Drafter, session: DraftSession):
         self.name = type(drafter).__name__
-        self.session = drafter.start(run)
+        self.session = session
         self._run = run
         self._known = _known_of(run, drafter)
         self.acceptance = AcceptanceModel(self._known.acceptance)
@@ -157,18 +157,18 @@ class _LookupSource(_Source):
     """Proposals that take no forward are made every round: looked at, cut to what they are worth, and learned from also
     when another source drafts."""
 
-    def __init__(self, run: Run, drafter: Drafter):
-        super().__init__(run, drafter)
+    def __init__(self, run: Run, drafter: PromptLookup):
+        self._lookup = drafter.start(run)
+        super().__init__(run, drafter, self._lookup)
         self._chains: list[TokenTree] = []
 
     def plan(self, outlook: _Outlook) -> Plan | None:
         """The length at which proposals are worth most; None if there is none."""
-        trees = self.session.propose(outlook.max_depths).trees
-        self._chains = [trees.row(row) for row in range(trees.num_rows)]
+        self._chains = self._lookup.trees(outlook.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
         plans, tokens = [], outlook.plain.tokens
-        for width in range(1, trees.width + 1):
-            tokens += sum(reach[width - 1] for reach in reaches if len(reach) >= width)
+        for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
+            tokens += reach
             plans.append(Plan(source=_LOOKUP, length=width, tokens=tokens, seconds=outlook.seconds(width)))
         return max(plans, key=outlook.worth, default=None)
 
@@ -200,7 +200,7 @@ class _ModelSource(_Source):
     """A drafter that takes time: what its rounds yield is known from its rounds only."""
 
     def __init__(self, run: Run, drafter: Drafter):
-        super().__init__(run, drafter)
+        super().__init__(run, drafter, drafter.start(run))
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
         self.reading_seconds = 0.0

@@ -46,7 +46,7 @@ class PromptLookup(Drafter):
         self.min_match = min_match
         self.corpus = _corpus_automaton(corpus) if corpus is not None else None
 
-    def start(self, run: Run) -> DraftSession:
+    def start(self, run: Run) -> LookupSession:
         policy = Chain(self.num_tokens) if run.tree is None else run.tree
         if isinstance(policy, Chain):
             return _ChainSession(self, run, policy)
@@ -78,7 +78,7 @@ class _RowText:
     in_corpus: Context = NOWHERE
 
 
-class _LookupSession(DraftSession):
+class LookupSession(DraftSession):
     def __init__(self, drafter: PromptLookup, run: Run):
         self._drafter = drafter
         self._run = run
@@ -87,11 +87,11 @@ class _LookupSession(DraftSession):
             self._read(row, tokens)
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        return Draft(trees=TreeBatch.stack(self._trees(max_depths), self._run.device))
+        return Draft(trees=TreeBatch.stack(self.trees(max_depths), self._run.device))
 
     @abstractmethod
-    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
-        """A tree for each row."""
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        """What `propose` proposes, on the host: a tree for each row."""
 
     def observe(self, outcome: Outcome) -> None:
         for row, tokens in zip(self._rows, outcome.tokens, strict=True):
@@ -115,14 +115,14 @@ class _LookupSession(DraftSession):
         return corpus, row.in_corpus
 
 
-class _ChainSession(_LookupSession):
+class _ChainSession(LookupSession):
     """Copies what followed the longest suffix the last time."""
 
     def __init__(self, drafter: PromptLookup, run: Run, policy: Chain):
         super().__init__(drafter, run)
         self._policy = policy
 
-    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
         lengths = (min(self._policy.length, depth) for depth in max_depths)
         return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
 
@@ -141,14 +141,14 @@ class _ChainSession(_LookupSession):
         return TokenTree.chain(copied, probs=[count / (count + 1) for count in agreed])
 
 
-class _TreeSession(_LookupSession):
+class _TreeSession(LookupSession):
     """Takes the likeliest continuations."""
 
     def __init__(self, drafter: PromptLookup, run: Run, policy: DySpec):
         super().__init__(drafter, run)
         self._policy = policy
 
-    def _trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
         policy = self._policy
         if policy.max_depth is not None:
             max_depths = [min(depth, policy.max_depth) for depth in max_depths]
