@@ -141,6 +141,11 @@ class TreeCache(Cache):
         for layer in self.layers[:num_layers]:
             layer.tail = num_kept
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget the committed slots of each row past this many, and the tail."""
+        self.lengths = list(lengths)
+        self.rollback()
+
     def rollback(self) -> None:
         """Forget the tail; also repairs a forward that broke off between two layers."""
         self._slots_memo = None

@@ -30,7 +30,7 @@ def visible_slots(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | 
         in_tail_BTS = seen_BTK.gather(2, index_BTS) & (tail_BS < num_tail)[:, None]
         visible_BTS = torch.where((tail_BS < 0)[:, None], True, in_tail_BTS)
     if prompt_BP is not None:
-        visible_BTS[:, :, : prompt_BP.shape[1]] &= prompt_BP[:, None]
+        visible_BTS[:, :, : prompt_BP.shape[1]] &= prompt_BP[:, None, :num_slots]
     return visible_BTS
 
 

@@ -28,7 +28,7 @@ from trees import GrowthPolicy
 
 _REFUSED_ARGUMENTS = {
     "assistant_model": "pass it as drafter=",
-    "assistant_tokenizer": "pass a draft of the same tokenizer as drafter=; another one cannot be used",
+    "assistant_tokenizer": "pass specdec.drafters.ForeignModel(model, tokenizer, target_tokenizer) as drafter=",
     "custom_generate": "specdec.generate() is itself a decoding method; call model.generate(custom_generate=...)",
     "negative_prompt_ids": "guidance runs a second model pass a token; call model.generate()",
     "negative_prompt_attention_mask": "guidance runs a second model pass a token; call model.generate()",

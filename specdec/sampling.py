@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from specdec import mixed_acceptance
 from specdec.acceptance import Acceptance, draw, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
@@ -100,6 +101,7 @@ class Sampler:
         self.do_sample = do_sample
         self.generator = generator
         self._verify = {"topdown": topdown, "traversal": traversal}[verify]
+        self._verify_merged = {"topdown": mixed_acceptance.topdown, "traversal": mixed_acceptance.traversal}[verify]
         self._warpers = [processor for processor in processors if type(processor) in _POINTWISE]
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
         self._row_wise = all(_is_row_wise(processor) for processor in processors)
@@ -139,7 +141,8 @@ class Sampler:
         if not draft.is_drawn:
             _refuse_unless(scores_BTV.amax(-1).isfinite())
             return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
-        accepted = self._verify(draft, scores_BTV, self.generator)
+        verify = self._verify if draft.parts is None else self._verify_merged
+        accepted = verify(draft, scores_BTV, self.generator)
         # where p is no distribution no child is accepted, so that only the last slot can be such a one
         last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
         _refuse_unless(last_BV.amax(-1).isfinite())

@@ -118,6 +118,7 @@ class TreeModel:
 
         Whoever goes on with that cache has to forget this model's tail first.
         """
+        assert not other.num_passed, "layers of the other model are ahead"
         self.cache = other.cache
         self._prompt_BP, self._lag_B = other._prompt_BP, other._lag_B
 
@@ -170,6 +171,11 @@ class TreeModel:
         self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
         passed.add(below.states)
         return below.states[exit_layer]
+
+    @property
+    def num_passed(self) -> int:
+        """Slots that have passed lower layers only, ahead of the next verification."""
+        return 0 if self._passed is None else self._passed.num_slots
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The states before the first layer, [B, T, C]."""

@@ -141,6 +141,13 @@ def test_names_become_drafters(model: PreTrainedModel) -> None:
     assert (lookup.num_tokens, lookup.min_match) == (8, 3)
     assert isinstance(DrafterSpec.parse("plain").build(), drafters.Plain)
     assert isinstance(DrafterSpec.parse("small-model:num_tokens=3").build(model), drafters.SmallModel)
+    mixed = DrafterSpec.parse("mixed:budget=12").build(model)
+    assert isinstance(mixed, drafters.Mixed)
+    assert mixed.budget == 12
+    assert [type(drafter).__name__ for drafter in mixed.drafters] == ["PromptLookup", "SmallModel"]
+    cascade = DrafterSpec.parse("cascade:num_tokens=6").build(model)
+    assert isinstance(cascade, drafters.Cascade)
+    assert (type(cascade.cheap).__name__, cascade.num_tokens) == ("PromptLookup", 6)
     assert DrafterSpec.parse("auto").build() == AUTO
 
 

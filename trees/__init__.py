@@ -3,7 +3,8 @@
 from trees.chain import Chain
 from trees.confident import ConfidentChain
 from trees.dynamic import DySpec, DySpecThreshold
-from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
+from trees.growth import Draft, Grower, GrowthPolicy, Layer, Part, Round
+from trees.merging import Merged, Merger, merge
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
 from trees.worthwhile import WorthwhileChain
@@ -19,6 +20,9 @@ __all__ = [
     "Grower",
     "GrowthPolicy",
     "Layer",
+    "Merged",
+    "Merger",
+    "Part",
     "Round",
     "Sequoia",
     "TokenTree",
@@ -26,4 +30,5 @@ __all__ = [
     "WorthwhileChain",
     "count_ranks",
     "measure_acceptance",
+    "merge",
 ]

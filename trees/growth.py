@@ -23,6 +23,9 @@ from torch import Tensor
 
 from trees.tree import TreeBatch
 
+LEFT_OUT = -2
+"""In a merged draft stands for a node of a source that there was no room for."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draft:
@@ -36,23 +39,47 @@ class Draft:
         q_layers: the same without a copy of every distribution, for drafts that were grown.
         places: for each row the place of every node among the tokens of the layers that `Grower.grow` returned,
             -1 for a node that was in none. None says that node i was the i-th.
+        parts: the drafts that were merged into this one (see `trees.merge`), in the order in which they are tested;
+            they have the distributions then.
     """
 
     trees: TreeBatch
     q_BTV: Tensor | None = None
     q_layers: LayeredDistributions | None = None
     places: Sequence[Sequence[int]] | None = None
+    parts: Sequence[Part] | None = None
 
     @property
     def is_drawn(self) -> bool:
+        if self.parts is not None:
+            return any(part.draft.is_drawn for part in self.parts)
         return self.q_BTV is not None or self.q_layers is not None
 
     def q_at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """Copies of the distributions of some slots, [N, V]; not meaningful for leaves and slots of other depths."""
         if self.q_layers is not None:
             return self.q_layers.at(depth, rows_N, slots_N)
-        assert self.q_BTV is not None, "a deterministic draft has no distributions"
+        assert self.q_BTV is not None, "a deterministic draft has no distributions, a merged one has several"
         return self.q_BTV[rows_N, slots_N]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """One source of a merged draft.
+
+    Args:
+        draft: as its source made it.
+        nodes: for each row the merged node of every node, or `LEFT_OUT`. What is left out of a drawn tree are later
+            siblings and whole subtrees.
+    """
+
+    draft: Draft
+    nodes: Sequence[Sequence[int]]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out."""
+        return not any(LEFT_OUT in row for row in self.nodes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

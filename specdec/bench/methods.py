@@ -22,6 +22,8 @@ PROMPT_LOOKUP = "prompt-lookup"
 SMALL_MODEL = "small-model"
 QUANTIZED_SELF = "quantized-self"
 EARLY_EXIT = "early-exit"
+MIXED = "mixed"
+CASCADE = "cascade"
 SEQUOIA = "sequoia"
 
 
@@ -62,6 +64,10 @@ class _Kind:
     needs_draft: bool = False
     trees: tuple[str, ...] = ()
     """The trees that it takes."""
+    sources: tuple[str, ...] = ()
+    """The drafters that it is made of, if it is."""
+    before: str | None = None
+    """The drafter that goes before its model, if one does."""
 
 
 _KINDS = {
@@ -86,6 +92,20 @@ _KINDS = {
             "shadow_share": SHARE,
         },
         trees=tuple(_TREE_KINDS),
+    ),
+    MIXED: _Kind(
+        class_name="Mixed",
+        parameters={"budget": WHOLE},
+        needs_draft=True,
+        trees=("chain", "dyspec"),
+        sources=(PROMPT_LOOKUP, SMALL_MODEL),
+    ),
+    CASCADE: _Kind(
+        class_name="Cascade",
+        parameters={"num_tokens": WHOLE, "min_tokens": WHOLE},
+        needs_draft=True,
+        trees=("chain",),
+        before=PROMPT_LOOKUP,
     ),
 }
 
@@ -118,11 +138,15 @@ class DrafterSpec:
         """What `specdec.generate` takes as `drafter`."""
         from specdec import drafters
 
-        class_name = _KINDS[self.kind].class_name
-        if class_name is None:
+        kind = _KINDS[self.kind]
+        if kind.class_name is None:
             return self.kind
-        models = [draft] if self.needs_draft else []
-        return getattr(drafters, class_name)(*models, **self.parameters)
+        made_of: list[Any] = [draft] if kind.needs_draft else []
+        if kind.sources:
+            made_of = [[DrafterSpec.parse(source).build(draft) for source in kind.sources]]
+        if kind.before:
+            made_of.insert(0, DrafterSpec.parse(kind.before).build())
+        return getattr(drafters, kind.class_name)(*made_of, **self.parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +196,8 @@ def check_draft(specs: list[DrafterSpec], draft: str | None) -> None:
     if needing and draft is None:
         raise ValueError(f"{needing[0]} drafts with a smaller model: give it with --draft")
     if draft is not None and not needing:
-        raise ValueError("--draft is for small-model, which was not asked for: add it, or leave --draft out")
+        users = " and ".join(name for name, kind in _KINDS.items() if kind.needs_draft)
+        raise ValueError(f"--draft is for {users}, which were not asked for: add one, or leave --draft out")
 
 
 def choose_drafter(name: str | None, draft: str | None) -> DrafterSpec:

@@ -357,7 +357,7 @@ class _AutoSession(DraftSession):
             self._learn(round_, outcome, now)
         for place, source in enumerate(self._sources):
             is_own = round_ is None or round_.plan.source in (None, place)  # a draft without nodes is part of any
-            source.session.observe(outcome if is_own else replace(outcome, is_own=False))
+            source.session.observe(outcome if is_own else outcome.of_another())
         self._control_seconds += perf_counter() - now
 
     def select_rows(self, rows: Sequence[int]) -> None:

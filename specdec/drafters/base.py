@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,16 +57,34 @@ class Outcome:
     Args:
         paths: accepted nodes of each row's tree, from the root down.
         tokens: committed tokens of each row: the path's, then the bonus or the correction.
-        is_own: whether the trees were this session's. They are another's where drafters take turns.
+        is_own: whether the trees were this session's. They are another's where drafters take turns, and everyone's
+            where drafts are merged.
+        own: where drafts are merged, the nodes of this session's own trees on each row's path, from the root down
+            and in its own numbers.
     """
 
     paths: Sequence[Sequence[int]]
     tokens: Sequence[Sequence[int]]
     is_own: bool = True
+    own: Sequence[Sequence[int]] | None = None
+
+    @property
+    def own_paths(self) -> Sequence[Sequence[int]]:
+        """For each row the accepted nodes of this session's own tree, from the root down."""
+        if self.own is not None:
+            return self.own
+        return self.paths if self.is_own else [()] * len(self.paths)
+
+    def of_another(self) -> Outcome:
+        """What it is to a session that has not drafted the round."""
+        return replace(self, is_own=False, own=None)
 
 
 class DraftSession(ABC):
     """A drafter at work on one batch."""
+
+    runs_target: bool = False
+    """Whether drafting runs layers of the target ahead: one session of a round can do so."""
 
     @property
     def num_forwards(self) -> int:

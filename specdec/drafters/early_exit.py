@@ -121,6 +121,8 @@ class EarlyExit(Drafter):
 class _ExitSession(GrowingSession):
     """Drafts from one exit a round."""
 
+    runs_target = True
+
     def __init__(self, run: Run, heads: dict[int, ExitHead], policy: GrowthPolicy):
         super().__init__(run, policy)
         self._target = run.target
@@ -147,7 +149,7 @@ class _ExitSession(GrowingSession):
         ]
         for head in self._heads.values():
             head.observe(slots)
-        if outcome.is_own:
+        if outcome.is_own or outcome.own is not None:
             self._learn(slots, outcome)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -295,7 +297,7 @@ class _AdaptiveSession(_ExitSession):
         if self._nap_left and self._evidence.needs_drafts:
             return
         layer = self._choice.exit_layer
-        if self._costs is not None:
+        if self._costs is not None and outcome.is_own:  # else others have drafted and been verified in that time
             rest_seconds = self._clock() - self._proposed
             self._costs.note(layer, self._steps, self._draft_seconds, self._draft.trees.depth, rest_seconds)
         self._evidence.learn(slots, outcome, self._draft, layer)

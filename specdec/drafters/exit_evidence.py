@@ -58,15 +58,17 @@ class ExitEvidence(ABC):
         nothing = np.zeros((len(counts), 0, 1))
         self._control.observe(nothing, nothing, counts, exits=[])
 
-    def _learn_from_draft(
-        self, slots: Sequence[Sequence[int]], outcome: Outcome, draft: Draft, layer: int, confidence_BK: Tensor
-    ) -> None:
+    def _learn_from_draft(self, outcome: Outcome, draft: Draft, layer: int, confidence_BK: Tensor) -> None:
         """Learn of the exit that drafted what became of its draft, whose slots it scored with these confidences."""
+        paths = outcome.own_paths
+        slots = [
+            [0, *(node + 1 for node in path)][: len(tokens)] for path, tokens in zip(paths, outcome.tokens, strict=True)
+        ]
         num_rows, num_scored = len(slots), confidence_BK.shape[1]
         scores_BK = confidence_BK.cpu().numpy()
         width = max(map(len, slots))
         agreement_BT, confidence_BT, counts = np.zeros((num_rows, width)), np.zeros((num_rows, width)), []
-        for row, (row_slots, path) in enumerate(zip(slots, outcome.paths, strict=True)):
+        for row, (row_slots, path) in enumerate(zip(slots, paths, strict=True)):
             places = [_place(draft, row, slot) for slot in row_slots]
             scored = [place for place in places if 0 <= place < num_scored] if draft.trees.sizes[row] else []
             agreement_BT[row, : min(len(path), width)] = 1
@@ -88,7 +90,7 @@ class OwnDrafts(ExitEvidence):
         if layer is None:
             self._learn_nothing([1] * len(slots))
         else:
-            self._learn_from_draft(slots, outcome, draft, layer, self._heads[layer].confidence_BK)
+            self._learn_from_draft(outcome, draft, layer, self._heads[layer].confidence_BK)
 
 
 def _place(draft: Draft, row: int, slot: int) -> int:
@@ -152,7 +154,7 @@ class Shadows(ExitEvidence):
             if layer is None:
                 self._learn_nothing(counts)
             else:
-                self._learn_from_draft(slots, outcome, draft, layer, self._confidence())
+                self._learn_from_draft(outcome, draft, layer, self._confidence())
             return
         width = counts.max()
         slots_BT, tokens_BT = (

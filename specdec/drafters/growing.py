@@ -16,6 +16,14 @@ from specdec.sampling import Prefixes
 from trees import Draft, Grower, GrowthPolicy, Round, TreeBatch
 
 
+def target_scores(run: Run, logits_BMV: Tensor, prefixes: Prefixes) -> Tensor:
+    """Scores over the target's vocabulary, after the user's processors; the logits may have a smaller vocabulary."""
+    missing = run.vocab_size - logits_BMV.shape[-1]
+    if missing:
+        logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
+    return run.sampler.process(logits_BMV.to(run.device), prefixes)
+
+
 class GrowingSession(DraftSession):
     """Lets a growth policy shape the trees.
 
@@ -44,7 +52,7 @@ class GrowingSession(DraftSession):
         )
         grower = self._grower = self.policy.start(round_)
         grown = TreeBatch.empty(len(max_depths), self._run.device)
-        scores_BMV = self._process(self._score_root(), grown, range(1))
+        scores_BMV = target_scores(self._run, self._score_root(), Prefixes(self._run.sequences, grown, range(1)))
         while True:
             layer = grower.grow(scores_BMV)
             if not grower.hungry:
@@ -52,12 +60,5 @@ class GrowingSession(DraftSession):
             grown = grown.extended(layer.tokens_BM, layer.parents_BM)
             num_new = layer.tokens_BM.shape[1]
             newest = range(grown.num_slots - num_new, grown.num_slots)
-            scores_BMV = self._process(self._score_nodes(grown, num_new), grown, newest)
-
-    def _process(self, logits_BMV: Tensor, grown: TreeBatch, slots: range) -> Tensor:
-        """Scores over the target's vocabulary, after the user's processors."""
-        missing = self._run.vocab_size - logits_BMV.shape[-1]
-        if missing:
-            logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
-        prefixes = Prefixes(self._run.sequences, grown, slots)
-        return self._run.sampler.process(logits_BMV.to(self._run.device), prefixes)
+            logits_BMV = self._score_nodes(grown, num_new)
+            scores_BMV = target_scores(self._run, logits_BMV, Prefixes(self._run.sequences, grown, newest))

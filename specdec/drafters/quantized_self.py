@@ -46,11 +46,15 @@ class QuantizedSelf(Drafter):
         """Whether the copy has been made."""
         return target in self._copies
 
-    def start(self, run: Run) -> DraftSession:
-        target = run.target.model
+    def copy_of(self, target: PreTrainedModel) -> PreTrainedModel:
+        """The copy, which is made if there is none yet."""
         if not self.has_copy(target):
             self._copies[target] = quantized_copy(target)
-        copy = self._copies[target]
+        return self._copies[target]
+
+    def start(self, run: Run) -> DraftSession:
+        target = run.target.model
+        copy = self.copy_of(target)
         if target.dtype != torch.float32:  # the copy computes in float32, and so are its keys and values
             return SmallModel(copy, num_tokens=self._policy.length).start(run)
         return _QuantizedSelfSession(run, copy, run.tree or self._policy)

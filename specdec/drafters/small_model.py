@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from specdec.compatibility import check_model
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.follower import Follower
 from specdec.drafters.growing import GrowingSession
 from specdec.errors import DraftError
 from specdec.kernels import quantized_copy
-from specdec.target import TreeModel
 from trees import Chain, Draft, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
@@ -47,15 +47,16 @@ class SmallModel(Drafter):
         self.model = model if weights is None else quantized_copy(model)
 
     def start(self, run: Run) -> DraftSession:
-        self._check_fit(run)
+        self.check_fit(run)
         return _SmallModelSession(self, run)
 
-    def _check_fit(self, run: Run) -> None:
+    def check_fit(self, run: Run) -> None:
+        """Raise `DraftError` if the model cannot read what the target writes."""
         draft_size = self.model.config.get_text_config(decoder=True).vocab_size
         if abs(draft_size - run.vocab_size) > _PADDING_ROWS * max(draft_size, run.vocab_size):
             raise DraftError(
                 f"the draft model has a vocabulary of {draft_size} and the target one of {run.vocab_size}: they do "
-                "not share a tokenizer. Take a draft of the target's own family"
+                "not share a tokenizer. Take a draft of the target's own family, or specdec.drafters.ForeignModel"
             )
         if run.input_ids.shape[1] == 0:
             raise DraftError(
@@ -67,23 +68,20 @@ class SmallModel(Drafter):
 class _SmallModelSession(GrowingSession):
     def __init__(self, drafter: SmallModel, run: Run):
         super().__init__(run, run.tree or drafter.policy)
-        self._model = TreeModel(drafter.model)
-        self._cached: list[int] | None = None
-        """Committed tokens (padding included) that each row's draft cache holds; None before the prefill."""
+        self._follower = Follower(drafter.model, run)
         self._draft: Draft | None = None
 
     @property
     def num_forwards(self) -> int:
-        return self._model.num_forwards
+        return self._follower.num_forwards
 
     @property
     def backlog(self) -> int:
-        lengths = self._run.sequences.lengths
-        return max(lengths) if self._cached is None else max(map(int.__sub__, lengths, self._cached)) - 1
+        return self._follower.backlog
 
     @property
     def draft_model(self) -> PreTrainedModel:
-        return self._model.model
+        return self._follower.model
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
@@ -92,60 +90,32 @@ class _SmallModelSession(GrowingSession):
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
-        if self._cached is None or not outcome.is_own:
-            return
-        kept = [self._forwarded(row, path) for row, path in enumerate(outcome.paths)]
-        self._model.commit(kept)
-        self._cached = [cached + len(nodes) for cached, nodes in zip(self._cached, kept, strict=True)]
+        self._follower.keep([self._forwarded(row, path) for row, path in enumerate(outcome.own_paths)])
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        if self._cached is not None:
-            self._model.select_rows(rows)
-            self._cached = [self._cached[row] for row in rows]
+        self._follower.select_rows(rows)
 
     def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
         """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
         places = path
         if self._draft is not None and self._draft.places is not None:
             places = [self._draft.places[row][node] for node in path]
-        return [place for place in places if 0 <= place < self._model.cache.tail]
-
-    def _prefill(self) -> None:
-        rows, mask = self._run.sequences.rows, self._run.attention_mask
-        input_ids = self._run.input_ids[rows]
-        device = self._model.device
-        if mask is not None:
-            mask = mask[rows][:, -input_ids.shape[1] :].to(device)
-        self._model.prefill(self._readable(input_ids.to(device)), attention_mask=mask)
-        self._cached = [input_ids.shape[1]] * len(rows)
+        return [place for place in places if 0 <= place < self._follower.tail]
 
     def _score_root(self) -> Tensor:
         """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
-        if self._cached is None:
-            self._prefill()
-        sequences, cached = self._run.sequences, self._cached
-        assert cached is not None
-        sizes = [length - seen for length, seen in zip(sequences.lengths, cached, strict=True)]
-        width = max(sizes)
-        tokens_BW = torch.zeros((len(sizes), width), dtype=torch.long, device=self._model.device)
-        for row, (seen, size) in enumerate(zip(cached, sizes, strict=True)):
-            tokens_BW[row, :size] = sequences.prefix(row)[seen:]
-        offsets_BW = torch.arange(width, device=self._model.device).expand_as(tokens_BW)
+        tokens_BW, sizes = self._follower.pending()
+        offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
         seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        logits_BWV = self._model.forward(self._readable(tokens_BW), offsets_BW, seen_BWW)
-        self._model.commit([range(size) for size in sizes])
-        self._cached = list(sequences.lengths)
+        logits_BWV = self._follower.forward(tokens_BW, offsets_BW, seen_BWW)
+        self._follower.keep([range(size) for size in sizes])
         last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
         return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
 
-    def _readable(self, tokens: Tensor) -> Tensor:
-        """The tokens, with a stand-in for those of the target's padding rows that the draft does not have."""
-        return tokens.clamp(max=self._model.vocab_size - 1)
-
     def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
         sees_all = grown.is_chain and num_new == 1
-        device = self._model.device
-        return self._model.forward(
+        device = self._follower.device
+        return self._follower.forward(
             grown.tokens_BN[:, -num_new:].to(device),
             grown.depths_BT[:, -num_new:].to(device) - 1,
             None if sees_all else grown.ancestors_BTT[:, -num_new:, 1:].to(device),

@@ -1,0 +1,220 @@
+"""A cheap drafter, a middle model and a target: lossless, and both caches follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from specdec import DraftError, UnsupportedOptionError, acceptance
+from specdec.drafters import Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
+from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, every_draft
+from tests.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.test_acceptance import outcomes_of
+from tests.test_early_exit import NUM_NEW, early_model, reference
+from tests.test_early_exit import PROMPTS as RAGGED
+from tests.test_exactness import CAUGHT, Enumeration, distributions, total_variation
+from tests.test_faults import Bomb, Watched
+from tests.test_mixed import target_of
+from tests.test_sampling import assert_ragged_rows_are_exact, tiny
+from tests.test_small_model import ForwardLog
+from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch
+
+
+def lookup() -> Drafter:
+    return PromptLookup(num_tokens=4, min_match=1)
+
+
+CASCADES: dict[str, Callable[[PreTrainedModel], Drafter]] = {
+    "lookup": lambda model: Cascade(lookup(), with_noise(model), num_tokens=6, min_tokens=2),
+    "the middle alone goes on": lambda model: Cascade(lookup(), with_noise(model), num_tokens=5, min_tokens=5),
+    "small model": lambda model: Cascade(SmallModel(tiny_model("gpt2", seed=5)), SmallModel(with_noise(model))),
+    "exit": lambda model: Cascade(EarlyExit(2, num_tokens=3), QuantizedSelf(), num_tokens=5, min_tokens=3),
+    "mixed below": lambda model: Cascade(Mixed([lookup(), EarlyExit(1)]), with_noise(model), min_tokens=1),
+    "mixed above": lambda model: Mixed([lookup(), Cascade(lookup(), with_noise(model))], budget=8),
+    "of cascades": lambda model: Cascade(Cascade(lookup(), with_noise(model)), with_noise(model, 0.01)),
+}
+
+
+@pytest.mark.parametrize("cascade", CASCADES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_output_equals_plain_decoding(family: str, cascade: str) -> None:
+    model, expected = early_model(family), reference(family)
+    drafter = CASCADES[cascade](model)
+    one = rows_of(RAGGED, [1])
+    alone = speculate(model, one, drafter, max_new_tokens=NUM_NEW)
+    together = speculate(model, RAGGED, drafter, max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, expected[1:2, -NUM_NEW - 12 :], alone.sequences, one["attention_mask"])
+    assert_same_tokens(model, expected, together.sequences, RAGGED["attention_mask"])
+    assert together.stats.num_accepted > 0
+
+
+def test_the_cheap_drafter_may_grow_trees() -> None:
+    model, expected = early_model("llama"), reference("llama")
+    branching = ScriptedDrafter(TruthAmongLies(expected))
+    out = speculate(model, RAGGED, Cascade(branching, with_noise(model, 0.0), min_tokens=1), max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, expected, out.sequences, RAGGED["attention_mask"])
+    assert out.stats.acceptance_rate == 1
+
+
+def test_rows_that_stop_leave_both() -> None:
+    model, expected = early_model("llama"), reference("llama")
+    stops = [int(expected[row, -NUM_NEW + 3 + 5 * row]) for row in range(3)]
+    options = {"eos_token_id": stops, "pad_token_id": 0, "max_new_tokens": NUM_NEW}
+    plain = model.generate(**RAGGED, **options, do_sample=False)
+    drafter = Cascade(SmallModel(with_noise(model, 0.03)), with_noise(model))
+    out = speculate(model, RAGGED, drafter, **options)
+    assert_same_tokens(model, plain, out.sequences, RAGGED["attention_mask"], **options)
+
+
+@pytest.mark.parametrize("min_tokens", [1, 4])
+def test_the_middle_reads_no_token_twice(min_tokens: int) -> None:
+    """A middle model that is the target itself is always right, whatever it was shown."""
+    model = early_model("llama")
+    prompt = random_prompts([9])
+    expected = plain_alone(model, prompt, 40)
+    middle = with_noise(model, std=0.0)
+    drafter = Cascade(ScriptedDrafter(TruthAmongLies(expected, longest=4)), middle, min_tokens=min_tokens)
+    with ForwardLog(middle) as log:
+        out = speculate(model, prompt, drafter, max_new_tokens=40)
+    assert_same_tokens(model, expected, out.sequences, prompt["attention_mask"])
+    assert out.stats.acceptance_rate == 1
+    text = tuple(out.sequences[0].tolist())
+    read = [prefix for prefix in log.prefixes if prefix == text[: len(prefix)]]
+    assert len(read) == len(set(read))
+    if min_tokens == 1:
+        assert out.stats.draft_forwards <= 1 + out.stats.num_batch_rounds
+
+
+def test_a_call_may_set_the_length() -> None:
+    model = early_model("llama")
+    prompt = rows_of(RAGGED, [1])
+    drafter = Cascade(lookup(), with_noise(model, std=0.0))
+    out = speculate(model, prompt, drafter, tree=Chain(3), max_new_tokens=NUM_NEW)
+    assert max(out.stats.accepted_histogram) == 3
+    assert out.stats.acceptance_rate == 1
+    with pytest.raises(UnsupportedOptionError, match="drafts chains"):
+        speculate(model, prompt, drafter, tree=Fixed((2,)))
+
+
+# sampling, by enumeration: every draw of the cheap drafter, every coin and every draw of the middle model
+
+
+@dataclass
+class Stage:
+    """What leaves the middle model: a text, the chance of it, and how many of its tokens were the cheap drafter's."""
+
+    text: Prefix
+    prob: float
+    num_agreed: int
+
+
+def middle_stage(
+    policy: GrowthPolicy, cheap: ToyModel, middle: ToyModel, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Stage]:
+    for prob, draft in every_draft(policy, [cheap], monkeypatch):
+        tree = draft.trees.row(0)
+        coins = Enumeration.of([tree])
+        num_rows = len(coins.tree_of_row)
+        batch = TreeBatch.stack(coins.tree_of_row)
+        q_BTV = distributions(draft).expand(num_rows, -1, -1)
+        texts = [(), *(tuple(tree.tokens[ancestor] for ancestor in tree.path(node)) for node in range(len(tree)))]
+        p_TV = torch.stack([middle.probs(text) for text in texts])
+        with pytest.MonkeyPatch.context() as coin_patch:
+            coin_patch.setattr(acceptance, "_throw", coins.throw)
+            coin_patch.setattr(acceptance, "_draw_one", coins.draw_one)
+            accepted = acceptance.topdown(Draft(trees=batch, q_BTV=q_BTV), p_TV.log().expand(num_rows, -1, -1))
+        for (path, _), weight, last_V in zip(outcomes_of(accepted), coins.weight_B, coins.last_BV, strict=True):
+            for token, mass in enumerate((prob * weight * last_V).tolist()):
+                if mass:
+                    yield Stage((*(tree.tokens[node] for node in path), token), mass, len(path))
+
+
+def going_on(stage: Stage, middle: ToyModel, min_tokens: int) -> Iterator[Stage]:
+    if len(stage.text) >= min_tokens:
+        yield stage
+        return
+    for token, mass in enumerate(middle.probs(stage.text).tolist()):
+        yield from going_on(Stage((*stage.text, token), stage.prob * mass, stage.num_agreed), middle, min_tokens)
+
+
+def as_chain(text: Prefix, q: ToyModel) -> Draft:
+    unread_V = torch.zeros(q.vocab_size, dtype=torch.float64)
+    q_TV = torch.stack([*(q.probs(text[:length]) for length in range(len(text))), unread_V])
+    return Draft(trees=TreeBatch.stack([TokenTree.chain(text)]), q_BTV=q_TV[None])
+
+
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+@pytest.mark.parametrize(
+    ("policy", "min_tokens"),
+    [(Chain(2), 1), (Chain(1), 3), (ConfidentChain(2, 0.4), 2), (DySpec(3, max_depth=2), 1)],
+    ids=["chain", "middle goes on", "confident", "tree"],
+)
+def test_committed_tokens_are_distributed_as_the_targets(
+    policy: GrowthPolicy, min_tokens: int, verify: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, middle, cheap = (ToyModel(seed) for seed in (61, 62, 63))
+    stages = [
+        longer
+        for stage in middle_stage(policy, cheap, middle, monkeypatch)
+        for longer in going_on(stage, middle, min_tokens)
+    ]
+    drafts = [(stage.prob, as_chain(stage.text[:MAX_DEPTH], middle)) for stage in stages]
+    assert total_variation(drafts, target, verify, monkeypatch)[0] < EXACT
+
+
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+def test_wrong_cascades_are_caught(verify: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To pass on only what the middle model agreed with is biased, and so is the cheap drafter's q."""
+    target, middle, cheap = (ToyModel(seed) for seed in (61, 62, 63))
+    stages = list(middle_stage(Chain(2), cheap, middle, monkeypatch))
+    agreed = [(stage.prob, as_chain(stage.text[: stage.num_agreed], middle)) for stage in stages]
+    cheaply = [(stage.prob, as_chain(stage.text, cheap)) for stage in stages]
+    for wrong in (agreed, cheaply):
+        assert total_variation(wrong, target, verify, monkeypatch)[0] > CAUGHT
+
+
+@pytest.mark.parametrize(
+    "cascade",
+    [
+        lambda: Cascade(SmallModel(tiny(seed=2), num_tokens=1), tiny(seed=3), num_tokens=2, min_tokens=1),
+        lambda: Cascade(PromptLookup(min_match=1), tiny(seed=3), num_tokens=3, min_tokens=2),
+    ],
+    ids=["small model", "lookup"],
+)
+def test_samples_follow_the_processed_distribution(cascade: Callable[[], Drafter]) -> None:
+    assert_ragged_rows_are_exact(tiny(seed=1), cascade())
+
+
+def test_samples_after_an_exit() -> None:
+    drafter = Cascade(EarlyExit(1, num_tokens=1), tiny(seed=3), num_tokens=2, min_tokens=2)
+    assert_ragged_rows_are_exact(target_of("exit"), drafter, verify="traversal")
+
+
+# what is refused, and what is left behind
+
+
+def test_wrong_settings() -> None:
+    model = early_model("llama")
+    for wrong, message in (
+        (lambda: Cascade(model, model), "cheap is a drafter"),
+        (lambda: Cascade(lookup(), lookup()), "middle is a model"),
+        (lambda: Cascade(lookup(), model, num_tokens=0), "positive integer"),
+        (lambda: Cascade(lookup(), model, num_tokens=3), "min_tokens is the smaller one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with pytest.raises(DraftError, match="do not share a tokenizer"):
+        speculate(model, rows_of(RAGGED, [1]), Cascade(lookup(), tiny_model("llama", vocab_size=64)))
+
+
+@pytest.mark.parametrize("call", ["propose", "observe"])
+def test_the_cheap_session_is_closed(call: str) -> None:
+    cheap = Watched(lookup(), {call: Bomb(RuntimeError("broken"), 1)})
+    with pytest.raises(RuntimeError, match="broken"):
+        speculate(early_model("llama"), rows_of(RAGGED, [1]), Cascade(cheap, early_model("llama")))
+    assert cheap.num_opened == cheap.num_closed == 1
