@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 7 minutes on 2 cores
 	$(BIN)/specdec pull demo
-	$(BIN)/specdec bench --model demo --weights float --methods prompt-lookup,quantized-self --limit 2 --threads 1
+	$(BIN)/specdec bench --model demo --weights float --methods prompt-lookup,quantized-self,auto --explain --limit 2 --threads 1
 
 test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
 	$(BIN)/python -m pytest

@@ -226,16 +226,17 @@ def test_trees_are_drafted_by_every_method_that_takes_them() -> None:
 
 def test_the_draft_decides_the_default() -> None:
     assert choose_drafter(None, None).kind == AUTO
-    assert choose_drafter(None, "some/model").kind == "small-model"
+    assert choose_drafter(None, "some/model").kind == AUTO
+    assert choose_drafter(None, "some/model", "dyspec:8").kind == "small-model"
     with pytest.raises(ValueError, match="give it with --draft"):
         choose_drafter("small-model", None)
-    with pytest.raises(ValueError, match="--draft is for small-model"):
+    with pytest.raises(ValueError, match="--draft is for auto, small-model"):
         choose_drafter("plain", "some/model")
 
 
 def test_reference_and_plain_always_run_first() -> None:
     default = choose_methods(None, reference=TRANSFORMERS, draft="some/model")
-    assert list(default) == ["transformers", "plain", "prompt-lookup", "small-model"]
+    assert list(default) == ["transformers", "plain", "prompt-lookup", "small-model", "auto"]
     assert default["transformers"].drafter is None
     assert list(choose_methods("auto, plain,auto", reference="plain", draft=None)) == ["plain", "auto"]
     with pytest.raises(ValueError, match="choose from: transformers, auto"):

@@ -131,7 +131,7 @@ def test_generate_passes_the_system_prompt(tiny: str) -> None:
         (["--drafter", "eagle"], "unknown method 'eagle'; choose from: auto, plain, prompt-lookup, small-model"),
         (["--drafter", "small-model"], "give it with --draft"),
         (["--drafter", "prompt-lookup:num_tokens=0"], "num_tokens"),
-        (["--drafter", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--drafter", "plain", "--draft", "x"], "--draft is for auto, small-model"),
         (["--tree", "bush"], "unknown tree 'bush'; choose from: chain, fixed"),
         (["--tree", "dyspec:4", "--drafter", "plain"], "plain does not take the tree dyspec:4: use prompt-lookup or"),
         (["--tree", "fixed:2x1"], "auto does not take the tree fixed:2x1: use small-model or quantized-self"),
@@ -367,7 +367,7 @@ def test_bench_fails_when_a_method_fails(tiny: str, few: str, monkeypatch: pytes
     [
         (["--methods", "plain,eagle"], "choose from: transformers, auto, plain, prompt-lookup, small-model"),
         (["--methods", "small-model"], "give it with --draft"),
-        (["--methods", "plain", "--draft", "x"], "--draft is for small-model"),
+        (["--methods", "plain", "--draft", "x"], "--draft is for auto, small-model"),
         (["--tree", "bush"], "unknown tree 'bush'; choose from: chain, fixed"),
         (["--tree", "sequoia:8"], "no method takes the tree sequoia:8: ask for small-model or quantized-self"),
         (["--tree", "dyspec:0"], "budget is a positive integer"),

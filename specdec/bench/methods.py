@@ -62,6 +62,8 @@ class _Kind:
     """In `specdec.drafters`; None: `specdec.generate` knows the name itself."""
     parameters: Mapping[str, Value] = field(default_factory=dict)
     needs_draft: bool = False
+    may_use_draft: bool = False
+    """Whether it drafts with a draft model if there is one."""
     trees: tuple[str, ...] = ()
     """The trees that it takes."""
     sources: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class _Kind:
 
 
 _KINDS = {
-    AUTO: _Kind(class_name=None),
+    AUTO: _Kind(class_name=None, may_use_draft=True),
     PLAIN: _Kind(class_name="Plain"),
     PROMPT_LOOKUP: _Kind(
         class_name="PromptLookup",
@@ -128,6 +130,10 @@ class DrafterSpec:
         return cls(text=text, kind=kind, parameters=parameters)
 
     @property
+    def may_use_draft(self) -> bool:
+        return self.needs_draft or _KINDS[self.kind].may_use_draft
+
+    @property
     def needs_draft(self) -> bool:
         return _KINDS[self.kind].needs_draft
 
@@ -140,7 +146,7 @@ class DrafterSpec:
 
         kind = _KINDS[self.kind]
         if kind.class_name is None:
-            return self.kind
+            return self.kind if draft is None else drafters.Auto(drafters.SmallModel(draft))
         made_of: list[Any] = [draft] if kind.needs_draft else []
         if kind.sources:
             made_of = [[DrafterSpec.parse(source).build(draft) for source in kind.sources]]
@@ -195,14 +201,14 @@ def check_draft(specs: list[DrafterSpec], draft: str | None) -> None:
     needing = [spec.text for spec in specs if spec.needs_draft]
     if needing and draft is None:
         raise ValueError(f"{needing[0]} drafts with a smaller model: give it with --draft")
-    if draft is not None and not needing:
-        users = " and ".join(name for name, kind in _KINDS.items() if kind.needs_draft)
-        raise ValueError(f"--draft is for {users}, which were not asked for: add one, or leave --draft out")
+    if draft is not None and not any(spec.may_use_draft for spec in specs):
+        users = ", ".join(name for name, kind in _KINDS.items() if kind.needs_draft or kind.may_use_draft)
+        raise ValueError(f"--draft is for {users}, of which none was asked for: add one, or leave --draft out")
 
 
-def choose_drafter(name: str | None, draft: str | None) -> DrafterSpec:
-    """What --drafter and --draft mean together."""
-    spec = DrafterSpec.parse(name or (SMALL_MODEL if draft is not None else AUTO))
+def choose_drafter(name: str | None, draft: str | None, tree: str | None = None) -> DrafterSpec:
+    """What --drafter, --draft and --tree mean together: a tree is grown by a drafter that takes one."""
+    spec = DrafterSpec.parse(name or (AUTO if draft is None or tree is None else SMALL_MODEL))
     check_draft([spec], draft)
     return spec
 
@@ -260,4 +266,4 @@ def _takers(tree: TreeSpec) -> str:
 
 
 def _default_methods(draft: str | None) -> list[str]:
-    return [PROMPT_LOOKUP] if draft is None else [PROMPT_LOOKUP, SMALL_MODEL]
+    return [PROMPT_LOOKUP, AUTO] if draft is None else [PROMPT_LOOKUP, SMALL_MODEL, AUTO]

@@ -86,7 +86,7 @@ def generate(
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     if verify != "topdown" and not sample:
         raise ValueError(f"--verify {verify} needs --sample: greedy output is verified in one way only")
-    drafter_spec = choose_drafter(drafter, draft)
+    drafter_spec = choose_drafter(drafter, draft, tree)
     tree_spec = choose_tree(tree, drafter_spec)
     policy = None if tree_spec is None else tree_spec.build()
     if raw and system is not None:
