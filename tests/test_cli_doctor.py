@@ -57,6 +57,7 @@ def test_doctor_measures_threads_for_a_model(cache: Path, tmp_path: Path) -> Non
     folder = save_tiny_model(tmp_path / "tiny")
     report = json.loads(run("doctor", "--json", "--model", folder).stdout)
     assert 1 <= report["threads"]["best"] <= report["threads"]["cores"]
+    assert report["forward_ms"]["1"] > 0
     assert f"--threads {report['threads']['best']}" in report["advice"][1]
 
 

@@ -15,8 +15,8 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         help="Separated by commas: prompt-lookup, small-model, quantized-self, early-exit, auto, plain; with "
-        "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, auto, and small-model if there is a --draft. "
-        "plain and the --reference always run.",
+        "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, auto, and small-model if there is a "
+        "--draft. plain and the --reference always run.",
         rich_help_panel=_COMPARED,
     ),
 ]

@@ -25,7 +25,11 @@ def register(app: typer.Typer) -> None:
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Load this model and measure how many threads are best for it."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Load this model and measure how many threads are best for it, and what forwards cost.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -38,9 +42,9 @@ def doctor(
 
 
 def examine(model: str | None = None) -> dict[str, Any]:
-    """The report of `specdec doctor`, ready for JSON; with a model, its best number of threads is measured."""
-    devices = _devices()
-    threads = _threads() if model is None else _threads() | {"best": _best_threads(model)}
+    """The report of `specdec doctor`, ready for JSON; with a model, its threads and forwards are measured."""
+    devices, measured = _devices(), {} if model is None else _measure(model)
+    threads = _threads() | ({"best": measured["threads"]} if measured else {})
     return {
         "specdec": __version__,
         "python": platform.python_version(),
@@ -49,6 +53,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "devices": devices,
         "kernels": _kernels(),
         "threads": threads,
+        "forward_ms": measured.get("forward_ms"),
         "advice": _advice(devices, threads),
         "models": _demo_models() + _hub_models(),
     }
@@ -92,11 +97,18 @@ def _threads() -> dict[str, int | None]:
     }
 
 
-def _best_threads(source: str) -> int:
+def _measure(source: str) -> dict[str, Any]:
+    """The best number of threads; with the present one, the forwards that `auto` begins with: tokens -> milliseconds."""
+    from specdec.control.costs import measure_forwards
     from specdec.kernels import calibrate_threads
     from specdec.models import load
 
-    return calibrate_threads(load(source, device="cpu").model)
+    loaded = load(source, device="cpu").model
+    threads = calibrate_threads(loaded)
+    return {
+        "threads": threads,
+        "forward_ms": {width: round(1000 * seconds, 1) for width, seconds in measure_forwards(loaded).items()},
+    }
 
 
 def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
@@ -150,6 +162,9 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_row("kernels", report["kernels"])
     threads = report["threads"]
     table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
+    if report["forward_ms"]:
+        costs = ", ".join(f"{width}: {ms:.1f}" for width, ms in report["forward_ms"].items())
+        table.add_row("forward, ms", f"{costs} (by tokens verified at once)")
     for advice in report["advice"]:
         table.add_row("advice", advice)
     for model in report["models"]:
