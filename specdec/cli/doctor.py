@@ -98,7 +98,7 @@ def _threads() -> dict[str, int | None]:
 
 
 def _measure(source: str) -> dict[str, Any]:
-    """The best number of threads; with the present one, the forwards that `auto` begins with: tokens -> milliseconds."""
+    """The best number of threads; with the present one, what forwards cost: tokens -> milliseconds."""
     from specdec.control.costs import measure_forwards
     from specdec.kernels import calibrate_threads
     from specdec.models import load
