@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test conformance check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 7 minutes on 2 cores
@@ -12,6 +12,9 @@ demo: $(READY)  ## fetch the demo model and measure it: about 7 minutes on 2 cor
 
 test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
 	$(BIN)/python -m pytest
+
+conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 minutes
+	$(BIN)/python -m pytest tests/test_conformance.py --hypothesis-profile=nightly
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

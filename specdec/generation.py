@@ -186,7 +186,7 @@ class _Prompt:
         options.check_model_inputs(others)
         if mask is not None:
             mask = mask.to(device)
-        return cls(input_ids=input_ids.to(device), attention_mask=mask, cache=cache, others=others)
+        return cls(input_ids=input_ids.to(device, torch.int64), attention_mask=mask, cache=cache, others=others)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,7 +211,7 @@ class _DecodingMethod:
     ) -> SpeculativeOutput | Tensor:
         prompt = _Prompt.from_prepared(model, input_ids, model_inputs)
         stop = StopChecker(stopping_criteria)
-        options.check_batch(logits_processor, stop, num_rows=input_ids.shape[0])
+        options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)
         sampler = Sampler(
             logits_processor,

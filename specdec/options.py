@@ -126,17 +126,20 @@ def check_model_inputs(model_inputs: dict[str, Any]) -> None:
         )
 
 
-def check_batch(processors: LogitsProcessorList, stop: StopChecker, num_rows: int) -> None:
+def check_batch(processors: LogitsProcessorList, stop: StopChecker, config: GenerationConfig, num_rows: int) -> None:
     """Refuse processors that keep a model pass of their own, and rows that could not be padded.
 
     Raises:
         UnsupportedOptionError: says what to do.
+        ValueError: an end-of-sequence criterion of the caller's, without the padding that it asks for.
     """
     for processor in processors:
         if isinstance(processor, _STATEFUL_PROCESSORS):
             raise UnsupportedOptionError(
                 f"{type(processor).__name__} keeps a state of its own per token: call model.generate()"
             )
+    if stop.has_eos and config._pad_token_tensor is None:
+        raise ValueError("a criterion with an eos_token_id fills finished rows with padding: pass pad_token_id=")
     if num_rows > 1 and stop.stops_rows_apart and not stop.has_eos:
         raise UnsupportedOptionError(
             "rows of a batch that stop at different lengths are filled with padding, which transformers does only "

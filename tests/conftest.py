@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.tiny_models import save_tiny_model, save_word_model
 
 torch.set_num_threads(1)  # the models are too small for two threads to pay
+
+# `make conformance` asks for the second: other calls every time, and more of them
+settings.register_profile("quick", max_examples=200, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "nightly", max_examples=2_000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(scope="session")

@@ -55,13 +55,15 @@ class TruthAmongLies:
     Args:
         reference: int64 [B, L] the outputs, prompts included.
         longest: most true tokens in a tree.
+        vocab_size: lies are drawn below it.
     """
 
-    def __init__(self, reference: Tensor, longest: int = 6):
+    def __init__(self, reference: Tensor, longest: int = 6, vocab_size: int = BYTE_VOCAB_SIZE):
         self.num_true = 0
         """True tokens proposed so far: exactly these must be accepted."""
         self._reference = reference.tolist()
         self._longest = longest
+        self._vocab_size = vocab_size
         self._random = random.Random(0)
 
     def __call__(self, sequences: Sequences) -> list[TokenTree]:
@@ -71,7 +73,7 @@ class TruthAmongLies:
         ]
 
     def _tree(self, truth: Sequence[int]) -> TokenTree:
-        lies = sorted(set(range(BYTE_VOCAB_SIZE)) - set(truth))
+        lies = sorted(set(range(self._vocab_size)) - set(truth))
         num_true = self._random.randrange(len(truth))
         self.num_true += num_true
         tokens, parents, tip = [], [], ROOT

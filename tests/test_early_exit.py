@@ -250,3 +250,11 @@ def test_a_model_with_a_layer_that_is_called_otherwise_is_refused(monkeypatch: p
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: bound(*args, **kwargs))
     with pytest.raises(UnsupportedModelError, match="take another drafter"):
         check_layers(model)
+
+
+def test_costs_are_measured_within_the_positions_of_the_model():
+    """OPT looks positions up in a table; the measurement used to run past the end of a small one."""
+    model, prompts = tiny_model("opt", max_position_embeddings=24), random_prompts([6])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    out = specdec.generate(model, **prompts, drafter=EarlyExit(), **options)
+    assert torch.equal(out, model.generate(**prompts, **options))

@@ -71,3 +71,15 @@ def test_wrong_settings(model):
         SmallModel(model, weights="int4")
     with pytest.raises(ValueError, match="positive integer"):
         QuantizedSelf(num_tokens=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_target_of_another_dtype_is_left_as_it_is(dtype):
+    """The copy shares norms and embeddings; turning it to float32 used to turn the target's to float32 with it."""
+    target, prompts = tiny_model("llama", vocab_size=64, dtype=dtype), random_prompts([9], vocab_size=60)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = target.generate(**prompts, **options)
+    assert torch.equal(specdec.generate(target, **prompts, drafter=QuantizedSelf(), **options), expected)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    assert {parameter.dtype for parameter in target.parameters()} == {dtype}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from specdec.compatibility import position_limit
 from specdec.control import ExitCosts
 from specdec.drafters.exit_heads import ExitHead
 from specdec.kernels import prepared
@@ -108,7 +109,8 @@ def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, m
 @torch.no_grad()
 def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> ExitCosts:
     scratch = TreeModel(target.model)
-    scratch.prefill(torch.zeros((num_rows, _CONTEXT), dtype=torch.long, device=scratch.device))
+    context = max(min(_CONTEXT, position_limit(target.model) - 2), 1)
+    scratch.prefill(torch.zeros((num_rows, context), dtype=torch.long, device=scratch.device))
     widths = sorted({1, 2, 4, 8, max_length + 1} & set(range(1, max_length + 2)))
     depths = sorted({max(heads[0].layer, 1), heads[-1].layer, target.num_layers - 1} - {0})
     embedded_B1C = scratch.embed(torch.zeros((num_rows, 1), dtype=torch.long, device=scratch.device))
@@ -148,9 +150,9 @@ def _time(parts: dict[object, Callable[[], object]], scratch: TreeModel) -> dict
 
 def _forward(scratch: TreeModel, width: int) -> None:
     tokens_BT = torch.zeros((scratch.cache.num_rows, width), dtype=torch.long, device=scratch.device)
-    offsets_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
-    seen_BTT = None if width == 1 else offsets_BT[:, :, None] >= offsets_BT[:, None]
-    scratch.forward(tokens_BT, offsets_BT, seen_BTT)
+    order_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
+    seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
+    scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
 
 
 def _forward_below(scratch: TreeModel, depth: int) -> None:

@@ -88,7 +88,7 @@ def unprepare(model: Model) -> Model:
 
 
 def quantized_copy(model: Model) -> Model:
-    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms are shared, so it costs only the
+    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it costs only the
     int8 weights: a quarter of the float ones."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return prepare(copy.deepcopy(model, shared), "int8")
@@ -106,8 +106,22 @@ def _to_int8(model: nn.Module) -> int:
                     replaced[child] = Int8Linear(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
-    model.float()
+    _to_float32(model)
     return len(replaced)
+
+
+def _to_float32(model: nn.Module) -> None:
+    """What `model.float()` does, but in new tensors: the old ones may be another model's too (`quantized_copy`)."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    if tensor not in made:
+                        made[tensor] = tensor.detach().float()
+                        if isinstance(tensor, nn.Parameter):
+                            made[tensor] = nn.Parameter(made[tensor], requires_grad=tensor.requires_grad)
+                    tensors[name] = made[tensor]
 
 
 def _to_small_batch(model: nn.Module) -> int:
