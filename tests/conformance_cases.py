@@ -1,4 +1,4 @@
-"""Random calls of `generate()`: valid ones for the most part, some that contradict themselves, some that are refused."""
+"""Random calls of `generate()`: valid ones for the most part; some contradict themselves, some are refused."""
 
 from __future__ import annotations
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import random
+import sys
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +25,18 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec.drafters import Drafter, DraftSession, Outcome, PromptLookup, Run, SmallModel
+import trees
+from specdec.drafters import (
+    Drafter,
+    DraftSession,
+    EarlyExit,
+    FirstOf,
+    Outcome,
+    PromptLookup,
+    QuantizedSelf,
+    Run,
+    SmallModel,
+)
 from specdec.testing import tiny_model
 from trees import Draft
 
@@ -128,7 +142,7 @@ def expected(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def bombed_forward(model: PreTrainedModel, bomb: Bomb) -> Iterator[None]:
+def bombed_forward(model: torch.nn.Module, bomb: Bomb) -> Iterator[None]:
     hook = model.register_forward_hook(lambda *_: bomb.touch())
     try:
         yield
@@ -219,8 +233,11 @@ def catch(error: BaseException, model: PreTrainedModel, **options: Any) -> BaseE
     return None
 
 
+ERRORS = {"error": LookupError("bang"), "Ctrl-C": KeyboardInterrupt(), "out of memory": torch.OutOfMemoryError("full")}
+
+
 @pytest.mark.parametrize("fuse", [1, 4])
-@pytest.mark.parametrize("error", [LookupError("bang"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("error", ERRORS.values(), ids=list(ERRORS))
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_that_breaks_off(
     model: PreTrainedModel,
@@ -304,3 +321,126 @@ def test_a_session_is_closed_once_when_closing_fails(model: PreTrainedModel, exp
         specdec.generate(model, PROMPT, drafter=drafter, **GREEDY)
     assert drafter.num_closed == 1
     assert torch.equal(specdec.generate(model, PROMPT, drafter=PromptLookup(), **GREEDY), expected)
+
+
+# a run broken off anywhere, whoever drafts
+
+
+DRAFTERS: dict[str, Callable[[PreTrainedModel, PreTrainedModel], dict[str, Any]]] = {
+    "chain": lambda model, draft: {"drafter": SmallModel(draft)},
+    "tree": lambda model, draft: {"drafter": SmallModel(draft), "tree": trees.DySpec(6)},
+    "sampled tree": lambda model, draft: {
+        "drafter": SmallModel(draft),
+        "tree": trees.Fixed((2, 2)),
+        "verify": "traversal",
+        "do_sample": True,
+    },
+    "lookup": lambda model, draft: {"drafter": PromptLookup(min_match=1)},
+    "exit": lambda model, draft: {"drafter": EarlyExit(1)},
+    "adaptive exit": lambda model, draft: {"drafter": EarlyExit()},
+    "int8 copy": lambda model, draft: {"drafter": QuantizedSelf()},
+    "in turns": lambda model, draft: {"drafter": FirstOf(PromptLookup(), EarlyExit(1, num_tokens=2))},
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_ctrl_c_at_random_moments(
+    model: PreTrainedModel, draft_model: PreTrainedModel, expected: Tensor, name: str
+) -> None:
+    """Inside a random module of the target: the next call, with the same drafter, knows nothing of it."""
+    options = {**GREEDY, **DRAFTERS[name](model, draft_model)}
+    modules = [module for module in model.modules() if not list(module.children())]
+    chance = random.Random(name)
+    num_broken = 0
+    for _ in range(12):
+        bomb = Bomb(KeyboardInterrupt(), chance.randrange(1, 25))
+        cache = cache_of_prompt(model)
+        before = states_of(cache)
+        with watched_caches(model, draft_model) as caches, bombed_forward(chance.choice(modules), bomb):
+            broken = catch(bomb.error, model, past_key_values=cache, **options)
+        if broken is not None:
+            num_broken += 1
+            assert all(torch.equal(now, then) for now, then in zip(states_of(cache), before, strict=True))
+        gc.collect()
+        assert {reference() for reference in caches} <= {None, cache}
+    assert num_broken > 3
+    assert torch.equal(model.generate(PROMPT, **GREEDY), expected)
+    assert torch.equal(specdec.generate(model, PROMPT, **{**options, "do_sample": False}), expected)
+
+
+# logits that are no numbers
+
+
+@contextmanager
+def poisoned(model: PreTrainedModel, value: float, from_forward: int) -> Iterator[None]:
+    """The model's logits are all `value` from some forward on."""
+    count = 0
+
+    def replace(module: Any, args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count >= from_forward:
+            output.logits = torch.full_like(output.logits, value)
+        return output
+
+    hook = model.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("from_forward", [1, 3])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_a_target_whose_logits_become_nan(
+    model: PreTrainedModel, draft_model: PreTrainedModel, expected: Tensor, do_sample: bool, from_forward: int
+) -> None:
+    options = {**GREEDY, "do_sample": do_sample, "drafter": SmallModel(draft_model)}
+    with poisoned(model, torch.nan, from_forward), pytest.raises(specdec.NumericalError, match="not numbers"):
+        specdec.generate(model, PROMPT, **options)
+    assert torch.equal(specdec.generate(model, PROMPT, **{**options, "do_sample": False}), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("tree", [None, trees.DySpec(6), trees.Fixed((2, 2))], ids=["chain", "DySpec", "Fixed"])
+def test_a_draft_whose_logits_are_no_numbers_costs_speed_only(
+    model: PreTrainedModel, draft_model: PreTrainedModel, expected: Tensor, tree: Any, options: Any, value: float
+) -> None:
+    options = {**GREEDY, **options, "drafter": SmallModel(draft_model), "tree": tree}
+    with poisoned(draft_model, value, 3):
+        assert torch.equal(specdec.generate(model, PROMPT, **options), expected)
+
+
+# threads
+
+
+def test_threads_share_a_model_and_drafters(model: PreTrainedModel, draft_model: PreTrainedModel) -> None:
+    """Calls at the same time do not see each other."""
+    prompts = [PROMPT, PROMPT.roll(3, 1), torch.cat([PROMPT, PROMPT.roll(5, 1)])]
+    expected = [model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY) for ids in prompts]
+    calls = [DRAFTERS[name](model, draft_model) for name in DRAFTERS if name != "sampled tree"]
+    wrong: list[Any] = []
+
+    def work(start: int) -> None:
+        for turn in range(2 * len(calls)):
+            options, index = calls[(start + turn) % len(calls)], (start + turn) % len(prompts)
+            try:
+                mask = torch.ones_like(prompts[index])
+                out = specdec.generate(model, prompts[index], attention_mask=mask, **options, **GREEDY)
+                if not torch.equal(out, expected[index]):
+                    wrong.append((options, out))
+            except Exception as error:
+                wrong.append((options, error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

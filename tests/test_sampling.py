@@ -134,6 +134,32 @@ def test_samples_follow_the_processed_distribution(target: PreTrainedModel, samp
     assert_drawn_from(continuations(out, PROMPT.shape[1]), expected, f"{sampler}, {drafter}")
 
 
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+def test_a_draft_that_turns_into_nan_under_way(target: PreTrainedModel, verify: str):
+    """Its second step of every round is NaN: such a token must not count against the one before it."""
+    draft, num_forwards = tiny(seed=2), itertools.count()
+
+    def poison(module: Any, args: Any, output: Any) -> Any:
+        if next(num_forwards) % 2 == 0:  # the prefill, then after every root the node
+            output.logits = torch.full_like(output.logits, torch.nan)
+        return output
+
+    drafter = SmallModel(draft, num_tokens=2)
+    draft.register_forward_hook(poison)
+    torch.manual_seed(0)
+    out = specdec.generate(
+        target,
+        PROMPT,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=NUM_NEW,
+        num_return_sequences=NUM_SAMPLES,
+        drafter=drafter,
+        verify=verify,
+    )
+    assert_drawn_from(continuations(out, PROMPT.shape[1]), exact_distribution(target, PROMPT, top_k=0), verify)
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_ragged_rows_follow_distributions_of_their_own(target: PreTrainedModel, drafter: str):
     assert_ragged_rows_are_exact(target, drafters()[drafter])

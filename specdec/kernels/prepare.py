@@ -88,8 +88,8 @@ def unprepare(model: Model) -> Model:
 
 
 def quantized_copy(model: Model) -> Model:
-    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it costs only the
-    int8 weights: a quarter of the float ones."""
+    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it
+    costs only the int8 weights: a quarter of the float ones."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return prepare(copy.deepcopy(model, shared), "int8")
 
