@@ -126,11 +126,20 @@ def load_exits(path: str | os.PathLike[str], model: PreTrainedModel) -> list[Exi
         DraftError: the file cannot be read, or was made for another model.
     """
     facts = read_metadata(path)
-    if facts["fingerprint"] != fingerprint(model):
+    if facts.get("fingerprint") != fingerprint(model):
         raise DraftError(
-            f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts['fingerprint']}, this "
+            f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts.get('fingerprint')}, this "
             f"one has {fingerprint(model)}): train exits for this one with `specdec train-exits`"
         )
+    try:
+        return _read_exits(path, facts, model)
+    except Exception as error:  # a damaged file can fail anywhere: a missing tensor, a wrong shape, no number
+        raise DraftError(
+            f"the exits in {os.fspath(path)} are damaged ({type(error).__name__}: {error}): train them again"
+        ) from error
+
+
+def _read_exits(path: str | os.PathLike[str], facts: Mapping[str, str], model: PreTrainedModel) -> list[Exit]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     exits = []
