@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test conformance check clean
+.PHONY: demo test conformance docs check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 7 minutes on 2 cores
@@ -16,13 +16,17 @@ test: $(READY)  ## everything that a user can run; fetches the demo model if it 
 conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 minutes
 	$(BIN)/python -m pytest tests/test_conformance.py --hypothesis-profile=nightly
 
+docs: $(READY)  ## the pages as a site, in site/; needs no network once the extra is installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec.drafters import Drafter, EarlyExit, FirstOf, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, Drafter, EarlyExit, FirstOf, Plain, PromptLookup, QuantizedSelf, SmallModel
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from tests.conformance_cases import (
     CONFIG_FIELDS,
@@ -61,6 +61,7 @@ def drafter_of(name: str, family: str, attention: str | None) -> Drafter:
     model = model_of(family, attention)
     return {
         "plain": Plain,
+        "auto": lambda: Auto(SmallModel(with_noise(model))),
         "lookup": lambda: PromptLookup(min_match=1),
         "itself": lambda: SmallModel(model),
         "relative": lambda: SmallModel(with_noise(model)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,8 @@ def fuzz(path: Path, read: Callable[[], Any], allowed: tuple[type[Exception], ..
     @given(damages())
     def check(damage: Callable[[bytes], bytes]) -> None:
         path.write_bytes(damage(content))
-        try:
-            with limited():
-                read()
-        except allowed as error:
-            assert str(error).strip()
+        with limited(), suppress(*allowed):
+            read()
 
     check()
 
@@ -127,9 +124,5 @@ def test_json_lines(tmp_path: Path, lines: bytes) -> None:
 def test_json_that_is_hard_on_parsers(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(line, encoding="utf-8", errors="surrogatepass")
-    try:
-        prompts = load_suite(path).prompts
-    except ValueError as error:
-        assert str(path) in str(error)
-    else:
-        assert all(prompt.text.encode() for prompt in prompts)
+    with pytest.raises(ValueError, match=rf"{path}, line 1: ."):
+        load_suite(path)

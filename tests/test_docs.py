@@ -1,19 +1,34 @@
-"""The Python in the README and the docs runs, and says what it is shown to say."""
+"""The README and the docs are true: their Python runs, their commands exist and parse, and the quick ones run.
+
+A command that may take long (anything but `doctor`, `generate` and `bench --limit 1`) is parsed only. Models are
+replaced by tiny ones.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
+from typer.main import get_command
+from typer.testing import CliRunner
 
+import routers
 import specdec
-from specdec.cli.chat.commands import COMMANDS
+import trees
+from specdec.cli.app import app
+from specdec.cli.chat.commands import COMMANDS as CHAT_COMMANDS
 from specdec.drafters import Plain
-from specdec.testing import random_prompts, tiny_model
+from specdec.testing import ByteTokenizer, random_prompts, tiny_model
+from tests.references import with_noise
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -65,4 +80,99 @@ def test_a_streamer_that_is_told_of_rounds(capsys: pytest.CaptureFixture[str]):
 def test_the_commands_of_the_chat():
     """The page lists those that there are, as the help does."""
     table = re.findall(r"^\| `(/\w+)", (ROOT / "docs/chat.md").read_text(), re.MULTILINE)
-    assert table == list(COMMANDS)
+    assert table == list(CHAT_COMMANDS)
+
+
+# pages
+
+
+def names() -> dict[str, Any]:
+    """What the snippets of the docs take for granted."""
+    model, tokenizer = tiny_model("llama", bos_token_id=258), ByteTokenizer()
+    small = with_noise(model)
+    inputs = tokenizer("a rose is a rose is a", return_tensors="pt", return_token_type_ids=False)
+    made = {"model": model, "tokenizer": tokenizer, "small": small, "draft": small, "inputs": inputs}
+    return {**made, "prompts": random_prompts([9, 4]), "specdec": specdec, "trees": trees, "routers": routers}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    programs, known = blocks(page, "python"), names()
+    if any("exits.safetensors" in program for program in programs):
+        from specdec.exits.module import save_exits
+        from tests.test_early_exit import random_exit
+
+        save_exits(tmp_path / "exits.safetensors", [random_exit(known["model"], 1)], known["model"], {})
+    monkeypatch.chdir(tmp_path)
+    for program in programs:
+        exec(program, known)
+
+
+def test_a_drafter_and_a_tree_policy_in_twenty_lines():
+    programs = [program for program in blocks("docs/write-your-own.md", "python") if "class " in program]
+    assert [len(program[program.index("class ") :].strip().splitlines()) <= 20 for program in programs] == [True, True]
+
+
+def test_every_page_is_in_the_navigation():
+    """And links between pages lead somewhere; `mkdocs build --strict` checks the rest."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f": {path.name}\n" in navigation, path.name
+        for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+# commands
+
+
+def commands(page: str) -> list[str]:
+    lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command(
+    page: str, command: str, tiny: str, tiny_draft: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program, *args = shlex.split(command, comments=True)
+    if program == "specdec":
+        check_specdec(args, {"demo": tiny, "BIG": tiny, "SMALL": tiny_draft}, tmp_path, monkeypatch)
+    elif program == "make":
+        targets = re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {arg for arg in args if "=" not in arg} <= set(targets)
+    elif program == "python":
+        check_module(args)
+    else:
+        assert program in ("pip", "cd", "git", "mkdocs"), f"who checks {program}?"
+
+
+def check_specdec(args: list[str], models: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verb, *options = args
+    group = get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    group.commands[verb].make_context(verb, list(options))
+    if verb not in ("doctor", "generate") and "--limit 1 " not in f"{' '.join(options)} ":
+        return
+    (folder / "spec_bench.jsonl").write_text('{"turns": ["a rose is a rose"], "category": "qa"}\n')
+    monkeypatch.chdir(folder)
+    if verb == "generate":
+        options += ["--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, [verb, *(models.get(option, option) for option in options)])
+    assert result.exit_code == 0, result.output
+
+
+def check_module(args: list[str]) -> None:
+    """That the module is there and knows the options."""
+    assert args[0] == "-m"
+    spec = importlib.util.find_spec(args[1])
+    assert spec is not None
+    files = (
+        [Path(spec.origin)] if spec.origin else [*Path(next(iter(spec.submodule_search_locations or ()))).glob("*.py")]
+    )
+    assert spec.origin or any(path.name == "__main__.py" for path in files)
+    source = "".join(path.read_text() for path in files)
+    for option in (arg for arg in args[2:] if arg.startswith("--")):
+        assert f'"{option}"' in source or 'f"--{' in source, f"{args[1]} {option}"

@@ -94,7 +94,7 @@ def _parse_lines(text: str, source: str) -> Iterator[Prompt]:
             continue
         try:
             yield _parse_prompt(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {number}: {error}") from error
 
 
@@ -117,4 +117,5 @@ def _prompt_text(record: dict[str, Any]) -> str:
         raise ValueError(f"'turns' must be a non-empty list of strings, got {turns!r}")
     if not isinstance(turns[0], str) or not turns[0].strip():
         raise ValueError(f"a prompt must be a non-empty string, got {turns[0]!r}")
+    turns[0].encode()  # half of a surrogate pair is no text (a ValueError)
     return turns[0]

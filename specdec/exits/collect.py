@@ -151,7 +151,7 @@ def _texts(path: Path) -> list[str]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         return []  # whoever reads the prompts says which line is wrong
     texts = [record.get("text") for record in records if isinstance(record, dict)]
     is_whole = len(texts) == len(records) and all(isinstance(text, str) and text for text in texts)

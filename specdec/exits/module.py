@@ -128,8 +128,8 @@ def load_exits(path: str | os.PathLike[str], model: PreTrainedModel) -> list[Exi
     facts = read_metadata(path)
     if facts.get("fingerprint") != fingerprint(model):
         raise DraftError(
-            f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts.get('fingerprint')}, this "
-            f"one has {fingerprint(model)}): train exits for this one with `specdec train-exits`"
+            f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts.get('fingerprint')}, "
+            f"this one has {fingerprint(model)}): train exits for this one with `specdec train-exits`"
         )
     try:
         return _read_exits(path, facts, model)

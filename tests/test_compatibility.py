@@ -1,0 +1,89 @@
+"""docs/compatibility.md says what the families' tests know. `python -m tests.test_compatibility` writes it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from specdec.cache import sliding_windows
+from specdec.compatibility import check_layers, check_model
+from specdec.errors import SpecdecError
+from specdec.kernels import quantized_copy
+from specdec.testing import FAMILIES, tiny_model
+from tests.test_families import REFUSED, UNLISTED
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "compatibility.md"
+
+_HEAD = """\
+# Compatibility
+
+Written by `python -m tests.test_compatibility`, from what the tests of the families find out on tiny models; a test
+compares.
+
+## Families whose output is tested
+
+Greedy equality with `model.generate()` for every drafter of `tests/test_families.py`, alone and in a ragged batch.
+
+| `model_type` | attention | sdpa | eager | `EarlyExit` | `QuantizedSelf`, int8 |
+|---|---|---|---|---|---|
+"""
+_UNLISTED = """
+## Other families
+
+A family that is not listed is tried once, at the first call: a small tree and, one by one, its paths are forwarded, and
+their logits must agree. Tested to pass: {passing}.
+
+## Refused
+
+| `model_type` | what the message says |
+|---|---|
+"""
+
+
+def _row(family: str) -> str:
+    model = tiny_model(family, attn_implementation="eager")
+    check_model(model)
+    windows = set(sliding_windows(model.config))
+    attention = {True: "full", False: "sliding window"}
+    kinds = " and ".join(sorted({attention[window is None] for window in windows}))
+    has_sdpa = "yes" if model._supports_sdpa else "no"
+    cells = [f"`{family}`", kinds, has_sdpa, "yes", _works(check_layers, model), _works(quantized_copy, model)]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _works(check: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str:
+    try:
+        check(model)
+    except SpecdecError:
+        return "no"
+    return "yes"
+
+
+def _refusal(family: str) -> str:
+    settings, _ = REFUSED[family]
+    try:
+        check_model(tiny_model(family, **settings))
+    except SpecdecError as error:
+        return f"| `{family}` | {error} |\n"
+    raise AssertionError(f"{family} is not refused")
+
+
+def page() -> str:
+    passing = ", ".join(f"`{family}`" for family in UNLISTED)
+    return (
+        _HEAD
+        + "".join(map(_row, FAMILIES))
+        + _UNLISTED.format(passing=passing)
+        + "".join(map(_refusal, REFUSED))
+        + "\nAlso refused: flash and flex attention (load with `attn_implementation='sdpa'`), encoder-decoders.\n"
+    )
+
+
+def test_the_page_says_what_the_tests_know() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == page()
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(page(), encoding="utf-8")
