@@ -160,6 +160,8 @@ def check_specdec(args: list[str], models: dict[str, str], folder: Path, monkeyp
     monkeypatch.chdir(folder)
     if verb == "generate":
         options += ["--max-new-tokens", "4"]
+    if verb == "bench" and "--prompts" not in options:  # the built-in ones are longer than tiny models take
+        options += ["--prompts", "spec_bench.jsonl"]
     result = CliRunner().invoke(app, [verb, *(models.get(option, option) for option in options)])
     assert result.exit_code == 0, result.output
 

@@ -163,7 +163,8 @@ def watched_caches(*models: PreTrainedModel) -> Iterator[list[weakref.ref[Any]]]
     caches: list[weakref.ref[Any]] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        caches.append(weakref.ref(kwargs["past_key_values"]))
+        if kwargs.get("past_key_values") is not None:
+            caches.append(weakref.ref(kwargs["past_key_values"]))
 
     hooks = [model.register_forward_pre_hook(note, with_kwargs=True) for model in models]
     try:
