@@ -15,7 +15,7 @@ class Broom(GrowthPolicy):
 
 class BroomGrower(LayeredGrower):
     def _wants(self, slot, value):
-        return len(slot.taken) < (3 if slot.parent is None else 1) and value > 0.1
+        return len(slot.taken) < (3 if slot.parent is None else 1) and value > 0.02
 
 
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
