@@ -19,7 +19,7 @@ SAYS = {
     "sampling": r"the same seed says the same: True; another seed: False",
     "early_exit": r"drafted \d+, accepted \d+ in \d+ rounds",
     "own_drafter": r"the same as model\.generate\(\): True\ndrafted [1-9]\d*, accepted \d+",
-    "own_tree": r"the same as model\.generate\(\): True\n[1-9]\.\d nodes a round",
+    "own_tree": r"the same as model\.generate\(\): True\n(?!0\.0)\d+\.\d nodes a round",
 }
 
 
