@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec.drafters import Auto, Drafter, EarlyExit, FirstOf, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from tests.conformance_cases import (
     CONFIG_FIELDS,
@@ -68,7 +68,6 @@ def drafter_of(name: str, family: str, attention: str | None) -> Drafter:
         "stranger": lambda: SmallModel(tiny_model("llama", seed=1, vocab_size=VOCAB_SIZE, hidden_size=16)),
         "early-exit": EarlyExit,
         "exit-1": lambda: EarlyExit(1, num_tokens=3),
-        "first-of": lambda: FirstOf(PromptLookup(min_match=3), EarlyExit(1, num_tokens=2)),
         "quantized-self": lambda: QuantizedSelf(num_tokens=4),
     }[name]()
 

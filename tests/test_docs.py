@@ -44,11 +44,12 @@ def test_the_first_screen(capsys: pytest.CaptureFixture[str]):
     *text, stats = capsys.readouterr().out.strip().splitlines()
     *shown_text, shown_stats = shown.strip().splitlines()
     assert text == shown_text
-    assert without_times(stats) == without_times(shown_stats)
+    assert without_figures(stats) == without_figures(shown_stats)
 
 
-def without_times(line: str) -> str:
-    return re.sub(r"in .*? s \(.*? tokens/s\)", "", line)
+def without_figures(line: str) -> str:
+    """The drafter that is chosen, and so what is drafted, depends on the machine."""
+    return re.sub(r"[\d.]+", "#", line.removeprefix("48 tokens"))
 
 
 def test_enable_and_disable():

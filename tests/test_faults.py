@@ -27,10 +27,10 @@ from transformers.generation.streamers import BaseStreamer
 import specdec
 import trees
 from specdec.drafters import (
+    Auto,
     Drafter,
     DraftSession,
     EarlyExit,
-    FirstOf,
     Outcome,
     PromptLookup,
     QuantizedSelf,
@@ -340,7 +340,7 @@ DRAFTERS: dict[str, Callable[[PreTrainedModel, PreTrainedModel], dict[str, Any]]
     "exit": lambda model, draft: {"drafter": EarlyExit(1)},
     "adaptive exit": lambda model, draft: {"drafter": EarlyExit()},
     "int8 copy": lambda model, draft: {"drafter": QuantizedSelf()},
-    "in turns": lambda model, draft: {"drafter": FirstOf(PromptLookup(), EarlyExit(1, num_tokens=2))},
+    "auto": lambda model, draft: {"drafter": Auto(SmallModel(draft))},
 }
 
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -114,7 +114,8 @@ def _to_float32(model: nn.Module) -> None:
     """What `model.float()` does, but in new tensors: the old ones may be another model's too (`quantized_copy`)."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
                     if tensor not in made:
