@@ -179,11 +179,13 @@ class _Prompt:
     others: dict[str, Any]
 
     @classmethod
-    def from_prepared(cls, model: PreTrainedModel, input_ids: Tensor, model_inputs: dict[str, Any]) -> _Prompt:
+    def from_prepared(
+        cls, model: PreTrainedModel, input_ids: Tensor, model_inputs: dict[str, Any], config: GenerationConfig
+    ) -> _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop("past_key_values")
-        options.check_model_inputs(others)
+        options.check_model_inputs(others, config)
         if mask is not None:
             mask = mask.to(device)
         return cls(input_ids=input_ids.to(device, torch.int64), attention_mask=mask, cache=cache, others=others)
@@ -209,7 +211,7 @@ class _DecodingMethod:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
-        prompt = _Prompt.from_prepared(model, input_ids, model_inputs)
+        prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
         stop = StopChecker(stopping_criteria)
         options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)

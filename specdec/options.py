@@ -104,8 +104,8 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]
     return arguments
 
 
-def check_model_inputs(model_inputs: dict[str, Any]) -> None:
-    """Refuse inputs of the forward that drafted tokens would need too.
+def check_model_inputs(model_inputs: dict[str, Any], config: GenerationConfig) -> None:
+    """Refuse inputs of the forward that drafted tokens would need too, and prompts that transformers would cut wrongly.
 
     Raises:
         UnsupportedOptionError: names them.
@@ -117,6 +117,10 @@ def check_model_inputs(model_inputs: dict[str, Any]) -> None:
         raise UnsupportedOptionError(
             f"specdec does not know how to continue these model inputs over drafted tokens: {', '.join(unknown)}; "
             "leave them out or call model.generate()"
+        )
+    if model_inputs.get("inputs_embeds") is not None and config.prefill_chunk_size is not None:
+        raise UnsupportedOptionError(
+            "prefill_chunk_size= cuts input_ids, not inputs_embeds, into chunks: leave one of the two out"
         )
     positions = model_inputs.get("position_ids")
     if positions is not None and positions.ndim != 2:

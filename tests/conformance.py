@@ -396,6 +396,7 @@ EXPLAINED = (
     Reason(name="rows that stop apart without an end-of-sequence token", applies=_refuses("pass eos_token_id= (and")),
     Reason(name="prompts padded to the right", applies=_refuses("prompts are padded to the left")),
     Reason(name="a draft model and embeddings", applies=_refuses("cannot read inputs_embeds")),
+    Reason(name="embeddings in chunks", applies=_refuses("cuts input_ids, not inputs_embeds")),
     Reason(
         name="scores and logits of rows that have finished",
         applies=lambda case, plain, ours, difference: "of a finished row" in difference.what,
