@@ -115,7 +115,10 @@ class TreeCache(Cache):
             for place, slot in enumerate(slots)
             if slot != place
         ]
-        if moves:
+        if len(moves) == 1:  # a slice is copied in a third of the time
+            for layer in self.layers:
+                layer.move(*moves[0])
+        elif moves:
             rows, sources, targets = torch.tensor(moves, device=self.layers[0].keys.device).unbind(1)
             for layer in self.layers:
                 layer.move(rows, sources, targets)

@@ -10,14 +10,16 @@ Shape legend: B rows, T slots, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
+from specdec.kernels.stack import LeanStack, Rotations, is_lean, stacks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,11 +61,17 @@ class View:
     Attributes:
         model: called like the model that it is a view of.
         states: what the last call left: number of layers passed -> hidden states [B, T, C], before the final norm.
+        run: gives the same as `model` for tokens that are added to a tail, more cheaply where the layers are lean.
     """
 
     model: PreTrainedModel
     states: dict[int, Tensor] = field(default_factory=dict)
     _given: _Given | None = None
+    _lean: LeanStack | None = None
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        return self._lean or self.model
 
     def give(self, hidden_BTC: Tensor) -> None:
         """The hidden states that the next call starts with."""
@@ -108,6 +116,11 @@ class LayerViews:
         """The norm between the last layer and the head, None if there is none under a known name."""
         return None if self._norm is None else getattr(self._model.get_decoder(), self._norm)
 
+    @cached_property
+    def are_lean(self) -> bool:
+        """Whether the layers can be called without the model's own forward around them (`kernels/stack.py`)."""
+        return stacks(self._model, self.layers, self.final_norm)
+
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""
         return self._view(0, self.num_layers, kept)
@@ -130,8 +143,10 @@ class LayerViews:
         if key not in self._views:
             states: dict[int, Tensor] = {}
             given = _Given()
-            layers = [*[given] * self._place(self.num_layers - 1), _Kept(block, 0, states)]
-            self._views[key] = View(self._with(layers).base_model, states, given)
+            kept = _Kept(block, 0, states)
+            layers = [*[given] * self._place(self.num_layers - 1), kept]
+            lean = self._lean([kept], given, self.final_norm, has_head=False) if is_lean(block) else None
+            self._views[key] = View(self._with(layers).base_model, states, given, lean)
         return self._views[key]
 
     def _view(self, start: int, stop: int, kept: Iterable[int]) -> View:
@@ -146,13 +161,29 @@ class LayerViews:
     def _make(self, start: int, stop: int, kept: frozenset[int]) -> View:
         states: dict[int, Tensor] = {}
         given = _Given() if start else None
-        layers: list[nn.Module] = [] if given is None else [given] * self._place(start if start < stop else 1)
+        stand_ins: list[nn.Module] = [] if given is None else [given] * self._place(start if start < stop else 1)
+        layers: list[nn.Module] = []
         for index in range(start, stop):
             layer = self.layers[index]
             layers.append(_Kept(layer, index + 1, states) if index + 1 in kept else layer)
         if stop < self.num_layers:
-            return View(self._without_norm([*layers, _Kept(None, stop, states)]), states, given)
-        return View(self._with(layers), states, given)
+            layers.append(_Kept(None, stop, states))
+            lean = self._lean(layers, given, None, has_head=False)
+            return View(self._without_norm([*stand_ins, *layers]), states, given, lean)
+        lean = self._lean(layers, given, self.final_norm, has_head=True)
+        return View(self._with([*stand_ins, *layers]), states, given, lean)
+
+    def _lean(
+        self, layers: Sequence[nn.Module], given: _Given | None, norm: nn.Module | None, *, has_head: bool
+    ) -> LeanStack | None:
+        if not self.are_lean:
+            return None
+        start = None if given is None else lambda: given.hidden_BTC
+        return LeanStack(self._model, self._rotations, layers, norm, has_head=has_head, given=start)
+
+    @cached_property
+    def _rotations(self) -> Rotations:
+        return Rotations(self._model)
 
     def _place(self, index: int) -> int:
         """How many stand-ins come before a layer: all, where models take the kind of its mask from its index."""

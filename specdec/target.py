@@ -20,6 +20,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec import masks
 from specdec.cache import TreeCache, sliding_windows
+from specdec.errors import UnsupportedModelError
+from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
 from specdec.partial import TailOrder, tail_order
 from trees import TreeBatch
@@ -180,7 +182,7 @@ class TreeModel:
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The states before the first layer, [B, T, C]."""
         below = self.views.below(0)
-        below.model(input_ids=tokens_BT, position_ids=torch.zeros_like(tokens_BT), use_cache=False)
+        below.run(input_ids=tokens_BT, position_ids=torch.zeros_like(tokens_BT), use_cache=False)
         return below.states[0]
 
     @property
@@ -217,7 +219,15 @@ class TreeModel:
             self._prompt_BP = self._prompt_BP[list(rows)]
 
     def _whole(self) -> View:
-        return self.views.whole(self._kept) if self._kept else View(self.model)
+        return self.views.whole(self._kept) if self._kept else self._bare
+
+    @cached_property
+    def _bare(self) -> View:
+        """The whole model, nothing kept."""
+        try:
+            return self.views.whole() if prepared(self.model) and self.views.are_lean else View(self.model)
+        except UnsupportedModelError:  # there are no layers to be found, and none are needed
+            return View(self.model)
 
     def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
         """Verify where the drafting has already passed the lower layers with some of the slots."""
@@ -243,15 +253,16 @@ class TreeModel:
         """Bring the lower layers' tail into the order of verification."""
         if not order.is_plain:
             self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
+            passed.arrange(order.sources_BK)
         elif passed.num_slots > order.num_passed:
             self.cache.cut_tail(passed.exit_layer, order.num_passed)
-        passed.arrange(order.sources_BK)
+            passed.arrange(order.sources_BK)
         self._offsets_BS = offsets_BK
 
     def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
         """Forward new slots where the running layers already hold a tail of `num_tail`."""
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
-        return view.model(
+        return view.run(
             input_ids=tokens_BT,
             attention_mask=self._mask(seen_BTK, offsets_BT),
             position_ids=self.next_positions_B.unsqueeze(1) + offsets_BT,

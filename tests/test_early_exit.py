@@ -178,19 +178,19 @@ def test_a_trained_exit_sees_what_a_forward_from_scratch_would_show_it(family: s
 
     class Watched(TrainedHead):
         def score_root(self, hidden_B1C: Tensor) -> Tensor:
-            logits_B1V = super().score_root(hidden_B1C)
-            scored.append(([list(tokens) for tokens in self._sequences.tokens], logits_B1V))
-            return logits_B1V
+            logits_B1S = super().score_root(hidden_B1C)
+            scored.append(([list(tokens) for tokens in self._sequences.tokens], logits_B1S))
+            return logits_B1S
 
     drafter = WithModules([module], layer if mode == "fixed" else "adaptive", head=Watched, num_tokens=2)
     speculate(model, PROMPTS, drafter, max_new_tokens=8, tree=Fixed((2, 1)) if mode == "fixed" else None)
     lengths = PROMPTS["attention_mask"].sum(1).tolist()
     scored = [(texts, logits) for texts, logits in scored if len(texts) == len(lengths)]
     assert len(scored) >= 4 if mode == "fixed" else True
-    for texts, logits_B1V in scored:
-        for text, prompt_length, logits_1V in zip(texts, lengths, logits_B1V, strict=True):
+    for texts, logits_B1S in scored:
+        for text, prompt_length, logits_1S in zip(texts, lengths, logits_B1S, strict=True):
             expected = from_scratch(model, module, text, max(0, prompt_length - module.window))
-            torch.testing.assert_close(logits_1V[0, module.vocab_ids], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits_1S[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def from_scratch(model: PreTrainedModel, module: Exit, text: list[int], start: int) -> Tensor:

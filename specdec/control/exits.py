@@ -12,6 +12,7 @@ Shapes: B rows, E candidate exits, T slots of a round, K thresholds, D draft len
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,9 @@ Array = NDArray[np.float64]
 THRESHOLDS = np.array([0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9])
 """Where tokens per second may stop a draft. In simulation a finer grid gained nothing, a coarser top lost 1 %."""
 
+_LEAST_SIBLING = 0.02
+"""Less likely leaves are not worth the work of the host, whatever a forward says that they cost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitChoice:
@@ -35,11 +39,13 @@ class ExitChoice:
         length: most tokens to draft, 0 if none are.
         threshold: draft no more after a token whose own confidence (not a product over the draft) is below this; that
             token is kept. 0 never stops.
+        sibling: beside the likeliest token draft others, as leaves, whose path has at least this probability.
     """
 
     exit_layer: int | None
     length: int
     threshold: float
+    sibling: float = math.inf
 
 
 PLAIN = ExitChoice(exit_layer=None, length=0, threshold=0.0)
@@ -191,8 +197,12 @@ class TokensPerSecond:
     with probability r^(i-1) and committed with probability s^(i-1) a. So the choice knows that its own threshold
     shortens the draft, which DEL's does not. In a batch the longest row's draft is what takes time.
 
+    Where there are leaves beside the chain, the token after its end may be one of them.
+
     Args:
         costs: of the candidates.
+        rescue: P(a leaf is accepted where the chain's token is not); 0 where no leaves are drafted.
+        num_siblings: leaves for each token of a chain, on average. None are drafted if this is 0.
         margin: after a plain round speculation must promise this much more than plain decoding to begin again.
         prior_acceptance: what is believed of an exit before its first token: one number, or one for each candidate.
         prior_tokens: how many observed tokens that belief is worth, more than 0. Confidences are uniform in it.
@@ -202,6 +212,8 @@ class TokensPerSecond:
         self,
         costs: ExitCosts,
         *,
+        rescue: float = 0.0,
+        num_siblings: float = 0.0,
         margin: float = 0.05,
         prior_acceptance: float | Sequence[float] = 0.5,
         prior_tokens: float = 1.0,
@@ -215,6 +227,10 @@ class TokensPerSecond:
         verified_once_E1 = 1 - np.array(costs.saved)[:, None]
         self._fixed_seconds = costs.verify[0] + costs.shadow
         self._token_seconds_ED = np.array(costs.draft)[:, None] + verified_once_E1 * np.diff(costs.verify)
+        node_seconds = (costs.verify[-1] - costs.verify[0]) / (len(costs.verify) - 1)
+        self._token_seconds_ED = self._token_seconds_ED + num_siblings * node_seconds
+        self._rescue = rescue
+        self._sibling = max(node_seconds / costs.plain, _LEAST_SIBLING) if num_siblings else math.inf
 
     def choose(self, statistics: ExitStatistics, previous: ExitChoice | None, max_length: int) -> ExitChoice:
         rates_DEK = self._rates(statistics, max_length)
@@ -225,7 +241,10 @@ class TokensPerSecond:
             return PLAIN
         shorter, place, step = (int(index) for index in best)
         return ExitChoice(
-            exit_layer=statistics.candidates[place], length=shorter + 1, threshold=float(THRESHOLDS[step])
+            exit_layer=statistics.candidates[place],
+            length=shorter + 1,
+            threshold=float(THRESHOLDS[step]),
+            sibling=self._sibling,
         )
 
     def _rates(self, statistics: ExitStatistics, max_length: int) -> Array:
@@ -237,7 +256,8 @@ class TokensPerSecond:
 
         chances_2BEK = np.stack([agreed_BEK, seen_BEK]) / seen_BEK[..., :1]
         go_on_accepted_DBEK, go_on_DBEK = _powers(chances_2BEK, num_lengths).swapaxes(0, 1)
-        committed_DEK = (go_on_accepted_DBEK * chances_2BEK[0, ..., :1]).sum(1)
+        accepted_BE1 = chances_2BEK[0, ..., :1]
+        committed_DEK = (go_on_accepted_DBEK * (accepted_BE1 + self._rescue * (1 - accepted_BE1))).sum(1)
         drafting_DEK = 1 - (1 - go_on_DBEK).prod(1)
 
         num_rows = len(seen_BEK)

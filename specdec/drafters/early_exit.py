@@ -9,6 +9,7 @@ Shape legend: B rows, M nodes of a layer, E exits, T slots that were kept, P pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec.compatibility import check_layers
 from specdec.control import PLAIN, ExitChoice, ExitControl, ExitObjective, TokensPerLayer, TokensPerSecond
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.exit_combs import MAX_SIBLINGS, NO_SIBLINGS, Comb, CombGrower, SiblingStatistics
 from specdec.drafters.exit_costs import RoundCosts, clock_of
 from specdec.drafters.exit_evidence import ExitEvidence, OwnDrafts, Shadows
 from specdec.drafters.exit_heads import ExitHead, SharedHead, TrainedHead
@@ -39,11 +41,13 @@ _SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
 """What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
 _DEL_DECAY, _TOKEN_DECAY = 0.95, 0.99
 """What is known of the exits ages by rounds in DEL; by tokens, it does not fade faster where rounds are short."""
+_CHOOSE_EVERY = 4
+"""Rounds for which a choice is kept while it drafts, where it is for seconds: what is known changes slowly."""
 _RECOST_EVERY = 8
 """Rounds after which the costs are looked at again."""
 _LONGEST_NAP = 63
 """Rounds for which the control may be left alone while plain decoding wins; each nap is three times the last."""
-_PROBE_LENGTH = 1
+_PROBE = ExitChoice(exit_layer=None, length=1, threshold=0.0, sibling=0.05)
 """Drafted after a nap by a trained exit, which is known by its drafts only."""
 
 
@@ -164,16 +168,45 @@ class _ExitSession(GrowingSession):
         """What the round says about the exits."""
 
     def _score_root(self) -> Tensor:
+        assert self._head is not None
+        return self._head.widen(self._root_logits())
+
+    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+        assert self._head is not None
+        return self._head.widen(self._node_logits(grown, num_new))
+
+    def _root_logits(self) -> Tensor:
+        """Over the exit's own vocabulary, as below."""
         roots_B1 = self._run.sequences.roots_B1
         assert self._head is not None
         return self._head.score_root(self._forward(roots_B1, torch.zeros_like(roots_B1), None))
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+    def _node_logits(self, grown: TreeBatch, num_new: int) -> Tensor:
         sees_all = grown.is_chain and num_new == 1
         seen_BMK = None if sees_all else grown.ancestors_BTT[:, -num_new:]
         assert self._head is not None
         hidden_BMC = self._forward(grown.tokens_BN[:, -num_new:], grown.depths_BT[:, -num_new:], seen_BMK)
         return self._head.score_nodes(hidden_BMC, grown)
+
+    def _grow_comb(self, choice: ExitChoice, max_depths: Sequence[int]) -> Comb:
+        """One round's combs, for a target that is greedy; at least one depth is positive."""
+        grower = CombGrower(choice, max_depths)
+        grower.grow(*self._likeliest(self._root_logits(), TreeBatch.empty(len(max_depths), self._run.device)))
+        while grower.is_open:
+            chains = grower.chains
+            grower.grow(*self._likeliest(self._node_logits(chains, 1), chains))
+        return grower.finish(self._run.device)
+
+    def _likeliest(self, logits_B1S: Tensor, grown: TreeBatch) -> tuple[Tensor, Tensor]:
+        """Tokens and probabilities [B, K] after the newest node, best first."""
+        assert self._head is not None
+        if self._run.sampler.processors:
+            last = range(grown.num_slots - 1, grown.num_slots)
+            scores_BV = self._process(self._head.widen(logits_B1S), grown, last)[:, -1]
+            probs_BK, tokens_BK = scores_BV.softmax(-1).topk(1 + MAX_SIBLINGS)
+            return tokens_BK, probs_BK
+        probs_BK, columns_BK = logits_B1S[:, -1].float().softmax(-1).topk(1 + MAX_SIBLINGS)
+        return self._head.name(columns_BK), probs_BK
 
     def _forward(self, tokens_BM: Tensor, offsets_BM: Tensor, seen_BMK: Tensor | None) -> Tensor:
         assert self._head is not None
@@ -208,6 +241,9 @@ class _AdaptiveSession(_ExitSession):
         self._costs: RoundCosts | None = None
         if drafter.objective == "tokens-per-second":
             self._costs = RoundCosts(run.target, [heads[layer] for layer in layers], num_rows, drafter.num_tokens)
+        self._grows_combs = bool(trained) and self._costs is not None and run.tree is None and not run.sampler.do_sample
+        self._comb: Comb | None = None
+        self._siblings = SiblingStatistics()
         self._control = ExitControl(
             layers,
             num_rows=num_rows,
@@ -246,8 +282,12 @@ class _AdaptiveSession(_ExitSession):
         self._head = None if choice.exit_layer is None else self._heads[choice.exit_layer]
         self._evidence.prepare(choice.exit_layer)
         started, before = self._clock(), self._num_forwards
+        self._comb = None
         if self._head is None:
             self._draft = _nothing(self._run)
+        elif self._grows_combs:
+            self._comb = self._grow_comb(choice, max_depths)
+            self._draft = self._comb.draft
         else:
             self.policy = self._run.tree or ConfidentChain(choice.length, choice.threshold)
             self._draft = self._grow(max_depths)
@@ -284,7 +324,10 @@ class _AdaptiveSession(_ExitSession):
         if deepest == 0:
             return PLAIN
         if self._nap and self._evidence.needs_drafts and self._choice.exit_layer is None:
-            return ExitChoice(exit_layer=max(self._heads), length=min(_PROBE_LENGTH, deepest), threshold=0.0)
+            return replace(_PROBE, exit_layer=max(self._heads))
+        drafted = self._choice.exit_layer is not None and not self._nap
+        if drafted and self._num_rounds % _CHOOSE_EVERY and self._costs is not None:
+            return self._choice
         choice = self._control.choose(deepest)
         if choice.exit_layer is not None:
             self._nap = 0
@@ -299,7 +342,12 @@ class _AdaptiveSession(_ExitSession):
         layer = self._choice.exit_layer
         if self._costs is not None and outcome.is_own:  # else others have drafted and been verified in that time
             rest_seconds = self._clock() - self._proposed
-            self._costs.note(layer, self._steps, self._draft_seconds, self._draft.trees.depth, rest_seconds)
+            self._costs.note(layer, self._steps, self._draft_seconds, max(self._draft.trees.sizes), rest_seconds)
+        if self._comb is not None:
+            self._siblings.observe(self._comb, outcome)
+            paths = [self._comb.along(row, path) for row, path in enumerate(outcome.paths)]
+            outcome = replace(outcome, paths=paths)
+            slots = [row_slots[: len(path) + 1] for row_slots, path in zip(slots, paths, strict=True)]
         self._evidence.learn(slots, outcome, self._draft, layer)
         self._num_rounds += 1
         if self._num_rounds % _RECOST_EVERY == 0:
@@ -308,7 +356,13 @@ class _AdaptiveSession(_ExitSession):
     def _objective(self, shadow_seconds: float) -> ExitObjective:
         if self._costs is None:
             return TokensPerLayer(num_layers=self._target.num_layers)
-        return TokensPerSecond(self._costs.current(shadow_seconds), prior_acceptance=self._prior)
+        siblings = self._siblings if self._grows_combs else NO_SIBLINGS
+        return TokensPerSecond(
+            self._costs.current(shadow_seconds),
+            rescue=siblings.rescue,
+            num_siblings=siblings.number,
+            prior_acceptance=self._prior,
+        )
 
 
 def _nothing(run: Run) -> Draft:

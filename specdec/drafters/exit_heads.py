@@ -4,7 +4,7 @@
 that also sees what the target made of the position before, with keys and values of its own.
 
 Shape legend: B rows, M nodes of a layer, K nodes so far and the root, W pending tokens, P prompt, C channels,
-X = 2 C, V vocabulary, S vocabulary of an exit.
+X = 2 C, V vocabulary, S vocabulary of an exit (V for a shared head).
 """
 
 from __future__ import annotations
@@ -33,11 +33,19 @@ class ExitHead(ABC):
 
     @abstractmethod
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
-        """Logits [B, 1, V] after the roots, of which the exit's states are given. Begins a round."""
+        """Logits [B, 1, S] after the roots, of which the exit's states are given. Begins a round."""
 
     @abstractmethod
     def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
-        """Logits [B, M, V] after the newest nodes of the growing trees."""
+        """Logits [B, M, S] after the newest nodes of the growing trees."""
+
+    def widen(self, logits_BMS: Tensor) -> Tensor:
+        """Logits over the target's vocabulary, [B, M, V], from those of the exit's own."""
+        return logits_BMS
+
+    def name(self, columns: Tensor) -> Tensor:
+        """The tokens that columns of the logits stand for."""
+        return columns
 
     @abstractmethod
     def rehearsal(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
@@ -93,8 +101,12 @@ class TrainedHead(ExitHead):
         self._pending: list[_Pending] = []
         self._block: _BlockModel
         self._outputs_BKC: Tensor
-        self.confidence_BK: Tensor
+        self._logits: list[Tensor]
+
+    @property
+    def confidence_BK(self) -> Tensor:
         """Largest probability at each slot that was scored in this round: the root, then the nodes by place."""
+        return torch.cat(self._logits, 1).float().softmax(-1).amax(-1)
 
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         inputs = [pending.take(hidden_1C) for pending, hidden_1C in zip(self._pending, hidden_B1C, strict=True)]
@@ -104,22 +116,35 @@ class TrainedHead(ExitHead):
         seen_BWW = None if max(sizes) == 1 else (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
         output_BWC, normed_BWC = self._block.run(self._module.fuse(features_BWX), offsets_BW, seen_BWW)
         self._block.commit([range(size) for size in sizes])
-        rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes, device=output_BWC.device) - 1
-        self._outputs_BKC = output_BWC[rows_B, last_B].unsqueeze(1)
-        logits_B1V, self.confidence_BK = self._logits(normed_BWC[rows_B, last_B].unsqueeze(1))
-        return logits_B1V
+        if min(sizes) == max(sizes):
+            self._outputs_BKC, normed_B1C = output_BWC[:, -1:], normed_BWC[:, -1:]
+        else:
+            rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes, device=output_BWC.device) - 1
+            self._outputs_BKC, normed_B1C = (x[rows_B, last_B].unsqueeze(1) for x in (output_BWC, normed_BWC))
+        self._logits = [self._module.head(normed_B1C)]
+        return self._logits[0]
 
     def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
         num_new = hidden_BMC.shape[1]
-        parents_BM1 = grown.parents_BN[:, -num_new:].unsqueeze(2) + 1
-        before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
-        seen_BMK = None if grown.is_chain else grown.ancestors_BTT[:, -num_new:, 1:]
+        if grown.is_chain:
+            before_BMC, seen_BMK = self._outputs_BKC[:, -1:], None
+        else:
+            parents_BM1 = grown.parents_BN[:, -num_new:].unsqueeze(2) + 1
+            before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
+            seen_BMK = grown.ancestors_BTT[:, -num_new:, 1:]
         fused_BMC = self._module.fuse(torch.cat([hidden_BMC, before_BMC], 2))
         output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BT[:, -num_new:] - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)
-        logits_BMV, confidence_BM = self._logits(normed_BMC)
-        self.confidence_BK = torch.cat([self.confidence_BK, confidence_BM], 1)
+        self._logits.append(self._module.head(normed_BMC))
+        return self._logits[-1]
+
+    def widen(self, logits_BMS: Tensor) -> Tensor:
+        logits_BMV = logits_BMS.new_full((*logits_BMS.shape[:2], self._target.vocab_size), _NEVER)
+        logits_BMV[..., self._module.vocab_ids] = logits_BMS
         return logits_BMV
+
+    def name(self, columns: Tensor) -> Tensor:
+        return self._module.vocab_ids[columns]
 
     def observe(self, slots: Sequence[Sequence[int]]) -> None:
         self._block.cache.rollback()
@@ -152,7 +177,7 @@ class TrainedHead(ExitHead):
         def score(hidden_B1C: Tensor) -> Tensor:
             fused_B1C = self._module.fuse(torch.cat([hidden_B1C, hidden_B1C], 2))
             _, normed_B1C = block.run(fused_B1C, offsets_B1, None)
-            return self._logits(normed_B1C)[0]
+            return self._module.head(normed_B1C).softmax(-1).topk(2).values
 
         return score
 
@@ -162,13 +187,6 @@ class TrainedHead(ExitHead):
             return self._target.states[self.layer][row, list(kept)]
         prefix = self._sequences.prefix(row)
         return self._target.embed(prefix[None, len(prefix) - 1 - len(kept) : -1])[0]
-
-    def _logits(self, normed_BMC: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, M, V] and the largest probabilities [B, M]."""
-        logits_BMS = self._module.head(normed_BMC)
-        logits_BMV = logits_BMS.new_full((*logits_BMS.shape[:2], self._target.vocab_size), _NEVER)
-        logits_BMV[..., self._module.vocab_ids] = logits_BMS
-        return logits_BMV, logits_BMS.float().softmax(-1).amax(-1)
 
 
 class _Pending:

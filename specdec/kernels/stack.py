@@ -1,0 +1,148 @@
+"""Lean layers called one after the other, without the model's own forward around them.
+
+That forward makes masks, positions and outputs for every case there is: half a millisecond a call, as much as five
+layers of a small model. Drafting from early layers calls it several times for every token, with masks and positions
+that are known. So where all layers are lean and nothing else is special, they are called directly; the model's own
+embedding, rotary embedding, norm and head are. Whether that gives the model's own states, to the last bit, is tried
+once for a model.
+
+Shape legend: B rows, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from specdec.kernels.layer import LeanForward
+from specdec.kernels.prepare import prepared
+
+_STATIC = {"default", "linear", "llama3", "yarn"}
+"""Kinds of rotary embedding whose angles depend on nothing but the position."""
+
+_tried: WeakKeyDictionary[PreTrainedModel, dict[object, bool]] = WeakKeyDictionary()
+
+
+class Outputs(NamedTuple):
+    """What is read of a model's outputs. logits: None without a head; last_hidden_state: after the norm, if any."""
+
+    last_hidden_state: Tensor
+    logits: Tensor | None
+
+
+class Rotations:
+    """A model's rotary embedding, computed once for each position: looking it up takes a tenth of the time.
+
+    Where angles depend on more than the position it is computed every time.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        self._rotate = model.get_decoder().rotary_emb
+        self._is_static = rope.get("rope_type", "default") in _STATIC
+        self._tables: tuple[Tensor, ...] = ()
+
+    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """cos and sin, each [B, T, head size]."""
+        if not self._is_static:
+            return self._rotate(hidden_BTC, position_ids)
+        num_needed = int(position_ids.max()) + 1
+        if not self._tables or len(self._tables[0]) < num_needed:
+            positions = torch.arange(num_needed + max(256, num_needed // 2), device=position_ids.device)
+            self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
+        return tuple(table[position_ids] for table in self._tables)
+
+
+class LeanStack:
+    """Called like a model, with the arguments that a `TreeModel` gives.
+
+    Args:
+        model: whose embedding and head are used.
+        rotations: of the model.
+        layers: some layers; each takes and returns states [B, T, C].
+        norm: after them, None for none.
+        has_head: whether logits are wanted.
+        given: returns the states to start with; None for the embeddings of `input_ids`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rotations: Rotations,
+        layers: Sequence[Callable[..., Tensor]],
+        norm: nn.Module | None,
+        *,
+        has_head: bool,
+        given: Callable[[], Tensor] | None = None,
+    ):
+        self._embed = model.get_decoder().embed_tokens
+        self._rotations = rotations
+        self._layers = layers
+        self._norm = norm
+        self._head = model.get_output_embeddings() if has_head else None
+        self._given = given
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+    ) -> Outputs:
+        hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
+        rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
+        for layer in self._layers:
+            hidden_BTC = layer(
+                hidden_BTC,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=rotation,
+            )
+        if self._norm is not None:
+            hidden_BTC = self._norm(hidden_BTC)
+        return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC))
+
+
+def is_lean(layer: nn.Module) -> bool:
+    """Whether `prepare` has made the layer lean."""
+    return isinstance(layer.__dict__.get("forward"), LeanForward)
+
+
+def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
+    """Whether all layers of a model may be called this way: now, for hooks on the model would not run."""
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    is_plain = all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) and norm is not None
+    if not is_plain or len(set(getattr(config, "layer_types", None) or ())) > 1 or not all(map(is_lean, layers)):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (model, decoder)):
+        return False
+    known, state = _tried.setdefault(model, {}), prepared(model)
+    if state not in known:
+        known[state] = _gives_the_same(model, LeanStack(model, Rotations(model), layers, norm, has_head=True))
+    return known[state]
+
+
+@torch.no_grad()
+def _gives_the_same(model: PreTrainedModel, stack: LeanStack) -> bool:
+    """Both forward a few tokens, then one more."""
+    cache, past = DynamicCache(), DynamicCache()
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    position_ids = torch.arange(5).unsqueeze(0)
+    input_ids = (position_ids + 1) * 7919 % vocab_size
+    mask_11TT = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    for part, mask in ((slice(0, 4), mask_11TT), (slice(4, 5), None)):
+        inputs = {"input_ids": input_ids[:, part], "position_ids": position_ids[:, part], "attention_mask": mask}
+        expected = model(**inputs, past_key_values=past, use_cache=True).logits
+        logits = stack(**inputs, past_key_values=cache).logits
+        if logits is None or not torch.equal(logits, expected):
+            return False
+    return True
