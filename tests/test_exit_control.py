@@ -288,6 +288,19 @@ def test_a_dear_head_is_counted() -> None:
     assert clock.choose() == PLAIN
 
 
+def test_leaves_count_for_what_they_bring_and_cost() -> None:
+    def choose(**leaves: float) -> ExitChoice:
+        control = control_of(TokensPerSecond(costs, **leaves))
+        return play(control, 0.2, 40)[-1]
+
+    costs = ExitCosts(plain=1.0, draft=[0.3] * 2, verify=[1.0, 1.05, 1.1], saved=[0.0] * 2)
+    assert choose() == PLAIN  # 1.2 tokens in 1.35 seconds
+    choice = choose(rescue=0.5, num_siblings=2)  # 1.6 tokens in 1.45
+    assert choice.exit_layer is not None
+    assert choice.sibling == pytest.approx(0.05), "a leaf is worth the tokens that its time would bring"
+    assert choose(rescue=0.5, num_siblings=6) == PLAIN
+
+
 def test_the_prior_decides_until_tokens_do() -> None:
     def choose(num_wrong: int, **prior: Any) -> ExitChoice:
         control = control_of(TokensPerSecond(CHEAP, **prior))

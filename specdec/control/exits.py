@@ -12,7 +12,6 @@ Shapes: B rows, E candidate exits, T slots of a round, K thresholds, D draft len
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,13 +38,14 @@ class ExitChoice:
         length: most tokens to draft, 0 if none are.
         threshold: draft no more after a token whose own confidence (not a product over the draft) is below this; that
             token is kept. 0 never stops.
-        sibling: beside the likeliest token draft others, as leaves, whose path has at least this probability.
+        sibling: beside the likeliest token draft others, as leaves, whose path has at least this probability; 1 drafts
+            none.
     """
 
     exit_layer: int | None
     length: int
     threshold: float
-    sibling: float = math.inf
+    sibling: float = 1.0
 
 
 PLAIN = ExitChoice(exit_layer=None, length=0, threshold=0.0)
@@ -230,7 +230,7 @@ class TokensPerSecond:
         node_seconds = (costs.verify[-1] - costs.verify[0]) / (len(costs.verify) - 1)
         self._token_seconds_ED = self._token_seconds_ED + num_siblings * node_seconds
         self._rescue = rescue
-        self._sibling = max(node_seconds / costs.plain, _LEAST_SIBLING) if num_siblings else math.inf
+        self._sibling = max(node_seconds / costs.plain, _LEAST_SIBLING) if num_siblings else 1.0
 
     def choose(self, statistics: ExitStatistics, previous: ExitChoice | None, max_length: int) -> ExitChoice:
         rates_DEK = self._rates(statistics, max_length)

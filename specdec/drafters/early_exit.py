@@ -39,6 +39,7 @@ _loaded: WeakKeyDictionary[PreTrainedModel, dict[object, list[Exit]]] = WeakKeyD
 
 _SHARED_PRIOR, _TRAINED_PRIOR = 0.1, 0.5
 """What is believed of an exit's acceptance before it has been seen at work: stock models draft badly from inside."""
+_FIXED_LENGTH, _TRAINED_LENGTH, _DEL_LENGTH = 5, 6, 18
 _DEL_DECAY, _TOKEN_DECAY = 0.95, 0.99
 """What is known of the exits ages by rounds in DEL; by tokens, it does not fade faster where rounds are short."""
 _CHOOSE_EVERY = 4
@@ -60,7 +61,8 @@ class EarlyExit(Drafter):
         exit_layer: number of layers that draft, or "adaptive": chosen every round, as is the length (DEL).
         exits: a file of trained exit modules for this target. "shipped" takes those that come with the package, if
             there are any for this target (the demo model). None, and else, the model's own norm and head draft.
-        num_tokens: length of the chain for a fixed exit, and the most that an adaptive one drafts; None is 5 and 18.
+        num_tokens: length of the chain for a fixed exit, and of the longest that an adaptive one drafts. None is 5 for
+            a fixed exit, 6 for adaptive trained ones, and 18 (DEL) for the model's own head.
         objective: what an adaptive exit is chosen for. "tokens-per-second" takes costs measured on this machine and
             may choose not to draft; "tokens-per-layer" is DEL's own and always drafts.
         shadow_share: adaptive, without `exits`: the share of the time that may go into comparing other exits with the
@@ -92,7 +94,7 @@ class EarlyExit(Drafter):
         if not 0 < shadow_share <= 1:
             raise ValueError(f"EarlyExit(shadow_share={shadow_share!r}): shadow_share is a share of the time, up to 1")
         self.exit_layer = exit_layer
-        self.num_tokens = num_tokens or (18 if exit_layer == "adaptive" else 5)
+        self.num_tokens = num_tokens
         self.objective = objective
         self.shadow_share = shadow_share
         self._file = exits
@@ -108,7 +110,7 @@ class EarlyExit(Drafter):
         head = heads.get(self.exit_layer)
         if head is None:
             raise DraftError(f"EarlyExit(exit_layer={self.exit_layer}): the exits of this target are {sorted(heads)}")
-        return _FixedSession(run, head, run.tree or Chain(self.num_tokens))
+        return _FixedSession(run, head, run.tree or Chain(self.num_tokens or _FIXED_LENGTH))
 
     def _trained_heads(self, run: Run) -> dict[int, ExitHead]:
         model = run.target.model
@@ -238,9 +240,10 @@ class _AdaptiveSession(_ExitSession):
         trained = {layer: head for layer, head in heads.items() if isinstance(head, TrainedHead)}
         self._prior = _TRAINED_PRIOR if trained else _SHARED_PRIOR
         self._clock = clock_of(run.target.device)
+        max_length = drafter.num_tokens or (_TRAINED_LENGTH if trained else _DEL_LENGTH)
         self._costs: RoundCosts | None = None
         if drafter.objective == "tokens-per-second":
-            self._costs = RoundCosts(run.target, [heads[layer] for layer in layers], num_rows, drafter.num_tokens)
+            self._costs = RoundCosts(run.target, [heads[layer] for layer in layers], num_rows, max_length)
         self._grows_combs = bool(trained) and self._costs is not None and run.tree is None and not run.sampler.do_sample
         self._comb: Comb | None = None
         self._siblings = SiblingStatistics()
@@ -248,7 +251,7 @@ class _AdaptiveSession(_ExitSession):
             layers,
             num_rows=num_rows,
             objective=self._objective(0.0),
-            max_length=drafter.num_tokens,
+            max_length=max_length,
             decay=_DEL_DECAY if self._costs is None else _TOKEN_DECAY,
             decay_per_token=self._costs is not None,
         )
@@ -274,6 +277,7 @@ class _AdaptiveSession(_ExitSession):
             "exit_layer": choice.exit_layer,
             "length": choice.length,
             "threshold": choice.threshold,
+            "sibling": choice.sibling,
             "acceptance": dict(zip(statistics.candidates, statistics.acceptance_BE.mean(0).tolist(), strict=True)),
         }
 

@@ -25,7 +25,7 @@ from trees import TreeBatch
 
 _CONTEXT = 32
 """Tokens before the ones that are timed."""
-_REPETITIONS = 5
+_REPETITIONS = 3
 _MEMORY = 31
 """Rounds whose median corrects what was measured at the start."""
 
@@ -59,7 +59,7 @@ class RoundCosts:
         Args:
             exit_layer: None if nothing was drafted.
             steps: forwards of the draft, which took `draft_seconds`.
-            drafted: tokens of the longest row's draft; verifying, accepting and committing took `rest_seconds`.
+            drafted: nodes of the largest row's draft; verifying, accepting and committing took `rest_seconds`.
         """
         start, verify = self._start, self._start.verify
         if exit_layer is None:

@@ -150,7 +150,7 @@ class TrainedHead(ExitHead):
         self._block.cache.rollback()
         last = self._target.states[self._target.num_layers]
         for row, (pending, kept) in enumerate(zip(self._pending, slots, strict=True)):
-            pending.add(self._exit_states(row, kept), last[row, list(kept)])
+            pending.add(self._exit_states(row, kept), _at(last[row], kept))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self._block.select_rows(rows)
@@ -184,9 +184,15 @@ class TrainedHead(ExitHead):
     def _exit_states(self, row: int, kept: Sequence[int]) -> Tensor:
         """States [W, C] of the committed tokens before the new root, which stood in these slots."""
         if self.layer:
-            return self._target.states[self.layer][row, list(kept)]
+            return _at(self._target.states[self.layer][row], kept)
         prefix = self._sequences.prefix(row)
         return self._target.embed(prefix[None, len(prefix) - 1 - len(kept) : -1])[0]
+
+
+def _at(states_TC: Tensor, kept: Sequence[int]) -> Tensor:
+    """States of increasing slots; without a copy where they are the first ones, as where nothing is drafted."""
+    is_prefix = not kept or kept[-1] == len(kept) - 1
+    return states_TC[: len(kept)] if is_prefix else states_TC[list(kept)]
 
 
 class _Pending:
