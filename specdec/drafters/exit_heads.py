@@ -25,6 +25,9 @@ from trees import TreeBatch
 _NEVER = -1e4
 """Logit of tokens outside an exit's vocabulary: finite, so that processors may forbid all that are inside."""
 
+PROMPT_POSITIONS = 64
+"""Of a prompt, its last ones, that a trained exit reads: more did not change what is accepted, and each passes its block."""
+
 
 class ExitHead(ABC):
     """Scores the tokens that follow a state of one exit layer."""
@@ -157,9 +160,9 @@ class TrainedHead(ExitHead):
         self._pending = [self._pending[row] for row in rows]
 
     def begin(self) -> None:
-        """Make the prompt pending, as far back as the module looks and the last forward of the prefill saw it."""
+        """Make the end of the prompt pending, as far as the last forward of the prefill saw it."""
         last_BPC = self._target.states[self._target.num_layers]
-        limit = min(last_BPC.shape[1], self._module.window)
+        limit = min(last_BPC.shape[1], self._module.window, PROMPT_POSITIONS)
         num_seen = [min(limit, len(tokens) - 1) for tokens in self._sequences.tokens]
         for row, count in enumerate(num_seen):
             pending = _Pending(last_BPC.new_zeros((1, last_BPC.shape[2])))
