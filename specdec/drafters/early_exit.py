@@ -235,7 +235,7 @@ class _AdaptiveSession(_ExitSession):
     """The exit, the length and the threshold of every round follow the context."""
 
     def __init__(self, drafter: EarlyExit, run: Run, heads: dict[int, ExitHead]):
-        super().__init__(run, heads, run.tree or Chain(drafter.num_tokens))
+        super().__init__(run, heads, run.tree or Chain(drafter.num_tokens or _FIXED_LENGTH))
         layers, num_rows = sorted(heads), len(run.sequences)
         trained = {layer: head for layer, head in heads.items() if isinstance(head, TrainedHead)}
         self._prior = _TRAINED_PRIOR if trained else _SHARED_PRIOR

@@ -26,7 +26,7 @@ _NEVER = -1e4
 """Logit of tokens outside an exit's vocabulary: finite, so that processors may forbid all that are inside."""
 
 PROMPT_POSITIONS = 64
-"""Of a prompt, its last ones, that a trained exit reads: more did not change what is accepted, and each passes its block."""
+"""The last ones of a prompt, which a trained exit reads: more did not change what was accepted."""
 
 
 class ExitHead(ABC):
