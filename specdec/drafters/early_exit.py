@@ -48,8 +48,10 @@ _RECOST_EVERY = 8
 """Rounds after which the costs are looked at again."""
 _LONGEST_NAP = 63
 """Rounds for which the control may be left alone while plain decoding wins; each nap is three times the last."""
+_PROBES = 2
+"""Rounds that draft after a nap: the first has to catch up, the second shows what drafting costs."""
 _PROBE = ExitChoice(exit_layer=None, length=1, threshold=0.0, sibling=0.05)
-"""Drafted after a nap by a trained exit, which is known by its drafts only."""
+"""Drafted then by a trained exit, which is known by its drafts only."""
 
 
 class EarlyExit(Drafter):
@@ -264,7 +266,8 @@ class _AdaptiveSession(_ExitSession):
         self._draft = _nothing(run)
         self._scores: list[Tensor] = []
         self._nap = self._nap_left = 0
-        self._num_rounds = self._steps = 0
+        self._num_rounds = self._steps = self._num_probes = 0
+        self._was_idle = True
         self._draft_seconds = self._proposed = 0.0
 
     @property
@@ -300,6 +303,10 @@ class _AdaptiveSession(_ExitSession):
         self._draft_seconds = self._proposed - started
         return self._draft
 
+    def observe(self, outcome: Outcome) -> None:
+        super().observe(outcome)
+        self._was_idle |= not outcome.is_own
+
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)
         self._control.select_rows(rows)
@@ -327,8 +334,12 @@ class _AdaptiveSession(_ExitSession):
             return PLAIN
         if deepest == 0:
             return PLAIN
-        if self._nap and self._evidence.needs_drafts and self._choice.exit_layer is None:
-            return replace(_PROBE, exit_layer=max(self._heads))
+        if self._nap and self._evidence.needs_drafts:
+            if self._num_probes < _PROBES:
+                self._num_probes += 1
+                return replace(_PROBE, exit_layer=max(self._heads))
+            self._num_probes = 0
+            self._recost()
         drafted = self._choice.exit_layer is not None and not self._nap
         if drafted and self._num_rounds % _CHOOSE_EVERY and self._costs is not None:
             return self._choice
@@ -341,12 +352,14 @@ class _AdaptiveSession(_ExitSession):
         return choice
 
     def _learn(self, slots: Sequence[Sequence[int]], outcome: Outcome) -> None:
+        layer, was_idle = self._choice.exit_layer, self._was_idle
+        self._was_idle = layer is None
         if self._nap_left and self._evidence.needs_drafts:
             return
-        layer = self._choice.exit_layer
         if self._costs is not None and outcome.is_own:  # else others have drafted and been verified in that time
             rest_seconds = self._clock() - self._proposed
-            self._costs.note(layer, self._steps, self._draft_seconds, max(self._draft.trees.sizes), rest_seconds)
+            steps = 0 if was_idle else self._steps  # what was committed while it was idle, an exit reads first
+            self._costs.note(layer, steps, self._draft_seconds, max(self._draft.trees.sizes), rest_seconds)
         if self._comb is not None:
             self._siblings.observe(self._comb, outcome)
             paths = [self._comb.along(row, path) for row, path in enumerate(outcome.paths)]
@@ -355,7 +368,10 @@ class _AdaptiveSession(_ExitSession):
         self._evidence.learn(slots, outcome, self._draft, layer)
         self._num_rounds += 1
         if self._num_rounds % _RECOST_EVERY == 0:
-            self._control.objective = self._objective(self._evidence.seconds / self._num_rounds)
+            self._recost()
+
+    def _recost(self) -> None:
+        self._control.objective = self._objective(self._evidence.seconds / max(self._num_rounds, 1))
 
     def _objective(self, shadow_seconds: float) -> ExitObjective:
         if self._costs is None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import permutations
 from statistics import median
 from time import get_clock_info, perf_counter, thread_time
 from weakref import WeakKeyDictionary
@@ -25,9 +27,9 @@ from trees import TreeBatch
 
 _CONTEXT = 32
 """Tokens before the ones that are timed."""
-_REPETITIONS = 3
+_REPETITIONS = 4
 _MEMORY = 31
-"""Rounds whose median corrects what was measured at the start."""
+"""Rounds of a kind whose median corrects what was measured at the start."""
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -36,11 +38,22 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return thread_time if device.type == "cpu" and is_fine else perf_counter
 
 
-_measured: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ExitCosts]] = WeakKeyDictionary()
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Costs from the start, and by how many seconds the last rounds went beyond them: drafting a token, a round without
+    a draft, and all but the draft of a round with one."""
+
+    costs: ExitCosts
+    draft: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    drafted: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+
+
+_measured: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], _Measured]] = WeakKeyDictionary()
 
 
 class RoundCosts:
-    """Costs measured once for a model, and corrected by the rounds of this run.
+    """Costs measured once for a model, and corrected by its rounds, in all runs.
 
     Args:
         heads: of the candidate exits, in increasing order.
@@ -48,28 +61,28 @@ class RoundCosts:
     """
 
     def __init__(self, target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int):
-        self._start = _measure_once(target, heads, num_rows, max_length)
+        self._excess = _measure_once(target, heads, num_rows, max_length)
+        self._start = self._excess.costs
         self._places = {head.layer: place for place, head in enumerate(heads)}
-        self._draft_excess: deque[float] = deque(maxlen=_MEMORY)
-        self._round_excess: deque[float] = deque(maxlen=_MEMORY)
 
     def note(self, exit_layer: int | None, steps: int, draft_seconds: float, drafted: int, rest_seconds: float) -> None:
         """A round took this long.
 
         Args:
             exit_layer: None if nothing was drafted.
-            steps: forwards of the draft, which took `draft_seconds`.
+            steps: forwards of the draft, which took `draft_seconds`; 0 if those say nothing of other rounds.
             drafted: nodes of the largest row's draft; verifying, accepting and committing took `rest_seconds`.
         """
         start, verify = self._start, self._start.verify
         if exit_layer is None:
-            self._round_excess.append(rest_seconds - start.plain)
+            self._excess.plain.append(rest_seconds - start.plain)
             return
         place = self._places[exit_layer]
-        self._draft_excess.append(draft_seconds / steps - start.draft[place])
+        if steps:
+            self._excess.draft.append(draft_seconds / steps - start.draft[place])
         drafted = min(drafted, len(verify) - 1)
         widening = (1 - start.saved[place]) * (verify[drafted] - verify[0])
-        self._round_excess.append(rest_seconds - verify[0] - widening)
+        self._excess.drafted.append(rest_seconds - verify[0] - widening)
 
     def current(self, shadow_seconds: float) -> ExitCosts:
         """The costs as they are now.
@@ -77,19 +90,20 @@ class RoundCosts:
         Args:
             shadow_seconds: what gathering the statistics takes, on average over the rounds.
         """
-        start = self._start
-        draft, rest = (median(excess) if excess else 0.0 for excess in (self._draft_excess, self._round_excess))
+        start, excess = self._start, self._excess
+        draft = median(excess.draft or [0.0])
+        plain, drafted = (median(own or other or [0.0]) for own, other in permutations((excess.plain, excess.drafted)))
         smallest = start.plain / 10  # a correction is no licence for negative seconds
         return ExitCosts(
-            plain=max(start.plain + rest, smallest),
+            plain=max(start.plain + plain, smallest),
             draft=[max(seconds + draft, 0.0) for seconds in start.draft],
-            verify=[max(seconds + rest, smallest) for seconds in start.verify],
+            verify=[max(seconds + drafted, smallest) for seconds in start.verify],
             saved=start.saved,
             shadow=shadow_seconds,
         )
 
 
-def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> ExitCosts:
+def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, max_length: int) -> _Measured:
     known = _measured.setdefault(target.model, {})
     kinds = tuple((head.layer, type(head)) for head in heads)
     key = (
@@ -102,7 +116,7 @@ def _measure_once(target: TreeModel, heads: Sequence[ExitHead], num_rows: int, m
         prepared(target.model),
     )
     if key not in known:
-        known[key] = _measure(target, heads, num_rows, max_length)
+        known[key] = _Measured(_measure(target, heads, num_rows, max_length))
     return known[key]
 
 
