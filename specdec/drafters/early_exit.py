@@ -360,6 +360,8 @@ class _AdaptiveSession(_ExitSession):
             rest_seconds = self._clock() - self._proposed
             steps = 0 if was_idle else self._steps  # what was committed while it was idle, an exit reads first
             self._costs.note(layer, steps, self._draft_seconds, max(self._draft.trees.sizes), rest_seconds)
+        if self._comb is not None and not outcome.is_own:
+            return  # the nodes of a merged tree are not the comb's
         if self._comb is not None:
             self._siblings.observe(self._comb, outcome)
             paths = [self._comb.along(row, path) for row, path in enumerate(outcome.paths)]
