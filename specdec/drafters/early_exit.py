@@ -25,11 +25,12 @@ from specdec.drafters.exit_combs import MAX_SIBLINGS, NO_SIBLINGS, Comb, CombGro
 from specdec.drafters.exit_costs import RoundCosts, clock_of
 from specdec.drafters.exit_evidence import ExitEvidence, OwnDrafts, Shadows
 from specdec.drafters.exit_heads import ExitHead, SharedHead, TrainedHead
-from specdec.drafters.growing import GrowingSession
+from specdec.drafters.growing import GrowingSession, target_scores
 from specdec.errors import DraftError
 from specdec.exits.module import Exit, load_exits
 from specdec.exits.shipped import shipped_exits
 from specdec.kernels import prepare_like, prepared
+from specdec.sampling import Prefixes
 from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
@@ -206,7 +207,8 @@ class _ExitSession(GrowingSession):
         assert self._head is not None
         if self._run.sampler.processors:
             last = range(grown.num_slots - 1, grown.num_slots)
-            scores_BV = self._process(self._head.widen(logits_B1S), grown, last)[:, -1]
+            prefixes = Prefixes(self._run.sequences, grown, last)
+            scores_BV = target_scores(self._run, self._head.widen(logits_B1S), prefixes)[:, -1]
             probs_BK, tokens_BK = scores_BV.softmax(-1).topk(1 + MAX_SIBLINGS)
             return tokens_BK, probs_BK
         probs_BK, columns_BK = logits_B1S[:, -1].float().softmax(-1).topk(1 + MAX_SIBLINGS)
