@@ -42,6 +42,7 @@ import specdec
 from specdec import masks
 from specdec.cache import TreeCache
 from specdec.drafters import Plain, PromptLookup, SmallModel
+from specdec.kernels.draws import open_urn
 from specdec.loop import _to_host
 from specdec.sampling import Sampler
 from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowthPolicy, Round, Sequoia, TreeBatch
@@ -230,7 +231,7 @@ class TreeRounds:
     def _grow(self, root_11: Tensor) -> tuple[Draft, Grower]:
         scores_BMV = self._scores.draft(root_11)
         with self._phase("grow"):
-            round_ = Round(max_depths=[100], sample=self._sampler.do_sample, previous=self._previous)
+            round_ = Round(max_depths=[100], sample=self._sampler.do_sample, previous=self._previous, open_urn=open_urn)
             grower = self._policy.start(round_)
         grown = TreeBatch.empty(1)
         while True:

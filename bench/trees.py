@@ -4,8 +4,8 @@
     python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees-time --time --limit 1
 
 TARGET and DRAFT are folders or hub ids; both become int8 models. The prompts are Spec-Bench's, in its six tasks. Those
-whose question id is divisible by 3 are reported; what is measured beforehand (Sequoia's acceptance vector) comes from
-the others. Policies share prompts and random seeds. Sampling is by temperature alone.
+whose question id is divisible by 3 are reported; what is measured beforehand (Sequoia's acceptance vector, DySpec's
+calibration) comes from the others. Policies share prompts and random seeds. Sampling is by temperature alone.
 
 Tokens per target forward are committed tokens over rounds (neither counts the prefill and its token). A task's figure
 is that of its prompts together, `mean` is the geometric mean of the tasks, brackets hold a 95% bootstrap interval
@@ -28,7 +28,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, product
 from pathlib import Path
@@ -45,13 +45,13 @@ from specdec import kernels
 from specdec.bench import harness
 from specdec.bench.equality import Verdict, compare
 from specdec.bench.methods import PLAIN
-from specdec.bench.ranks import measure_ranks
+from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
 from specdec.bench.suite import Prompt
 from specdec.cli.loading import load_pair
 from specdec.drafters import Plain, SmallModel
 from specdec.prompting import encode_prompts
-from trees import Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
+from trees import Calibration, Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
 
 TASKS = ("mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 LAST_MT_BENCH_ID = 160
@@ -66,15 +66,21 @@ TREE_SIZES = (4, 8, 16, 32)
 WALK, TOPDOWN, TRAVERSAL = "walk", "topdown", "traversal"
 SIDES = {
     False: (("Chain", WALK), ("Sequoia", WALK), ("DySpec", WALK), ("DySpecThreshold", WALK)),
-    True: (("Chain", TRAVERSAL), ("Sequoia", TRAVERSAL), ("DySpec", TRAVERSAL), ("DySpec", TOPDOWN)),
+    True: (
+        ("Chain", TRAVERSAL),
+        ("Sequoia", TRAVERSAL),
+        ("DySpec", TRAVERSAL),
+        ("DySpec calibrated", TRAVERSAL),
+        ("DySpec calibrated", TOPDOWN),
+    ),
 }
 """Policy and verification, by whether tokens are sampled."""
 BARS = {
     (0.0, ("DySpec", WALK), ("Sequoia", WALK)): {16: 1.10, 32: 1.10, 64: 1.10},
     (0.0, ("DySpec", WALK), ("Chain", WALK)): {16: 1.10, 32: 1.10, 64: 1.25},
-    (0.6, ("DySpec", TRAVERSAL), ("Sequoia", TRAVERSAL)): {16: 1.05, 32: 1.05, 64: 1.05},
-    (0.6, ("DySpec", TRAVERSAL), ("Chain", TRAVERSAL)): {16: 1.10, 32: 1.10, 64: 1.25},
-    (0.6, ("DySpec", TRAVERSAL), ("DySpec", TOPDOWN)): {16: 1.00, 32: 1.00, 64: 1.00},
+    (0.6, ("DySpec calibrated", TRAVERSAL), ("Sequoia", TRAVERSAL)): {16: 1.05, 32: 1.05, 64: 1.05},
+    (0.6, ("DySpec calibrated", TRAVERSAL), ("Chain", TRAVERSAL)): {16: 1.10, 32: 1.10, 64: 1.25},
+    (0.6, ("DySpec calibrated", TRAVERSAL), ("DySpec calibrated", TOPDOWN)): {16: 1.00, 32: 1.00, 64: 1.00},
 }
 """The ratios that matter: temperature, numerator, denominator; what each should be at least, by budget."""
 PER_ROUND = ("draft_forwards", "depth", "size", "accepted")
@@ -138,13 +144,14 @@ class Pair:
         config = target.generation_config
         config.repetition_penalty, config.top_k, config.top_p = 1.0, 0, 1.0
 
-    def acceptance(self, questions: list[Question], temperature: float) -> tuple[float, ...]:
-        """Sequoia's vector."""
+    def measure(self, questions: list[Question], temperature: float) -> dict[str, Any]:
+        """Sequoia's vector, and DySpec's calibration."""
         settings = harness.Settings(
             max_new_tokens=self.num_new, sample=temperature > 0, temperature=temperature or None
         )
         prompts = [question.prompt for question in questions]
-        return measure_ranks(self.target, self.tokenizer, self.drafter, prompts, settings)
+        found = probe(self.target, self.tokenizer, self.drafter, prompts, settings)
+        return {"acceptance": found.acceptance, "calibration": asdict(found.calibration) if temperature else None}
 
     def decode(self, question: Question, way: Way, tree: GrowthPolicy, seed: int) -> dict[str, Any]:
         """The new tokens, and what the rounds after the first token came to."""
@@ -210,11 +217,13 @@ def load_questions(path: Path, *, reported: bool, limit: int) -> list[Question]:
     return [some[index * len(some) // limit] for index in range(limit) for some in by_task.values()]
 
 
-def policies(budget: int, acceptance: Sequence[float]) -> dict[str, GrowthPolicy]:
+def policies(budget: int, measured: dict[str, Any]) -> dict[str, GrowthPolicy]:
+    calibration = Calibration(**measured["calibration"]) if measured["calibration"] else None
     return {
         "Chain": Chain(budget),
-        "Sequoia": Sequoia(budget, tuple(acceptance)),
+        "Sequoia": Sequoia(budget, tuple(measured["acceptance"])),
         "DySpec": DySpec(budget),
+        "DySpec calibrated": DySpec(budget, calibration=calibration),
         "DySpecThreshold": DySpecThreshold(threshold=1 / budget, max_nodes=budget),
     }
 
@@ -223,12 +232,12 @@ def measure_tokens(pair: Pair, journal: Journal, questions: list[Question], argu
     """Fill the journal, one temperature after the other."""
     tuning = load_questions(arguments.prompts, reported=False, limit=arguments.tuning_limit)
     for temperature in arguments.temperatures:
-        acceptance = journal.once(("acceptance", temperature), partial(pair.acceptance, tuning, temperature))
+        measured = journal.once(("measured", temperature), partial(pair.measure, tuning, temperature))
         for seed, question in product(range(arguments.seeds if temperature else 1), questions):
             log(f"temperature {temperature}, seed {seed}: {question.prompt.category} {question.id}")
             for budget, (policy, verify) in product(arguments.budgets, SIDES[temperature > 0]):
                 way = Way(temperature, budget, policy, verify)
-                tree = policies(budget, acceptance)[policy]
+                tree = policies(budget, measured)[policy]
                 run = journal.once(("run", *way, question.id, seed), partial(pair.decode, question, way, tree, seed))
                 if verify == WALK:
                     plain = journal.once(("plain", question.id), partial(pair.plain, question))
@@ -326,8 +335,8 @@ def report_tokens(journal: Journal, questions: list[Question], heading: dict[str
         new_rows, new_ratios = summarise(Table(temperature, runs, tasks))
         rows += new_rows
         ratios += new_ratios
-    acceptance = {str(temperature): vector for (temperature,), vector in journal.having("acceptance").items()}
-    found = {"acceptance": acceptance, "num_ties": list(verdicts.values()).count(Verdict.TIE.name)}
+    measured = {str(temperature): value for (temperature,), value in journal.having("measured").items()}
+    found = {"measured": measured, "num_ties": list(verdicts.values()).count(Verdict.TIE.name)}
     write(heading | found | {"rows": rows, "ratios": ratios}, output, way_table(rows), ratio_table(ratios))
     return [f"{key} differs from plain decoding" for key, one in verdicts.items() if one == Verdict.DIFFERENT.name]
 

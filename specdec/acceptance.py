@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.kernels import verification
 from trees import Draft, TreeBatch
+from trees.blocks import argmax
 from trees.urn import Urn
 
 
@@ -56,6 +58,20 @@ def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=chosen_BT.gather(1, last_B[:, None])[:, 0])
 
 
+def follow(trees: TreeBatch, scores_BTV: Tensor) -> Acceptance:
+    """`walk` where the target chooses its greatest score, which is looked for only where the way leads (on a CPU).
+
+    Returns:
+        `next_B` is -1 where a score on the way is not a number.
+    """
+    draft = Draft(trees=trees)
+    if verification.can_verify(draft, scores_BTV):
+        return _on_device(*verification.verify(draft, scores_BTV, "walk"), trees)
+    best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
+    is_nan_BT = scores_BTV.gather(2, best_BT.unsqueeze(2))[:, :, 0].isnan()
+    return walk(trees, torch.where(is_nan_BT, -1, best_BT))
+
+
 def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
     """Multi-round residual verification (SpecInfer; without replacement as in DySpec, algorithm 3).
 
@@ -69,6 +85,8 @@ def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None 
     """
     assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
+    if verification.can_verify(draft, scores_BTV):
+        return _on_device(*verification.verify(draft, scores_BTV, "topdown", generator), trees)
     if trees.is_chain:
         return _topdown_chain(draft, scores_BTV, generator)
     families = _Families.of(trees)
@@ -118,6 +136,8 @@ def traversal(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | Non
     """
     assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
+    if verification.can_verify(draft, scores_BTV):
+        return _on_device(*verification.verify(draft, scores_BTV, "traversal", generator), trees)
     scores_FV = scores_BTV.flatten(0, 1)
     tokens_F = torch.nn.functional.pad(trees.tokens_BN, (1, 0)).flatten()
     slots_I, contests = _contests(trees)
@@ -159,6 +179,15 @@ def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from every distribution: int64 [B, T]. With T = 1 the same draw as in `transformers`."""
     flat = torch.multinomial(p_BTV.flatten(0, 1), 1, generator=generator)
     return flat.view(p_BTV.shape[:2])
+
+
+def _on_device(paths: list[list[int]], following: list[int], trees: TreeBatch) -> Acceptance:
+    """An acceptance that was found on the host."""
+    depth = max(map(len, paths))
+    padded = [[*path, *[0] * (depth - len(path))] for path in paths]
+    counts_B, next_B = torch.tensor([[len(path) for path in paths], following], device=trees.device)
+    path_BD = torch.tensor(padded, dtype=torch.long, device=trees.device).view(len(paths), depth)
+    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=next_B)
 
 
 def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

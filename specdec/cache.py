@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -23,6 +25,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.kernels import slots as slots_of
 
 RowStates: TypeAlias = list[tuple[Tensor, Tensor]]
 """Committed keys and values of one row, each [H, S, D], layer by layer."""
@@ -115,9 +118,11 @@ class TreeCache(Cache):
             for place, slot in enumerate(slots)
             if slot != place
         ]
-        if len(moves) == 1:  # a slice is copied in a third of the time
-            for layer in self.layers:
-                layer.move(*moves[0])
+        if moves and slots_of.can_move(self.layers[0].keys):
+            buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+            for row, own in groupby(moves, itemgetter(0)):
+                _, sources, targets = zip(*own, strict=True)
+                slots_of.move(buffers, row, sources, targets)
         elif moves:
             rows, sources, targets = torch.tensor(moves, device=self.layers[0].keys.device).unbind(1)
             for layer in self.layers:

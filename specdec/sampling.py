@@ -15,11 +15,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from specdec import mixed_acceptance
-from specdec.acceptance import Acceptance, draw, topdown, traversal, walk
+from specdec.acceptance import Acceptance, draw, follow, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
 from trees import Draft, TreeBatch
-from trees.blocks import argmax
 
 _POINTWISE = (
     lp.TemperatureLogitsWarper,
@@ -135,9 +134,9 @@ class Sampler:
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """Verify a draft against the processed scores of its slots."""
         if not self.do_sample:
-            best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
-            _refuse_unless(~scores_BTV.gather(2, best_BT.unsqueeze(2)).isnan())
-            return walk(draft.trees, best_BT)
+            accepted = follow(draft.trees, scores_BTV)
+            _refuse_unless(accepted.next_B >= 0)
+            return accepted
         if not draft.is_drawn:
             _refuse_unless(scores_BTV.amax(-1).isfinite())
             return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))

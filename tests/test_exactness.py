@@ -29,6 +29,7 @@ from tests.test_acceptance import TREES, as_batch, as_scores, outcomes_of, rando
 from tests.test_acceptance import oracle as topdown_oracle
 from trees import (
     ROOT,
+    Calibration,
     Chain,
     ConfidentChain,
     Draft,
@@ -45,6 +46,7 @@ from trees import (
 CAUGHT = 1e-3
 """Total variation that a wrong rule must show."""
 
+CALIBRATION = Calibration(before=(0.6, 0.5), after=((0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
 VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
@@ -55,6 +57,7 @@ POLICIES = {
     "sequoia": Sequoia(5, (0.6, 0.3)),
     "dyspec": DySpec(4),
     "dyspec shallow": DySpec(5, max_depth=2),
+    "dyspec calibrated": DySpec(4, calibration=CALIBRATION),
     "threshold": DySpecThreshold(0.2, max_nodes=50),
     "threshold over budget": DySpecThreshold(0.1, max_nodes=3),
 }

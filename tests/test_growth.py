@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import specdec
+import trees.dynamic
 from specdec.drafters import SmallModel
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, drive, every_draft, grow, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from trees import (
     ROOT,
+    Calibration,
     Chain,
     ConfidentChain,
     Draft,
@@ -31,9 +34,12 @@ from trees import (
     Sequoia,
     TokenTree,
     count_ranks,
+    count_shares,
     measure_acceptance,
+    measure_calibration,
 )
 
+CALIBRATION = Calibration(before=(0.6, 0.5), after=((0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
 POLICIES = {
     "chain": Chain(4),
     "confident chain": ConfidentChain(4, threshold=0.2),
@@ -43,6 +49,7 @@ POLICIES = {
     "dyspec shallow": DySpec(9, max_depth=2),
     "dyspec shared": DySpec(9, shared=True),
     "threshold": DySpecThreshold(0.05, max_nodes=9),
+    "dyspec calibrated": DySpec(9, calibration=CALIBRATION),
 }
 
 
@@ -91,6 +98,9 @@ def paths(tree: TokenTree) -> list[Prefix]:
         lambda: DySpec(0),
         lambda: DySpec(2.5),
         lambda: DySpec(4, max_depth=0),
+        lambda: Calibration(before=(), after=()),
+        lambda: Calibration(before=(0.5,), after=((0.5,),)),
+        lambda: Calibration(before=(1.5,), after=((0.5,) * 6,)),
         lambda: DySpecThreshold(0.0),
         lambda: DySpecThreshold(1.0),
         lambda: DySpecThreshold(0.1, max_nodes=0),
@@ -298,6 +308,48 @@ def test_the_threshold_learns_to_fill_the_budget(sample: bool, first: float):
     used = sum(sizes[20:]) / (len(sizes[20:]) * 24)
     assert used > 0.75
     assert previous.next_threshold > 2e-3, "no more is drafted than the budget asks for"
+
+
+@pytest.mark.parametrize("guess", [1e-9, 0.2, 1e3])
+def test_a_bad_guess_costs_forwards_only(guess: float, monkeypatch: pytest.MonkeyPatch):
+    policy, model = DySpec(20), RandomScores(3, spread=4.0)
+    first = policy.start(Round(max_depths=[50], sample=False))
+    expected = set(paths(drive(first, [model]).trees.row(0)))
+    monkeypatch.setattr(trees.dynamic, "_CAUTION", guess / first.least_value)
+    grower = policy.start(Round(max_depths=[50], sample=False, previous=first))
+    assert set(paths(drive(grower, [model]).trees.row(0))) == expected
+
+
+def test_values_follow_the_calibration():
+    """What a value is: the chances of the path, of all earlier siblings' refusal, and of the next child."""
+    model = RandomScores(4)
+    tree = grow(DySpec(30, calibration=CALIBRATION), [model], [50]).trees.row(0)
+    reach, bounds = [1.0] * (len(tree) + 1), [1.0] * (len(tree) + 1)
+    for slot, children in enumerate(tree.children):
+        refused, left = 1.0, 1.0
+        for rank, child in enumerate(children):
+            value = min(bounds[slot], reach[slot] * refused * CALIBRATION.of_next(rank))
+            assert tree.values[child] == pytest.approx(value)
+            chance = CALIBRATION.of_drawn(rank, min(1.0, tree.probs[child] / left))
+            reach[child + 1] = reach[slot] * refused * chance
+            bounds[slot] = bounds[child + 1] = value
+            refused, left = refused * (1 - chance), left - tree.probs[child]
+
+
+def test_a_calibration_is_measured_from_what_happened():
+    tree = TokenTree(tokens=[5, 6, 7], parents=[ROOT] * 3, probs=[0.5, 0.4, 0.05])
+    accepted, tested = count_shares(tree, [1], 2)
+    assert tested.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+    assert accepted.tolist() == [[0] * 6, [0, 0, 0, 1, 0, 0]]
+    accepted, tested = np.zeros((2, 3, 6), np.int64)
+    tested[:2] = 100
+    accepted[0] = [10, 30, 20, 50, 90, 100]
+    found = measure_calibration(accepted, tested)
+    assert found.before == pytest.approx((0.5, 0.0))
+    smoothed = [(hits + 1.5) / 103 for hits in (10, 25, 25, 50, 90, 100)]
+    assert found.after[0] == pytest.approx(smoothed)
+    with pytest.raises(ValueError, match="no child was tested"):
+        measure_calibration(accepted, 0 * tested)
 
 
 # static trees

@@ -1,5 +1,6 @@
 """Token trees: the data structure and the policies that grow them. Knows tensors, knows no model."""
 
+from trees.calibration import Calibration, count_shares, measure_calibration
 from trees.chain import Chain
 from trees.confident import ConfidentChain
 from trees.dynamic import DySpec, DySpecThreshold
@@ -11,6 +12,7 @@ from trees.worthwhile import WorthwhileChain
 
 __all__ = [
     "ROOT",
+    "Calibration",
     "Chain",
     "ConfidentChain",
     "Draft",
@@ -29,6 +31,8 @@ __all__ = [
     "TreeBatch",
     "WorthwhileChain",
     "count_ranks",
+    "count_shares",
     "measure_acceptance",
+    "measure_calibration",
     "merge",
 ]

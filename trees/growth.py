@@ -15,13 +15,16 @@ of the slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trees.tree import TreeBatch
+from trees.urn import TokenSource, TorchSource
 
 LEFT_OUT = -2
 """In a merged draft stands for a node of a source that there was no room for."""
@@ -84,20 +87,36 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayeredDistributions:
-    """The distributions of a draft as its layers left them.
+    """The distributions of a draft, as the scores that its layers were grown from.
 
     Args:
-        layers_BMV: one tensor for each depth that has them.
-        columns_BT: int64, where slot t stands in the layer of its depth; 0 if it is not there.
+        layers_BMV: one tensor for each layer.
+        layer_BT: int64 on the host, the layer that has a slot's scores; any for a leaf.
+        column_BT: int64 on the host, where they stand in it.
     """
 
     layers_BMV: Sequence[Tensor]
-    columns_BT: Tensor
+    layer_BT: np.ndarray
+    column_BT: np.ndarray
 
     def at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """See `Draft.q_at`."""
-        layer_BMV = self.layers_BMV[depth]
-        return layer_BMV[rows_N, self.columns_BT[rows_N, slots_N].clamp_max(layer_BMV.shape[1] - 1)]
+        device = self.layers_BMV[0].device
+        if device.type == "cpu":
+            rows, slots = rows_N.numpy(), slots_N.numpy()
+            places = np.stack([self.layer_BT[rows, slots], rows, self.column_BT[rows, slots]], 1).tolist()
+            return torch.stack([self.layers_BMV[layer][row, column] for layer, row, column in places]).softmax(-1)
+        return self._joined_BPV[rows_N, self._places_BT[rows_N, slots_N]].softmax(-1)
+
+    @cached_property
+    def _joined_BPV(self) -> Tensor:
+        """All layers side by side, where the host must not be asked which one is wanted."""
+        return torch.cat(list(self.layers_BMV), 1)
+
+    @cached_property
+    def _places_BT(self) -> Tensor:
+        starts = np.cumsum([0, *(layer.shape[1] for layer in self.layers_BMV)])
+        return torch.from_numpy(starts[self.layer_BT] + self.column_BT).to(self.layers_BMV[0].device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,7 +128,7 @@ class Layer:
 
     Args:
         tokens_BM: int64 token ids.
-        parents_BM: int64 places of their parents, `ROOT` for children of the root.
+        parents_BM: int64 on the host, places of their parents, `ROOT` for children of the root.
     """
 
     tokens_BM: Tensor
@@ -149,12 +168,14 @@ class Round:
         generator: source of randomness, None for torch's global one.
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
+        open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
     """
 
     max_depths: Sequence[int]
     sample: bool
     generator: torch.Generator | None = None
     previous: Grower | None = None
+    open_urn: Callable[..., TokenSource] = TorchSource
 
 
 class GrowthPolicy(ABC):

@@ -1,10 +1,10 @@
 """Growing trees of any shape: what static and dynamic policies share.
 
-Children of a layer's slots are taken in batches, and the policy says which of them it wants, from what was known before
-each was taken. The book-keeping is on the host, the distributions stay on the device.
+A layer is what one forward scores. Its slots then give children, one after the other; which ones, and which of them are
+scored next, is the policy's choice, made of what was known before each was taken. The book-keeping is on the host, the
+distributions stay on the device.
 
-Shape legend: B rows, M tokens of a layer, N slots that take children, K children in a batch, T slots of a finished
-tree, V vocabulary.
+Shape legend: B rows, M tokens of a layer, T slots of a finished tree, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trees.calibration import Calibration, share_of
 from trees.growth import Draft, Grower, Layer, LayeredDistributions, Round
 from trees.tree import ROOT, TokenTree, TreeBatch
-from trees.urn import Urn
+from trees.urn import TokenSource
 
 
 @dataclass(slots=True, eq=False)
@@ -29,16 +30,21 @@ class Node:
 
     The *value* of a child-to-be is what DySpec (section 4) takes for the chance that the verifier will test it: the
     probability of its parent's path times the mass that its earlier siblings have left. Where no chance is involved
-    the next token is known, and its value is the probability of its path.
+    the next token is known, and its value is the probability of its path. A calibration puts measured chances of
+    acceptance in the place of probabilities; then the value is the chance that the child-to-be is accepted.
 
     Args:
         value: what was known of the node before its token was taken.
         reach: product of the probabilities on the path, this token's included.
         left: mass that no child has taken.
+        refused: chance that all children so far are refused, if any is tested; without a calibration it is `left`.
         taken: tokens of the children.
         bound: no next child has a greater value.
-        column: where its layer holds the slot's scores.
         place: see `Draft.places`.
+        urn: where the children come from; None until the slot is scored.
+        layer, column: where the slot's scores are.
+        ahead: tokens that were taken from the urn and not yet asked for, with their probabilities, the next one last.
+        num_fetches: from the urn.
     """
 
     row: int
@@ -50,28 +56,34 @@ class Node:
     depth: int
     bound: float
     left: float = 1.0
+    refused: float = 1.0
     taken: set[int] = field(default_factory=set)
-    column: int = 0
     place: int = ROOT
+    urn: TokenSource | None = None
+    layer: int = 0
+    column: int = 0
+    ahead: list[tuple[int, float]] = field(default_factory=list)
+    num_fetches: int = 0
 
 
 def batch_size(batch: int, num_slots: int) -> int:
     """How many tokens of each slot to take at once; there are more batches only where all of them were wanted."""
-    return max(4 << min(batch, 4), 64 // num_slots)
+    return max(4 << min(batch, 4), 16 // num_slots)
 
 
 class LayeredGrower(Grower):
     """Grows every tree layer by layer."""
 
-    def __init__(self, round_: Round):
+    def __init__(self, round_: Round, calibration: Calibration | None = None):
         self._round = round_
+        self._calibration = calibration if round_.sample else None
         self._nodes: list[Node] = []
         self._frontier = [
             Node(row=row, parent=None, token=ROOT, prob=1.0, value=1.0, reach=1.0, depth=0, bound=1.0)
             for row, depth in enumerate(round_.max_depths)
             if depth > 0
         ]
-        self._q_layers: list[Tensor] = []
+        self._layers: list[Tensor] = []
         self._num_places = 0
         self._spares = [0] * len(round_.max_depths)
 
@@ -80,31 +92,23 @@ class LayeredGrower(Grower):
         return bool(self._frontier)
 
     @abstractmethod
-    def _wants(self, slot: Node, value: float) -> bool:
-        """Whether the next child of a slot is wanted, given its value; if not, none after it may be."""
-
-    def _added(self, node: Node) -> None:
-        """A child that was wanted has its token now."""
+    def _extend(self, slots: list[Node]) -> list[Node]:
+        """Take children of slots, now that these are scored too; returns the nodes to score next."""
 
     def _kept(self) -> Iterable[Node]:
-        """The nodes that belong to the finished trees."""
+        """The nodes that belong to the finished trees, siblings in draw order."""
         return self._nodes
 
     def grow(self, scores_BMV: Tensor) -> Layer:
-        num_nodes = len(self._nodes)
-        q_BMV = scores_BMV.softmax(-1)
-        if self._round.sample:
-            self._q_layers.append(q_BMV)
-        self._draw(
-            Urn(q_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator), scores_BMV.shape[1]
-        )
-        new = self._nodes[num_nodes:]
-        if not num_nodes:
+        is_first = not self._layers
+        urn = self._round.open_urn(scores_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator)
+        for slot in self._frontier:
+            slot.urn, slot.layer = urn, len(self._layers)
+        self._device, self._width = scores_BMV.device, scores_BMV.shape[1]
+        self._layers.append(scores_BMV)
+        self._frontier = self._extend(self._frontier)
+        if is_first:
             self._spares = self._spare_tokens(scores_BMV)
-        self._frontier = [
-            node for node in new if node.depth < self._round.max_depths[node.row] and self._wants(node, node.bound)
-        ]
-        self._device = scores_BMV.device
         return self._next_layer()
 
     def finish(self) -> Draft:
@@ -116,55 +120,65 @@ class LayeredGrower(Grower):
         places = [[node.place for node in nodes] for nodes in rows]
         if not self._round.sample:
             return Draft(trees=trees, places=places)
-        columns = [[0, *(node.column for node in nodes), *[0] * (trees.width - len(nodes))] for nodes in rows]
-        q_layers = LayeredDistributions(
-            layers_BMV=self._q_layers, columns_BT=torch.tensor(columns, device=self._device)
-        )
+        layer_BT, column_BT = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
+        for row, nodes in enumerate(rows):
+            layer_BT[row, 1 : len(nodes) + 1] = [node.layer for node in nodes]
+            column_BT[row, 1 : len(nodes) + 1] = [node.column for node in nodes]
+        q_layers = LayeredDistributions(layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT)
         return Draft(trees=trees, q_layers=q_layers, places=places)
 
-    def _draw(self, urn: Urn, width: int) -> None:
-        """Take children of the frontier for as long as they are wanted."""
-        slots = self._frontier
-        for batch in count():
-            if not slots:
-                return urn.refill()
-            indices = torch.tensor([slot.row * width + slot.column for slot in slots])
-            tokens_NK, probs_NK = (x.tolist() for x in urn.take(indices.to(urn.device), batch_size(batch, len(slots))))
-            slots = [slot for slot, *taken in zip(slots, tokens_NK, probs_NK, strict=True) if self._offer(slot, *taken)]
+    def _fetch(self, slots: Sequence[Node]) -> None:
+        """Have tokens ready for slots of one layer."""
+        if not slots:
+            return
+        count = batch_size(slots[0].num_fetches, len(slots))
+        width, urn = self._layers[slots[0].layer].shape[1], slots[0].urn
+        assert urn is not None, "slots give children once they are scored"
+        for slot, tokens, probs in zip(
+            slots, *urn.take([slot.row * width + slot.column for slot in slots], count), strict=True
+        ):
+            slot.num_fetches += 1
+            slot.ahead = list(zip(tokens[::-1], probs[::-1], strict=True))
 
-    def _offer(self, slot: Node, tokens: Sequence[int], probs: Sequence[float]) -> bool:
-        """Add the tokens that are wanted; returns whether the slot may take more.
+    def _peek(self, slot: Node) -> float:
+        """The probability of a slot's next child; 0 if there is none. Takes its token from the urn."""
+        while True:
+            while slot.ahead:
+                token, prob = slot.ahead[-1]
+                if not prob or token not in slot.taken:
+                    return prob
+                slot.ahead.pop()
+            self._fetch([slot])
 
-        Whether a token is wanted depends on those before it only: the others might as well not have been drawn.
-        """
-        for token, prob in zip(tokens, probs, strict=True):
-            if not prob:
-                return False  # there are no more
-            if token in slot.taken:
-                continue
-            value = min(slot.bound, slot.reach * (slot.left if self._round.sample else prob))
-            if not self._wants(slot, value):
-                return False
-            self._add(slot, token, prob, value)
-        return self._wants(slot, min(slot.bound, slot.reach * slot.left))
+    def _next_value(self, slot: Node) -> float:
+        """Of the next child: before its token is known, if it is drawn."""
+        if not self._round.sample:
+            return min(slot.bound, slot.reach * self._peek(slot))
+        if self._calibration is None:
+            return min(slot.bound, slot.reach * slot.left)
+        return min(slot.bound, slot.reach * slot.refused * self._calibration.of_next(len(slot.taken)))
 
-    def _add(self, slot: Node, token: int, prob: float, value: float) -> None:
-        reach = slot.reach * prob
-        node = Node(
-            row=slot.row,
-            parent=slot,
-            token=token,
-            prob=prob,
-            value=value,
-            reach=reach,
-            depth=slot.depth + 1,
-            bound=min(value, reach),
-        )
+    def _take(self, slot: Node) -> Node | None:
+        """A slot's next child; None if there is none."""
+        value = self._next_value(slot)
+        if not self._peek(slot):
+            return None
+        token, prob = slot.ahead.pop()
+        if self._calibration is None:
+            reach = slot.reach * prob
+        else:
+            chance = self._calibration.of_drawn(len(slot.taken), share_of(prob, slot.left))
+            reach = slot.reach * slot.refused * chance
+            slot.refused *= 1 - chance
+        node = Node(slot.row, slot, token, prob, value, reach, slot.depth + 1, min(value, reach))
         self._nodes.append(node)
-        self._added(node)
         slot.bound = value
         slot.left = max(slot.left - prob, 0.0)
         slot.taken.add(token)
+        return node
+
+    def _may_have_children(self, node: Node) -> bool:
+        return node.depth < self._round.max_depths[node.row]
 
     def _next_layer(self) -> Layer:
         """Give the frontier its places and hand it out."""
@@ -182,7 +196,7 @@ class LayeredGrower(Grower):
         self._num_places += width
         return Layer(
             tokens_BM=torch.tensor(tokens, dtype=torch.long, device=self._device),
-            parents_BM=torch.tensor(parents, dtype=torch.long, device=self._device),
+            parents_BM=torch.tensor(parents, dtype=torch.long),
         )
 
     def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
@@ -193,7 +207,8 @@ class LayeredGrower(Grower):
             for row, token in zip(idle, scores_BMV[idle, 0].argmax(-1).tolist(), strict=True):
                 spares[row] = token
         for node in reversed(self._nodes):
-            spares[node.row] = node.token
+            if node.depth == 1:
+                spares[node.row] = node.token
         return spares
 
 

@@ -109,15 +109,18 @@ class _ShapedGrower(LayeredGrower):
         self._shape = shape
         self._spots = {id(root): 0 for root in self._frontier}
 
-    def _wants(self, slot: Node, value: float) -> bool:
-        return len(slot.taken) < len(self._family(slot))
-
-    def _added(self, node: Node) -> None:
-        assert node.parent is not None
-        self._spots[id(node)] = self._family(node.parent)[len(node.parent.taken)]
-
-    def _family(self, slot: Node) -> Sequence[int]:
-        return self._shape[self._spots[id(slot)]]
+    def _extend(self, slots: list[Node]) -> list[Node]:
+        self._fetch(slots)
+        parents = []
+        for slot in slots:
+            for spot in self._shape[self._spots[id(slot)]]:
+                child = self._take(slot)
+                if child is None:
+                    break
+                self._spots[id(child)] = spot
+                if self._shape[spot] and self._may_have_children(child):
+                    parents.append(child)
+        return parents
 
 
 @lru_cache

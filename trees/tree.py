@@ -191,28 +191,37 @@ class TreeBatch:
         )
 
     def extended(self, tokens_BM: Tensor, parents_BM: Tensor) -> TreeBatch:
-        """These trees and one more layer of M nodes a row (none of them padding)."""
+        """These trees and M more nodes a row (none of them padding).
+
+        Args:
+            parents_BM: on the host, where all that is derived from it is made.
+        """
         num_new = tokens_BM.shape[1]
+        is_chain = self.is_chain and num_new == 1
+        derived = {} if is_chain else self._derived_of_more(parents_BM.cpu().numpy() + 1)
         extended = TreeBatch(
             tokens_BN=torch.cat([self.tokens_BN, tokens_BM], 1),
-            parents_BN=torch.cat([self.parents_BN, parents_BM], 1),
+            parents_BN=torch.cat([self.parents_BN, parents_BM.to(self.device)], 1),
             sizes=tuple(size + num_new for size in self.sizes),
-            depth=self.depth + 1,
-            is_chain=self.is_chain and num_new == 1,
+            depth=self.depth + 1 if is_chain else int(derived["host_depths_BT"].max()),
+            is_chain=is_chain,
         )
-        if not extended.is_chain:
-            vars(extended)["ancestors_BTT"] = self._extended_ancestors(parents_BM + 1)
-            new_BM = torch.full_like(parents_BM, extended.depth)
-            vars(extended)["depths_BT"] = torch.cat([self.depths_BT, new_BM], 1)
+        vars(extended).update(derived)
         return extended
 
-    def _extended_ancestors(self, parent_slots_BM: Tensor) -> Tensor:
-        """`ancestors_BTT` after a layer: new nodes see what their parents see, and themselves."""
-        num_new = parent_slots_BM.shape[1]
-        rows_B1 = torch.arange(self.num_rows, device=self.device).unsqueeze(1)
-        own_BMM = torch.eye(num_new, dtype=torch.bool, device=self.device).expand(self.num_rows, -1, -1)
-        seen_BMT = torch.cat([self.ancestors_BTT[rows_B1, parent_slots_BM], own_BMM], 2)
-        return torch.cat([torch.nn.functional.pad(self.ancestors_BTT, (0, num_new)), seen_BMT], 1)
+    def _derived_of_more(self, parent_slots_BM: np.ndarray) -> dict[str, np.ndarray]:
+        """Ancestors and depths after M more nodes, which see what their parents see, and themselves."""
+        num_rows, num_old, num_new = self.num_rows, self.num_slots, parent_slots_BM.shape[1]
+        num_slots = num_old + num_new
+        seen_BTT = np.zeros((num_rows, num_slots, num_slots), np.bool_)
+        depths_BT = np.empty((num_rows, num_slots), np.int64)
+        seen_BTT[:, :num_old, :num_old] = self.host_ancestors_BTT
+        depths_BT[:, :num_old] = self.host_depths_BT
+        for seen_TT, depths_T, parent_slots_M in zip(seen_BTT, depths_BT, parent_slots_BM, strict=True):
+            seen_TT[num_old:] = seen_TT[parent_slots_M]
+            seen_TT.reshape(-1)[num_old * (num_slots + 1) :: num_slots + 1] = True
+            depths_T[num_old:] = depths_T[parent_slots_M] + 1
+        return {"host_ancestors_BTT": seen_BTT, "host_depths_BT": depths_BT}
 
     def row(self, index: int) -> TokenTree:
         """The tree of one row (may copy to the host: for people and tests, not for the loop)."""
@@ -249,24 +258,31 @@ class TreeBatch:
     @cached_property
     def ancestors_BTT(self) -> Tensor:
         """bool: slot i may see slot j, that is, j is i itself or lies on its path to the root (slot 0)."""
-        slots = self.num_slots
         if self.is_chain:
-            causal = torch.ones((slots, slots), dtype=torch.bool, device=self.device).tril()
-            return causal.expand(self.num_rows, slots, slots)
-        parent_BT = self._parent_slots_BT
-        seen_BTT = torch.eye(slots, dtype=torch.bool, device=self.device).repeat(self.num_rows, 1, 1)
-        above_BT = parent_BT
-        for _ in range(self.depth):
-            seen_BTT.scatter_(2, above_BT.unsqueeze(2), True)
-            above_BT = parent_BT.gather(1, above_BT)
-        return seen_BTT
+            causal = torch.ones((self.num_slots, self.num_slots), dtype=torch.bool, device=self.device).tril()
+            return causal.expand(self.num_rows, -1, -1)
+        return torch.from_numpy(self.host_ancestors_BTT).to(self.device)
 
     @cached_property
     def depths_BT(self) -> Tensor:
         """int64 depth of every slot; 0 for the root."""
         if self.is_chain:
             return torch.arange(self.num_slots, device=self.device).expand(self.num_rows, self.num_slots)
-        return self.ancestors_BTT.sum(-1) - 1
+        return torch.from_numpy(self.host_depths_BT).to(self.device)
+
+    @cached_property
+    def host_ancestors_BTT(self) -> np.ndarray:
+        """`ancestors_BTT` on the host."""
+        if self.is_chain:
+            return np.broadcast_to(np.tri(self.num_slots, dtype=np.bool_), (self.num_rows, *[self.num_slots] * 2))
+        rows_B1 = np.arange(self.num_rows)[:, None]
+        above_BT = np.pad(self.host_parents_BN + 1, ((0, 0), (1, 0)))
+        seen_BTT = np.tile(np.eye(self.num_slots, dtype=np.bool_), (self.num_rows, 1, 1))
+        for _ in range(self.depth.bit_length()):
+            # each slot has seen as far as its jump goes; twice as far is what the slot that it lands on has seen
+            seen_BTT |= seen_BTT[rows_B1, above_BT]
+            above_BT = above_BT[rows_B1, above_BT]
+        return seen_BTT
 
     @cached_property
     def host_parents_BN(self) -> np.ndarray:
@@ -280,17 +296,11 @@ class TreeBatch:
     @cached_property
     def host_depths_BT(self) -> np.ndarray:
         """`depths_BT` on the host (see `host_parents_BN`)."""
+        if self.is_chain:
+            return np.broadcast_to(np.arange(self.num_slots), (self.num_rows, self.num_slots))
         if self.rows is not None:
             return np.array([[0, *row.depths, *[1] * (self.width - len(row))] for row in self.rows])
-        depth_TB = np.zeros((self.num_slots, self.num_rows), np.int64)
-        for node, parent_B in enumerate(self.host_parents_BN.T):
-            depth_TB[node + 1] = depth_TB[parent_B + 1, np.arange(self.num_rows)] + 1
-        return depth_TB.T
-
-    @property
-    def _parent_slots_BT(self) -> Tensor:
-        """Slot of every slot's parent; the root is its own."""
-        return torch.nn.functional.pad(self.parents_BN + 1, (1, 0), value=0)
+        return self.host_ancestors_BTT.sum(-1, dtype=np.int64) - 1
 
     @cached_property
     def real_BN(self) -> Tensor:

@@ -9,10 +9,24 @@ Shape legend: M slots, N of them, K tokens taken of each, V vocabulary, C blocks
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from trees.blocks import block_width, read_blocks, reduce_blocks
+
+
+class TokenSource(ABC):
+    """Where the children of a layer's slots come from, given the layer's scores [M, V]."""
+
+    @abstractmethod
+    def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Take the next tokens of some slots: token ids and their q, a row of `count` for each slot, in order.
+
+        Tokens of probability 0 are none: the slot has no more. A token that shows again does not count.
+        """
 
 
 class Urn:
@@ -85,6 +99,17 @@ class Urn:
 
     def _weigh(self, weights: Tensor) -> Tensor:
         return weights.sum(-1) if self._sample else weights.amax(-1)
+
+
+class TorchSource(TokenSource):
+    """On any device, in any dtype."""
+
+    def __init__(self, scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None):
+        self._urn = Urn(scores_MV.softmax(-1), sample=sample, generator=generator)
+
+    def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
+        tokens_NK, probs_NK = self._urn.take(torch.tensor(slots, device=self._urn.device), count)
+        return tokens_NK.tolist(), probs_NK.tolist()
 
 
 def draw_index(weights_NW: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""How often the target takes a draft's likeliest token, its second one, ...: what Sequoia's trees are made from."""
+"""How often the target takes a draft's first token, its second one, ...: what Sequoia and calibrations are made of."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,9 +12,21 @@ from specdec.bench.suite import Prompt
 from specdec.drafters import Drafter, DraftSession, Outcome, Run
 from specdec.generation import as_drafter
 from specdec.prompting import encode_prompts
-from trees import Draft, Fixed, TreeBatch, count_ranks, measure_acceptance
+from trees import (
+    Calibration,
+    Draft,
+    Fixed,
+    TreeBatch,
+    count_ranks,
+    count_shares,
+    measure_acceptance,
+    measure_calibration,
+)
+from trees.calibration import EDGES
 
 _NUM_RANKS = 16
+_NUM_CALIBRATED = 6
+"""Ranks of a calibration: few later ones are tested."""
 
 
 def measure_ranks(
@@ -23,30 +36,55 @@ def measure_ranks(
     prompts: Sequence[Prompt],
     settings: Settings,
 ) -> tuple[float, ...]:
-    """The `acceptance` of `trees.Sequoia`: decode the prompts with a fan of siblings and count which is accepted.
+    """The `acceptance` of `trees.Sequoia`.
+
+    Raises:
+        ValueError: the outputs are too short to have a draft.
+    """
+    return probe(model, tokenizer, drafter, prompts, settings).acceptance
+
+
+def probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: Drafter | str,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+) -> "Probe":
+    """Decode the prompts with a fan of siblings and count which is accepted.
 
     Raises:
         ValueError: the outputs are too short to have a draft.
     """
     torch.manual_seed(settings.seed)
     fan = Fixed((_NUM_RANKS,))
-    probe = _Probe(as_drafter(drafter, fan))
+    found = Probe(as_drafter(drafter, fan))
     for prompt in prompts:
         inputs = encode_prompts(tokenizer, [prompt.text]).to(model.device)
-        specdec.generate(model, **inputs, **generation_kwargs(model, settings), drafter=probe, tree=fan)
-    acceptance = measure_acceptance(probe.accepted, probe.tested)
-    if not acceptance:
+        specdec.generate(model, **inputs, **generation_kwargs(model, settings), drafter=found, tree=fan)
+    if not found.acceptance:
         raise ValueError("no draft was verified to measure Sequoia's acceptance on: allow more new tokens")
-    return acceptance
+    return found
 
 
-class _Probe(Drafter):
+class Probe(Drafter):
     """Another drafter, and what became of its children by rank."""
 
     def __init__(self, drafter: Drafter):
         self._drafter = drafter
-        self.accepted = [0] * _NUM_RANKS
-        self.tested = [0] * _NUM_RANKS
+        self._accepted = [0] * _NUM_RANKS
+        self._tested = [0] * _NUM_RANKS
+        self._shares = np.zeros((2, _NUM_CALIBRATED, len(EDGES) + 1), np.int64)
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """The `acceptance` of `trees.Sequoia`."""
+        return measure_acceptance(self._accepted, self._tested)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The `calibration` of `trees.DySpec`; not meaningful where no tokens are drawn."""
+        return measure_calibration(*self._shares)
 
     def start(self, run: Run) -> DraftSession:
         return _ProbeSession(self, self._drafter.start(run))
@@ -55,12 +93,14 @@ class _Probe(Drafter):
         for row, path in enumerate(paths):
             accepted, tested = count_ranks(trees.row(row), path, _NUM_RANKS)
             for rank in range(_NUM_RANKS):
-                self.accepted[rank] += accepted[rank]
-                self.tested[rank] += tested[rank]
+                self._accepted[rank] += accepted[rank]
+                self._tested[rank] += tested[rank]
+            if trees.row(row).probs is not None:
+                self._shares += count_shares(trees.row(row), path, _NUM_CALIBRATED)
 
 
 class _ProbeSession(DraftSession):
-    def __init__(self, probe: _Probe, session: DraftSession):
+    def __init__(self, probe: Probe, session: DraftSession):
         self._probe = probe
         self._session = session
         self._trees: TreeBatch | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import DraftSession, Run
+from specdec.kernels.draws import open_urn
 from specdec.sampling import Prefixes
 from trees import Draft, Grower, GrowthPolicy, Round, TreeBatch
 
@@ -48,7 +49,11 @@ class GrowingSession(DraftSession):
         """One round's trees; at least one depth is positive."""
         sampler = self._run.sampler
         round_ = Round(
-            max_depths=max_depths, sample=sampler.do_sample, generator=sampler.generator, previous=self._grower
+            max_depths=max_depths,
+            sample=sampler.do_sample,
+            generator=sampler.generator,
+            previous=self._grower,
+            open_urn=open_urn,
         )
         grower = self._grower = self.policy.start(round_)
         grown = TreeBatch.empty(len(max_depths), self._run.device)

@@ -62,6 +62,18 @@ class Attention(ctypes.Structure):
     )
 
 
+class Verification(ctypes.Structure):
+    """A drafted tree and the target's scores; mirrors common.h."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        *((name, _Int) for name in ("num_slots", "depth", "vocab")),
+        *((name, _Pointer) for name in ("p", "q", "tokens", "first_child", "next_sibling", "coins", "path")),
+        *((name, _Int) for name in ("count", "next")),
+        *((name, _Pointer) for name in ("scratch", "rows")),
+    )
+
+
 class Library:
     """The native functions, typed. Callers pass contiguous float32 CPU tensors unless said otherwise."""
 
@@ -79,11 +91,17 @@ class Library:
             "attend": (attention, num_threads),
             "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
             "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
+            "scan": (_Pointer, _Int, _Int, *(_Pointer,) * 3),
+            "take": (_Pointer, _Int, *(_Pointer,) * 4, _Int, _Pointer, _Pointer, _Int, _Int, *(_Pointer,) * 3),
+            "verify": (ctypes.POINTER(Verification), ctypes.c_int),
+            "move": (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Int),
         }
         for name, arguments in signatures.items():
             getattr(self._dll, f"specdec_{name}").argtypes = arguments
         self.attention_inputs = self._dll.specdec_attention_inputs
         self.attention_and_mlp = self._dll.specdec_attention_and_mlp
+        self.scan, self.take, self.verify = self._dll.specdec_scan, self._dll.specdec_take, self._dll.specdec_verify
+        self.move = self._dll.specdec_move
         self.instruction_set = self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:

@@ -39,6 +39,24 @@ typedef struct {
     int64_t padded_keys;
 } Attention;
 
+/* A row of scores whose tokens are drawn; peaks, sums and norm are scan()'s. */
+typedef struct {
+    const float *x, *peaks, *sums;
+    double norm;
+    int64_t vocab;
+} UrnRow;
+
+/* A drafted tree and the target's scores at its slots (slot 0 is the root; 0 stands for no slot). */
+typedef struct {
+    int64_t num_slots, depth, vocab;
+    const float *p;                                       /* [num_slots][vocab] */
+    const float *const *q;                                /* the draft's scores, by slot; leaves' are not read */
+    const int64_t *tokens, *first_child, *next_sibling;   /* by slot */
+    const double *coins;                                  /* by slot, and one for the token after the path */
+    int64_t *path, count, next;                           /* found: slots, their number, the token after them */
+    float *scratch, *rows;                                /* ours */
+} Verification;
+
 /* The entry points of one instruction set; each file that includes layer.h fills one in. */
 typedef struct {
     const char *name;
@@ -48,6 +66,10 @@ typedef struct {
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
     void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
+    void (*scan)(const float *x, int64_t rows, int64_t vocab, float *peaks, float *sums, double *norms);
+    void (*take_tokens)(const UrnRow *u, int64_t *out, int64_t num_out, int64_t count, const double *coins,
+                        int64_t *tokens, double *probs, double *scratch);
+    void (*verify)(Verification *v, int rule);
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx512;

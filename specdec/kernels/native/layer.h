@@ -8,6 +8,8 @@
 
 #include "attention.h"
 
+#include "draws.h"
+
 /* ---- products over the pool ---- */
 
 typedef struct {
@@ -181,4 +183,5 @@ static void attention_and_mlp(const Layer *l, Attention *attention, const float 
     multiply(&down);
 }
 
-const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp};
+const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp,
+                         scan, take_tokens, verify};

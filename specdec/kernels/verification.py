@@ -1,0 +1,87 @@
+"""Drafted trees verified by the native library: work is done for the slots that the verification comes to.
+
+Shape legend: B rows, T slots, N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.kernels import native
+from specdec.kernels.draws import is_native
+from trees import Draft
+
+Rule = Literal["walk", "topdown", "traversal"]
+_NUMBERS = {"walk": 0, "topdown": 1, "traversal": 2}
+
+
+def can_verify(draft: Draft, scores_BTV: Tensor) -> bool:
+    """Whether `verify` knows how: trees that were grown, or involved no chance, and scores that it can read."""
+    if not is_native(scores_BTV):
+        return False
+    return not draft.is_drawn or (draft.q_layers is not None and all(map(is_native, draft.q_layers.layers_BMV)))
+
+
+def verify(
+    draft: Draft, scores_BTV: Tensor, rule: Rule, generator: torch.Generator | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """Accepted nodes of every row from the root down, and the token after them (-1: some score is not a number).
+
+    Args:
+        scores_BTV: float32 contiguous processed scores of the target.
+        rule: see `acceptance`; "walk" takes the greatest score for the target's choice.
+    """
+    library = native.library()
+    assert library is not None, "can_verify() asks first"
+    trees = draft.trees
+    num_slots, vocab_size = trees.num_slots, scores_BTV.shape[2]
+    q_BT = _addresses(draft) if draft.is_drawn else None
+    coins_BT = None
+    if draft.is_drawn:
+        coins_BT = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator).numpy()
+    parents = trees.host_parents_BN.tolist()
+    tokens = trees.tokens_BN.tolist()
+    paths, following = [], []
+    for row, size in enumerate(trees.sizes):
+        numbers = np.array([[0, *tokens[row]], *_families(parents[row][:size], num_slots), [0] * num_slots])
+        first, step = numbers.ctypes.data, numbers.strides[0]
+        v = native.Verification(
+            num_slots=num_slots,
+            depth=trees.depth,
+            vocab=vocab_size,
+            p=scores_BTV.data_ptr() + 4 * row * num_slots * vocab_size,
+            tokens=first,
+            first_child=first + step,
+            next_sibling=first + 2 * step,
+            path=first + 3 * step,
+        )
+        if q_BT is not None and coins_BT is not None:
+            v.q, v.coins = q_BT[row].ctypes.data, coins_BT[row].ctypes.data
+        library.verify(v, _NUMBERS[rule])
+        paths.append((numbers[3, : v.count] - 1).tolist())
+        following.append(v.next)
+    return paths, following
+
+
+def _families(parents: list[int], num_slots: int) -> tuple[list[int], list[int]]:
+    """First child and next sibling of every slot; 0 where there is none."""
+    first_child, next_sibling = [0] * num_slots, [0] * num_slots
+    for node in reversed(range(len(parents))):
+        slot = parents[node] + 1
+        next_sibling[node + 1], first_child[slot] = first_child[slot], node + 1
+    return first_child, next_sibling
+
+
+def _addresses(draft: Draft) -> np.ndarray:
+    """Where the scores of the draft at every slot begin; those of leaves are not meaningful."""
+    layers = draft.q_layers
+    assert layers is not None, "can_verify() asks first"
+    starts_L = np.array([layer.data_ptr() for layer in layers.layers_BMV])
+    widths_L = np.array([layer.shape[1] for layer in layers.layers_BMV])
+    rows_B1 = np.arange(draft.trees.num_rows)[:, None]
+    place_BT = rows_B1 * widths_L[layers.layer_BT] + layers.column_BT
+    return starts_L[layers.layer_BT] + 4 * layers.layers_BMV[0].shape[2] * place_BT
