@@ -184,8 +184,8 @@ class _ValueGrower(LayeredGrower):
 
     @property
     def least_value(self) -> float:
-        """Of the kept nodes."""
-        return min(pool.values[0] for pool in self._pools if pool.values)
+        """Of the kept nodes; 0 if there are none."""
+        return min((pool.values[0] for pool in self._pools if pool.values), default=0.0)
 
     @property
     def next_threshold(self) -> float:
