@@ -101,6 +101,7 @@ def paths(tree: TokenTree) -> list[Prefix]:
         lambda: Calibration(before=(), after=()),
         lambda: Calibration(before=(0.5,), after=((0.5,),)),
         lambda: Calibration(before=(1.5,), after=((0.5,) * 6,)),
+        lambda: DySpec(4, calibration=0.5),
         lambda: DySpecThreshold(0.0),
         lambda: DySpecThreshold(1.0),
         lambda: DySpecThreshold(0.1, max_nodes=0),

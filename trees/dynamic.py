@@ -36,7 +36,7 @@ class DySpec(GrowthPolicy):
             their word, as the paper does. The tree stays exact whatever it says.
 
     Raises:
-        ValueError: a number is not a positive integer.
+        ValueError: a number is not a positive integer, or `calibration` is something else.
     """
 
     budget: int = 64
@@ -48,6 +48,10 @@ class DySpec(GrowthPolicy):
         _check_positive(self, "budget")
         if self.max_depth is not None:
             _check_positive(self, "max_depth")
+        if not isinstance(self.calibration, Calibration | None):
+            raise ValueError(
+                f"DySpec(calibration={self.calibration!r}): calibration is a trees.Calibration, or None for none"
+            )
 
     def start(self, round_: Round) -> Grower:
         round_ = _capped(round_, self.max_depth)
