@@ -121,8 +121,8 @@ class TreeCache(Cache):
         if moves and slots_of.can_move(self.layers[0].keys):
             buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
             for row, own in groupby(moves, itemgetter(0)):
-                _, sources, targets = zip(*own, strict=True)
-                slots_of.move(buffers, row, sources, targets)
+                _, old, new = zip(*own, strict=True)
+                slots_of.move(buffers, row, old, new)
         elif moves:
             rows, sources, targets = torch.tensor(moves, device=self.layers[0].keys.device).unbind(1)
             for layer in self.layers:

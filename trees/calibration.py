@@ -89,7 +89,7 @@ def measure_calibration(accepted_KJ: np.ndarray, tested_KJ: np.ndarray) -> Calib
     Raises:
         ValueError: nothing was tested.
     """
-    num_ranks = int(np.argmin([*tested_KJ.any(1), False]))
+    num_ranks = int(np.argmin([*tested_KJ.any(1).tolist(), False]))
     if not num_ranks:
         raise ValueError("no child was tested: there is nothing to measure")
     accepted_KJ, tested_KJ = accepted_KJ[:num_ranks], tested_KJ[:num_ranks]

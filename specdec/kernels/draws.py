@@ -55,12 +55,9 @@ class NativeUrn(TokenSource):
     def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
         num_slots = len(slots)
         taken = [self._taken[slot] for slot in slots]
-        sizes = [len(tokens) for tokens in taken]
+        sizes = list(map(len, taken))
         room = max(sizes) + count
-        gone = (ctypes.c_int64 * (num_slots * room))()
-        if room > count:
-            for index, tokens in enumerate(taken):
-                gone[index * room : index * room + len(tokens)] = tokens
+        padded = [token for gone in taken for token in (*gone, *[0] * (room - len(gone)))]
         coins = None
         if self._sample:
             coins = torch.rand(num_slots * count, dtype=torch.float64, generator=self._generator)
@@ -73,7 +70,7 @@ class NativeUrn(TokenSource):
             self._norms,
             (ctypes.c_int64 * num_slots)(*slots),
             num_slots,
-            gone,
+            (ctypes.c_int64 * len(padded))(*padded),
             (ctypes.c_int64 * num_slots)(*sizes),
             room,
             count,

@@ -23,7 +23,8 @@ def move(buffers: Sequence[Tensor], row: int, sources: Sequence[int], targets: S
     """
     library = native.library()
     assert library is not None, "can_move() asks first"
-    addresses, numbers = [], []
+    addresses: list[int] = []
+    numbers: list[int] = []
     for buffer in buffers:
         _, heads, capacity, size = buffer.shape
         slot_bytes = size * buffer.element_size()
