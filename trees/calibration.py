@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def measure_calibration(accepted_KJ: np.ndarray, tested_KJ: np.ndarray) -> Calib
     Raises:
         ValueError: nothing was tested.
     """
-    num_ranks = sum(1 for _ in takewhile(bool, tested_KJ.any(1)))
+    num_ranks = int(np.cumprod(tested_KJ.sum(1) > 0).sum())
     if not num_ranks:
         raise ValueError("no child was tested: there is nothing to measure")
     accepted_KJ, tested_KJ = accepted_KJ[:num_ranks], tested_KJ[:num_ranks]
