@@ -1,4 +1,47 @@
-"""Who writes the next reasoning step. Knows text and scores, knows no KV cache.
+"""Who writes the next reasoning step. Knows tokens, texts and scores; knows no KV cache.
 
 Step-level routing is lossy by design and lives beside token-level speculation, which is not.
 """
+
+from routers.base import Decision, DraftedStep, Reward, Router, Scorer, Signals, TargetView
+from routers.budget import EscalationBudget
+from routers.policies import (
+    AbstainBand,
+    AlwaysDraft,
+    AlwaysTarget,
+    Arbitrage,
+    EarlyEscalation,
+    Oracle,
+    RandomRouter,
+    RewardThreshold,
+    ScoringRouter,
+    SelfScore,
+)
+from routers.scorers import Shortfall, TargetGrade, TargetLikelihood
+from routers.steps import Segmenter, Steps
+
+__all__ = [
+    "AbstainBand",
+    "AlwaysDraft",
+    "AlwaysTarget",
+    "Arbitrage",
+    "Decision",
+    "DraftedStep",
+    "EarlyEscalation",
+    "EscalationBudget",
+    "Oracle",
+    "RandomRouter",
+    "Reward",
+    "RewardThreshold",
+    "Router",
+    "Scorer",
+    "ScoringRouter",
+    "Segmenter",
+    "SelfScore",
+    "Shortfall",
+    "Signals",
+    "Steps",
+    "TargetGrade",
+    "TargetLikelihood",
+    "TargetView",
+]

@@ -160,6 +160,11 @@ class TreeCache(Cache):
         for layer in self.layers:
             layer.tail = 0
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget the tail, and what is committed past these lengths."""
+        self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        self.rollback()
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         assert self.tail == 0, "rows leave between rounds"

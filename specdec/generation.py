@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -25,11 +26,13 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from routers import Router
 from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
 from specdec.drafters import Auto, Drafter, PromptLookup, Run, SmallModel
 from specdec.loop import DecodingLoop
 from specdec.recording import Recorder
+from specdec.routing import Routing, StepLoop
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stats import DecodingStats
@@ -58,11 +61,11 @@ def generate(
     drafter: Drafter | PreTrainedModel | str | None = None,
     tree: GrowthPolicy | None = None,
     verify: str = "topdown",
-    router: None = None,
+    router: Router | None = None,
     generator: torch.Generator | None = None,
     **kwargs: Any,
 ) -> SpeculativeOutput | Tensor:
-    """Generate what `model.generate()` would, sooner. Lossless.
+    """Generate what `model.generate()` would, sooner. Lossless, unless a router is passed.
 
     Greedy output equals `model.generate(do_sample=False)` token for token, up to numerical ties; sampled output
     has exactly the target's processed distribution (speculative sampling: Leviathan et al. 2023).
@@ -78,7 +81,9 @@ def generate(
             included; so does a smaller model of the same tokenizer, which is then one of the choices.
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
         verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
-        router: step-level routing (lossy by design) is not part of this version: None.
+        router: a `routers` instance: `drafter`, a smaller model, then writes whole reasoning steps, and the target
+            only those that the router gives to it. LOSSY by design (see `docs/routing.md`): what the router keeps is
+            the draft's. Needs `tokenizer=`, by which steps are told apart.
         generator: source of randomness on the model's device; None for torch's global one.
 
     Returns:
@@ -94,9 +99,12 @@ def generate(
     started = perf_counter()
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
-    arguments = options.prepare(model, {"inputs": inputs, "generation_config": generation_config, **kwargs})
+    given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+    routing = None if router is None else _as_routing(router, drafter, tree, verify, given)
+    arguments = options.prepare(model, given, routed=routing is not None)
     method = _DecodingMethod(
-        drafter=as_drafter(drafter, tree),
+        drafter=as_drafter(drafter, tree) if routing is None else routing.drafter,
+        routing=routing,
         tree=tree,
         verify=verify,
         generator=generator,
@@ -164,6 +172,26 @@ def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPoli
     )
 
 
+def _as_routing(
+    router: Router,
+    drafter: Drafter | PreTrainedModel | str | None,
+    tree: GrowthPolicy | None,
+    verify: str,
+    arguments: Mapping[str, Any],
+) -> Routing:
+    """What a router needs besides.
+
+    Raises:
+        UnsupportedOptionError: an option that does not go with a router.
+        ValueError: the draft model or the tokenizer is missing.
+    """
+    tokenizer = arguments.get("tokenizer")
+    options.check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
+    small = as_drafter(drafter)
+    assert isinstance(small, SmallModel)
+    return Routing(router=router, drafter=small, tokenizer=tokenizer)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Prompt:
     """The inputs as transformers has prepared them.
@@ -196,6 +224,7 @@ class _DecodingMethod:
     """The decoding method that transformers calls once it has prepared the arguments."""
 
     drafter: Drafter
+    routing: Routing | None
     tree: GrowthPolicy | None
     verify: str
     generator: torch.Generator | None
@@ -221,6 +250,8 @@ class _DecodingMethod:
             verify=self.verify,
             generator=self.generator,
         )
+        if self.routing is not None:
+            return self._route(self.routing, model, prompt, sampler, stopping_criteria, generation_config)
         loop = self._loop(model, prompt, sampler, stop, generation_config)
         try:
             loop.run(
@@ -236,7 +267,40 @@ class _DecodingMethod:
             )
         finally:
             loop.session.close()
-        return _result(loop, prompt, generation_config, input_ids.device)
+        loop.recorder.refill(prompt.cache)
+        return _result(loop, prompt.cache, generation_config, input_ids.device)
+
+    def _route(
+        self,
+        routing: Routing,
+        model: PreTrainedModel,
+        prompt: _Prompt,
+        sampler: Sampler,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> SpeculativeOutput | Tensor:
+        num_rows = prompt.input_ids.shape[0]
+        loop = routing.start(
+            model,
+            prompt.input_ids,
+            prompt.attention_mask,
+            prompt.others,
+            sampler=sampler,
+            criteria=criteria,
+            capacity=_capacity(prompt, StopChecker(criteria)),
+            config=config,
+            recorder=Recorder(num_rows, scores=False, logits=False, states=False),
+            feed=self._feed(num_rows, config),
+            started=self.started,
+        )
+        try:
+            loop.run()
+        finally:
+            loop.close()
+        return _result(loop, None, config, prompt.input_ids.device)
+
+    def _feed(self, num_rows: int, config: GenerationConfig) -> StreamFeed | None:
+        return None if self.streamer is None else StreamFeed(self.streamer, num_rows, _pad_token_id(config))
 
     def _loop(
         self,
@@ -271,7 +335,7 @@ class _DecodingMethod:
                 logits=returns_dict and bool(config.output_logits),
                 states=returns_dict or getattr(prompt.cache, "_is_user_defined", False),
             ),
-            feed=None if self.streamer is None else StreamFeed(self.streamer, num_rows, _pad_token_id(config)),
+            feed=self._feed(num_rows, config),
             context_length=position_limit(model),
             started=self.started,
         )
@@ -287,10 +351,9 @@ def _pad_token_id(config: GenerationConfig) -> int:
 
 
 def _result(
-    loop: DecodingLoop, prompt: _Prompt, config: GenerationConfig, device: torch.device
+    loop: DecodingLoop | StepLoop, cache: DynamicCache | None, config: GenerationConfig, device: torch.device
 ) -> SpeculativeOutput | Tensor:
-    """What the call asked for; also fills the cache that the caller can see, at the very end."""
-    loop.recorder.refill(prompt.cache)
+    """What the call asked for."""
     ids = loop.recorder.sequences(_pad_token_id(config)).to(device)
     if not config.return_dict_in_generate:
         return ids
@@ -298,6 +361,6 @@ def _result(
         sequences=ids,
         scores=loop.recorder.scores(),
         logits=loop.recorder.logits(),
-        past_key_values=prompt.cache,
+        past_key_values=cache,
         stats=loop.stats,
     )

@@ -26,7 +26,7 @@ from specdec.target import TreeModel
 from trees import Draft, TreeBatch
 
 
-class _Accepted(NamedTuple):
+class Accepted(NamedTuple):
     """For each row the accepted nodes, and its candidate tokens: theirs, then the next one."""
 
     paths: list[list[int]]
@@ -89,8 +89,7 @@ class DecodingLoop:
     def propose(self) -> Draft:
         """A tree for each row, no deeper than tokens can still be committed."""
         started = perf_counter()
-        lengths, cached = self.sequences.lengths, self.target.cache.lengths
-        draft = self.session.propose([self._max_depth(*row) for row in zip(lengths, cached, strict=True)])
+        draft = self.session.propose(self._max_depths())
         self.stats.draft_seconds += perf_counter() - started
         return draft
 
@@ -101,7 +100,7 @@ class DecodingLoop:
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 
-    def accept(self, draft: Draft, logits_BTV: Tensor) -> _Accepted:
+    def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
         """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
@@ -111,7 +110,7 @@ class DecodingLoop:
             self.recorder.note(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
         return accepted
 
-    def commit(self, draft: Draft, accepted: _Accepted) -> None:
+    def commit(self, draft: Draft, accepted: Accepted) -> None:
         """Cut at the stop, and bring everything that follows the sequences up to date."""
         paths, candidates = accepted.paths, accepted.candidates
         for row, row_candidates in enumerate(candidates):
@@ -125,9 +124,12 @@ class DecodingLoop:
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
-    def _max_depth(self, length: int, cached: int) -> int:
-        """Drafted tokens that can be committed (one more always follows them) and have a position."""
-        return max(0, min(self.stop.max_length - length, self.context_length - cached) - 1)
+    def _max_depths(self) -> list[int]:
+        """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""
+        return [
+            max(0, min(self.stop.max_length - length, self.context_length - cached) - 1)
+            for length, cached in zip(self.sequences.lengths, self.target.cache.lengths, strict=True)
+        ]
 
     def _commit_cache(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         """Keep the root and the accepted nodes; the last committed token becomes the next root."""
@@ -174,7 +176,7 @@ class DecodingLoop:
             self.session.select_rows(stay)
 
 
-def _to_host(trees: TreeBatch, acceptance: Acceptance) -> _Accepted:
+def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
     """The outcome of a verification on the host, in one copy."""
     path_BD = acceptance.path_BD
     token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
@@ -184,4 +186,4 @@ def _to_host(trees: TreeBatch, acceptance: Acceptance) -> _Accepted:
     for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
         paths.append(rest[:count])
         candidates.append([*rest[depth : depth + count], next_token])
-    return _Accepted(paths, candidates)
+    return Accepted(paths, candidates)

@@ -16,12 +16,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.generation import GenerationMode
 from transformers.generation import logits_process as lp
 
+from routers import Router
+from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.stopping import StopChecker
 from trees import GrowthPolicy
@@ -69,8 +72,8 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: An
         raise ValueError(f"tree={tree!r}: pass a growth policy such as trees.Chain(5), or None")
     if verify not in ("topdown", "traversal"):
         raise ValueError(f"verify={verify!r}: it is 'topdown' or 'traversal'")
-    if router is not None:
-        raise UnsupportedOptionError("router=... is not part of this version: step-level routing comes later")
+    if router is not None and not isinstance(router, Router):
+        raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
             f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)"
@@ -82,8 +85,34 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: An
         )
 
 
-def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> None:
+    """Check what a router needs, and refuse what steps have no use for.
+
+    Raises:
+        ValueError: the draft model or the tokenizer is missing.
+        UnsupportedOptionError: `tree` or `verify` is given.
+    """
+    if not isinstance(drafter, (PreTrainedModel, SmallModel)):
+        raise ValueError(
+            f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
+            "tokenizer, or specdec.drafters.SmallModel(model)"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
+    if tree is not None:
+        raise UnsupportedOptionError(f"tree={tree!r} does not go with a router: a step is a chain; leave it out")
+    if verify != "topdown":
+        raise UnsupportedOptionError(
+            f"verify={verify!r} does not go with a router: the target walks drafted steps with its own choice of every "
+            "token; leave it out"
+        )
+
+
+def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool = False) -> dict[str, Any]:
     """The arguments for `model.generate(custom_generate=...)`.
+
+    Args:
+        routed: whether a router decides who writes.
 
     Raises:
         UnsupportedOptionError: an option that is not possible here.
@@ -97,6 +126,8 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]
     tokenizer = arguments.pop("tokenizer", None)
     config = _effective_config(model, arguments)
     _check_settings(config)
+    if routed:
+        _check_routed(config, arguments)
     _check_prompt(model, arguments)
     _check_cache(arguments.get("past_key_values"))
     if config.stop_strings is not None:
@@ -175,6 +206,17 @@ def _check_settings(config: GenerationConfig) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         advice = _MODE_ADVICE.get(mode, "call model.generate()")
         raise UnsupportedOptionError(f"{mode.value} is not possible with specdec: {advice}")
+
+
+def _check_routed(config: GenerationConfig, arguments: dict[str, Any]) -> None:
+    for name in ("output_scores", "output_logits"):
+        if getattr(config, name):
+            raise UnsupportedOptionError(f"{name}=True does not go with a router: two models write; leave it out")
+    if arguments.get("past_key_values") is not None:
+        raise UnsupportedOptionError(
+            "past_key_values do not go with a router: the draft model has none of that text; pass the whole text as "
+            "input_ids"
+        )
 
 
 def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

@@ -55,16 +55,18 @@ class Recorder:
         """As `scores`, before the processors."""
         return _by_token(self._logits, None)
 
-    def finish(self, row: int, ids: Tensor, cache: TreeCache, index: int) -> None:
+    def finish(self, row: int, ids: Tensor, cache: TreeCache | None, index: int) -> None:
         """Keep a row that has stopped.
 
         Args:
             row: index in the caller's batch.
             ids: int64 its tokens, prompt and padding included.
+            cache: None if states are not kept.
             index: the row's index in the cache now.
         """
         self._ids[row] = ids.clone()
         if self._states is not None:
+            assert cache is not None
             self._states[row] = cache.row_states(index)
 
     def sequences(self, pad_token_id: int) -> Tensor:

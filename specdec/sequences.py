@@ -64,6 +64,12 @@ class Sequences:
         self.lengths[row] += len(tokens)
         self.tokens[row].extend(tokens)
 
+    def retract(self, row: int, count: int) -> None:
+        """Take back a row's last `count` tokens, of those that were generated."""
+        if count:
+            self.lengths[row] -= count
+            del self.tokens[row][-count:]
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         self.rows, self.lengths, self.tokens = (

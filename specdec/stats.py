@@ -8,6 +8,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of a routed run.
+
+    Args:
+        row: of the caller's batch.
+        writer: "draft" or "target".
+        score: what the router decided on; None if it did not need one.
+        reason: of a decision that was not by score.
+        num_tokens: of the step.
+        num_discarded: tokens written in vain: of a rejected draft those that the target did not take over.
+        seconds: wall time; rows of a batch go through it together.
+    """
+
+    row: int
+    writer: str
+    score: float | None
+    reason: str
+    num_tokens: int
+    num_discarded: int
+    seconds: float
+
+
 @dataclass(kw_only=True)
 class DecodingStats:
     """Counts and times of one `generate()` call.
@@ -50,6 +73,10 @@ class DecodingStats:
     """Spent on comparing candidates that did not draft, a part of `other_seconds`."""
     trace: list[dict[str, Any]] = field(default_factory=list)
     """For every round of a drafter that chooses: what it chose and why, and the nodes and tokens of each row."""
+    steps: list[StepRecord] = field(default_factory=list)
+    """Of a routed run: its steps, in the order of commitment."""
+    router_seconds: float = 0.0
+    """Spent on decisions, without what the target was asked to do for them; a part of `other_seconds`."""
     token_seconds: list[float] = field(default_factory=list)
     """For every token in the order of commitment the time since the start."""
 
@@ -67,6 +94,16 @@ class DecodingStats:
     def acceptance_rate(self) -> float:
         """Accepted over drafted."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether a router has kept steps of the draft: they are not the target's."""
+        return any(step.writer == "draft" for step in self.steps)
+
+    @property
+    def escalation_rate(self) -> float:
+        """Steps that the target wrote, over all steps of a routed run."""
+        return sum(step.writer == "target" for step in self.steps) / len(self.steps) if self.steps else 0.0
 
     @property
     def mean_size(self) -> float:
@@ -132,8 +169,10 @@ class DecodingStats:
         self.other_seconds = total_seconds - known
 
     def __str__(self) -> str:
+        routed = f"; {self.escalation_rate:.0%} of {len(self.steps)} steps by the target" if self.steps else ""
+        routed += " (lossy)" if self.is_lossy else ""
         return (
             f"{self.num_new_tokens} tokens in {self.total_seconds:.2f} s "
             f"({self.tokens_per_second:.1f} tokens/s): {self.tokens_per_round:.2f} tokens per round, "
-            f"{self.num_accepted}/{self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%})"
+            f"{self.num_accepted}/{self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%}){routed}"
         )

@@ -1,0 +1,108 @@
+"""What a router may ask of the target: answered by its writer, on the cache that it will go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
+from torch import Tensor
+
+from routers import DraftedStep
+from specdec.routing.writer import StepWriter, log_probs
+
+
+class WriterView:
+    """The `routers.TargetView` of one decision.
+
+    Args:
+        writer: the target's.
+        places: row of the caller's batch -> row of the writer's.
+        ask: token ids of a question and of the opening of its answer, as they follow a step.
+        token_of: the id of an answer's text.
+        write: makes the target write the steps of these of its rows.
+    """
+
+    def __init__(
+        self,
+        writer: StepWriter,
+        places: Mapping[int, int],
+        *,
+        ask: Callable[[str, str], list[int]],
+        token_of: Callable[[str], int],
+        write: Callable[[Mapping[int, Sequence[int]]], None],
+    ):
+        self._writer = writer
+        self._places = places
+        self._ask = ask
+        self._token_of = token_of
+        self._write = write
+        self._weighed: dict[int, Sequence[int]] = {}
+        self._logits_BTV: Tensor | None = None
+        self.written: set[int] = set()
+        """Rows whose step the target has written."""
+
+        self.seconds = 0.0
+        """Spent on the target's work."""
+
+    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
+        """Commit what the target has verified: kept steps as they are, in the other rows as far as it agrees."""
+        if self._weighed:
+            self._writer.settle({row: tokens for row, tokens in kept.items() if row in self._weighed})
+            self._forget()
+
+    def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
+        theirs = [self._places[step.row] in self.written for step in steps]
+        if steps and all(theirs):
+            return [step.signals.log_probs for step in steps]
+        logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
+        return [log_probs(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+
+    def answers(
+        self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
+    ) -> list[np.ndarray]:
+        asked, ids = self._ask(question, opening), [self._token_of(choice) for choice in choices]
+        chains = {self._places[step.row]: [*step.tokens, *asked] for step in steps}
+        logits_BTV = self._weigh(chains)
+        rows = [self._places[step.row] for step in steps]
+        return [logits_BTV[row, len(chains[row]), ids].float().softmax(-1).cpu().numpy() for row in rows]
+
+    def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
+        started = perf_counter()
+        self._writer.wants_signals = True
+        rows = {self._places[step.row]: step.tokens for step in steps}
+        if set(self._weighed) <= set(rows):
+            self.settle({})
+        else:
+            self._writer.discard()
+            self._forget()
+        self._write(rows)
+        self.written.update(rows)
+        self.seconds += perf_counter() - started
+        return [
+            replace(
+                step,
+                tokens=self._writer.step_tokens(row),
+                signals=self._writer.step_signals(row),
+                is_last=self._writer.stop.steps[row].is_last,
+            )
+            for row, step in zip(rows, steps, strict=True)
+        ]
+
+    def _weigh(self, chains: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits of these chains; a forward unless they have just been weighed."""
+        known = all(
+            row in self._weighed and list(self._weighed[row][: len(chain)]) == list(chain)
+            for row, chain in chains.items()
+        )
+        if not known or self._logits_BTV is None:
+            started = perf_counter()
+            self._writer.discard()
+            self._weighed = dict(chains)
+            self._logits_BTV = self._writer.weigh(chains)
+            self.seconds += perf_counter() - started
+        return self._logits_BTV
+
+    def _forget(self) -> None:
+        self._weighed, self._logits_BTV = {}, None
