@@ -171,8 +171,8 @@ class StepLoop:
         return DraftedStep(
             row=place,
             prompt=self._prompts[place],
-            previous=self._steps[place],
-            writers=self._writers[place],
+            previous=tuple(self._steps[place]),
+            writers=tuple(self._writers[place]),
             tokens=self.draft.step_tokens(row),
             signals=self.draft.step_signals(row),
             is_last=self.draft.stop.steps[row].is_last,
