@@ -5,6 +5,7 @@ Step-level routing is lossy by design and lives beside token-level speculation, 
 
 from routers.base import Decision, DraftedStep, Reward, Router, Scorer, Signals, TargetView
 from routers.budget import EscalationBudget
+from routers.light import LightRouter
 from routers.policies import (
     AbstainBand,
     AlwaysDraft,
@@ -29,6 +30,7 @@ __all__ = [
     "DraftedStep",
     "EarlyEscalation",
     "EscalationBudget",
+    "LightRouter",
     "Oracle",
     "RandomRouter",
     "Reward",

@@ -212,19 +212,22 @@ def test_random_routing_keeps_its_rate():
     assert abs(sum(decision is not None for decision in early) / 3000 - 0.3) < 0.03
 
 
+BAND = AbstainBand(low=0, high=1, judge=Given(), threshold=0.5)
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "message"),
     [
-        lambda: Arbitrage(Given()),
-        lambda: Arbitrage(Given(), threshold=0.5, escalation_rate=0.5),
-        lambda: Arbitrage(Given(), escalation_rate=1.5),
-        lambda: Arbitrage(Given(), threshold=0.5, guard="####"),
-        lambda: Arbitrage(Given(), escalation_rate=0.5, band=AbstainBand(low=0, high=1, judge=Given(), threshold=0.5)),
-        lambda: AbstainBand(low=1, high=0, judge=Given(), threshold=0.5),
-        lambda: EarlyEscalation(entropy=-1),
-        lambda: RandomRouter(-0.1),
+        (lambda: Arbitrage(Given()), "either a threshold or"),
+        (lambda: Arbitrage(Given(), threshold=0.5, escalation_rate=0.5), "either a threshold or"),
+        (lambda: Arbitrage(Given(), escalation_rate=1.5), "share of steps"),
+        (lambda: Arbitrage(Given(), threshold=0.5, guard="####"), "sequence of texts"),
+        (lambda: Arbitrage(Given(), escalation_rate=0.5, band=BAND), "around a threshold"),
+        (lambda: AbstainBand(low=1, high=0, judge=Given(), threshold=0.5), "low is below high"),
+        (lambda: EarlyEscalation(entropy=-1), "are positive"),
+        (lambda: RandomRouter(-0.1), "share of steps"),
     ],
 )
-def test_routers_that_cannot_be(make):
-    with pytest.raises(ValueError):
+def test_routers_that_cannot_be(make, message: str):
+    with pytest.raises(ValueError, match=message):
         make()
