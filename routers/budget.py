@@ -22,7 +22,7 @@ class EscalationBudget:
         ValueError: the rate is no share.
     """
 
-    def __init__(self, rate: float, *, window: int = 512, horizon: int = 25):
+    def __init__(self, rate: float, *, window: int = 512, horizon: int = 10):
         if not 0 <= rate <= 1:
             raise ValueError(f"escalation_rate={rate!r}: it is a share of steps, from 0 to 1")
         self.rate = rate

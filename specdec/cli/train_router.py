@@ -43,6 +43,7 @@ def train_router(
     ] = 0.1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Problems at a time.")] = 8,
     max_new_tokens: MaxNewTokensOption = 320,
+    max_step: Annotated[int, typer.Option("--max-step", min=1, help="Tokens after which a step ends anyway.")] = 256,
     weights: WeightsOption = "int8",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split into training and test.")] = 0,
     dtype: DtypeOption = "auto",
@@ -68,6 +69,7 @@ def train_router(
         "problems": len(problems),
         "weights": weights,
         "max_new_tokens": max_new_tokens,
+        "max_step": max_step,
         "batch_size": batch_size,
         "hidden": hidden,
         "instruction": INSTRUCTION,
@@ -98,7 +100,7 @@ def _collect(
     device: str,
     threads: int | None,
 ) -> None:
-    from routers import TargetLikelihood
+    from routers import Steps, TargetLikelihood
     from specdec.cli.loading import load_pair
     from specdec.routing.collect import collect
 
@@ -125,6 +127,7 @@ def _collect(
             batch_size=plan["batch_size"],
             max_new_tokens=plan["max_new_tokens"],
             keeps_hidden=plan["hidden"],
+            steps=Steps(max_tokens=plan["max_step"]),
         ):
             bars.update(task, completed=num_done)
 
