@@ -105,6 +105,7 @@ def generate(
     method = _DecodingMethod(
         drafter=as_drafter(drafter, tree) if routing is None else routing.drafter,
         routing=routing,
+        routing=routing,
         tree=tree,
         verify=verify,
         generator=generator,
@@ -187,8 +188,7 @@ def _as_routing(
     """
     tokenizer = arguments.get("tokenizer")
     options.check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
-    small = as_drafter(drafter)
-    assert isinstance(small, SmallModel)
+    small = drafter if isinstance(drafter, SmallModel) else SmallModel(drafter)
     return Routing(router=router, drafter=small, tokenizer=tokenizer)
 
 
