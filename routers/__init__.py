@@ -3,6 +3,8 @@
 Step-level routing is lossy by design and lives beside token-level speculation, which is not.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from routers.base import Decision, DraftedStep, Reward, Router, Scorer, Signals, TargetView
 from routers.budget import EscalationBudget
 from routers.light import LightRouter
@@ -21,6 +23,9 @@ from routers.policies import (
 from routers.scorers import Shortfall, TargetGrade, TargetLikelihood
 from routers.steps import Segmenter, Steps
 
+if TYPE_CHECKING:
+    from routers.reward_model import RewardModel
+
 __all__ = [
     "AbstainBand",
     "AlwaysDraft",
@@ -34,6 +39,7 @@ __all__ = [
     "Oracle",
     "RandomRouter",
     "Reward",
+    "RewardModel",
     "RewardThreshold",
     "Router",
     "Scorer",
@@ -47,3 +53,12 @@ __all__ = [
     "TargetLikelihood",
     "TargetView",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch and transformers only for who needs a reward model."""
+    if name == "RewardModel":
+        from routers.reward_model import RewardModel
+
+        return RewardModel
+    raise AttributeError(f"module 'routers' has no attribute {name!r}")

@@ -34,6 +34,10 @@ def train_router(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the router to.")],
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N problems.")] = None,
+    prm: Annotated[
+        str | None,
+        typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's likelihood."),
+    ] = None,
     kind: Annotated[str, typer.Option("--kind", help="forest (gradient boosting) or linear.")] = "forest",
     hidden: Annotated[
         bool, typer.Option("--hidden", help="Let the router read the draft's hidden state at the end of a step too.")
@@ -52,7 +56,7 @@ def train_router(
 ) -> None:
     """Collect steps that both models write, and train a router on them: which steps does the target write better?
 
-    Better is what the target finds likelier. Stopped at any point, the same command goes on from there: what has been
+    Better is what the reward model says, or without one what the target finds likelier. Stopped at any point, the same command goes on from there: what has been
     collected is in DIR/collected.
     """
     from routers.collecting import Collection
@@ -67,6 +71,7 @@ def train_router(
         "draft": draft,
         "data": data.name,
         "problems": len(problems),
+        "prm": prm,
         "weights": weights,
         "max_new_tokens": max_new_tokens,
         "max_step": max_step,
@@ -100,7 +105,7 @@ def _collect(
     device: str,
     threads: int | None,
 ) -> None:
-    from routers import Steps, TargetLikelihood
+    from routers import RewardModel, Steps, TargetLikelihood
     from specdec.cli.loading import load_pair
     from specdec.routing.collect import collect
 
@@ -122,7 +127,7 @@ def _collect(
             draft,
             target.tokenizer,
             problems,
-            TargetLikelihood(),
+            TargetLikelihood() if plan["prm"] is None else RewardModel(plan["prm"], device=target.model.device),
             collection,
             batch_size=plan["batch_size"],
             max_new_tokens=plan["max_new_tokens"],
