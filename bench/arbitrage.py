@@ -93,7 +93,7 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
         return routers.SelfScore(escalation_rate=rate, **options)
     if name != "arbitrage" or trained is None:
         raise ValueError(f"{method!r}: name a method of those above, and --router for arbitrage")
-    scorer = routers.LightRouter.load(trained)
+    scorer = routers.load(trained)
     if "band" not in extras:
         return routers.Arbitrage(scorer, escalation_rate=rate, **options)
     band = routers.AbstainBand(low=rate - 0.1, high=rate + 0.1, judge=Doubt(), threshold=0.1)

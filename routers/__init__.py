@@ -3,6 +3,7 @@
 Step-level routing is lossy by design and lives beside token-level speculation, which is not.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routers.base import Decision, DraftedStep, Reward, Router, Scorer, Signals, TargetView
@@ -25,6 +26,7 @@ from routers.steps import Segmenter, Steps
 
 if TYPE_CHECKING:
     from routers.reward_model import RewardModel
+    from routers.text_router import TextRouter
 
 __all__ = [
     "AbstainBand",
@@ -52,13 +54,32 @@ __all__ = [
     "TargetGrade",
     "TargetLikelihood",
     "TargetView",
+    "TextRouter",
+    "load",
 ]
 
 
+def load(folder: str | Path) -> Scorer:
+    """The trained router in a folder: a `LightRouter` or a `TextRouter`.
+
+    Raises:
+        ValueError: the folder holds neither.
+    """
+    if (Path(folder) / "text_router.json").exists():
+        from routers.text_router import TextRouter
+
+        return TextRouter.load(folder)
+    return LightRouter.load(folder)
+
+
 def __getattr__(name: str) -> Any:
-    """Load torch and transformers only for who needs a reward model."""
+    """Load torch and transformers only for who needs them."""
     if name == "RewardModel":
         from routers.reward_model import RewardModel
 
         return RewardModel
+    if name == "TextRouter":
+        from routers.text_router import TextRouter
+
+        return TextRouter
     raise AttributeError(f"module 'routers' has no attribute {name!r}")

@@ -15,6 +15,9 @@ from routers.base import Decision, DraftedStep, Reward, Router, TargetView
 from routers.features import NAMES, features
 from routers.steps import Steps
 
+MIN_TEXTS = 8
+"""Fewer texts are not split into those to learn from and those to test on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTuple:
@@ -149,3 +152,29 @@ class Collection:
 def matrix(tuples: Sequence[StepTuple]) -> np.ndarray:
     """float32 [N, F + C]: features, then hidden states."""
     return np.array([[*item.features, *item.hidden] for item in tuples], np.float32)
+
+
+def is_usable(item: StepTuple) -> bool:
+    """Whether both rewards are numbers."""
+    return bool(np.isfinite([item.draft_reward, item.target_reward]).all())
+
+
+def split_texts(tuples: Sequence[StepTuple], share: float, seed: int, *, margin: float) -> np.ndarray:
+    """bool [N]: the steps of a share of the texts, chosen at random; the steps of a text stay together.
+
+    Args:
+        margin: advantage above which the target does better.
+
+    Raises:
+        ValueError: there are too few texts, or a part has steps of one kind only.
+    """
+    texts = np.array([item.problem for item in tuples])
+    names = np.unique(texts)
+    if len(names) < MIN_TEXTS:
+        raise ValueError(f"{len(names)} texts are too few to train and to test on: collect {MIN_TEXTS} or more")
+    chosen = np.isin(texts, np.random.default_rng(seed).permutation(names)[: max(1, round(share * len(names)))])
+    labels = np.array([item.advantage > margin for item in tuples])
+    for part in (labels[~chosen], labels[chosen]):
+        if part.all() or not part.any():
+            raise ValueError("the target does better on all of the steps, or on none: there is nothing to learn")
+    return chosen

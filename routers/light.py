@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from routers.base import DraftedStep, TargetView
+from routers.calibration import Calibration
 from routers.features import NAMES, features
 from routers.measures import Report
-from routers.numbers import logit, sigmoid
 
+SETTINGS = "router.json"
 _FORM = 1
 
 
@@ -80,8 +81,7 @@ class LightRouter:
         model: logits from standardised inputs.
         mean, scale: float64 [F], of the features.
         components: float64 [F, F + C] what is made of features and hidden states before the model; None: nothing.
-        slope, offset: of the calibration: Pr = sigmoid(slope * logit + offset).
-        threshold: at which the accuracy was best in training.
+        calibration: from logits to probabilities, and the threshold that was best in training.
         num_hidden: C, 0 if hidden states are not read.
         report: on held-out steps.
     """
@@ -90,9 +90,7 @@ class LightRouter:
     mean: np.ndarray
     scale: np.ndarray
     components: np.ndarray | None
-    slope: float
-    offset: float
-    threshold: float
+    calibration: Calibration
     num_hidden: int
     report: Report | None = None
 
@@ -105,7 +103,7 @@ class LightRouter:
 
     def probabilities(self, inputs: np.ndarray) -> np.ndarray:
         """Pr(the target does better), float64 [N], of features and hidden states [N, F + C]."""
-        return sigmoid(self.slope * self.model.logits(self.prepared(inputs)) + self.offset)
+        return self.calibration.probabilities(self.model.logits(self.prepared(inputs)))
 
     def prepared(self, inputs: np.ndarray) -> np.ndarray:
         """What the model reads."""
@@ -127,11 +125,12 @@ class LightRouter:
             "form": _FORM,
             "kind": kind,
             "features": NAMES,
-            **{name: getattr(self, name) for name in ("slope", "offset", "threshold", "num_hidden")},
+            "calibration": asdict(self.calibration),
+            "num_hidden": self.num_hidden,
             "report": None if self.report is None else asdict(self.report),
         }
         save_file(arrays, folder / "router.safetensors")
-        (folder / "router.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> LightRouter:
@@ -144,7 +143,7 @@ class LightRouter:
 
         folder = Path(folder)
         try:
-            settings = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             arrays = load_file(folder / "router.safetensors")
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no router (router.json and router.safetensors): {error}") from error
@@ -161,9 +160,7 @@ class LightRouter:
             mean=arrays["mean"],
             scale=arrays["scale"],
             components=arrays.get("components"),
-            slope=settings["slope"],
-            offset=settings["offset"],
-            threshold=settings["threshold"],
+            calibration=Calibration(**settings["calibration"]),
             num_hidden=settings["num_hidden"],
             report=None if written is None else Report(**written),
         )
@@ -178,8 +175,3 @@ class LightRouter:
                 "take that draft, or train a router for this one"
             )
         return np.concatenate([features(step), hidden])
-
-
-def undo_prior(logits: np.ndarray, share_trained: float, share_true: float) -> np.ndarray:
-    """Logits as if positives had not been made more frequent for training: the odds times the ratio of priors."""
-    return logits + logit(np.array(share_true)) - logit(np.array(share_trained))

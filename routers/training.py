@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from routers.collecting import StepTuple, matrix
+from routers.calibration import Calibration, undo_prior
+from routers.collecting import StepTuple, is_usable, matrix, split_texts
 from routers.features import NAMES
-from routers.light import Forest, LightRouter, Linear, undo_prior
-from routers.measures import balanced_accuracy, report
-from routers.numbers import sigmoid
+from routers.light import Forest, LightRouter, Linear
+from routers.measures import report
 
 if TYPE_CHECKING:
     from sklearn.ensemble import GradientBoostingClassifier
 
 _FOLDS = 5
-_MIN_TEXTS = 2 * _FOLDS
 _KEPT_COMPONENTS = 64
 
 
@@ -60,30 +59,22 @@ def train_light(tuples: Sequence[StepTuple], recipe: LightRecipe) -> LightRouter
     Raises:
         ValueError: there are too few texts, or all steps are of one kind.
     """
-    usable = [item for item in tuples if np.isfinite([item.draft_reward, item.target_reward]).all()]
+    usable = [item for item in tuples if is_usable(item)]
     if recipe.hidden and not all(item.hidden for item in usable):
         raise ValueError("these steps were collected without hidden states: collect them again with --hidden")
-    texts = np.array([item.problem for item in usable])
-    names = np.unique(texts)
-    if len(names) < _MIN_TEXTS:
-        raise ValueError(f"{len(names)} texts are too few to train and to test on: collect {_MIN_TEXTS} or more")
-    test_names = np.random.default_rng(recipe.seed).permutation(names)[: max(1, round(recipe.held_out * len(names)))]
-    is_test = np.isin(texts, test_names)
     if not recipe.hidden:
         usable = [replace(item, hidden=[]) for item in usable]
-    inputs = matrix(usable)
+    is_test = split_texts(usable, recipe.held_out, recipe.seed, margin=recipe.margin)
+    texts, inputs = np.array([item.problem for item in usable]), matrix(usable)
     advantages = np.array([item.advantage for item in usable])
     labels = advantages > recipe.margin
-    for part in (labels[~is_test], labels[is_test]):
-        if part.all() or not part.any():
-            raise ValueError("the target does better on all of the steps, or on none: there is nothing to learn")
     router = _calibrated(inputs[~is_test], labels[~is_test], texts[~is_test], recipe)
     measured = report(
         router.probabilities(inputs[is_test]),
         advantages[is_test],
-        threshold=router.threshold,
+        threshold=router.calibration.threshold,
         margin=recipe.margin,
-        num_texts=len(test_names),
+        num_texts=len(np.unique(texts[is_test])),
         rate=recipe.rate,
         harm_level=recipe.harm_level,
     )
@@ -92,7 +83,6 @@ def train_light(tuples: Sequence[StepTuple], recipe: LightRecipe) -> LightRouter
 
 def _calibrated(inputs: np.ndarray, labels: np.ndarray, texts: np.ndarray, recipe: LightRecipe) -> LightRouter:
     """Fitted on everything given; calibration and threshold come from folds that did not see their texts."""
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
 
     folded = np.zeros(len(labels))
@@ -100,16 +90,11 @@ def _calibrated(inputs: np.ndarray, labels: np.ndarray, texts: np.ndarray, recip
     for train, test in GroupKFold(num_folds).split(inputs, labels, texts):
         part = _fit(inputs[train], labels[train], recipe)
         folded[test] = undo_prior(part.model.logits(part.prepared(inputs[test])), 0.5, labels[train].mean())
-    platt = LogisticRegression(C=1e6).fit(folded[:, None], labels)
-    slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-    scores = sigmoid(slope * folded + offset)
-    candidates = np.unique(np.quantile(scores, np.linspace(0, 1, 101)))
-    accuracies = [balanced_accuracy(scores > candidate, labels) for candidate in candidates]
+    calibration = Calibration.fit(folded, labels)
     router = _fit(inputs, labels, recipe)
     # the prior is undone in one place: the shift of the logits goes into the offset
     shift = float(undo_prior(np.zeros(()), 0.5, labels.mean()))
-    threshold = float(candidates[int(np.argmax(accuracies))])
-    return replace(router, slope=slope, offset=offset + slope * shift, threshold=threshold)
+    return replace(router, calibration=replace(calibration, offset=calibration.offset + calibration.slope * shift))
 
 
 def _fit(inputs: np.ndarray, labels: np.ndarray, recipe: LightRecipe) -> LightRouter:
@@ -121,9 +106,7 @@ def _fit(inputs: np.ndarray, labels: np.ndarray, recipe: LightRecipe) -> LightRo
         mean=mean,
         scale=scale,
         components=components,
-        slope=1.0,
-        offset=0.0,
-        threshold=0.5,
+        calibration=Calibration(slope=1.0, offset=0.0, threshold=0.5),
         num_hidden=inputs.shape[1] - len(NAMES),
     )
     fit = _fit_forest if recipe.kind == "forest" else _fit_linear

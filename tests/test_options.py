@@ -165,7 +165,7 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
     "a tree that is one": ({"tree": TokenTree.chain([1, 2])}, ValueError, "pass a growth policy"),
     "a tree that is a number": ({"tree": 5}, ValueError, "trees.Chain(5)"),
     "an unknown verification": ({"verify": "bottomup"}, ValueError, "it is 'topdown' or 'traversal'"),
-    "a router": ({"router": object()}, UnsupportedOptionError, "router=... is not part of this version"),
+    "a router": ({"router": object()}, ValueError, "pass a router such as"),
     "a seed for a generator": ({"generator": 42}, ValueError, "torch.Generator"),
 }
 

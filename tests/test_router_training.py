@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import routers
 import specdec
 from routers import Arbitrage, DraftedStep, LightRouter, Signals, Steps, TargetLikelihood, measures
+from routers.calibration import undo_prior
 from routers.collecting import Collection, StepTuple
 from routers.features import NAMES, features
-from routers.light import undo_prior
 from routers.numbers import logit, sigmoid
+from routers.text_router import TextRecipe, TextRouter, as_text, train_text
 from routers.training import LightRecipe, train_light
 from specdec.cli.app import app
 from specdec.drafters import SmallModel
@@ -123,11 +126,42 @@ def test_a_router_learns_what_there_is_and_survives_the_disk(kind: str, hidden: 
     assert 0 <= report.regret < report.random_regret
     assert (report.num_texts, report.num_steps) == (15, 90)
     router.save(tmp_path)
-    loaded = LightRouter.load(tmp_path)
+    loaded = routers.load(tmp_path)
     inputs = np.array([[*item.features, *item.hidden] for item in tuples], np.float32)
     np.testing.assert_array_equal(loaded.probabilities(inputs), router.probabilities(inputs))
     assert loaded.report == report
     assert loaded.wants_hidden == hidden
+
+
+def test_a_text_classifier_learns_what_there_is_and_survives_the_disk(tiny: str, tmp_path: Path):
+    """Steps with an 'x' are those on which the target does better."""
+    random, tuples = np.random.default_rng(0), []
+    for item in made_up(24):
+        is_wrong = bool(random.random() < 0.4)
+        text = "it is " + ("xx" if is_wrong else "yy")
+        gain = float(random.normal(scale=0.2) + (1 if is_wrong else -1))
+        tuples.append(replace(item, prompt="p", previous=["s"], writers=["target"], drafted=text, target_reward=gain))
+    recipe = TextRecipe(epochs=4, learning_rate=3e-3, max_length=32)
+    losses: list[float] = []
+    router = train_text(tuples, tiny, recipe, progress=lambda done, total, loss: losses.append(loss))
+    assert router.report.balanced_accuracy > 0.9
+    assert router.report.rank_correlation > 0.5
+    assert len(losses) == 4 * -(-84 // 16)
+    router.save(tmp_path)
+    loaded = routers.load(tmp_path)
+    assert isinstance(loaded, TextRouter)
+    step = drafted("it is xx", [0.0])
+    assert loaded.score([step], None) == router.score([step], None)
+    assert loaded.score([step], None)[0] > loaded.calibration.threshold
+    assert loaded.score([drafted("it is yy", [0.0])], None)[0] <= loaded.calibration.threshold
+    assert loaded.report == router.report
+    with pytest.raises(ValueError, match="no text router"):
+        TextRouter.load(tiny)
+
+
+def test_what_the_text_classifier_reads():
+    text = as_text("problem\n", ["one\n\n", "two"], ["target", "draft"], "three\n\n")
+    assert text == "problem\n\nModel 1: one\n\nModel 0: two\n\nModel 0: three"
 
 
 def test_a_forest_is_what_scikit_learn_has_grown():
@@ -269,6 +303,7 @@ def test_a_trained_router_at_work(tmp_path: Path):
         ("48/2 = 24\n#### 72", "72"),
         ("That makes 18.", "18"),
         (r"\boxed{-3}", "-3"),
+        (r"\boxed{5 \text{ feet}}, not 6", "5"),
         (r"\boxed{\$18.00}", "18"),
         ("none", None),
     ],

@@ -17,7 +17,11 @@ from specdec.errors import UnsupportedOptionError
 if TYPE_CHECKING:
     from routers.collecting import Collection
     from routers.measures import Report
+    from routers.text_router import TextRouter
+    from routers.training import LightRecipe
     from specdec.routing.collect import Problem
+
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +43,10 @@ def train_router(
         typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's likelihood."),
     ] = None,
     kind: Annotated[str, typer.Option("--kind", help="forest (gradient boosting) or linear.")] = "forest",
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Train a text classifier instead, from this encoder or small LM (id or folder)."),
+    ] = None,
     hidden: Annotated[
         bool, typer.Option("--hidden", help="Let the router read the draft's hidden state at the end of a step too.")
     ] = False,
@@ -56,8 +64,8 @@ def train_router(
 ) -> None:
     """Collect steps that both models write, and train a router on them: which steps does the target write better?
 
-    Better is what the reward model says, or without one what the target finds likelier. Stopped at any point, the same command goes on from there: what has been
-    collected is in DIR/collected.
+    Better is what the reward model says, or without one what the target finds likelier. Stopped at any point of the
+    collection, the same command goes on from there: what has been collected is in DIR/collected.
     """
     from routers.collecting import Collection
     from routers.training import LightRecipe, train_light
@@ -83,10 +91,24 @@ def train_router(
     num_parts = -(-len(problems) // batch_size)
     if not all(collection.has(part) for part in range(num_parts)):
         _collect(collection, problems, plan, dtype=dtype, device=device, threads=threads)
-    router = train_light(collection.read(), recipe)
+    router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
     router.save(out)
     assert router.report is not None
     Console().print(_table(router.report, f"held-out steps; router written to {out}"))
+
+
+def _train_text(base: str, collection: "Collection", recipe: "LightRecipe") -> "TextRouter":
+    from routers.text_router import TextRecipe, train_text
+
+    with Progress(*_COLUMNS, TextColumn("{task.fields[note]}"), console=err_console) as bars:
+        task = bars.add_task("training", total=None, note="")
+
+        def show(done: int, total: int, loss: float) -> None:
+            bars.update(task, completed=done, total=total, note=f"loss {loss:.3f}")
+
+        return train_text(
+            collection.read(), base, TextRecipe(harm_level=recipe.harm_level, seed=recipe.seed), progress=show
+        )
 
 
 def _check_scikit_learn() -> None:
@@ -119,8 +141,7 @@ def _collect(
         trust_remote_code=False,
     )
     assert draft is not None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err_console) as bars:
+    with Progress(*_COLUMNS, console=err_console) as bars:
         task = bars.add_task("collecting", total=len(problems))
         for num_done in collect(
             target.model,

@@ -74,7 +74,7 @@ def encode_problems(
 
 def final_answer(text: str) -> str | None:
     """The last number of a text: in a box, after `####`, or at the end; without separators and units."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    boxed = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     marked = boxed or re.findall(r"####(.*)", text)
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", marked[-1] if marked else text)
     if not numbers:
