@@ -39,7 +39,8 @@ class DecodingStats:
     like count *row rounds* (a round of a batch of 4 unfinished rows counts 4), so that ratios mean the same at
     every batch size; `num_batch_rounds`, `target_forwards` and `draft_forwards` count work on the whole batch.
     `other_seconds` is the run without prefill, drafting and verification: sampling, stopping, streaming and
-    book-keeping.
+    book-keeping. In a routed run rounds are the target's; `draft_seconds` is all the time of the draft, whether its
+    steps were kept or not, and reading the prompts is part of each model's time.
     """
 
     num_rounds: int = 0

@@ -311,6 +311,11 @@ def test_a_draft_of_another_vocabulary_is_refused(model):
         routed(model, tiny_model("llama", vocab_size=100), routers.AlwaysDraft())
 
 
+def test_a_draft_of_too_few_positions_is_refused(model):
+    with pytest.raises(specdec.UnsupportedOptionError, match="has 32 positions"):
+        routed(model, tiny_model("llama", max_position_embeddings=32), routers.AlwaysDraft())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

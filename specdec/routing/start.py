@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from routers import Router, Segmenter
-from specdec.compatibility import position_limit
+from specdec.compatibility import check_positions, position_limit
 from specdec.drafters import PromptLookup, Run, SmallModel
 from specdec.drafters.base import DraftSession
 from specdec.errors import UnsupportedOptionError
@@ -21,6 +21,7 @@ from specdec.routing.session import WriterSession
 from specdec.routing.writer import StepStop, StepWriter
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
 from specdec.target import TreeModel
 from trees import Chain
@@ -68,7 +69,7 @@ class Routing:
 
         Raises:
             DraftError: the draft model does not fit the target.
-            UnsupportedOptionError: the draft model has too few positions for the prompt.
+            UnsupportedOptionError: the draft model has too few positions.
         """
         target_model, draft_model = TreeModel(model), TreeModel(self.drafter.model)
         segmenter = Segmenter(self.router.steps, self.decode)
@@ -103,7 +104,7 @@ class Routing:
 
         targets, drafts = run(target_model), run(draft_model)
         self.drafter.check_fit(targets)
-        _check_draft_positions(draft_model.model, input_ids.shape[1])
+        _check_draft_positions(draft_model.model, input_ids.shape[1], StopChecker(criteria).max_length)
         draft = writer(drafts, _COPIED.start(drafts), {}, True)
         assert isinstance(self.drafter.policy, Chain)
         session = WriterSession(targets, draft, self.drafter.policy.length)
@@ -161,10 +162,12 @@ def _prefill(
     return prefill
 
 
-def _check_draft_positions(model: PreTrainedModel, prompt_length: int) -> None:
+def _check_draft_positions(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
+    """A draft that only proposes tokens may do so past its positions; one that writes may not."""
     limit = position_limit(model)
-    if prompt_length > limit:
+    if max_length > limit:
         raise UnsupportedOptionError(
-            f"the prompt has {prompt_length} tokens but the draft {type(model).__name__} has {limit} positions: "
-            "shorten it, or take another draft"
+            f"the run may reach {max_length} tokens but the draft {type(model).__name__} has {limit} positions: lower "
+            "max_new_tokens, or take another draft"
         )
+    check_positions(model, prompt_length, max_length)
