@@ -105,7 +105,6 @@ def generate(
     method = _DecodingMethod(
         drafter=as_drafter(drafter, tree) if routing is None else routing.drafter,
         routing=routing,
-        routing=routing,
         tree=tree,
         verify=verify,
         generator=generator,

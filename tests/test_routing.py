@@ -13,6 +13,7 @@ import routers
 import specdec
 from routers import Decision, DraftedStep, Router, Steps, TargetView
 from specdec.drafters import Plain, PromptLookup, SmallModel
+from specdec.streaming import RoundStreamer
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
 from tests.goodness import assert_drawn_from
 from tests.references import plain_alone, with_noise
@@ -184,6 +185,28 @@ def test_streamers_get_every_token_by_step(model, draft):
     prompt, *rest = streamer.tokens
     assert streamer.ended
     assert torch.equal(torch.cat([prompt[0], *rest]), out.sequences[0])
+
+
+def test_a_round_streamer_is_told_of_steps(model, draft):
+    class Rounds(RoundStreamer):
+        def __init__(self):
+            self.rounds = []
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+        def put_round(self, rows, tokens, num_accepted):
+            self.rounds.append((list(rows), [len(step) for step in tokens], list(num_accepted)))
+
+    streamer = Rounds()
+    out = routed(model, draft, Scripted(alternating), streamer=streamer)
+    flat = [step for round_ in streamer.rounds for step in zip(*round_, strict=True)]
+    for (row, num_tokens, num_drafted), step in zip(flat, out.stats.steps, strict=True):
+        assert (row, num_tokens) == (step.row, step.num_tokens)
+        assert num_drafted == num_tokens if step.writer == "draft" else num_drafted <= num_tokens
 
 
 def test_a_draft_equal_to_the_target_is_accepted_whole(model):

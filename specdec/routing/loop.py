@@ -85,7 +85,8 @@ class StepLoop:
         last = [drafted[row].is_last if row in kept else self.target.stop.steps[row].is_last for row in rows]
         for row in rows:
             self._note(row, decisions[row], drafted[row].tokens, steps[row], view, perf_counter() - started)
-        self._commit({row: [*texts[row], *steps[row]] for row in rows}, steps, last)
+        num_drafted = [num_shared(drafted[row].tokens, steps[row]) for row in rows]
+        self._commit({row: [*texts[row], *steps[row]] for row in rows}, steps, num_drafted, last)
 
     def _draft_steps(self, rows: Sequence[int]) -> dict[int, Decision]:
         """Let the draft write every row's step; returns what was decided early."""
@@ -114,13 +115,25 @@ class StepLoop:
         session.hint({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
         self.target.write(dict.fromkeys(drafts, self.router.steps.max_tokens))
 
-    def _commit(self, texts: Mapping[int, Sequence[int]], steps: Sequence[Sequence[int]], last: Sequence[bool]) -> None:
-        """Bring both writers to the same text, pass it on, and let the rows go that have stopped."""
+    def _commit(
+        self,
+        texts: Mapping[int, Sequence[int]],
+        steps: Sequence[Sequence[int]],
+        num_drafted: Sequence[int],
+        last: Sequence[bool],
+    ) -> None:
+        """Bring both writers to the same text, pass it on, and let the rows go that have stopped.
+
+        Args:
+            num_drafted: how many of a step's first tokens are the draft's as it wrote them.
+        """
         for writer in (self.draft, self.target):
             writer.sync(texts)
             writer.begin_steps()
         self.stats.note_tokens(sum(map(len, steps)), perf_counter() - self._started)
         rows = self.target.sequences.rows
+        if self.feed is not None:
+            self.feed.put_round(rows, steps, num_drafted)
         for index, (row, tokens, is_last) in enumerate(zip(rows, steps, last, strict=True)):
             self._steps[row].append(tokens)
             if self.feed is not None:
