@@ -280,13 +280,13 @@ def main() -> None:
     problems = read_problems(arguments.problems)[: arguments.limit]
     for method in arguments.methods:
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
-    results = run(arguments, problems, arguments.output.with_suffix(".jsonl"))
+    results = run(arguments, problems, Path(f"{arguments.output}.jsonl"))
     rows = table(results, arguments.methods)
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     text = "\n".join(f"| {' | '.join(row)} |" for row in lines)
     command = shlex.join(["python", "-m", "bench.arbitrage", *sys.argv[1:]])
-    arguments.output.with_suffix(".md").write_text(f"`{command}`\n\n{text}\n")
-    draw(rows, arguments.output.with_suffix(".png"))
+    Path(f"{arguments.output}.md").write_text(f"`{command}`\n\n{text}\n")
+    draw(rows, Path(f"{arguments.output}.png"))
     print(text)
 
 
