@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile, zip_longest
+from math import inf
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -43,6 +44,8 @@ from trees import Draft, TokenTree, TreeBatch, WorthwhileChain
 _LOOKUP = 0
 """The place of prompt lookup among the sources of a run."""
 _LONGEST_LOOKUP = 24
+_HOPELESS = 0.01
+"""Expected tokens below which the rest of a proposal is not looked at."""
 _LONGEST_DRAFT = 12
 _HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
@@ -166,11 +169,17 @@ class _LookupSource(_Source):
         """The length at which proposals are worth most; None if there is none."""
         self._chains = self._lookup.trees(outlook.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
-        plans, tokens = [], outlook.plain.tokens
+        best, most, tokens = 0, -inf, outlook.plain.tokens
+        best_tokens = best_seconds = 0.0
         for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
+            if reach < _HOPELESS:
+                break
             tokens += reach
-            plans.append(Plan(source=_LOOKUP, length=width, tokens=tokens, seconds=outlook.seconds(width)))
-        return max(plans, key=outlook.worth, default=None)
+            seconds = outlook.seconds(width)
+            worth = tokens - outlook.pace * seconds
+            if worth > most:
+                best, most, best_tokens, best_seconds = width, worth, tokens, seconds
+        return Plan(source=_LOOKUP, length=best, tokens=best_tokens, seconds=best_seconds) if best else None
 
     def draft(self, length: int) -> Draft:
         chains = [TokenTree.chain(chain.tokens[:length]) for chain in self._chains]
