@@ -5,7 +5,7 @@ import sys
 import specdec
 from specdec.models import load
 from trees import GrowthPolicy
-from trees.layered import LayeredGrower
+from trees.layered import ChildByChildGrower
 
 
 class Broom(GrowthPolicy):
@@ -13,8 +13,8 @@ class Broom(GrowthPolicy):
         return BroomGrower(round_)
 
 
-class BroomGrower(LayeredGrower):
-    def _wants(self, slot, value):
+class BroomGrower(ChildByChildGrower):
+    def wants(self, slot, value):
         return len(slot.taken) < (3 if slot.parent is None else 1) and value > 0.02
 
 

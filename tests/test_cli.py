@@ -330,6 +330,7 @@ def test_bench_exits_with_1_if_an_output_differs(tiny: str, few: str, monkeypatc
         "transformers": True,
         "plain": False,
         "prompt-lookup": False,
+        "auto": False,
     }
 
 

@@ -36,22 +36,40 @@ from trees import (
     DySpec,
     DySpecThreshold,
     Fixed,
+    Grower,
     GrowthPolicy,
+    Round,
     Sequoia,
     TokenTree,
     TreeBatch,
     WorthwhileChain,
 )
+from trees.layered import ChildByChildGrower, Node
 
 CAUGHT = 1e-3
 """Total variation that a wrong rule must show."""
 
 CALIBRATION = Calibration(before=(0.6, 0.5), after=((0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
+
+
+class Broom(GrowthPolicy):
+    """A policy as users write it (docs/write-your-own.md)."""
+
+    def start(self, round_: Round) -> Grower:
+        return _BroomGrower(round_)
+
+
+class _BroomGrower(ChildByChildGrower):
+    def wants(self, slot: Node, value: float) -> bool:
+        return len(slot.taken) < (2 if slot.parent is None else 1) and value > 0.1
+
+
 VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
     "worthwhile chain": WorthwhileChain(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
+    "child by child": Broom(),
     "fixed": Fixed((2, 2)),
     "fixed deep": Fixed((2, 1, 1)),
     "sequoia": Sequoia(5, (0.6, 0.3)),

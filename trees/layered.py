@@ -212,6 +212,25 @@ class LayeredGrower(Grower):
         return spares
 
 
+class ChildByChildGrower(LayeredGrower):
+    """Asks about each child in turn: all that a policy of one's own has to say."""
+
+    @abstractmethod
+    def wants(self, slot: Node, value: float) -> bool:
+        """Whether a slot's next child is wanted, from its value and what the slot has already (`slot.taken`)."""
+
+    def _extend(self, slots: list[Node]) -> list[Node]:
+        self._fetch(slots)
+        new = []
+        for slot in slots:
+            while self.wants(slot, self._next_value(slot)):
+                child = self._take(slot)
+                if child is None:
+                    break
+                new.append(child)
+        return [node for node in new if self._may_have_children(node) and self.wants(node, node.bound)]
+
+
 def _depth_first(nodes: Sequence[Node]) -> list[Node]:
     """First children first: the likeliest paths stand where the caches need not move them."""
     children: dict[int, list[Node]] = defaultdict(list)
