@@ -4,9 +4,10 @@
         [--repetitions 3] [--max-new-tokens 64] [--threads 1] [--methods NAME ...] [--out NAME]
 
 Everyone decodes the same prompts (of a Spec-Bench file those whose ids are divisible by 3; the others were for tuning),
-greedily, interleaved in one process; times are whole calls, and medians of the repetitions. Outputs must equal plain
-decoding's but for numerical ties, or the run fails. A table goes to stdout; `--out NAME` also writes
-`bench/results/NAME.md` and `.json`. What was measured until Ctrl-C is reported.
+greedily, interleaved in one process, prefill included. Figures are ratios of medians of the repetitions: of wall time,
+and, with one thread, of that thread's CPU time, to which other programs add less. Outputs must equal plain decoding's
+but for numerical ties, or the run fails. A table goes to stdout; `--out NAME` also writes `bench/results/NAME.md` and
+`.json`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean, median
+from time import perf_counter, thread_time
 
 import torch
 
 import specdec
-from specdec.bench.equality import Verdict
-from specdec.bench.harness import BatchResult, Harness, Method, Settings
+from specdec.bench.equality import Verdict, compare
 from specdec.bench.methods import DrafterSpec
 from specdec.bench.suite import Prompt
 from specdec.models import load
+from specdec.prompting import encode_prompts
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN, AUTO = "plain", "auto"
@@ -60,87 +63,112 @@ def reporting_prompts(path: Path, limit: int) -> list[Prompt]:
     return [prompt for prompts in by_category.values() for prompt in prompts]
 
 
-def build(args: argparse.Namespace) -> Harness:
-    torch.set_num_threads(args.threads)
-    model, tokenizer, _ = load(args.model)
-    model = model.float()
-    draft = None
-    if args.draft is not None:
-        draft = specdec.prepare(load(args.draft).model, weights="int8")
-    if args.weights != "stock":
-        specdec.prepare(model, weights="int8" if args.weights == "int8" else None)
-    fixed = args.methods if args.methods is not None else GRID + (DRAFT_GRID if draft is not None else [])
-    methods = [Method(name, DrafterSpec.parse(name).build(draft)) for name in (PLAIN, AUTO, *fixed)]
-    settings = Settings(max_new_tokens=args.max_new_tokens, repetitions=args.repetitions, without_penalty=True)
-    return Harness(model, tokenizer, methods, settings)
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One prompt: for every method the seconds of each repetition."""
+
+    category: str
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+
+    def speedups(self, clock: str) -> dict[str, float]:
+        """Of every method over plain decoding."""
+        seconds = {name: median(each) for name, each in getattr(self, clock).items()}
+        return {name: seconds[PLAIN] / each for name, each in seconds.items()}
 
 
-def speedups(result: BatchResult) -> dict[str, float]:
-    """Of every method over plain decoding, on one prompt."""
-    seconds = {name: median(run.seconds for run in runs) for name, runs in result.runs.items()}
-    return {name: seconds[PLAIN] / each for name, each in seconds.items()}
+class Contest:
+    """A model, and the ways to decode with it."""
+
+    def __init__(self, args: argparse.Namespace):
+        torch.set_num_threads(args.threads)
+        self._model, self._tokenizer, _ = load(args.model)
+        draft = None if args.draft is None else specdec.prepare(load(args.draft).model, weights="int8")
+        self._model.float()
+        if args.weights != "stock":
+            specdec.prepare(self._model, weights="int8" if args.weights == "int8" else None)
+        fixed = args.methods if args.methods is not None else GRID + (DRAFT_GRID if draft is not None else [])
+        self._drafters = {name: DrafterSpec.parse(name).build(draft) for name in (PLAIN, AUTO, *fixed)}
+        self._repetitions = args.repetitions
+        self._settings = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
+        self.verdicts: Counter[Verdict] = Counter()
+
+    def measure(self, prompt: Prompt) -> Measured:
+        inputs = encode_prompts(self._tokenizer, [prompt.text])
+        num_prompt = inputs["input_ids"].shape[1]
+        wall, cpu = ({name: [] for name in self._drafters} for _ in range(2))
+        names, reference = list(self._drafters), None
+        for turn in range(self._repetitions):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                started, worked = perf_counter(), thread_time()
+                out = specdec.generate(self._model, **inputs, drafter=self._drafters[name], **self._settings)
+                wall[name].append(perf_counter() - started)
+                cpu[name].append(thread_time() - worked)
+                output = out[0, num_prompt:].tolist()
+                reference = reference or output
+                settings = {**self._settings, "pad_token_id": 0}
+                verdict = compare(self._model, inputs["input_ids"][0], reference, output, settings).verdict
+                self.verdicts[verdict] += 1
+        return Measured(category=prompt.category, wall=wall, cpu=cpu)
 
 
-def report(results: Sequence[BatchResult]) -> tuple[list[str], dict[str, object]]:
+def report(results: Sequence[Measured], clock: str) -> tuple[list[str], dict[str, object]]:
     """Lines of Markdown, and the same for JSON."""
     by_category: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for result in results:
-        by_category[result.category].append(speedups(result))
-    names = list(results[0].runs)
+        by_category[result.category].append(result.speedups(clock))
+    names = list(results[0].wall)
+    fixed = [name for name in names if name != AUTO]
     means = {
         category: {name: geometric_mean(one[name] for one in each) for name in names}
         for category, each in by_category.items()
     }
     overall = {name: geometric_mean(each[name] for each in means.values()) for name in names}
-    fixed = [name for name in names if name != AUTO]
-    worst = min(one[AUTO] for each in by_category.values() for one in each)
+    worst = sorted(one[AUTO] for each in by_category.values() for one in each)
     oracle = geometric_mean(max(each[name] for name in fixed) for each in means.values())
     best = max(fixed, key=overall.__getitem__)
-    slow = sum(one[AUTO] < 0.93 for each in by_category.values() for one in each)
-    lines = [f"| category | prompts | {' | '.join(names[1:])} |", "|---|--:|" + "--:|" * len(names[1:])]
+    lines = [f"| {clock} time | prompts | {' | '.join(names[1:])} |", "|---|--:|" + "--:|" * len(names[1:])]
     for category, each in means.items():
         cells = " | ".join(f"{each[name]:.2f}" for name in names[1:])
         lines.append(f"| {category} | {len(by_category[category])} | {cells} |")
-    lines.append(
-        f"| **geometric mean** | {len(results)} | {' | '.join(f'**{overall[name]:.2f}**' for name in names[1:])} |"
-    )
+    cells = " | ".join(f"**{overall[name]:.2f}**" for name in names[1:])
     lines += [
+        f"| **geometric mean** | {len(results)} | {cells} |",
         "",
-        f"auto: slowest category {min(each[AUTO] for each in means.values()):.2f}x plain, slowest prompt {worst:.2f}x, "
-        f"{slow} of {len(results)} prompts below 0.93x.",
-        f"auto over the best fixed setting of each category: {overall[AUTO] / oracle:.2f}; over the best single one "
-        f"({best}): {overall[AUTO] / overall[best]:.2f}.",
+        f"auto: slowest category {min(each[AUTO] for each in means.values()):.2f}x plain, slowest prompt "
+        f"{worst[0]:.2f}x, {sum(one < 0.93 for one in worst)} of {len(worst)} prompts below 0.93x; over the best fixed "
+        f"setting of each category {overall[AUTO] / oracle:.2f}, over the best single one ({best}) "
+        f"{overall[AUTO] / overall[best]:.2f}.",
+        "",
     ]
-    return lines, {"categories": means, "overall": overall, "worst_prompt": worst, "num_prompts": len(results)}
-
-
-def check(results: Sequence[BatchResult]) -> tuple[int, int]:
-    """How many outputs were compared, and how many differed by a tie. Exits if one differs by more."""
-    verdicts = [comparison.verdict for result in results for each in result.comparisons.values() for comparison in each]
-    if Verdict.DIFFERENT in verdicts:
-        sys.exit("an output differs from plain decoding by more than a numerical tie")
-    return len(verdicts), verdicts.count(Verdict.TIE)
+    return lines, {"categories": means, "overall": overall, "slowest_prompts": worst[:8], "num_prompts": len(results)}
 
 
 def main() -> None:
     args = parse_args()
-    harness, results = build(args), []
+    contest, results = Contest(args), []
+    prompts = reporting_prompts(args.prompts, args.limit)
+    contest.measure(prompts[0])  # warm
     try:
-        for result in harness.run(reporting_prompts(args.prompts, args.limit), on_call=lambda: None):
-            results.append(result)
-            each = ", ".join(f"{name} {speedup:.2f}" for name, speedup in speedups(result).items())
-            print(f"{result.category}: {each}", file=sys.stderr, flush=True)
+        for prompt in prompts:
+            results.append(contest.measure(prompt))
+            each = ", ".join(f"{name} {speedup:.2f}" for name, speedup in results[-1].speedups("cpu").items())
+            print(f"{prompt.category}: {each}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    num_compared, num_ties = check(results)
-    lines, document = report(results)
-    command = "python -m bench.control " + " ".join(
-        arg if arg.startswith("-") or "/" not in arg else arg.rsplit("/", 1)[-1] for arg in sys.argv[1:]
-    )
-    head = [f"    {command}", "", f"{num_compared} outputs compared with plain decoding's, {num_ties} ties.", ""]
-    print("\n".join([*head, *lines]))
+        print("interrupted: what was measured until then is reported", file=sys.stderr)
+    words = (word if word.startswith("-") else word.rsplit("/", 1)[-1] for word in sys.argv[1:])
+    compared, ties = contest.verdicts.total(), contest.verdicts[Verdict.TIE]
+    lines = [f"    python -m bench.control {' '.join(words)}", ""]
+    lines += [f"{compared} outputs compared with plain decoding's: {ties} ties, the others identical.", ""]
+    document: dict[str, object] = {}
+    for clock in ("cpu", "wall") if args.threads == 1 else ("wall",):
+        part, document[clock] = report(results, clock)
+        lines += part
+    print("\n".join(lines))
+    if contest.verdicts[Verdict.DIFFERENT]:
+        sys.exit("an output differs from plain decoding by more than a numerical tie")
     if args.out:
-        (RESULTS / f"{args.out}.md").write_text("\n".join([f"# {args.out}", "", *head, *lines, ""]), encoding="utf-8")
+        (RESULTS / f"{args.out}.md").write_text("\n".join([f"# {args.out}", "", *lines]), encoding="utf-8")
         (RESULTS / f"{args.out}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
