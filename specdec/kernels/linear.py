@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
         kind = "native" if self.library else "torch"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
-    def __deepcopy__(self, memo: dict) -> "Int8Linear":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Int8Linear":
         return self  # immutable, and possibly large: copies of a model share it
 
 
