@@ -12,7 +12,7 @@ import torch
 import specdec
 from specdec.control import ForwardCosts
 from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Outcome, QuantizedSelf, Run, SmallModel, auto
-from specdec.errors import UnsupportedOptionError
+from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
 from tests.test_sampling import assert_ragged_rows_are_exact, tiny
@@ -227,6 +227,26 @@ def test_runs_start_from_what_earlier_ones_have_shown(clock: Clock, case: tuple)
     traces = [seconds_of(clock, model, prompt, Auto(liar), 200)[1] for _ in range(8)]
     tries = [sum(choice["drafter"] == "OracleDrafter" for choice in trace) for trace in traces]
     assert tries[0] > tries[-1] == 0
+
+
+def test_what_was_started_is_closed_where_another_drafter_does_not_fit() -> None:
+    closed: list[bool] = []
+
+    class Closing(DraftSession):
+        def propose(self, max_depths: Sequence[int]) -> Draft:
+            return Draft(trees=TreeBatch.empty(len(max_depths)))
+
+        def close(self) -> None:
+            closed.append(True)
+
+    class Opens(Drafter):
+        def start(self, run: Run) -> DraftSession:
+            return Closing()
+
+    model = tiny_model("llama")
+    with pytest.raises(DraftError, match="vocabulary"):
+        speculate(model, random_prompts([9]), Auto(Opens(), SmallModel(tiny_model("llama", vocab_size=64))))
+    assert closed == [True]
 
 
 def test_outcomes_of_others_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,12 @@ class Auto(Drafter):
             )
         lookup = PromptLookup(num_tokens=_LONGEST_LOOKUP, min_match=1)
         session = _AutoSession(run, _LookupSource(run, lookup), brings_own=not self.drafters)
-        for drafter in self.drafters:
-            session.add(drafter)
+        try:
+            for drafter in self.drafters:
+                session.add(drafter)
+        except BaseException:
+            session.close()
+            raise
         return session
 
 
