@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 import specdec
 from specdec.control import ForwardCosts
-from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Outcome, QuantizedSelf, Run, SmallModel, auto
+from specdec.drafters import (
+    Auto,
+    Drafter,
+    DraftSession,
+    EarlyExit,
+    Outcome,
+    QuantizedSelf,
+    Run,
+    SmallModel,
+    auto,
+    auto_sources,
+)
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -27,23 +38,25 @@ SOURCES = {
 }
 
 
+def set_costs(monkeypatch: pytest.MonkeyPatch, costs_of: Callable[[object], ForwardCosts]) -> None:
+    for module in (auto, auto_sources):
+        monkeypatch.setattr(module, "costs_of", lambda model, num_rows=1: costs_of(model))
+
+
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What other tests have shown of a drafter is no part of this one."""
-    auto._known.clear()
+    auto_sources.known.clear()
     yield
-    auto._known.clear()
+    auto_sources.known.clear()
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost next to nothing, the target's forwards the same at any width: every source has its turn."""
     known: dict[object, ForwardCosts] = {}
-    monkeypatch.setattr(
-        auto,
-        "costs_of",  # the target's are asked for first
-        lambda model, num_rows=1: known.setdefault(model, ForwardCosts({1: 1e-6 if known else 1.0})),
-    )
+    # the target's are asked for first
+    set_costs(monkeypatch, lambda model: known.setdefault(model, ForwardCosts({1: 1e-6 if known else 1.0})))
 
 
 @pytest.mark.usefixtures("eager")
@@ -155,7 +168,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     costs = ForwardCosts(WIDTHS)
     monkeypatch.setattr(auto, "perf_counter", clock)
-    monkeypatch.setattr(auto, "costs_of", lambda model, num_rows=1: costs)
+    set_costs(monkeypatch, lambda model: costs)
     return clock
 
 
@@ -263,7 +276,7 @@ def test_outcomes_of_others_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
         def start(self, run: Run) -> DraftSession:
             return Watching()
 
-    monkeypatch.setattr(auto, "costs_of", lambda model, num_rows=1: ForwardCosts({1: 1.0}))
+    set_costs(monkeypatch, lambda model: ForwardCosts({1: 1.0}))
     model = tiny_model("llama")
     repeating = {"input_ids": torch.tensor([[5, 6, 7, 8] * 6]), "attention_mask": torch.ones((1, 24), dtype=torch.long)}
     trace = speculate(model, repeating, Auto(Watcher()), max_new_tokens=NUM_NEW).stats.trace
