@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -129,6 +131,7 @@ class _Checkpoint:
         if self.gguf_file is not None:
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         with _reading(f"the model {self.name}", self.remedy), _without_progress_bars():
+            self._check_layers(trust_remote_code)
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.location, use_safetensors=True, output_loading_info=True, **options
             )
@@ -137,6 +140,19 @@ class _Checkpoint:
                 f"the model {self.name} lacks {len(missing)} of its weights, {missing[0]} among them. {self.remedy}"
             )
         return model
+
+    def _check_layers(self, trust_remote_code: bool) -> None:
+        """A damaged configuration may ask for millions of layers, which are built before any of them is missed."""
+        files = [] if self.gguf_file is not None else sorted(Path(self.location).glob("*.safetensors"))
+        if not files:
+            return
+        config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
+        num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                num_tensors += len(tensors.keys())
+        if num_layers > num_tensors:
+            raise ValueError(f"config.json asks for {num_layers} layers, and the files hold {num_tensors} tensors")
 
 
 @contextlib.contextmanager

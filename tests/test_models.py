@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import zipfile
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from specdec import download, models
 from specdec.download import WheelFile
 from specdec.errors import ModelError, SpecdecError
+from specdec.testing import ByteTokenizer, tiny_model
 
 HIDDEN_SIZE = 32
 FEED_FORWARD_SIZE = 64
@@ -439,3 +441,13 @@ def test_damaged_demo_folder_says_how_to_repair_it(
     _truncate(models.pull_demo() / "model.safetensors", 1000)
     with pytest.raises(ModelError, match="run `specdec pull demo` again"):
         models.load("demo")
+
+
+def test_a_damaged_configuration_that_asks_for_millions_of_layers(tmp_path: Path) -> None:
+    """They used to be built one by one, for minutes, before any weight was missed."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 99_999_999}))
+    with pytest.raises(ModelError, match="asks for 99999999 layers"):
+        models.load(tmp_path)
