@@ -88,7 +88,7 @@ class Yield:
     nodes: float
 
 
-UNKNOWN_SOURCE = (Yield(tokens=1.5, steps=2.5, nodes=2.5), Yield(tokens=2.5, steps=3.0, nodes=3.0))
+UNKNOWN_SOURCE = (Yield(tokens=1.5, steps=2.5, nodes=2.5), Yield(tokens=3.0, steps=3.0, nodes=3.0))
 """What is believed of a source that has never been seen at work: two runs, a poor one and a good one."""
 
 
