@@ -132,6 +132,14 @@ class TestRounds:
     def test_a_long_round_that_brings_more_in_the_long_run_beats_a_short_one_of_better_ratio(self) -> None:
         assert plan(5.0, 2.6).worth(1.0) > plan(2.0, 1.0).worth(1.0)
 
+    def test_after_a_burst_the_quickest_plan_is_taken_not_the_shortest(self) -> None:
+        control = RoundControl()
+        burst, good = plan(24.0, 2.0), plan(3.0, 2.0)
+        for _ in range(5):
+            control.note(PLAIN, burst, 24, 2.0)
+        assert control.pace.now(PLAIN) > 3
+        assert control.choose(PLAIN, [good]) is good
+
     def test_plain_decoding_where_nothing_else_is_worth_it(self) -> None:
         control = RoundControl()
         assert control.choose(PLAIN, [plan(1.5, 1.6)]) is PLAIN

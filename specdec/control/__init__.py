@@ -12,7 +12,7 @@ from specdec.control.exits import (
     TokensPerLayer,
     TokensPerSecond,
 )
-from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory
+from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable
 
 __all__ = [
     "PLAIN",
@@ -31,5 +31,6 @@ __all__ = [
     "Yield",
     "YieldAverage",
     "YieldMemory",
+    "affordable",
     "costs_of",
 ]

@@ -73,6 +73,12 @@ class Pace:
         self._seconds = self._seconds * _PACE_DECAY + seconds
 
 
+def affordable(pace: float, plans: Iterable[Plan]) -> float:
+    """The pace, or that of the quickest plan, if none keeps up with it: what a burst has made will not come again by
+    waiting for it plainly."""
+    return min(pace, max(plan.tokens / plan.seconds for plan in plans))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yield:
     """What rounds of a source came to on average, for a row.
@@ -211,7 +217,7 @@ class RoundControl:
         self._since_plain += 1
         if not self.guard.is_on or self._since_plain > _PLAIN_EVERY:
             return plain
-        pace = self.pace.now(plain)
+        pace = affordable(self.pace.now(plain), [plain, *plans])
         best = max([plain, *plans], key=lambda plan: plan.worth(pace))
         for trial in trials:
             assert trial.source is not None

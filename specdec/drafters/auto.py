@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
 
-from specdec.control import Plan, RoundControl, costs_of
+from specdec.control import Plan, RoundControl, affordable, costs_of
 from specdec.drafters.auto_sources import LONGEST_LOOKUP, LOOKUP, LookupSource, ModelSource, Outlook, Source
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -120,7 +120,8 @@ class _AutoSession(DraftSession):
         elif plan.source == LOOKUP:
             draft = self._lookup.draft(plan.length)
         else:
-            draft = self._model_of(plan).draft(outlook)
+            pace = affordable(outlook.pace, [outlook.plain, plan])
+            draft = self._model_of(plan).draft(replace(outlook, pace=pace))
         self._control_seconds += decided - started
         self._round = _Round(
             outlook=outlook,

@@ -83,9 +83,6 @@ class Outlook:
         """Of a round that verifies so many drafted tokens in its longest row."""
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
-    def worth(self, plan: Plan) -> float:
-        return plan.worth(self.pace)
-
     def prices(self, step_seconds: float, longest: int) -> list[float]:
         """See `WorthwhileChain`."""
         longest = min(longest, max(self.max_depths))
@@ -177,10 +174,10 @@ class ModelSource(Source):
         plans = [self._round(place, each, outlook) for each in expected]
         expense = self._reading_seconds(outlook)
         if not self.has_begun:
-            plain_worth = outlook.worth(outlook.plain)
-            failures = [plan for plan in plans if outlook.worth(plan) <= plain_worth]
-            plans = [plan for plan in plans if outlook.worth(plan) > plain_worth]
-            loss = sum(plain_worth - outlook.worth(plan) for plan in failures) / outlook.pace
+            rate = outlook.plain.tokens / outlook.plain.seconds
+            failures = [plan for plan in plans if plan.worth(rate) <= 0]
+            plans = [plan for plan in plans if plan.worth(rate) > 0]
+            loss = -sum(plan.worth(rate) for plan in failures) / rate
             expense += _TRIAL_ROUNDS * loss / len(expected)
         if not plans:
             return None
