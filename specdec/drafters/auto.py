@@ -183,11 +183,13 @@ class _AutoSession(DraftSession):
         outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees
         if plan.source in (None, LOOKUP) or self._model_of(plan).session.draft_model is not None:
             outlook.costs.note(outlook.num_rows * (trees.width + 1), now - round_.drafted)
-        seconds = now - round_.started
+        seconds = now - round_.decided  # measuring costs, which comes before it, is done once
         if plan.source not in (None, LOOKUP):
             source = self._model_of(plan)
-            source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
             seconds = max(seconds - source.reading_seconds, 0.0)
+            if not source.has_begun:  # how long reading a prompt takes is a guess
+                seconds = min(seconds, plan.seconds)
+            source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
         self._lookup.learn(outcome)
         tokens, missed = sum(map(len, outcome.tokens)), 0.0
         if round_.offer is not None and plan.source is None:
