@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test conformance docs check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
-demo: $(READY)  ## fetch the demo model and measure it: about 7 minutes on 2 cores
+demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cores
 	$(BIN)/specdec pull demo
 	$(BIN)/specdec bench --model demo --weights float --methods prompt-lookup,quantized-self,auto --explain --limit 2 --threads 1
 
