@@ -59,7 +59,7 @@ class StopChecker:
 
     def _cut_by_token(self, length: int, tokens: Sequence[int]) -> tuple[int, bool]:
         for count, token in enumerate(tokens, start=1):
-            if token in self._eos or length + count == self.max_length:
+            if token in self._eos or length + count >= self.max_length:
                 return count, True
         return len(tokens), False
 

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import specdec
 from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
@@ -89,6 +95,12 @@ def test_max_new_tokens_wins_over_max_length(model: PreTrainedModel, drafter: Dr
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_a_limit_that_the_prompt_has_passed(model: PreTrainedModel, drafter: Drafter):
+    # one token is always written, and what is already longer than the limit does not run past it for ever
+    limit = StoppingCriteriaList([MaxLengthCriteria(max_length=PROMPT.shape[1] - 2)])
+    assert_stops_as_plain(model, drafter, num_new=1, stopping_criteria=limit)
+
+
 def test_the_length_that_transformers_falls_back_on(model: PreTrainedModel, drafter: Drafter):
     assert_stops_as_plain(model, drafter, max_new_tokens=None)
 
