@@ -377,7 +377,7 @@ def _left_to_luck(case: Case, plain: Result, ours: Result, difference: Differenc
 
 def _drawn_after_a_stop(case: Case, plain: Result, ours: Result, difference: Difference) -> bool:
     """Sampled rows agree up to the place where one of them has stopped."""
-    if not case.options["do_sample"] or len(plain.sequences) == 1 or difference.what in ("errors", "type", "dtype"):
+    if not case.options["do_sample"] or difference.what in ("errors", "type", "dtype") or len(plain.sequences) == 1:
         return False
     expected, actual = (side.sequences for side in (plain, ours))
     width = min(expected.shape[1], actual.shape[1])
@@ -413,6 +413,14 @@ EXPLAINED = (
         name="processors that raise at a prefix that is drafted and dropped",
         applies=lambda case, plain, ours, difference: (
             plain.error is None and case.options.get("forced_eos_token_id", 0) >= VOCAB_SIZE
+        ),
+    ),
+    Reason(
+        name="padding that is no token",
+        applies=lambda case, plain, ours, difference: (
+            isinstance(plain.error, IndexError)
+            and ours.error is None
+            and not 0 <= (case.options.get("pad_token_id") or 0) < VOCAB_SIZE
         ),
     ),
     Reason(
