@@ -33,6 +33,15 @@ class Accepted(NamedTuple):
     candidates: list[list[int]]
 
 
+class Committed(NamedTuple):
+    """For each row the accepted nodes of its tree, the tokens that a round has committed, and whether it stops."""
+
+    trees: TreeBatch
+    paths: Sequence[Sequence[int]]
+    tokens: Sequence[Sequence[int]]
+    stopped: Sequence[bool]
+
+
 @dataclass(kw_only=True, eq=False)
 class DecodingLoop:
     """One `generate()` call at work.
@@ -120,7 +129,7 @@ class DecodingLoop:
         self._commit_cache(paths, counts)
         for row, row_tokens in enumerate(tokens):
             self.sequences.commit(row, row_tokens)
-        self._report(draft.trees, paths, tokens, stopped)
+        self._report(Committed(draft.trees, paths, tokens, stopped))
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
@@ -137,14 +146,9 @@ class DecodingLoop:
             kept = [[0, *(node + 1 for node in path)][:count] for path, count in zip(paths, counts, strict=True)]
             self.target.commit(kept)
 
-    def _report(
-        self,
-        trees: TreeBatch,
-        paths: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-        stopped: Sequence[bool],
-    ) -> None:
-        """Tell the statistics, the recorder and the streamer what was committed."""
+    def _report(self, committed: Committed) -> None:
+        """Tell the statistics, the recorder and the streamer."""
+        trees, paths, tokens, stopped = committed
         rows, num_new = self.sequences.rows, self.sequences.num_new
         counts = [len(row_tokens) for row_tokens in tokens]
         if self.stats.num_new_tokens:

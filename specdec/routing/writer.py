@@ -21,7 +21,7 @@ from transformers import StoppingCriteriaList
 
 from routers import Segmenter, Signals
 from specdec.drafters.base import Outcome
-from specdec.loop import Accepted, DecodingLoop
+from specdec.loop import Accepted, Committed, DecodingLoop
 from specdec.sequences import Sequences
 from specdec.stopping import Scores, StopChecker
 from specdec.target import TreeModel
@@ -277,13 +277,8 @@ class StepWriter(DecodingLoop):
         ]
         self.target.commit(kept)
 
-    def _report(
-        self,
-        trees: TreeBatch,
-        paths: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-        stopped: Sequence[bool],
-    ) -> None:
+    def _report(self, committed: Committed) -> None:
+        trees, paths, tokens, _ = committed
         busy = [row for row, step in enumerate(self.stop.steps) if step.writing]
         self.stats.note_round(
             [self.sequences.rows[row] for row in busy],
