@@ -394,6 +394,7 @@ EXPLAINED = (
         applies=_refuses(*(f"{name}=" for name in REFUSED), "beam_search is not", "beam_sample is not"),
     ),
     Reason(name="rows that stop apart without an end-of-sequence token", applies=_refuses("pass eos_token_id= (and")),
+    Reason(name="inputs that drafted tokens would need too", applies=_refuses("how to continue these model inputs")),
     Reason(name="prompts padded to the right", applies=_refuses("prompts are padded to the left")),
     Reason(name="a draft model and embeddings", applies=_refuses("cannot read inputs_embeds")),
     Reason(name="embeddings in chunks", applies=_refuses("cuts input_ids, not inputs_embeds")),
