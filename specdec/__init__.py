@@ -7,6 +7,7 @@ specdec.enable(model)                                            # model.generat
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import (
+    CapacityError,
     DraftError,
     ModelError,
     NumericalError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityError",
     "DecodingStats",
     "DraftError",
     "ModelError",

@@ -5,7 +5,8 @@ SpecdecError
 ├── UnsupportedModelError   a model that cannot be decoded exactly (also a ValueError)
 ├── UnsupportedOptionError  a generate() option that is refused (also a ValueError)
 ├── DraftError              a drafter does not fit its target, or broke its contract (also a ValueError)
-└── NumericalError          the target's logits are not numbers
+├── NumericalError          the target's logits are not numbers
+└── CapacityError           an engine has no room for a request
 """
 
 
@@ -31,3 +32,7 @@ class DraftError(SpecdecError, ValueError):
 
 class NumericalError(SpecdecError):
     """The target's logits are not numbers."""
+
+
+class CapacityError(SpecdecError):
+    """An engine has no room for a request: its queue is full, or the request would never fit into its memory."""

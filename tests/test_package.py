@@ -13,7 +13,7 @@ import pytest
 import specdec
 from specdec import errors
 
-PACKAGES = ("specdec", "specdec.drafters", "trees", "routers")
+PACKAGES = ("specdec", "specdec.drafters", "specdec.engine", "trees", "routers")
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -1,0 +1,16 @@
+"""The decoding loop as an engine: requests join and leave the batch between rounds."""
+
+from specdec.engine.engine import Engine
+from specdec.engine.request import Generation, GenerationStats, Request, TokenLogprobs
+from specdec.engine.thread import EngineThread
+from specdec.errors import CapacityError
+
+__all__ = [
+    "CapacityError",
+    "Engine",
+    "EngineThread",
+    "Generation",
+    "GenerationStats",
+    "Request",
+    "TokenLogprobs",
+]

@@ -1,0 +1,105 @@
+"""What is asked of an engine, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A prompt, and how it is to be continued. What other requests are at work changes nothing of the result.
+
+    Args:
+        prompt: real token ids, at least one, without padding.
+        config: as for `model.generate()`: max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty,
+            eos_token_id, stop_strings (the engine then needs a tokenizer), ... Fields that are not set are the model's
+            own. One continuation a request: `num_return_sequences` is refused.
+        seed: sampled output depends on nothing but the request and this; None takes a fresh one.
+        logits_processor: the request's own, a grammar for example. They are called with one row, [1, L] and [1, V],
+            and must be functions of their arguments: they also see prefixes that are drafted and then dropped.
+        stopping_criteria: the request's own, called with one row.
+        num_logprobs: None for none; k: of every committed token its log-probability, and the k likeliest.
+        on_tokens: called with the new tokens, in the engine's thread, after every round that committed some.
+        on_finish: called in the engine's thread, exactly once, when nothing more comes.
+    """
+
+    prompt: Sequence[int]
+    config: GenerationConfig
+    seed: int | None = None
+    logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    num_logprobs: int | None = None
+    on_tokens: Callable[[Sequence[int]], None] | None = None
+    on_finish: Callable[[Generation], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the target itself, before any processor.
+
+    Args:
+        logprob: of the committed token.
+        top_ids: the likeliest tokens, the likeliest first.
+        top_logprobs: theirs.
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationStats:
+    """Counts and times of one request; times in seconds.
+
+    Attributes:
+        num_reused_tokens: of the prompt, whose keys and values were known.
+        rounds: that the request took part in.
+        drafted, accepted: tokens, in these rounds.
+        queued_seconds: from `submit` until the prompt began to be read.
+        prefill_seconds: spent on reading the prompt.
+        first_token_seconds: from `submit` to the first token; None before.
+        seconds: from `submit` to the end (until now, while it goes on).
+    """
+
+    num_prompt_tokens: int
+    num_reused_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    queued_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+
+
+class Generation:
+    """A request under way, or done. Written by the engine's thread; others may read.
+
+    Attributes:
+        request: what was asked.
+        tokens: new tokens so far; an end-of-sequence token is the last of them.
+        finish_reason: None while it goes on; "stop" (end of sequence, stop string, criterion), "length" (no more tokens
+            were allowed), "cancelled", or "error".
+        error: what went wrong, if that is the reason.
+        logprobs: one entry a token, None if they were not asked for.
+        stats: counts and times.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+        self.logprobs: list[TokenLogprobs] | None = None if request.num_logprobs is None else []
+        self.stats = GenerationStats(num_prompt_tokens=len(request.prompt))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
