@@ -242,6 +242,19 @@ def test_runs_start_from_what_earlier_ones_have_shown(clock: Clock, case: tuple)
     assert tries[0] > tries[-1] == 0
 
 
+def test_a_drafter_that_disappointed_is_tried_again(clock: Clock, case: tuple) -> None:
+    """And seldom: until then the runs are hardly slower than plain ones."""
+    model, prompt, output = case
+    plain, _ = seconds_of(clock, model, prompt, specdec.drafters.Plain(), 200)
+    runs = [seconds_of(clock, model, prompt, Auto(OracleDrafter(clock, output, 0.0)), 200) for _ in range(12)]
+    assert sum(spent for spent, _ in runs) <= 12 * plain / 0.98
+    good = Auto(OracleDrafter(clock, output, 0.95))
+    traces = [seconds_of(clock, model, prompt, good, 200)[1] for _ in range(24)]
+    used = [sum(choice["drafter"] == "OracleDrafter" for choice in trace) for trace in traces]
+    assert used[0] == 0
+    assert used[-1] > 0.8 * len(traces[-1])
+
+
 def test_what_was_started_is_closed_where_another_drafter_does_not_fit() -> None:
     closed: list[bool] = []
 

@@ -23,6 +23,8 @@ from specdec.target import TreeModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of the forwards that are timed. All of them cost the demo model half a second, once."""
+_OFTEN = 4
+"""Of these widths are timed several times before a wider one is: rounds of one row are seldom wider."""
 _TIME_LIMIT_S = 1.0
 """No further forward is timed after this; what was not measured follows from what was."""
 _CONTEXT = 32
@@ -125,11 +127,10 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     if perf_counter() - started > time_limit_s:  # a prompt takes no longer than a token: weights come from far away
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
-    for repetition in range(_REPETITIONS):
-        for width in WIDTHS:
-            if perf_counter() - started > time_limit_s and (repetition or width > 2):
-                return seconds
-            seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
+    for width in [*WIDTHS[:_OFTEN] * _REPETITIONS, *WIDTHS[_OFTEN:] * _REPETITIONS]:
+        if perf_counter() - started > time_limit_s and len(seconds) > 1:
+            break
+        seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
     return seconds
 
 

@@ -204,7 +204,7 @@ class RoundControl:
         self.pace = Pace()
         self.guard = Guard()
         self._probes: defaultdict[int, Probes] = defaultdict(Probes)
-        self._elapsed = 0.0
+        self.elapsed_seconds = 0.0
         self._probed_seconds = 0.0
         self._since_plain = 0
 
@@ -227,7 +227,7 @@ class RoundControl:
                 continue
             probes.passed_over()
             loss = (best.worth(pace) - trial.worth(pace)) / pace
-            if probes.is_due and self._probed_seconds + loss <= _PROBE_SHARE * self._elapsed:
+            if probes.is_due and self._probed_seconds + loss <= _PROBE_SHARE * self.elapsed_seconds:
                 self._probed_seconds += loss
                 probes.chosen(as_probe=True)
                 return trial
@@ -241,7 +241,7 @@ class RoundControl:
             plan: what was done, and took so many seconds.
             missed_seconds: without a draft, what one that was at hand would have saved; negative for a loss.
         """
-        self._elapsed += seconds
+        self.elapsed_seconds += seconds
         seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
         self.pace.note(tokens, seconds)
         drafted = plan.source is not None
@@ -249,4 +249,4 @@ class RoundControl:
             self._since_plain = 0
         saved = tokens / plain.tokens * plain.seconds - seconds if drafted else missed_seconds
         if drafted or not self.guard.is_on:
-            self.guard.note(saved, self._elapsed, plain.seconds)
+            self.guard.note(saved, self.elapsed_seconds, plain.seconds)

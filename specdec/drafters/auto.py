@@ -150,7 +150,7 @@ class _AutoSession(DraftSession):
     def close(self) -> None:
         self._lookup.session.close()
         for source in self._models:
-            source.close()
+            source.close(self._control.elapsed_seconds)
 
     @property
     def _sources(self) -> list[Source]:
@@ -177,7 +177,11 @@ class _AutoSession(DraftSession):
                 plans.append(plan)
                 if source.has_begun:
                     trials.append(plan)
-        return self._control.choose(outlook.plain, plans, trials)
+        best = self._control.choose(outlook.plain, plans, trials)
+        for place, source in enumerate(self._models, start=LOOKUP + 1):
+            if best.source in (None, LOOKUP) and (trial := source.trial(place, best, outlook)):
+                return trial
+        return best
 
     def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
         outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees

@@ -42,6 +42,10 @@ _HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
 _TRIAL_ROUNDS = 3
 """Rounds that it takes to know that a drafter does not pay in this run."""
+_TRIAL_SHARE = 0.04
+"""Of the time of the runs without a drafter may go into trying it again; halved for each run in a row in
+which it did not pay."""
+_MOST_FAILURES = 5
 _UNKNOWN_STEP = 0.2
 """Of a plain round, for a step of a drafter that has never been timed."""
 
@@ -54,6 +58,14 @@ class _Known:
     yields: YieldMemory = field(default_factory=YieldMemory)
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
+    failures: int = 0
+    """Runs in a row in which it was at work and did not pay."""
+    seconds_without: float = 0.0
+    """Of the runs since then, in which it was not at work."""
+
+    def trial_seconds(self) -> float:
+        """What may be lost by beginning with it all the same."""
+        return _TRIAL_SHARE * self.seconds_without / 2 ** min(self.failures, _MOST_FAILURES)
 
 
 known: WeakKeyDictionary[PreTrainedModel, dict[object, _Known]] = WeakKeyDictionary()
@@ -157,6 +169,8 @@ class ModelSource(Source):
         super().__init__(run, drafter, drafter.start(run))
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
+        self._pays = False
+        self._is_on_trial = False
         self.reading_seconds = 0.0
         """Of the last draft, as expected: an expense for the rounds to come."""
 
@@ -181,10 +195,29 @@ class ModelSource(Source):
             expense += _TRIAL_ROUNDS * loss / len(expected)
         if not plans:
             return None
+        if self.has_begun:
+            self._pays = plans[0].worth(outlook.plain.tokens / outlook.plain.seconds) > 0
         tokens, seconds = (mean(column) for column in zip(*((p.tokens, p.seconds) for p in plans), strict=True))
         rounds_left = min(max(outlook.max_depths), _HORIZON) / (tokens / outlook.num_rows)
         paying_rounds = max(rounds_left * len(plans) / len(expected), 1.0)
         return replace(plans[0], tokens=tokens, seconds=seconds + expense / paying_rounds)
+
+    def trial(self, place: int, best: Plan, outlook: Outlook) -> Plan | None:
+        """A round of a drafter that has not paid lately, to see whether it does in this run; None: that is too dear.
+
+        Without it, a drafter that was unlucky once, or mistimed, would not be heard of again.
+
+        Args:
+            best: what would be done instead.
+        """
+        if self._yields.num_rounds >= _TRIAL_ROUNDS or max(outlook.max_depths) < _HORIZON:
+            return None
+        plan = self._round(place, self._known.yields.mean, outlook)
+        if not self.has_begun:
+            pace = best.tokens / best.seconds
+            loss = self._reading_seconds(outlook) - _TRIAL_ROUNDS * min(plan.worth(pace), 0.0) / pace
+            self._is_on_trial = loss <= self._known.trial_seconds()
+        return plan if self._is_on_trial else None
 
     def draft(self, outlook: Outlook) -> Draft:
         self._forwards = self.session.num_forwards
@@ -208,7 +241,13 @@ class ModelSource(Source):
             for row, path in zip(trees.rows, outcome.paths, strict=True):
                 self.acceptance.note_chain(row.probs or (), len(path))
 
-    def close(self) -> None:
+    def close(self, elapsed_seconds: float) -> None:
+        """The run is over, after so much time."""
+        known = self._known
+        if self.has_begun:
+            known.seconds_without, known.failures = 0.0, 0 if self._pays else known.failures + 1
+        else:
+            known.seconds_without += elapsed_seconds
         self._yields.close()
         self.session.close()
 
