@@ -387,6 +387,13 @@ def _drawn_after_a_stop(case: Case, plain: Result, ours: Result, difference: Dif
     return first > 0 and any(len(rest) == 0 or is_over(rest) for rest in rests)
 
 
+def _padding(case: Case) -> int:
+    """What finished rows are filled with: the first end-of-sequence token, unless the call says otherwise."""
+    eos, pad = case.options.get("eos_token_id"), case.options.get("pad_token_id")
+    first = eos[0] if isinstance(eos, list) else eos
+    return next((token for token in (pad, first) if token is not None), 0)
+
+
 EXPLAINED = (
     Reason(name="refused on both sides, in other words", applies=_both_refuse),
     Reason(
@@ -421,7 +428,7 @@ EXPLAINED = (
         applies=lambda case, plain, ours, difference: (
             isinstance(plain.error, IndexError)
             and ours.error is None
-            and not 0 <= (case.options.get("pad_token_id") or 0) < VOCAB_SIZE
+            and not 0 <= _padding(case) < VOCAB_SIZE
         ),
     ),
     Reason(

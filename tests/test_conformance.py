@@ -44,7 +44,7 @@ def test_random_calls(request: pytest.FixtureRequest) -> None:
         plain, ours = run_case(case)
         found = differences(case, plain, ours)
         unexplained = [f"{difference.what}: {difference.detail}" for difference in found if difference.reason is None]
-        assert not unexplained, "\n".join(unexplained)
+        assert not unexplained, "\n".join([repr(case), *unexplained])
         for name in {difference.reason for difference in found} or {"alike"}:
             tally[name] += 1
         tally["outputs compared"] += plain.error is None and ours.error is None
