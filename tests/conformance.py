@@ -426,9 +426,7 @@ EXPLAINED = (
     Reason(
         name="padding that is no token",
         applies=lambda case, plain, ours, difference: (
-            isinstance(plain.error, IndexError)
-            and ours.error is None
-            and not 0 <= _padding(case) < VOCAB_SIZE
+            isinstance(plain.error, IndexError) and ours.error is None and not 0 <= _padding(case) < VOCAB_SIZE
         ),
     ),
     Reason(

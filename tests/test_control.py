@@ -64,6 +64,15 @@ class TestForwardCosts:
         assert costs.seconds(1) == pytest.approx(1.0, rel=0.1)
         assert costs.seconds(8) == pytest.approx(4.0, rel=0.1)
 
+    def test_a_round_takes_no_longer_than_wider_ones_have_taken(self) -> None:
+        costs = ForwardCosts({1: 1.0, 2: 1.0, 4: 3.0, 8: 3.1})
+        for _ in range(5):
+            costs.note(1, 1.0)
+            costs.note(8, 1.24)
+        assert costs.seconds(4) == pytest.approx(1.24)
+        assert costs.seconds(2) == pytest.approx(1.0)
+        assert costs.seconds(16) > 3.1, "nothing is known of wider ones"
+
     def test_measured_once_for_a_model_and_corrected_by_batch_size(self) -> None:
         model = tiny_model("llama")
         costs = costs_of(model)

@@ -57,6 +57,8 @@ class ForwardCosts:
         self.drift = 1.0
         """How much longer rounds take now than was measured."""
         self._corrections: dict[int, float] = {}
+        self._ceilings: dict[int, float] = {}
+        """What the widest rounds of these octaves take, before the drift."""
 
     def measured(self, num_tokens: int) -> float:
         """As measured at the start."""
@@ -65,8 +67,11 @@ class ForwardCosts:
         return self._table[num_tokens]
 
     def seconds(self, num_tokens: int) -> float:
-        """As expected now."""
-        return self.measured(num_tokens) * self.drift * self._corrections.get(_octave(num_tokens), 1.0)
+        """As expected now: no more than wider rounds have taken."""
+        octave = _octave(num_tokens)
+        own = self.measured(num_tokens) * self._corrections.get(octave, 1.0)
+        wider = (seconds for other, seconds in self._ceilings.items() if other > octave)
+        return self.drift * min([own, *wider])
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
@@ -79,6 +84,7 @@ class ForwardCosts:
             own.append(ratio / self.drift)
             if len(own) >= _MIN_OWN:
                 self._corrections[octave] = median(own)
+                self._ceilings[octave] = self.measured(1 << octave) * self._corrections[octave]
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
