@@ -52,7 +52,7 @@ class ForwardCosts:
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
         self._seconds = least[::-1]
         self._table: dict[int, float] = {}
-        self._drifts: deque[float] = deque(maxlen=_MEMORY)
+        self._drifts = deque([1.0, 1.0], maxlen=_MEMORY)  # the measurement: a first slow round does not outvote it
         self._own: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_MEMORY))
         self.drift = 1.0
         """How much longer rounds take now than was measured."""

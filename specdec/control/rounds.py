@@ -103,6 +103,7 @@ class YieldMemory:
 
     def __init__(self) -> None:
         self._runs: deque[Yield] = deque(UNKNOWN_SOURCE, maxlen=_REMEMBERED_RUNS)
+        self.num_runs = 0
 
     @property
     def runs(self) -> Sequence[Yield]:
@@ -114,6 +115,7 @@ class YieldMemory:
 
     def add(self, run: Yield) -> None:
         self._runs.append(run)
+        self.num_runs += 1
 
 
 def mean_yield(yields: Iterable[Yield]) -> Yield:

@@ -38,8 +38,12 @@ LONGEST_LOOKUP = 24
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
 _LONGEST_DRAFT = 12
+_FIRST_DRAFT = 4
+"""Longest draft of a source that no run has seen at work yet; one more token with every round."""
 _HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
+_READING_SHARE = 0.1
+"""Of a draft's time: where reading took more, what the steps took is not known, as reading is only estimated."""
 _TRIAL_ROUNDS = 3
 """Rounds that it takes to know that a drafter does not pay in this run."""
 _TRIAL_SHARE = 0.04
@@ -222,20 +226,23 @@ class ModelSource(Source):
     def draft(self, outlook: Outlook) -> Draft:
         self._forwards = self.session.num_forwards
         self.reading_seconds = self._reading_seconds(outlook)
+        longest = _LONGEST_DRAFT
+        if not self._known.yields.num_runs:
+            longest = min(longest, _FIRST_DRAFT + self._yields.num_rounds)
         if isinstance(self.session, GrowingSession):
             self.session.policy = WorthwhileChain(
-                prices=outlook.prices(self._step_seconds(outlook), _LONGEST_DRAFT),
+                prices=outlook.prices(self._step_seconds(outlook), longest),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
             )
-        return self.session.propose([min(depth, _LONGEST_DRAFT) for depth in outlook.max_depths])
+        return self.session.propose([min(depth, longest) for depth in outlook.max_depths])
 
     def learn(self, outcome: Outcome, draft: Draft, draft_seconds: float, outlook: Outlook) -> None:
         """What became of this source's own draft, which took so long to make."""
         trees, num_rows = draft.trees, outlook.num_rows
         steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
-        if steps and self.reading_seconds < draft_seconds / 2:
+        if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
             self._note_step(outlook, (draft_seconds - self.reading_seconds) / steps)
         if trees.is_chain and trees.rows is not None:
             for row, path in zip(trees.rows, outcome.paths, strict=True):
