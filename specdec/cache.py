@@ -3,7 +3,8 @@
 Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
 of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
 commit, at `lengths[row] + 0, + 1, ...`. `commit` keeps a path through the tail and forgets the rest; `rollback`
-forgets it all. Buffers grow by half of their size, so a generation of n tokens copies O(n).
+forgets it all. Buffers grow by half of their size, so a generation of n tokens copies O(n). Rows join at the end and
+leave anywhere; buffers have room for more rows than there are, so that neither copies more than the rows that move.
 
 All positions are kept, in sliding-window layers too: there the mask hides what has left the window.
 
@@ -31,6 +32,8 @@ RowStates: TypeAlias = list[tuple[Tensor, Tensor]]
 """Committed keys and values of one row, each [H, S, D], layer by layer."""
 
 _MIN_CAPACITY = 64
+_MOST_ROOM = 4
+"""Times the rows, or the slots of the longest row: buffers with room for more are replaced when rows leave."""
 
 
 def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -166,24 +169,61 @@ class TreeCache(Cache):
         self.rollback()
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only these rows, in this order. Cheapest where few of them change their place."""
         assert self.tail == 0, "rows leave between rounds"
-        self.lengths = [self.lengths[row] for row in rows]
+        lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            layer.select_rows(rows, lengths)
+        self.lengths = lengths
+        self._slots_memo = None
+
+    def join(self, states: RowStates | None = None) -> None:
+        """A row more, at the end.
+
+        Args:
+            states: what it has committed already (copied); None for nothing.
+        """
+        assert self.tail == 0, "rows join between rounds"
+        self.lengths.append(0)
         self._slots_memo = None
         for layer in self.layers:
-            layer.select_rows(rows)
+            layer.make_room(self.num_rows)
+        if states is not None:
+            self.write_row(self.num_rows - 1, states)
+
+    def write_row(self, row: int, states: RowStates) -> None:
+        """Make these a row's committed states (copied); it has none yet."""
+        assert self.tail == self.lengths[row] == 0, "the row is empty"
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer.write_row(row, keys, values)
+        self.lengths[row] = states[0][0].shape[1]
+        self._slots_memo = None
+
+    def clear_row(self, row: int) -> None:
+        """Overwrite what a row has left in the buffers: what is no number would reach whoever gets its place."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[row], layer.values[row] = 0, 0
 
     def row_states(self, row: int) -> RowStates:
         """Copies of a row's committed states."""
+        return [(keys.clone(), values.clone()) for keys, values in self.row_views(row)]
+
+    def row_views(self, row: int) -> RowStates:
+        """A row's committed states, which hold until the next change; a row that never had any has none."""
         length = self.lengths[row]
-        return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self.layers]
+        return [
+            (layer.keys[row, :, :length], layer.values[row, :, :length])
+            for layer in self.layers
+            if layer.is_initialized
+        ]
 
     def check_integrity(self) -> None:
         """Assert what must hold between rounds."""
         for layer in self.layers:
             assert layer.tail == 0
             if layer.keys is not None:
-                assert layer.keys.shape[0] == layer.values.shape[0] == self.num_rows
+                assert layer.keys.shape[0] == layer.values.shape[0] >= self.num_rows
                 assert layer.keys.shape[2] >= max(self.lengths)
 
     def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +238,7 @@ class TreeCache(Cache):
 
 
 class _TreeLayer(CacheLayerMixin):
-    """One layer's buffers [B, H, capacity, D]; the book-keeping of rows is the cache's."""
+    """One layer's buffers [R, H, capacity, D], R >= B; the book-keeping of rows is the cache's."""
 
     is_sliding = False
 
@@ -221,37 +261,74 @@ class _TreeLayer(CacheLayerMixin):
         """Append T slots to the tail; returns views of everything written so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[2]
+        num_rows, _, count, _ = key_states.shape
         stop = self.get_seq_length() + count
         if stop > self._capacity:
-            self._grow(stop)
+            self._resize(len(self.keys), max(stop, self._capacity + self._capacity // 2))
         if self._cache.is_uniform:
-            self.keys[:, :, stop - count : stop] = key_states
-            self.values[:, :, stop - count : stop] = value_states
+            self.keys[:num_rows, :, stop - count : stop] = key_states
+            self.values[:num_rows, :, stop - count : stop] = value_states
         else:
             rows_BT, slots_BT = self._cache.slots(self.tail, count)
             self.keys[rows_BT, :, slots_BT] = key_states.transpose(1, 2)
             self.values[rows_BT, :, slots_BT] = value_states.transpose(1, 2)
         self.tail += count
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        return self.keys[:num_rows, :, :stop], self.values[:num_rows, :, :stop]
 
-    def _grow(self, needed: int) -> None:
-        extra = max(needed, self._capacity + self._capacity // 2) - self._capacity
-        self.keys, self.values = (
-            torch.cat([buffer, buffer.new_zeros((*buffer.shape[:2], extra, buffer.shape[3]))], dim=2)
-            for buffer in (self.keys, self.values)
-        )
-        self._capacity += extra
+    def _resize(self, num_rows: int, capacity: int) -> None:
+        """Larger buffers, with everything that is in these."""
+        used = self.get_seq_length()
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros((num_rows, old.shape[1], capacity, old.shape[3]))
+            new[: len(old), :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+        self._capacity = capacity
+
+    def make_room(self, num_rows: int) -> None:
+        """For so many rows."""
+        if self.is_initialized and num_rows > len(self.keys):
+            self._resize(max(num_rows, 2 * len(self.keys)), self._capacity)
+
+    def write_row(self, row: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Fill a row from its first slot on; the states are [H, S, D]."""
+        count = key_states.shape[1]
+        if not self.is_initialized:
+            self._capacity = max(self._capacity, count)
+            rows = [states.expand(self._cache.num_rows, -1, -1, -1) for states in (key_states, value_states)]
+            self.lazy_initialization(*rows)
+        elif count > self._capacity:
+            self._resize(len(self.keys), max(count, self._capacity + self._capacity // 2))
+        self.keys[row, :, :count], self.values[row, :, :count] = key_states, value_states
 
     def move(self, rows: Any, sources: Any, targets: Any) -> None:
         """Copy slots; rows, sources and targets index together."""
         for buffer in (self.keys, self.values):
             buffer[rows, :, targets] = buffer[rows, :, sources]
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        if self.is_initialized:
+    def select_rows(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep these rows, of these lengths."""
+        if not self.is_initialized:
+            return
+        moves = [(old, new) for new, old in enumerate(rows) if old != new]
+        overwritten = {new for _, new in moves}
+        # a row may be moved in place if its old place is not taken before its turn
+        is_safe = all(old > new or old not in overwritten for old, new in moves)
+        longest = max(lengths, default=0)
+        has_much_room = self._capacity > _MOST_ROOM * max(longest, _MIN_CAPACITY)
+        if not rows:
+            self.keys = self.values = None  # type: ignore[assignment]  # as before the first update
+            self._capacity, self.is_initialized = _MIN_CAPACITY, False
+        elif is_safe and len(self.keys) <= _MOST_ROOM * len(rows) and not has_much_room:
+            for old, new in moves:
+                for buffer in (self.keys, self.values):
+                    buffer[new, :, : lengths[new]] = buffer[old, :, : lengths[new]]
+        else:
+            self._capacity = 2 * max(longest, _MIN_CAPACITY) if has_much_room else self._capacity
             rows_B = torch.tensor(rows, device=self.keys.device)
-            self.keys, self.values = self.keys.index_select(0, rows_B), self.values.index_select(0, rows_B)
+            self.keys, self.values = (
+                buffer[:, :, : self._capacity].index_select(0, rows_B) for buffer in (self.keys, self.values)
+            )
 
     def get_seq_length(self) -> int:
         return max(self._cache.lengths, default=0) + self.tail

@@ -86,14 +86,21 @@ def check_positions(model: PreTrainedModel, prompt_length: int, max_length: int)
         raise UnsupportedOptionError(
             f"the prompt has {prompt_length} tokens but {type(model).__name__} has {limit} positions: shorten it"
         )
+    original = rotation_limit(model)
+    if original is not None and prompt_length <= original < max_length:
+        raise UnsupportedOptionError(
+            f"this model changes its rotary embedding at {original} tokens, which a run from {prompt_length} to "
+            f"{max_length} would cross: lower max_new_tokens or use model.generate()"
+        )
+
+
+def rotation_limit(model: PreTrainedModel) -> int | None:
+    """Number of positions past which the rotary embedding of all positions changes; None if it never does."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings", limit)
-    if rope.get("rope_type") in ("dynamic", "longrope") and prompt_length <= original < max_length:
-        raise UnsupportedOptionError(
-            f"this model changes its rotary embedding at {original} tokens (rope_type {rope['rope_type']!r}), which "
-            f"a run from {prompt_length} to {max_length} would cross: lower max_new_tokens or use model.generate()"
-        )
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    return rope.get("original_max_position_embeddings", position_limit(model))
 
 
 @torch.no_grad()

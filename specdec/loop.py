@@ -1,4 +1,4 @@
-"""The decoding loop: propose -> verify -> accept -> commit, until every row has stopped.
+"""The decoding loop: propose -> verify -> accept -> commit, until every row has stopped. Rows may join between rounds.
 
 A round drafts a tree for each unfinished row, forwards all of them in one pass of the target, keeps the part that
 the target agrees with, and commits it with one more token. `docs/structures.md` walks through it.
@@ -6,7 +6,7 @@ the target agrees with, and commits it with one more token. `docs/structures.md`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.acceptance import Acceptance
+from specdec.cache import RowStates
 from specdec.drafters.base import DraftSession, Outcome
 from specdec.recording import Recorder
 from specdec.sampling import Prefixes, Sampler
@@ -136,8 +137,10 @@ class DecodingLoop:
     def _max_depths(self) -> list[int]:
         """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""
         return [
-            max(0, min(self.stop.max_length - length, self.context_length - cached) - 1)
-            for length, cached in zip(self.sequences.lengths, self.target.cache.lengths, strict=True)
+            max(0, min(limit - length, self.context_length - cached) - 1)
+            for limit, length, cached in zip(
+                self.stop.limits(self.sequences), self.sequences.lengths, self.target.cache.lengths, strict=True
+            )
         ]
 
     def _commit_cache(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
@@ -165,19 +168,39 @@ class DecodingLoop:
                 self.feed.put(row, row_tokens, finished)
             self.feed.flush()
 
-    def _let_go(self, stopped: Sequence[bool]) -> None:
-        """Rows that have stopped leave every part of the run."""
-        if not any(stopped):
-            return
-        for index, finished in enumerate(stopped):
-            if finished:
-                row = self.sequences.rows[index]
-                self.recorder.finish(row, self.sequences.prefix(index), self.target.cache, index)
-        stay = [row for row, finished in enumerate(stopped) if not finished]
+    def join(self, tokens: Sequence[int], states: RowStates | None) -> int:
+        """A row more, between two rounds. Its last token is the root of its first round.
+
+        Args:
+            tokens: its prompt, without padding.
+            states: of all tokens but the last, copied; None if there is but one token.
+
+        Returns:
+            Its number in `sequences.rows`.
+        """
+        number = self.sequences.join(tokens)
+        self.target.join(states)
+        self.session.join()
+        return number
+
+    def leave(self, gone: Collection[int]) -> None:
+        """Rows of these indices leave every part of the run; the last ones take their places."""
+        stay = [index for index in range(len(self.sequences)) if index not in gone]
+        num_left = len(stay)
+        movers = iter(stay[::-1])
+        stay = [index if index not in gone else next(movers) for index in range(num_left)]
         self.sequences.select_rows(stay)
-        if stay:
-            self.target.select_rows(stay)
-            self.session.select_rows(stay)
+        self.target.select_rows(stay)
+        self.session.select_rows(stay)
+
+    def _let_go(self, stopped: Sequence[bool]) -> None:
+        """Rows that have stopped leave."""
+        gone = {index for index, finished in enumerate(stopped) if finished}
+        for index in sorted(gone):
+            row = self.sequences.rows[index]
+            self.recorder.finish(row, self.sequences.prefix(index), self.target.cache, index)
+        if gone:
+            self.leave(gone)
 
 
 def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:

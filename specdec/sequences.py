@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,15 +19,17 @@ class Sequences:
     """
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor | None, capacity: int):
-        num_rows, self.prompt_length = input_ids.shape
+        num_rows, prompt_length = input_ids.shape
         self.num_all_rows = num_rows
+        """Rows that there have ever been."""
         self.rows = list(range(num_rows))
-        """Index of every row in the caller's batch."""
-        self.lengths = [self.prompt_length] * num_rows
-        self._ids_BL = input_ids.new_zeros((num_rows, max(capacity, self.prompt_length)))
-        self._ids_BL[:, : self.prompt_length] = input_ids
+        """Number of every row: its index in the caller's batch; rows that join are numbered on."""
+        self.lengths = [prompt_length] * num_rows
+        self.prompt_lengths = [prompt_length] * num_rows
+        self._ids_BL = input_ids.new_zeros((num_rows, max(capacity, prompt_length)))
+        self._ids_BL[:, :prompt_length] = input_ids
         real_BP = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real_BP = real_BP[:, real_BP.shape[1] - self.prompt_length :].bool()
+        real_BP = real_BP[:, real_BP.shape[1] - prompt_length :].bool()
         self.tokens = [ids[real].tolist() for ids, real in zip(input_ids, real_BP, strict=True)]
         """Real tokens of every row, prompt and output."""
 
@@ -40,7 +43,7 @@ class Sequences:
     @property
     def num_new(self) -> list[int]:
         """Generated tokens of every row."""
-        return [length - self.prompt_length for length in self.lengths]
+        return [length - prompt for length, prompt in zip(self.lengths, self.prompt_lengths, strict=True)]
 
     @property
     def roots_B1(self) -> Tensor:
@@ -51,6 +54,36 @@ class Sequences:
     def prefix(self, row: int, length: int | None = None) -> Tensor:
         """int64 view of a row's first `length` tokens, padding included (all committed ones by default)."""
         return self._ids_BL[row, : self.lengths[row] if length is None else length]
+
+    def join(self, tokens: Sequence[int]) -> int:
+        """A row more, at the end.
+
+        Args:
+            tokens: its prompt, without padding.
+
+        Returns:
+            Its number (see `rows`).
+        """
+        number, self.num_all_rows = self.num_all_rows, self.num_all_rows + 1
+        for column, value in (
+            (self.rows, number),
+            (self.lengths, 0),
+            (self.prompt_lengths, len(tokens)),
+        ):
+            column.append(value)
+        self.tokens.append([])
+        self._ids_BL = torch.nn.functional.pad(self._ids_BL, (0, 0, 0, 1))
+        self.put(len(self) - 1, tokens)
+        self.commit(len(self) - 1, tokens)
+        return number
+
+    def alone(self, row: int) -> Sequences:
+        """A view of one row, as the only one of a batch; it holds until the next change."""
+        view = copy.copy(self)
+        view.num_all_rows, view.rows = 1, [0]
+        view.lengths, view.prompt_lengths = [self.lengths[row]], [self.prompt_lengths[row]]
+        view.tokens, view._ids_BL = [self.tokens[row]], self._ids_BL[row : row + 1]
+        return view
 
     def put(self, row: int, tokens: Sequence[int]) -> None:
         """Write candidates after a row's committed tokens, without committing them."""
@@ -72,7 +105,8 @@ class Sequences:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
-        self.rows, self.lengths, self.tokens = (
-            [column[row] for row in rows] for column in (self.rows, self.lengths, self.tokens)
+        self.rows, self.lengths, self.prompt_lengths = (
+            [column[row] for row in rows] for column in (self.rows, self.lengths, self.prompt_lengths)
         )
+        self.tokens = [self.tokens[row] for row in rows]
         self._ids_BL = self._ids_BL[list(rows)]

@@ -38,6 +38,16 @@ class StopChecker:
         """Whether rows of a batch can stop at different lengths."""
         return bool(self._eos or self._others)
 
+    def limits(self, sequences: Sequences) -> list[int]:
+        """The length at which each row stops at the latest."""
+        return [self.max_length] * len(sequences)
+
+    def stops_early(self, sequences: Sequences) -> bool:
+        """Whether the only row of these, which has stopped, has done so for another reason than its length."""
+        if sequences.tokens[0][-1] in self._eos:
+            return True
+        return bool(self._others) and bool(self._others(sequences.prefix(0).unsqueeze(0), None).all())
+
     def cut(
         self, sequences: Sequences, candidates: Sequence[Sequence[int]], scores_of: Callable[[int], Scores]
     ) -> tuple[list[int], list[bool]]:
@@ -82,7 +92,7 @@ class StopChecker:
             input_ids = sequences.prefix(rows[0], length).repeat(sequences.num_all_rows, 1)
             for row in rows:
                 input_ids[sequences.rows[row]] = sequences.prefix(row, length)
-            verdicts = self._others(input_ids, scores_of(length - sequences.prompt_length)).tolist()
+            verdicts = self._others(input_ids, scores_of(length - sequences.prompt_lengths[rows[0]])).tolist()
             for row in rows:
                 if verdicts[sequences.rows[row]]:
                     done.add(row)

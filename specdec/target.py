@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec import masks
-from specdec.cache import TreeCache, sliding_windows
+from specdec.cache import RowStates, TreeCache, sliding_windows
 from specdec.errors import UnsupportedModelError
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
@@ -114,6 +114,37 @@ class TreeModel:
         self.cache.commit([range(self.cache.tail)] * num_rows)
         self._start_masks(attention_mask, model_inputs.get("position_ids"))
         return outputs.logits[:, -1:]
+
+    def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
+        """Start with rows that hold nothing; others may join.
+
+        Args:
+            capacity: expected number of slots of a row.
+        """
+        self.cache = TreeCache(self.num_layers, num_rows, capacity)
+        self.states = {}
+        self._passed = self._order = self._prompt_BP = None
+        self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
+
+    def join(self, states: RowStates | None = None) -> None:
+        """A row more, at the end, without padding (see `TreeCache.join`)."""
+        self.cache.join(states)
+        self._lag_B = torch.nn.functional.pad(self._lag_B, (0, 1))
+        if self._prompt_BP is not None:
+            self._prompt_BP = torch.nn.functional.pad(self._prompt_BP, (0, 0, 0, 1), value=True)
+
+    def read(self, tokens_BT: Tensor) -> None:
+        """Commit T more tokens of every row; what the model says to them is not wanted.
+
+        Args:
+            tokens_BT: int64, T at least 1.
+        """
+        num_rows, num_new = tokens_BT.shape
+        offsets_BT = torch.arange(num_new, device=self.device).expand(num_rows, num_new)
+        seen_BTT = None if num_new == 1 else (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
+        self._call(self._bare, 0, tokens_BT, offsets_BT, seen_BTT, num_logits=1)
+        self.num_forwards += 1
+        self.cache.commit([range(num_new)] * num_rows)
 
     def read_along(self, other: TreeModel) -> None:
         """Work on the cache of another model, which has the same layers and has been prefilled.
@@ -259,8 +290,22 @@ class TreeModel:
             passed.arrange(order.sources_BK)
         self._offsets_BS = offsets_BK
 
-    def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
-        """Forward new slots where the running layers already hold a tail of `num_tail`."""
+    def _call(
+        self,
+        view: View,
+        num_tail: int,
+        tokens_BT: Tensor,
+        offsets_BT: Tensor,
+        seen_BTK: Tensor | None,
+        *,
+        num_logits: int = 0,
+    ) -> Any:
+        """Forward new slots where the running layers already hold a tail of `num_tail`.
+
+        Args:
+            num_logits: of the last slots, at least; 0 for all.
+        """
+        fewer = {"logits_to_keep": num_logits} if num_logits and self.model._supports_logits_to_keep() else {}
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
         return view.run(
             input_ids=tokens_BT,
@@ -268,6 +313,7 @@ class TreeModel:
             position_ids=self.next_positions_B.unsqueeze(1) + offsets_BT,
             past_key_values=self.cache,
             use_cache=True,
+            **fewer,
         )
 
     def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:

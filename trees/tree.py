@@ -230,6 +230,22 @@ class TreeBatch:
         size = self.sizes[index]
         return TokenTree(tokens=self.tokens_BN[index, :size].tolist(), parents=self.parents_BN[index, :size].tolist())
 
+    def only(self, index: int) -> TreeBatch:
+        """A batch of this row alone, as wide as this one."""
+        one = slice(index, index + 1)
+        batch = TreeBatch(
+            tokens_BN=self.tokens_BN[one],
+            parents_BN=self.parents_BN[one],
+            sizes=self.sizes[one],
+            depth=self.depth,
+            is_chain=self.is_chain,
+            rows=None if self.rows is None else self.rows[one],
+        )
+        if not self.is_chain:
+            derived = {"host_ancestors_BTT": self.host_ancestors_BTT, "host_depths_BT": self.host_depths_BT}
+            vars(batch).update({name: value[one] for name, value in derived.items()})
+        return batch
+
     @cached_property
     def row_depths(self) -> tuple[int, ...]:
         """Depth of each row's deepest node (copied from the device only if the trees were made there)."""

@@ -147,6 +147,14 @@ class _AutoSession(DraftSession):
         for source in self._sources:
             source.session.select_rows(rows)
 
+    @property
+    def takes_rows(self) -> bool:  # type: ignore[override]
+        return all(source.session.takes_rows for source in self._sources)
+
+    def join(self) -> None:
+        for source in self._sources:
+            source.session.join()
+
     def close(self) -> None:
         self._lookup.session.close()
         for source in self._models:

@@ -287,4 +287,4 @@ class ModelSource(Source):
         if not backlog or self.session.draft_model is None:
             return 0.0
         costs = costs_of(self.session.draft_model, outlook.num_rows)
-        return costs.seconds(outlook.num_rows * (backlog + 1)) - costs.seconds(outlook.num_rows)
+        return costs.seconds(outlook.num_rows + backlog) - costs.seconds(outlook.num_rows)

@@ -3,7 +3,8 @@
 A `Drafter` is configuration and may serve many runs, also at the same time; `start` makes the `DraftSession` of one
 `generate()` call, before any work is done. The loop prefills and tells the session with `observe` the first tokens (a
 round without a draft); then each round it calls `propose`, verifies the trees, commits, and tells with `observe` what
-became of them. Rows that have finished leave with `select_rows`.
+became of them. Rows that have finished leave with `select_rows`. Under an engine a session starts without rows, and
+they join between rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Run:
         sequences: the committed tokens, kept up to date by the loop. Read, never written, by sessions.
         sampler: the user's processors: q must be taken after them, on each node's own prefix.
         tree: the growth policy that the caller asked for; None leaves the choice to the drafter.
-        input_ids: int64 [B, P] the prompt (empty if the caller passed embeddings).
+        input_ids: int64 [B, P] the prompt (P is 0 if the caller passed embeddings; B is 0 where rows join later).
         attention_mask: [B, P], None if nothing is masked.
     """
 
@@ -83,6 +84,9 @@ class Outcome:
 class DraftSession(ABC):
     """A drafter at work on one batch."""
 
+    takes_rows: bool = False
+    """Whether rows may join (see `join`)."""
+
     runs_target: bool = False
     """Whether drafting runs layers of the target ahead: one session of a round can do so."""
 
@@ -98,7 +102,7 @@ class DraftSession(ABC):
 
     @property
     def backlog(self) -> int:
-        """Tokens of the longest row that the drafter has to read, besides the newest, before it can draft."""
+        """Tokens of all rows that the drafter has to read, besides the newest, before it can draft; padding counts."""
         return 0
 
     @property
@@ -125,7 +129,14 @@ class DraftSession(ABC):
         """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these. `run.sequences` has already done so."""
+        """Keep only these rows, in this order. `run.sequences` has already done so."""
+
+    def join(self) -> None:
+        """Take the row that `run.sequences` has just been given at its end.
+
+        Sessions of engines start without rows, and call `join` for each, where `takes_rows` says that they can.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
         """The run is over, also when it ended in an exception."""

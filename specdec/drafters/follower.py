@@ -11,18 +11,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.cache import RowStates
 from specdec.drafters.base import Run
 from specdec.target import TreeModel
 
+_CHUNK = 256
+"""Tokens of a prompt that are read at once."""
+
 
 class Follower:
-    """Reads the prompt when it is first asked what is pending; then keeps what the target accepts of its tail."""
+    """Reads the prompts when it is first asked what is pending; then keeps what the target accepts of its tail.
+
+    So do rows that join: their prompts are read, each alone, when something is next asked.
+    """
 
     def __init__(self, model: PreTrainedModel, run: Run):
         self._run = run
         self._model = TreeModel(model)
         self._cached: list[int] | None = None
         """Committed tokens (padding included) that each row's cache holds; None before the prefill."""
+        self._reader: TreeModel | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -30,9 +38,14 @@ class Follower:
 
     @property
     def backlog(self) -> int:
-        """Tokens of the longest row, besides the newest, that are not in the cache."""
+        """Tokens that are not in the cache, besides the newest, padding included."""
         lengths = self._run.sequences.lengths
-        return max(lengths) if self._cached is None else max(map(int.__sub__, lengths, self._cached)) - 1
+        if self._cached is None and not self._has_joined:
+            return len(lengths) * max(lengths)
+        cached = self._cached or [0] * len(lengths)
+        unread = sum(length - 1 for length, seen in zip(lengths, cached, strict=True) if not seen)
+        behind = max((length - seen - 1 for length, seen in zip(lengths, cached, strict=True) if seen), default=0)
+        return unread + len(lengths) * behind
 
     @property
     def device(self) -> torch.device:
@@ -49,8 +62,8 @@ class Follower:
 
     def pending(self) -> tuple[Tensor, list[int]]:
         """int64 [B, W] the committed tokens that the cache does not hold yet, and how many each row has (1 or more)."""
-        if self._cached is None:
-            self._cached = self._prefill()
+        self._read_prompts()
+        assert self._cached is not None
         sequences = self._run.sequences
         sizes = [length - seen for length, seen in zip(sequences.lengths, self._cached, strict=True)]
         tokens_BW = torch.zeros((len(sizes), max(sizes)), dtype=torch.long, device=self.device)
@@ -72,6 +85,38 @@ class Follower:
         if self._cached is not None:
             self._model.select_rows(rows)
             self._cached = [self._cached[row] for row in rows]
+
+    def join(self) -> None:
+        """Take the row that the sequences have been given at their end."""
+        if self._cached is not None:
+            self._model.join()
+            self._cached.append(0)
+
+    @property
+    def _has_joined(self) -> bool:
+        """Whether there is a row that the call did not come with: it has no padding."""
+        return any(number >= len(self._run.input_ids) for number in self._run.sequences.rows)
+
+    def _read_prompts(self) -> None:
+        """Bring the cache to a point where every row's pending tokens are few."""
+        sequences = self._run.sequences
+        if self._cached is None and not self._has_joined:
+            self._cached = self._prefill()
+        elif self._cached is None:
+            self._model.begin(len(sequences))
+            self._cached = [0] * len(sequences)
+        for row, (seen, length) in enumerate(zip(self._cached, sequences.lengths, strict=True)):
+            if not seen and length > 1:
+                self._model.cache.write_row(row, self._read_alone(sequences.prefix(row, length - 1)))
+                self._cached[row] = length - 1
+
+    def _read_alone(self, tokens_L: Tensor) -> RowStates:
+        if self._reader is None:
+            self._reader = TreeModel(self.model)
+        self._reader.begin(1, capacity=len(tokens_L))
+        for part_P in self._readable(tokens_L.to(self.device)).split(_CHUNK):
+            self._reader.read(part_P.unsqueeze(0))
+        return self._reader.cache.row_views(0)
 
     def _prefill(self) -> list[int]:
         rows, mask = self._run.sequences.rows, self._run.attention_mask

@@ -16,8 +16,13 @@ class Plain(Drafter):
 
 
 class _PlainSession(DraftSession):
+    takes_rows = True
+
     def __init__(self, run: Run):
         self._run = run
+
+    def join(self) -> None:
+        pass
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))

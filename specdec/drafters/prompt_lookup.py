@@ -79,12 +79,14 @@ class _RowText:
 
 
 class LookupSession(DraftSession):
+    takes_rows = True
+
     def __init__(self, drafter: PromptLookup, run: Run):
         self._drafter = drafter
         self._run = run
-        self._rows = [_RowText(SuffixAutomaton()) for _ in run.sequences.rows]
-        for row, tokens in zip(self._rows, run.sequences.tokens, strict=True):
-            self._read(row, tokens)
+        self._rows: list[_RowText] = []
+        for tokens in run.sequences.tokens:
+            self._add(tokens)
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         return Draft(trees=TreeBatch.stack(self.trees(max_depths), self._run.device))
@@ -99,6 +101,13 @@ class LookupSession(DraftSession):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
+
+    def join(self) -> None:
+        self._add(self._run.sequences.tokens[-1])
+
+    def _add(self, tokens: Iterable[int]) -> None:
+        self._rows.append(_RowText(SuffixAutomaton()))
+        self._read(self._rows[-1], tokens)
 
     def _read(self, row: _RowText, tokens: Iterable[int]) -> None:
         corpus = self._drafter.corpus

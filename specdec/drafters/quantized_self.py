@@ -61,6 +61,8 @@ class QuantizedSelf(Drafter):
 
 
 class _QuantizedSelfSession(GrowingSession):
+    takes_rows = True
+
     def __init__(self, run: Run, copy: PreTrainedModel, policy: GrowthPolicy):
         super().__init__(run, policy)
         self._model = TreeModel(copy)
@@ -72,6 +74,9 @@ class _QuantizedSelfSession(GrowingSession):
     @property
     def draft_model(self) -> PreTrainedModel:
         return self._model.model
+
+    def join(self) -> None:
+        """The row's states are the target's."""
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:

@@ -58,7 +58,7 @@ class SmallModel(Drafter):
                 f"the draft model has a vocabulary of {draft_size} and the target one of {run.vocab_size}: they do "
                 "not share a tokenizer. Take a draft of the target's own family, or specdec.drafters.ForeignModel"
             )
-        if run.input_ids.shape[1] == 0:
+        if len(run.input_ids) and not run.input_ids.shape[1]:
             raise DraftError(
                 "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
                 "specdec.drafters.PromptLookup()"
@@ -66,6 +66,8 @@ class SmallModel(Drafter):
 
 
 class _SmallModelSession(GrowingSession):
+    takes_rows = True
+
     def __init__(self, drafter: SmallModel, run: Run):
         super().__init__(run, run.tree or drafter.policy)
         self._follower = Follower(drafter.model, run)
@@ -94,6 +96,9 @@ class _SmallModelSession(GrowingSession):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self._follower.select_rows(rows)
+
+    def join(self) -> None:
+        self._follower.join()
 
     def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
         """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""

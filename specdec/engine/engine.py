@@ -1,15 +1,43 @@
-"""The engine: admits requests, reads their prompts in chunks, and runs rounds of the decoding loop over all of them."""
+"""The engine: admits requests, reads their prompts in chunks, and runs rounds of the decoding loop over all of them.
+
+Shape legend: T tokens of a chunk.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+
+import psutil
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.drafters import Drafter
-from specdec.engine.request import Generation, Request
+from specdec import options
+from specdec.cache import RowStates
+from specdec.compatibility import check_model, position_limit
+from specdec.drafters import Drafter, Run
+from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
+from specdec.engine.prefixes import PrefixCache
+from specdec.engine.prepared import prepare
+from specdec.engine.request import FinishReason, Generation, Request
+from specdec.errors import CapacityError, DraftError
+from specdec.generation import as_drafter
+from specdec.sequences import Sequences
+from specdec.target import TreeModel
+
+_MEMORY_SHARE = 0.5
+"""Of what is free at the start, for keys and values: buffers that grow are copied, and drafters keep some too."""
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
     """A continuously batched decoding loop on one model. Not thread-safe: the thread that calls `step` owns it.
+
+    Greedy output of a request equals `model.generate(do_sample=False)` for it alone, up to numerical ties; sampled
+    output has exactly the target's processed distribution, and is a function of the request and its seed.
 
     Args:
         model: the target, as for `specdec.generate`; it is not changed.
@@ -17,8 +45,9 @@ class Engine:
         tokenizer: needed for stop strings only.
         max_rows: requests that are decoded at once.
         max_waiting: requests that may wait besides.
-        max_cached_tokens: slots of key/value memory, for rows and shared prefixes together; None takes half of the
-            memory that is free now.
+        max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. Rows are padded to the
+            longest: n of them take n times what the one that may get longest needs. None takes half of the memory that
+            is free now.
         prefill_chunk: prompt tokens that are read between two rounds, at most.
 
     Raises:
@@ -38,22 +67,41 @@ class Engine:
         max_cached_tokens: int | None = None,
         prefill_chunk: int = 256,
     ):
-        raise NotImplementedError
+        options.check_call(model, tree=None, verify="topdown", router=None, generator=None)
+        limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
+        if max_cached_tokens is not None:
+            limits["max_cached_tokens"] = max_cached_tokens
+        for name, value in limits.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: it is a positive integer")
+        check_model(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
+        self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
+        self._drafter = as_drafter(drafter)
+        self._reader = TreeModel(model)
+        self._prefixes = PrefixCache(self.max_cached_tokens)
+        self._waiting: deque[Member] = deque()
+        self._admitted: deque[Member] = deque()
+        self._num_read: int | None = None
+        """Of the first admitted request's prompt; None before it has begun."""
+        self._open: dict[Generation, Member] = {}
+        self._loop = self._start()
 
     @property
     def num_rows(self) -> int:
         """Requests that are being decoded, or whose prompt is being read."""
-        raise NotImplementedError
+        return len(self._loop.members) + len(self._admitted)
 
     @property
     def num_waiting(self) -> int:
         """Requests that have not been admitted yet."""
-        raise NotImplementedError
+        return len(self._waiting)
 
     @property
     def num_cached_tokens(self) -> int:
         """Slots of key/value memory in use or reserved, shared prefixes included."""
-        raise NotImplementedError
+        return self._reserved(self._admitted_members) + self._prefixes.num_tokens
 
     def submit(self, request: Request) -> Generation:
         """Queue a request.
@@ -63,20 +111,231 @@ class Engine:
             UnsupportedOptionError: an option that is not possible here; it says what to use instead.
             ValueError: a wrong argument.
         """
-        raise NotImplementedError
+        if self.num_waiting >= self.max_waiting:
+            raise CapacityError(
+                f"{self.num_waiting} requests are waiting, and no more may (max_waiting): try again later"
+            )
+        generation = Generation(request)
+        member = Member(prepare(self.model, request, self.tokenizer), generation)
+        if self._reserved([member]) > self.max_cached_tokens:
+            raise CapacityError(
+                f"a prompt of {len(member.prompt)} tokens that may grow to {member.need} needs more than the "
+                f"{self.max_cached_tokens} slots of key/value memory that there are (max_cached_tokens): shorten it or "
+                "lower max_new_tokens"
+            )
+        self._open[generation] = member
+        self._waiting.append(member)
+        return generation
 
+    @torch.no_grad()
     def step(self) -> bool:
         """Admit what fits, read a chunk of prompt, run one round for all rows.
 
         Returns:
             Whether anything is left to do.
         """
-        raise NotImplementedError
+        self._admit()
+        self._read_prompts()
+        if self._loop.members:
+            self._round()
+        self._tell()
+        return bool(self._open)
 
     def cancel(self, generation: Generation) -> None:
         """End a request now ("cancelled") and free what it holds; nothing happens if it is finished."""
-        raise NotImplementedError
+        member = self._open.get(generation)
+        if member is not None and not generation.is_finished:
+            self._remove(member)
+            self._finish(member, "cancelled")
 
     def run(self) -> None:
         """`step` until nothing is left to do."""
-        raise NotImplementedError
+        while self.step():
+            pass
+
+    def close(self) -> None:
+        """Cancel everything that is under way."""
+        for generation in list(self._open):
+            self.cancel(generation)
+        self._loop.session.close()
+
+    @property
+    def _admitted_members(self) -> list[Member]:
+        return [*self._loop.members.values(), *self._admitted]
+
+    def _start(self) -> MemberLoop:
+        """A loop without rows.
+
+        Raises:
+            DraftError: the drafter cannot take rows that join.
+        """
+        target = TreeModel(self.model)
+        target.begin()
+        nothing = torch.zeros((0, 0), dtype=torch.long, device=target.device)
+        sequences, members = Sequences(nothing, None, 0), Members()
+        sampler = MemberSampler(members, sequences)
+        session = self._drafter.start(
+            Run(
+                target=target,
+                vocab_size=target.vocab_size,
+                sequences=sequences,
+                sampler=sampler,
+                tree=None,
+                input_ids=nothing,
+                attention_mask=None,
+            )
+        )
+        if not session.takes_rows:
+            session.close()
+            raise DraftError(
+                f"{type(self._drafter).__name__} cannot take rows that join a batch: an engine drafts with Auto, "
+                "PromptLookup, SmallModel, QuantizedSelf or Plain"
+            )
+        return MemberLoop(
+            target=target,
+            session=session,
+            sampler=sampler,
+            stop=MemberStops(members),
+            sequences=sequences,
+            recorder=MemberRecorder(members),
+            feed=None,
+            context_length=position_limit(self.model),
+            started=perf_counter(),
+            members=members,
+            keep=self._keep,
+        )
+
+    def _reserved(self, members: list[Member]) -> int:
+        """Slots of rows that are padded to the longest."""
+        return len(members) * max((member.need for member in members), default=0)
+
+    def _admit(self) -> None:
+        """Let requests in, in the order of their arrival, while there is memory; shared prefixes make room."""
+        while self._waiting and self.num_rows < self.max_rows:
+            reserved = self._reserved([*self._admitted_members, self._waiting[0]])
+            if reserved > self.max_cached_tokens:
+                return
+            self._prefixes.shrink(self.max_cached_tokens - reserved)
+            self._admitted.append(self._waiting.popleft())
+
+    def _read_prompts(self) -> None:
+        """Read a chunk's worth of tokens, and let those join whose prompt has been read."""
+        left = self.prefill_chunk
+        while self._admitted and left > 0:
+            member = self._admitted[0]
+            started = perf_counter()
+            try:
+                left -= self._read(member, left)
+                member.generation.stats.prefill_seconds += perf_counter() - started
+            except BaseException as error:
+                self._remove(member)
+                self._finish(member, "error", _as_exception(error))
+                if not isinstance(error, Exception):
+                    raise
+
+    def _read(self, member: Member, most: int) -> int:
+        """Go on with the first admitted prompt; returns the number of tokens read."""
+        *beginning, _ = member.prompt
+        if self._num_read is None:
+            self._reader.begin(1, capacity=len(beginning))
+            self._num_read, states = self._prefixes.match(beginning)
+            member.begin(self._num_read)
+            if states is not None:
+                self._reader.cache.write_row(0, states)
+        part = beginning[self._num_read : self._num_read + most]
+        if part:
+            self._reader.read(torch.tensor([part], device=self._reader.device))
+            self._num_read += len(part)
+        if self._num_read == len(beginning):
+            states = self._reader.cache.row_views(0) if beginning else None
+            self._loop.admit(member, states)
+            if states is not None:
+                self._keep(beginning, states)
+            self._admitted.popleft()
+            self._num_read = None
+            self._reader.begin()
+        return len(part)
+
+    def _keep(self, tokens: Sequence[int], states: RowStates) -> None:
+        """Keep a text's states for whoever begins like it, in the memory that no row has reserved."""
+        self._prefixes.add(tokens, states)
+        self._prefixes.shrink(self.max_cached_tokens - self._reserved(self._admitted_members))
+
+    def _round(self) -> None:
+        """A round of all rows. One that breaks ends them all, for none can be trusted to be whole."""
+        try:
+            self._loop.round()
+        except BaseException as error:
+            broken = self._loop
+            for member in list(broken.members.values()):
+                self._finish(member, "error", _as_exception(error))
+            broken.session.close()
+            self._loop = self._start()
+            if not isinstance(error, Exception):
+                raise
+            _log.exception("a round of %d requests has failed", len(broken.members))
+
+    def _remove(self, member: Member) -> None:
+        """Take a request out of wherever it is."""
+        if member in self._waiting:
+            self._waiting.remove(member)
+        elif member in self._admitted:
+            if member is self._admitted[0]:
+                self._num_read = None
+                self._reader.begin()
+            self._admitted.remove(member)
+        elif member in self._loop.members.values():
+            self._loop.dismiss(member)
+
+    def _finish(self, member: Member, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request that is nowhere any more."""
+        member.fresh.clear()
+        member.finish(reason, error)
+        self._tell_end(member)
+
+    def _tell(self) -> None:
+        """Give callers what the round has brought; the state is whole, so they may submit and cancel."""
+        finished, self._loop.finished = self._loop.finished, []
+        for member in [*finished, *self._loop.members.values()]:
+            fresh, member.fresh = member.fresh, []
+            told = member.generation.request.on_tokens
+            if not fresh or told is None:
+                continue
+            try:
+                told(fresh)
+            except Exception as error:
+                _log.exception("on_tokens has failed")
+                if not member.generation.is_finished:
+                    self._remove(member)
+                    self._finish(member, "error", error)
+        for member in finished:
+            self._tell_end(member)
+
+    def _tell_end(self, member: Member) -> None:
+        if self._open.pop(member.generation, None) is None:
+            return
+        told = member.generation.request.on_finish
+        if told is not None:
+            try:
+                told(member.generation)
+            except Exception:
+                _log.exception("on_finish has failed")
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(f"the engine was interrupted by {error!r}")
+
+
+@torch.no_grad()
+def _free_slots(model: PreTrainedModel, max_rows: int) -> int:
+    """Slots that fit into a share of the free memory, as far as rows of the model's length could use them."""
+    trial = TreeModel(model)
+    trial.begin(1)
+    trial.read(torch.zeros((1, 1), dtype=torch.long, device=trial.device))
+    states = trial.cache.row_views(0)
+    slot_bytes = sum(part.numel() * part.element_size() for layer in states for part in layer)
+    if trial.device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(trial.device)[0]
+    else:
+        free_bytes = psutil.virtual_memory().available
+    return max(1, min(int(_MEMORY_SHARE * free_bytes / slot_bytes), 2 * max_rows * position_limit(model)))

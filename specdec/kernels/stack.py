@@ -95,6 +95,7 @@ class LeanStack:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = True,
+        logits_to_keep: int = 0,
     ) -> Outputs:
         hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
         rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
@@ -108,7 +109,7 @@ class LeanStack:
             )
         if self._norm is not None:
             hidden_BTC = self._norm(hidden_BTC)
-        return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC))
+        return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
 
 
 def is_lean(layer: nn.Module) -> bool:

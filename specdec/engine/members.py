@@ -1,0 +1,240 @@
+"""Each row of the batch with settings of its own: processors, seed, stopping criteria, what its caller gets.
+
+Shape legend: B rows, T slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from specdec.acceptance import Acceptance, follow
+from specdec.cache import RowStates
+from specdec.engine.noise import GumbelNoise
+from specdec.engine.prepared import PreparedRequest
+from specdec.engine.request import FinishReason, Generation, TokenLogprobs
+from specdec.errors import NumericalError
+from specdec.loop import Committed, DecodingLoop
+from specdec.recording import Recorder
+from specdec.sampling import Prefixes, Sampler
+from specdec.sequences import Sequences
+from specdec.stopping import Scores, StopChecker
+from trees import Draft
+
+
+class Member:
+    """A request in the engine: what its settings amount to, and what has become of it.
+
+    Attributes:
+        need: slots that it may come to hold.
+        error: what its processors or criteria raised; it ends with this round.
+        fresh: tokens that its caller has not been told of.
+    """
+
+    def __init__(self, prepared: PreparedRequest, generation: Generation):
+        self.generation = generation
+        self.stop = StopChecker(prepared.criteria)
+        self.sampler = Sampler(prepared.processors, do_sample=False)
+        self.seed = prepared.seed
+        self.prompt = list(generation.request.prompt)
+        self.need = max(self.stop.max_length, len(self.prompt) + 1)
+        self.error: Exception | None = None
+        self.fresh: list[int] = []
+        self._submitted = perf_counter()
+        self._noted: Tensor | None = None
+
+    def begin(self, num_reused: int) -> None:
+        """Its prompt is read from now on."""
+        self.generation.stats.queued_seconds = perf_counter() - self._submitted
+        self.generation.stats.num_reused_tokens = num_reused
+
+    def note(self, logits_KV: Tensor) -> None:
+        """The target's logits at the slots of a path."""
+        if self.generation.logprobs is not None:
+            self._noted = logits_KV.float().log_softmax(-1)
+
+    def take(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
+        """Tokens that a round has committed."""
+        generation, stats = self.generation, self.generation.stats
+        stats.rounds += 1
+        stats.drafted += num_drafted
+        stats.accepted += num_accepted
+        stats.seconds = perf_counter() - self._submitted
+        if stats.first_token_seconds is None:
+            stats.first_token_seconds = stats.seconds
+        if generation.logprobs is not None:
+            generation.logprobs.extend(self._logprobs(tokens))
+        generation.tokens.extend(tokens)
+        self.fresh.extend(tokens)
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        generation = self.generation
+        generation.stats.seconds = perf_counter() - self._submitted
+        generation.error = error
+        generation.finish_reason = reason  # last, for those who read in other threads
+
+    def stop_reason(self, alone: Sequences) -> FinishReason:
+        """Why the row, seen alone, has stopped."""
+        return "stop" if self.stop.stops_early(alone) else "length"
+
+    def _logprobs(self, tokens: Sequence[int]) -> list[TokenLogprobs]:
+        count = self.generation.request.num_logprobs
+        assert self._noted is not None
+        assert count is not None
+        logprobs_KV = self._noted[: len(tokens)]
+        chosen = logprobs_KV.gather(1, torch.tensor(tokens, device=logprobs_KV.device).unsqueeze(1))[:, 0].tolist()
+        top = logprobs_KV.topk(min(count, logprobs_KV.shape[1]), -1)
+        rows = zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
+        return [
+            TokenLogprobs(logprob=logprob, top_ids=tuple(ids), top_logprobs=tuple(values))
+            for logprob, ids, values in rows
+        ]
+
+
+class Members(dict[int, Member]):
+    """The rows of the batch, by their number in `Sequences.rows`."""
+
+    @contextmanager
+    def own_errors(self, row: int) -> Iterator[None]:
+        """Code of a request runs here: if it raises, only this request ends."""
+        try:
+            yield
+        except Exception as error:  # whatever a caller's processor or criterion raises
+            self[row].error = error
+
+
+class MemberSampler(Sampler):
+    """Applies to every row its own processors, and its own noise if it is sampled: what is left is greedy."""
+
+    def __init__(self, members: Members, sequences: Sequences):
+        super().__init__(LogitsProcessorList(), do_sample=False)
+        self._members = members
+        self._sequences = sequences
+        self._noise = GumbelNoise()
+
+    def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
+        rows = [(index, row, self._members[row]) for index, row in enumerate(prefixes.sequences.rows)]
+        is_changed = any(member.sampler.processors or member.seed is not None for _, _, member in rows)
+        scores_BTV = logits_BTV.to(torch.float32, copy=is_changed)
+        for index, row, member in rows:
+            if (member.sampler.processors or member.seed is not None) and member.error is None:
+                with self._members.own_errors(row):
+                    self._process_row(scores_BTV, prefixes, index, member)
+        return scores_BTV
+
+    def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
+        """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
+        accepted = follow(draft.trees, scores_BTV)
+        if not bool((accepted.next_B >= 0).all()):
+            for row, next_token in zip(self._sequences.rows, accepted.next_B.tolist(), strict=True):
+                if next_token < 0 and self._members[row].error is None:
+                    self._members[row].error = NumericalError("the target's scores for this row are not numbers (NaN)")
+            accepted.next_B.clamp_(min=0)
+        return accepted
+
+    def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, member: Member) -> None:
+        own = Prefixes(prefixes.sequences.alone(index), prefixes.trees.only(index), prefixes.slots)
+        scores_TV = scores_BTV[index]
+        if member.sampler.processors:
+            scores_TV.copy_(member.sampler.process(scores_TV.unsqueeze(0), own)[0])
+        if member.seed is not None:
+            used = [slot for slot in prefixes.slots if slot <= prefixes.trees.sizes[index]]
+            depths = own.trees.host_depths_BT[0]
+            length = prefixes.sequences.lengths[index]
+            self._noise.add(scores_TV[: len(used)], member.seed, [length + int(depths[slot]) for slot in used])
+
+
+class MemberStops(StopChecker):
+    """Stops every row by its own criteria."""
+
+    def __init__(self, members: Members):
+        super().__init__(StoppingCriteriaList())
+        self._members = members
+
+    def limits(self, sequences: Sequences) -> list[int]:
+        return [self._members[row].stop.max_length for row in sequences.rows]
+
+    def cut(
+        self, sequences: Sequences, candidates: Sequence[Sequence[int]], scores_of: Callable[[int], Scores]
+    ) -> tuple[list[int], list[bool]]:
+        """As `StopChecker.cut`; a row whose criteria raise stops."""
+        counts, stopped = [1] * len(candidates), [True] * len(candidates)
+        for index, row in enumerate(sequences.rows):
+            if self._members[row].error is None:
+                with self._members.own_errors(row):
+                    own = self._members[row].stop.cut(sequences.alone(index), [candidates[index]], scores_of)
+                    (counts[index],), (stopped[index],) = own
+        return counts, stopped
+
+
+class MemberRecorder(Recorder):
+    """Keeps nothing but what requests ask for."""
+
+    def __init__(self, members: Members):
+        super().__init__(0, scores=False, logits=False, states=False)
+        self._members = members
+
+    def note(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
+        member = self._members[row]
+        if member.generation.logprobs is not None:
+            member.note(logits_TV[list(slots)])
+
+
+@dataclass(kw_only=True, eq=False)
+class MemberLoop(DecodingLoop):
+    """A `DecodingLoop` whose rows are members: they join and leave, and there may be none.
+
+    Args:
+        keep: called with the committed tokens but the last, and their states, of a row that has stopped by itself.
+    """
+
+    members: Members
+    keep: Callable[[Sequence[int], RowStates], None]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.finished: list[Member] = []
+
+    def admit(self, member: Member, states: RowStates | None) -> None:
+        """Let a request join; arguments as of `join`."""
+        self.members[self.join(member.prompt, states)] = member
+
+    def dismiss(self, member: Member) -> None:
+        """Let a request go, in whatever state it is."""
+        (row,) = (row for row, other in self.members.items() if other is member)
+        del self.members[row]
+        self.leave({self.sequences.rows.index(row)})
+
+    def _report(self, committed: Committed) -> None:
+        for index, row in enumerate(self.sequences.rows):
+            tokens = committed.tokens[index]
+            num_accepted = min(len(committed.paths[index]), len(tokens))
+            if self.members[row].error is None:
+                self.members[row].take(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
+
+    def _let_go(self, stopped: Sequence[bool]) -> None:
+        rows = list(self.sequences.rows)
+        gone = {index for index, row in enumerate(rows) if stopped[index] or self.members[row].error is not None}
+        for index in sorted(gone):
+            self._finish(index, rows[index])
+        if gone:
+            self.leave(gone)
+
+    def _finish(self, index: int, row: int) -> None:
+        member = self.members[row]
+        alone = self.sequences.alone(index)
+        if member.error is None:
+            with self.members.own_errors(row):
+                member.finish(member.stop_reason(alone))
+        if member.error is not None:
+            member.finish("error", member.error)
+            self.target.cache.clear_row(index)
+        else:
+            self.keep(alone.tokens[0][:-1], self.target.cache.row_views(index))
+        self.finished.append(self.members.pop(row))
