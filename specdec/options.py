@@ -131,7 +131,7 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool =
     _check_prompt(model, arguments)
     _check_cache(arguments.get("past_key_values"))
     if config.stop_strings is not None:
-        arguments = _with_stop_strings(arguments, config.stop_strings, tokenizer)
+        arguments = _with_stop_strings(model, arguments, config.stop_strings, tokenizer)
     return arguments
 
 
@@ -260,7 +260,9 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _with_stop_strings(arguments: dict[str, Any], stop_strings: Any, tokenizer: Any) -> dict[str, Any]:
+def _with_stop_strings(
+    model: PreTrainedModel, arguments: dict[str, Any], stop_strings: Any, tokenizer: Any
+) -> dict[str, Any]:
     """Turn stop strings into the criterion that transformers makes of them.
 
     On the way through `custom_generate` it would lose the tokenizer and refuse the call.
@@ -273,5 +275,6 @@ def _with_stop_strings(arguments: dict[str, Any], stop_strings: Any, tokenizer: 
     if arguments["generation_config"] is not None:
         changed["generation_config"] = copy.deepcopy(arguments["generation_config"])
         changed["generation_config"].stop_strings = None
-    changed["stop_strings"] = None
+    if "stop_strings" in arguments or model.generation_config.stop_strings is not None:
+        changed["stop_strings"] = None
     return changed

@@ -57,14 +57,26 @@ class Rounds:
         self.target.select_rows(rows)
         self.texts = [self.texts[row] for row in rows]
 
+    def join(self, text: list[int]) -> None:
+        reader = TreeModel(self.model)
+        reader.begin(1)
+        with torch.no_grad():
+            for start in range(0, len(text), 4):
+                reader.read(torch.tensor([text[start : start + 4]]))
+        self.target.join(reader.cache.row_views(0) if text else None)
+        self.texts.append(list(text))
+
     def check(self) -> None:
         cache = self.target.cache
         cache.check_integrity()
         for row, text in enumerate(self.texts):
+            if not text:
+                assert cache.lengths[row] == 0
+                continue
             wanted = states_from_scratch(self.model, text)
             for states, wanted_states in zip(cache.row_states(row), wanted, strict=True):
                 for held, scratch in zip(states, wanted_states, strict=True):
-                    torch.testing.assert_close(held[:, -len(text) :], scratch, **TOLERANCE)
+                    torch.testing.assert_close(held[:, held.shape[1] - len(text) :], scratch, **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -84,6 +96,8 @@ def test_random_rounds_leave_the_states_of_a_run_from_scratch(family: str, data:
         rounds.accept(trees, roots, leaves)
         if num_rows > 1 and data.draw(st.booleans(), "a row leaves"):
             rounds.select_rows(data.draw(st.permutations(range(num_rows)), "stay")[:-1])
+        if data.draw(st.booleans(), "a row joins"):
+            rounds.join(data.draw(st.lists(st.integers(0, 63), max_size=9), "its text"))
     rounds.check()
 
 

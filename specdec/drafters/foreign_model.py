@@ -67,7 +67,7 @@ class ForeignModel(Drafter):
         return shared_tokens(self.tokenizer, self.target_tokenizer)
 
     def start(self, run: Run) -> DraftSession:
-        if run.input_ids.shape[1] == 0:
+        if len(run.input_ids) and not run.input_ids.shape[1]:
             raise DraftError(
                 "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
                 "specdec.drafters.PromptLookup()"

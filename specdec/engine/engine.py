@@ -113,7 +113,7 @@ class Engine:
         """
         if self.num_waiting >= self.max_waiting:
             raise CapacityError(
-                f"{self.num_waiting} requests are waiting, and no more may (max_waiting): try again later"
+                f"{self.num_waiting} requests wait, and no more may (max_waiting={self.max_waiting}): try again later"
             )
         generation = Generation(request)
         member = Member(prepare(self.model, request, self.tokenizer), generation)
