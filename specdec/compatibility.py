@@ -124,11 +124,11 @@ def _trial_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     *prompt, root, left, right, leaf = (7919 * (i + 1) % vocab_size for i in range(7))
     tree = TokenTree(tokens=[left, right, leaf], parents=[ROOT, ROOT, 1])
     trial = TreeModel(model)
-    trial.prefill(torch.tensor([prompt], device=model.device))
-    trees = TreeBatch.stack([tree], model.device)
-    by_tree = trial.verify(trees, torch.tensor([[root]], device=model.device))[0]
+    trial.prefill(torch.tensor([prompt], device=trial.device))
+    trees = TreeBatch.stack([tree], trial.device)
+    by_tree = trial.verify(trees, torch.tensor([[root]], device=trial.device))[0]
     left_path, right_path = (
-        model(input_ids=torch.tensor([path], device=model.device), use_cache=False).logits[0, len(prompt) :]
+        model(input_ids=torch.tensor([path], device=trial.device), use_cache=False).logits[0, len(prompt) :]
         for path in ([*prompt, root, left], [*prompt, root, right, leaf])
     )
     return by_tree.float(), torch.cat([left_path, right_path[1:]]).float()
@@ -170,9 +170,9 @@ def _trial_exit(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     trial = TreeModel(model)
     if trial.num_layers < 2:
         raise UnsupportedModelError(f"{type(model).__name__} has one layer: there is nothing to exit from")
-    trial.prefill(torch.tensor([prompt], device=model.device))
-    trees = TreeBatch.chains(torch.tensor([[first, second]], device=model.device))
-    root_11 = torch.tensor([[root]], device=model.device)
+    trial.prefill(torch.tensor([prompt], device=trial.device))
+    trees = TreeBatch.chains(torch.tensor([[first, second]], device=trial.device))
+    root_11 = torch.tensor([[root]], device=trial.device)
     whole = trial.verify(trees, root_11)
     trial.forget_tail()
     trial.forward_below(trial.num_layers // 2, root_11, torch.zeros_like(root_11), None)

@@ -215,6 +215,7 @@ class _Prompt:
         options.check_model_inputs(others, config)
         if mask is not None:
             mask = mask.to(device)
+        others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()}
         return cls(input_ids=input_ids.to(device, torch.int64), attention_mask=mask, cache=cache, others=others)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -206,4 +207,14 @@ class LayerViews:
         child = self._replaced(module._modules[name], rest, leaf) if rest else leaf  # type: ignore[type-var]
         replaced = copy.copy(module)
         replaced._modules = {**module._modules, name: child}
-        return replaced
+        return _with_hook_of_its_own(replaced)
+
+
+def _with_hook_of_its_own(copied: Module) -> Module:
+    """accelerate puts a function in the place of a module's `forward` that calls the module it was made for."""
+    hook = copied.__dict__.pop("_hf_hook", None)
+    if hook is not None:
+        for name in ("forward", "_old_forward"):
+            copied.__dict__.pop(name, None)
+        add_hook_to_module(copied, hook)
+    return copied

@@ -109,7 +109,7 @@ class TreeModel:
         whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
         outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
-        self.states = dict(whole.states)
+        self.states = self._at_home(whole.states)
         self.num_forwards += 1
         self.cache.commit([range(self.cache.tail)] * num_rows)
         self._start_masks(attention_mask, model_inputs.get("position_ids"))
@@ -184,7 +184,7 @@ class TreeModel:
         """
         whole = self._whole()
         outputs = self._call(whole, self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
-        self.states = dict(whole.states)
+        self.states = self._at_home(whole.states)
         self.num_forwards += 1
         return outputs.logits
 
@@ -202,7 +202,7 @@ class TreeModel:
         assert passed.exit_layer == exit_layer, "one exit layer a round"
         below = self.views.below(exit_layer, self._kept)
         self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
-        passed.add(below.states)
+        passed.add(self._at_home(below.states))
         return below.states[exit_layer]
 
     @property
@@ -249,6 +249,10 @@ class TreeModel:
         if self._prompt_BP is not None:
             self._prompt_BP = self._prompt_BP[list(rows)]
 
+    def _at_home(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The states of layers on several devices, on one."""
+        return {depth: states_BTC.to(self.device) for depth, states_BTC in states.items()}
+
     def _whole(self) -> View:
         return self.views.whole(self._kept) if self._kept else self._bare
 
@@ -275,7 +279,8 @@ class TreeModel:
         above = self.views.above(exit_layer, self._kept)
         above.give(states[exit_layer])
         outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
-        self.states = {depth: order.restore(kept) for depth, kept in {**states, **above.states}.items()}
+        kept = {**states, **self._at_home(above.states)}
+        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in kept.items()}
         self._passed = None
         self.num_forwards += 1
         return order.restore(outputs.logits)

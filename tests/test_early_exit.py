@@ -271,6 +271,14 @@ def test_a_perfect_exit_is_used_and_a_useless_one_is_not() -> None:
     assert plain_rounds > len(seconds.stats.trace) / 2
 
 
+def test_an_exit_is_judged_by_its_drafts_in_bfloat16() -> None:
+    """NumPy has no such numbers: rounds that compare no other exits used to fail."""
+    model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=3)
+    settings = {"objective": "tokens-per-layer", "shadow_share": 1e-9}
+    out = speculate(model, rows_of(PROMPTS, [0]), EarlyExit(**settings), max_new_tokens=NUM_NEW)
+    assert out.stats.num_drafted > 0
+
+
 def test_what_no_exit_can_do_is_refused() -> None:
     model = early_model("llama")
     prompt = rows_of(PROMPTS, [1])

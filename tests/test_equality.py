@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import PreTrainedModel
 
 from specdec.cache import sliding_windows
-from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
+from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, Sequoia, TokenTree
@@ -177,6 +177,9 @@ def test_offloaded_model(offload: object, tmp_path: Path) -> None:
         out = speculate(model, PROMPTS, drafter, max_new_tokens=NUM_NEW)
         assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
         assert out.stats.num_accepted > 0
+    out = speculate(model, PROMPTS, EarlyExit(1), max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
+    assert out.stats.num_drafted > 0
     assert any(weights.is_meta for weights in model.parameters())
 
 

@@ -144,7 +144,7 @@ def _time(scratch: TreeModel, width: int) -> float:
     tokens_BT = torch.zeros((1, width), dtype=torch.long, device=scratch.device)
     order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
     seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
-    synchronise = _synchroniser(scratch.device)
+    synchronise = synchroniser(scratch.device)
     synchronise()
     started = perf_counter()
     scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
@@ -154,5 +154,6 @@ def _time(scratch: TreeModel, width: int) -> float:
     return seconds
 
 
-def _synchroniser(device: torch.device) -> Callable[[], None]:
+def synchroniser(device: torch.device) -> Callable[[], None]:
+    """Waits for the work that a device has been given: before a clock is looked at."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -34,8 +34,15 @@ _MEMORY = 31
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds of work on this device: on a CPU those of the calling thread, to which other programs add nothing."""
+    if device.type == "cuda":
+        return _finished_time
     is_fine = get_clock_info("thread_time").resolution < 1e-5
     return thread_time if device.type == "cpu" and is_fine else perf_counter
+
+
+def _finished_time() -> float:
+    torch.cuda.synchronize()
+    return perf_counter()
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,7 +65,7 @@ class ExitEvidence(ABC):
             [0, *(node + 1 for node in path)][: len(tokens)] for path, tokens in zip(paths, outcome.tokens, strict=True)
         ]
         num_rows, num_scored = len(slots), confidence_BK.shape[1]
-        scores_BK = confidence_BK.cpu().numpy()
+        scores_BK = confidence_BK.float().cpu().numpy()
         width = max(map(len, slots))
         agreement_BT, confidence_BT, counts = np.zeros((num_rows, width)), np.zeros((num_rows, width)), []
         for row, (row_slots, path) in enumerate(zip(slots, paths, strict=True)):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -68,10 +69,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     config = model.config.get_text_config(decoder=True)
     sizes = config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size
-    weights = list(final_norm(model).parameters()) or [model.get_input_embeddings().weight[:64]]
+    norm, embedding = final_norm(model), model.get_input_embeddings()
     digest = hashlib.sha256(repr(sizes).encode())
-    for weight in weights:
-        digest.update(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    with align_module_device(norm), align_module_device(embedding):  # accelerate may keep them elsewhere
+        for weight in list(norm.parameters()) or [embedding.weight[:64]]:
+            digest.update(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -123,13 +125,19 @@ def load_exits(path: str | os.PathLike[str], model: PreTrainedModel) -> list[Exi
     """The exits in a file, for the model that they were trained on, in its dtype and on its device.
 
     Raises:
-        DraftError: the file cannot be read, or was made for another model.
+        DraftError: the file cannot be read, or was made for another model; or the model's weights are not at hand.
     """
     facts = read_metadata(path)
     if facts.get("fingerprint") != fingerprint(model):
         raise DraftError(
             f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts.get('fingerprint')}, "
             f"this one has {fingerprint(model)}): train exits for this one with `specdec train-exits`"
+        )
+    shared = model.get_input_embeddings(), model.get_output_embeddings(), final_norm(model)
+    if any(weights.is_meta for part in shared for weights in part.parameters()):
+        raise DraftError(
+            "accelerate has offloaded the model's embeddings, head or final norm, which trained exits share: keep them "
+            "in memory (device_map=), or draft with the model's own head, EarlyExit(exits=None)"
         )
     try:
         return _read_exits(path, facts, model)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.control.costs import synchroniser
 from specdec.exits.module import Exit
 from specdec.exits.training import Batch, Corpus, Unroller
 from specdec.target import TreeModel
@@ -153,11 +154,11 @@ def measure_costs(model: PreTrainedModel, exit_: Exit) -> Costs:
     """Times the model as it is: give it prepared, as it will be used, and an exit prepared alike."""
     reader = TreeModel(model)
     reader.prefill(torch.zeros(1, _CONTEXT, dtype=torch.long, device=reader.device), capacity=_CONTEXT + MAX_DRAFT + 1)
-    verify = tuple(_seconds(functools.partial(_verify, reader, width)) for width in range(1, MAX_DRAFT + 2))
-    channels = exit_.head.in_features
-    state_1C = torch.randn(1, channels, device=reader.device)
-    whole_head = _seconds(lambda: model.get_output_embeddings()(state_1C))
-    head = _seconds(lambda: (exit_.fuse(torch.cat([state_1C, state_1C], -1)), exit_.head(state_1C)))
+    timed = functools.partial(_seconds, synchroniser(reader.device))
+    verify = tuple(timed(functools.partial(_verify, reader, width)) for width in range(1, MAX_DRAFT + 2))
+    state_1C = torch.randn(1, exit_.head.in_features, dtype=model.dtype, device=reader.device)
+    whole_head = timed(lambda: model.get_output_embeddings()(state_1C))
+    head = timed(lambda: (exit_.fuse(torch.cat([state_1C, state_1C], -1)), exit_.head(state_1C)))
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return Costs(verify=verify, layer=max(verify[0] - whole_head, 0.0) / num_layers, head=head)
 
@@ -170,11 +171,12 @@ def _verify(reader: TreeModel, width: int) -> None:
     reader.commit([[]])
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(synchronise: Callable[[], None], call: Callable[[], object]) -> float:
     """The median of a few calls, after one to warm up."""
     times = []
     for _ in range(1 + _REPEATS):
         start = time.perf_counter()
         call()
+        synchronise()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
