@@ -9,6 +9,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
@@ -58,6 +59,16 @@ class TestCollecting:
         torch.testing.assert_close(shard.states[1].float(), out.hidden_states[1], atol=0.05, rtol=0.02)
         torch.testing.assert_close(last, out.hidden_states[2], atol=0.05, rtol=0.02)
         assert torch.equal(shard.best_ids_BTK[..., 0].long(), out.logits.argmax(-1))
+
+    def test_states_that_were_not_kept_are_made_again(self, model):
+        (kept,), (bare,) = (shards(model, 1, depths) for depths in ((1,), None))
+        assert (kept.states.keys(), bare.states) == ({1, 2}, {})
+        assert all(torch.equal(*parts) for parts in zip(kept[:4], bare[:4], strict=True))
+        rows = torch.tensor([2, 0])
+        expected, actual = (Corpus(model, [shard], (0, 1)).batch(rows) for shard in (kept, bare))
+        for layer in (0, 1):
+            torch.testing.assert_close(actual.hidden[layer], expected.hidden[layer], atol=0.05, rtol=0.02)
+        torch.testing.assert_close(actual.final_BTC, expected.final_BTC, atol=0.05, rtol=0.02)
 
     def test_learned_tokens_are_the_models_choices(self, model):
         (shard,) = shards(model, 1)
@@ -188,6 +199,14 @@ class TestFile:
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
+    def test_an_offloaded_model_is_refused(self, model, exits, tmp_path):
+        path = tmp_path / "exits.safetensors"
+        save_exits(path, exits, model, {})
+        offloaded = cpu_offload(tiny_model("llama"), execution_device="cpu")
+        assert fingerprint(offloaded) == fingerprint(model)
+        with pytest.raises(DraftError, match="offloaded"):
+            load_exits(path, offloaded)
+
     @pytest.mark.parametrize("tied", [False, True])
     def test_an_int8_model_takes_the_same_file(self, tied, tmp_path):
         model = tiny_model("llama", hidden_size=64, head_dim=32, tie_word_embeddings=tied)
@@ -299,13 +318,17 @@ class TestCommand:
 
     def test_from_end_to_end(self, folder, tmp_path):
         out = tmp_path / "exits.safetensors"
-        size = ("--length", LENGTH, "--epochs", 1, "--vocabulary", 40)
+        size = ("--length", LENGTH, "--rows", 2, "--epochs", 1, "--vocabulary", 40)
+        size += ("--batch-rows", 2, "--learning-rate", 0.002, "--passes", 3)
         result = self.invoke("--model", folder, "--self-generate", 100, "--exits", "0,1", "--out", out, *size)
         assert result.exit_code == 0, result.output
         assert "tokens/s" in result.stdout
         exits = load_exits(out, tiny_model("llama"))
         assert [exit_.layer for exit_ in exits] == [0, 1]
-        held_out = json.loads(read_metadata(out)["training"])["held_out"]
+        training = json.loads(read_metadata(out)["training"])
+        held_out = training["held_out"]
+        settings = ("num_tokens", "rows", "batch_rows", "learning_rate", "num_passes", "vocabulary")
+        assert [training[name] for name in settings] == [2 * LENGTH * 2, 2, 2, 0.002, 3, 40]
         assert [report["layer"] for report in held_out] == [0, 1]
         assert all(0 <= share <= 1 for report in held_out for share in report["steps"])
 
@@ -335,8 +358,9 @@ class TestCommand:
             (),
             ("--self-generate", 10, "--exits", "two"),
             ("--self-generate", 10, "--exits", "2", "--full"),
+            ("--self-generate", 10, "--passes", 3, "--full"),
         ],
-        ids=["two sources", "no source", "no number", "exits of a whole model"],
+        ids=["two sources", "no source", "no number", "exits of a whole model", "passes of a whole model"],
     )
     def test_errors_come_before_any_work(self, arguments, tmp_path):
         result = self.invoke("--model", "missing", "--out", tmp_path / "x.safetensors", *arguments)

@@ -1,7 +1,7 @@
 """`specdec train-exits`: teach a model to draft for itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,6 +52,21 @@ def train_exits(
     vocabulary: Annotated[
         int | None, typer.Option("--vocabulary", min=2, help="Tokens that the exits can draft; 8192 if absent.")
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows", min=1, help="Conversations that are written at once; 64 if absent. A GPU takes thousands."
+        ),
+    ] = None,
+    batch_rows: Annotated[
+        int | None, typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent.")
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option("--passes", min=1, help="Drafted tokens in a row to train for; 2 if absent.")
+    ] = None,
     length: Annotated[
         int, typer.Option("--length", min=8, help="Tokens of a conversation, and how far exits look back.")
     ] = 256,
@@ -70,12 +85,21 @@ def train_exits(
     """
     if (self_generate is None) == (data is None):
         raise ValueError("give either --self-generate N or --data FILE")
-    if full and (exits, vocabulary) != (None, None):
-        raise ValueError("--full trains the whole model: leave out --exits and --vocabulary")
-    layers = _parse_layers(exits or "2")
+    settings: dict[str, Any] = {
+        "layers": None if exits is None else _parse_layers(exits),
+        "vocabulary": vocabulary,
+        "batch_rows": batch_rows,
+        "learning_rate": learning_rate,
+        "num_passes": passes,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if full and given:
+        raise ValueError(
+            "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
+        )
 
     from specdec import models
-    from specdec.exits.collect import given_texts, self_generation
+    from specdec.exits.collect import NUM_ROWS, given_texts, self_generation
     from specdec.exits.run import ExitTraining, FullTraining, Source
     from specdec.exits.training import Recipe
 
@@ -86,13 +110,15 @@ def train_exits(
     else:
         source = Source(str(data), *given_texts(target.tokenizer, data))
     if full:
-        whole = FullTraining(target.model, source, out, epochs=epochs, seed=seed, length=length)
+        whole = FullTraining(
+            target.model, source, out, epochs=epochs, seed=seed, length=length, num_rows=rows or NUM_ROWS
+        )
         _show(whole, ["loss {:.3f}", "of exits {:.3f}"])
         whole.finish(target.tokenizer)
         return
-    recipe = Recipe(layers=layers, epochs=epochs, vocabulary=vocabulary or 8192, seed=seed)
-    training = ExitTraining(target.model, source, recipe, out, length=length)
-    _show(training, [f"exit {layer}: {{:.1%}}" for layer in layers])
+    recipe = Recipe(epochs=epochs, seed=seed, **given)
+    training = ExitTraining(target.model, source, recipe, out, length=length, num_rows=rows or NUM_ROWS)
+    _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
     Console().print(_table(training.finish(), f"{target.name}: exits on held-out text, written to {out}"))
 
 

@@ -48,7 +48,7 @@ class Shard(NamedTuple):
 
     tokens_BT: int32. learned_BT: bool, see `Spoken`. best_ids_BTK, best_logits_BTK: int32 and float16, the model's K
     likeliest next tokens, best first. states: number of layers passed -> bfloat16 [B, T, C], the residual stream
-    before the final norm; the last entry is the model's own.
+    before the final norm; the last entry is the model's own. Empty if they were not kept.
     """
 
     tokens_BT: Tensor
@@ -167,7 +167,7 @@ class Collector:
     """Writes shards with one model.
 
     Args:
-        depths: numbers of layers whose states are kept, besides the last.
+        depths: numbers of layers whose states are kept, besides the last; None keeps no states.
         script: makes the script of a row from a random source of its own.
         length: T.
     """
@@ -175,13 +175,13 @@ class Collector:
     def __init__(
         self,
         model: PreTrainedModel,
-        depths: Iterable[int],
+        depths: Iterable[int] | None,
         script: Callable[[random.Random], Script],
         length: int,
         num_rows: int = NUM_ROWS,
     ):
-        self._views = LayerViews(model)
-        self._view = self._views.whole({*depths, self._views.num_layers})
+        views = LayerViews(model)
+        self._view = views.whole(() if depths is None else {*depths, views.num_layers})
         self._script = script
         self._length = length
         self._num_rows = num_rows

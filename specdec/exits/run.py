@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,9 +24,10 @@ from specdec.exits.collect import NUM_ROWS, Collector, Script
 from specdec.exits.layerskip import LayerSkipRecipe, LayerSkipTrainer
 from specdec.exits.module import Exit, final_norm, fingerprint, load_exits, save_exits
 from specdec.exits.report import Acceptance, measure_acceptance, measure_costs
-from specdec.exits.training import Corpus, Recipe, Trainer
+from specdec.exits.training import Corpus, Recipe, Trainer, bfloat16_is_faster
 from specdec.exits.work import WorkFolder
 from specdec.kernels import quantized_copy
+from specdec.target import home_device
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,9 +63,11 @@ class _Training:
 
     Args:
         out: what is to be written; unfinished work is kept in a folder of the same name and `.work`.
-        depths: numbers of layers whose states are collected, besides the last.
+        depths: numbers of layers whose states are collected, besides the last; None if none are needed. Where there is
+            an accelerator they are not kept either: it makes them again in less time than it takes to read them.
         plan: what the result depends on, besides model, data and length.
         length: positions of a row.
+        num_rows: rows that are written at once.
     """
 
     def __init__(
@@ -70,11 +75,12 @@ class _Training:
         model: PreTrainedModel,
         source: Source,
         out: Path,
-        depths: tuple[int, ...],
+        depths: tuple[int, ...] | None,
         plan: dict[str, Any],
         *,
         seed: int,
         length: int,
+        num_rows: int,
     ):
         self._model = model
         self._out = out
@@ -82,13 +88,15 @@ class _Training:
         self._script = source.script
         self._seed = seed
         self._length = length
-        self._num_rows = min(NUM_ROWS, math.ceil(source.num_tokens / length))
+        self._kept = depths if home_device(model).type == "cpu" else None
+        self._num_rows = min(num_rows, math.ceil(source.num_tokens / length))
         self._num_shards = math.ceil(source.num_tokens / (self._num_rows * length))
         self._plan = {
             "model": fingerprint(model),
             "data": source.description,
             "num_tokens": self._num_shards * self._num_rows * length,
             "length": length,
+            "rows": self._num_rows,
             **json.loads(json.dumps(plan)),
         }
         self._fast = _prepared(model)
@@ -98,10 +106,11 @@ class _Training:
     def collect(self) -> Iterator[Progress]:
         """Writes the shards that are missing; the last one is held out."""
         total = (self._num_shards + 1) * self._length
-        collector = Collector(self._fast, self._depths, self._script, self._length, self._num_rows)
         for index in range(self._num_shards + 1):
             if self._work.has_shard(index):
                 continue
+            num_rows = self._num_rows if index < self._num_shards else min(self._num_rows, NUM_ROWS)
+            collector = Collector(self._fast, self._kept, self._script, self._length, num_rows)
             for position, shard in enumerate(collector.shard(self._seed * 1_000_003 + index)):
                 yield Progress(index * self._length + position, total)
                 if shard is not None:
@@ -110,7 +119,8 @@ class _Training:
         yield Progress(total, total)
 
     def _corpus(self, indices: Iterable[int]) -> Corpus:
-        return Corpus(self._model, [self._work.read_shard(index) for index in indices], self._depths)
+        shards = [self._work.read_shard(index) for index in indices]
+        return Corpus(self._model, shards, self._depths or (), self._fast)
 
     def _advance(
         self, trainer: Trainer | LayerSkipTrainer, advance: Callable[[], tuple[float, ...]], num_steps: int
@@ -133,6 +143,7 @@ class ExitTraining(_Training):
     Args:
         out: the .safetensors file to write.
         length: positions of a row; what exits look back.
+        num_rows: rows that are written at once; a GPU takes thousands in the time of one.
 
     Raises:
         ValueError: an exit layer that the model does not have, an output that cannot be written, or unfinished work
@@ -140,7 +151,16 @@ class ExitTraining(_Training):
         UnsupportedModelError: a model that takes no exits.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Source, recipe: Recipe, out: Path, *, length: int = 256):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Source,
+        recipe: Recipe,
+        out: Path,
+        *,
+        length: int = 256,
+        num_rows: int = NUM_ROWS,
+    ):
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         if bad := [layer for layer in recipe.layers if not 0 <= layer < num_layers]:
             raise ValueError(f"exit layer {bad[0]} is not one of this model's: give 0 to {num_layers - 1}")
@@ -149,7 +169,7 @@ class ExitTraining(_Training):
         final_norm(model)
         self._recipe = recipe
         plan = dataclasses.asdict(recipe)
-        super().__init__(model, source, out, recipe.layers, plan, seed=recipe.seed, length=length)
+        super().__init__(model, source, out, recipe.layers, plan, seed=recipe.seed, length=length, num_rows=num_rows)
 
     def train(self) -> Iterator[Progress]:
         """Shows each exit's agreement with the target."""
@@ -182,13 +202,21 @@ class FullTraining(_Training):
     """
 
     def __init__(
-        self, model: PreTrainedModel, source: Source, out: Path, *, epochs: int, seed: int = 0, length: int = 256
+        self,
+        model: PreTrainedModel,
+        source: Source,
+        out: Path,
+        *,
+        epochs: int,
+        seed: int = 0,
+        length: int = 256,
+        num_rows: int = NUM_ROWS,
     ):
         if out.exists():
             raise ValueError(f"{out} exists: give a folder that does not")
         self._epochs = epochs
         plan = {"full": True, "epochs": epochs, "seed": seed}
-        super().__init__(model, source, out, (), plan, seed=seed, length=length)
+        super().__init__(model, source, out, None, plan, seed=seed, length=length, num_rows=num_rows)
 
     def train(self) -> Iterator[Progress]:
         """Shows the losses of the last layer and of the exits before it."""
@@ -214,7 +242,10 @@ class FullTraining(_Training):
 
 
 def _prepared(module: Module) -> Module:
-    """An int8 copy where there are kernels for one."""
-    on_cpu = all(weight.device.type == "cpu" for weight in module.parameters())
+    """An int8 copy where there are kernels for one, a bfloat16 copy on a GPU that computes in it."""
+    devices = {weight.device for weight in module.parameters()}
+    if all(device.type == "cuda" and bfloat16_is_faster(device) for device in devices):
+        return copy.deepcopy(module).to(torch.bfloat16)
+    on_cpu = all(device.type == "cpu" for device in devices)
     has_linears = any(type(part) is nn.Linear for part in module.modules())
     return quantized_copy(module) if on_cpu and has_linears else module

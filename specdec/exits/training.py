@@ -72,13 +72,33 @@ class Batch(NamedTuple):
     """bool: the next token is one to be predicted."""
 
 
-class Corpus:
-    """What the model wrote. Rows are read when they are needed, so that shards may be larger than memory."""
+class _Labels(NamedTuple):
+    """Of the N positions that have a loss: where they are in [B T], the K likeliest tokens as places in the draft
+    vocabulary (-1: not in it), and their probabilities (0 there)."""
 
-    def __init__(self, model: PreTrainedModel, shards: Sequence[Shard], layers: Sequence[int]):
+    places_N: Tensor
+    targets_NK: Tensor
+    p_NK: Tensor
+
+
+class Corpus:
+    """What the model wrote. Rows are read when they are needed, so that shards may be larger than memory.
+
+    Args:
+        reader: where shards have kept no states, this makes them again; a copy of the model, in its own dtype perhaps.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shards: Sequence[Shard],
+        layers: Sequence[int],
+        reader: PreTrainedModel | None = None,
+    ):
         self._shards = shards
         self._layers = layers
         self._views = LayerViews(model)
+        self._reader = LayerViews(reader or model)
         self._device = home_device(model)
         self._rows = [(shard, row) for shard in shards for row in range(shard.tokens_BT.shape[0])]
         self.vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
@@ -99,12 +119,14 @@ class Corpus:
         def gather(part: Callable[[Shard], Tensor]) -> Tensor:
             return torch.stack([part(shard)[row] for shard, row in chosen]).to(self._device)
 
-        def states(depth: int) -> Tensor:
-            return gather(lambda shard: shard.states[depth]).float()
-
+        depths = {*filter(None, self._layers), self._views.num_layers}
+        if self._shards[0].states:
+            states = {depth: gather(lambda shard, depth=depth: shard.states[depth]) for depth in depths}  # type: ignore[misc]
+        else:
+            states = self._read(rows, depths)
         return Batch(
-            hidden={layer: states(layer) if layer else self._embed(rows) for layer in self._layers},
-            final_BTC=states(self._views.num_layers),
+            hidden={layer: states[layer].float() if layer else self._embed(rows) for layer in self._layers},
+            final_BTC=states[self._views.num_layers].float(),
             best_ids_BTK=gather(lambda shard: shard.best_ids_BTK).long(),
             best_p_BTK=gather(lambda shard: shard.best_logits_BTK).float().softmax(-1),
             learned_BT=F.pad(gather(lambda shard: shard.learned_BT)[:, 1:], (0, 1)),
@@ -123,6 +145,11 @@ class Corpus:
         """int64 [B, T]."""
         return torch.stack([shard.tokens_BT[row] for shard, row in map(self._rows.__getitem__, rows.tolist())]).long()
 
+    def _read(self, rows: Tensor, depths: set[int]) -> dict[int, Tensor]:
+        view = self._reader.whole(depths)
+        view.model.base_model(input_ids=self.tokens(rows).to(self._device), use_cache=False)
+        return view.states
+
     def _embed(self, rows: Tensor) -> Tensor:
         view = self._views.below(0)
         view.model(input_ids=self.tokens(rows).to(self._device), use_cache=False)
@@ -130,10 +157,10 @@ class Corpus:
 
     def frequent_ids(self, count: int) -> Tensor:
         """The tokens that the model finds likeliest most often, increasing: int64 [V]."""
-        weights = torch.zeros(self.vocab_size)
+        weights = torch.zeros(self.vocab_size, device=self._device)
         for shard in self._shards:
-            p_BTK = shard.best_logits_BTK.float().softmax(-1)
-            weights.scatter_add_(0, shard.best_ids_BTK.long().flatten(), p_BTK.flatten())
+            p_BTK = shard.best_logits_BTK.to(self._device).float().softmax(-1)
+            weights.scatter_add_(0, shard.best_ids_BTK.to(self._device).long().flatten(), p_BTK.flatten())
         return weights.topk(min(count, len(weights))).indices.sort().values
 
 
@@ -155,7 +182,7 @@ class Unroller:
             before_BTC = F.pad(state_BTC[:, :-1], (0, 0, 1, 0))
             fused_BTC = self._exit.fuse(torch.cat([hidden_BTC, before_BTC], -1))
             self._view.give(fused_BTC)
-            mask_11TS = pass_mask(num_positions, index).to(hidden_BTC.device)[None, None]
+            mask_11TS = pass_mask(num_positions, index, hidden_BTC.device)[None, None]
             normed_BTC = self._view.model(
                 inputs_embeds=fused_BTC,
                 attention_mask=masks.additive(mask_11TS, fused_BTC.dtype) if self._additive else mask_11TS,
@@ -168,13 +195,13 @@ class Unroller:
 
 
 @functools.cache
-def pass_mask(num_positions: int, index: int) -> Tensor:
+def pass_mask(num_positions: int, index: int, device: torch.device | None = None) -> Tensor:
     """What position t sees in pass `index` (from 0), bool [T, (index + 1) T]: of the first pass positions up to
     t - index, of each later pass j position t - index + j, and always itself (positions before the first draft)."""
     query_T1, key_1T = torch.arange(num_positions).unsqueeze(1), torch.arange(num_positions)
     seen = [key_1T <= query_T1 - index, *(key_1T == query_T1 - index + j for j in range(1, index + 1))]
     seen[-1] = seen[-1] | (key_1T == query_T1)
-    return torch.cat(seen, 1)
+    return torch.cat(seen, 1).to(device)
 
 
 def initial_exit(model: PreTrainedModel, layer: int, vocab_ids: Tensor, corpus: Corpus) -> Exit:
@@ -195,6 +222,8 @@ def initial_exit(model: PreTrainedModel, layer: int, vocab_ids: Tensor, corpus: 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether a product of the size that training needs takes less time in bfloat16; false on CPUs without support."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     best = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
     for dtype in (*best, *best, *best):
         a, b = torch.ones(1024, 512, dtype=dtype, device=device), torch.ones(512, 1024, dtype=dtype, device=device)
@@ -240,28 +269,33 @@ class Trainer:
         batch = self._corpus.batch(self._corpus.rows(self.step, self._recipe.batch_rows, self._recipe.seed))
         agreements = []
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._use_bfloat16):
+            labels = self._labels(batch)
             for exit_, unroller in zip(self.exits, self._unrollers, strict=True):
-                loss, agreement = self._loss(exit_, unroller, batch)
+                loss, agreement = self._loss(exit_, unroller, batch, labels)
                 loss.backward(inputs=list(self._weights.values()))  # and not the model's norm
                 agreements.append(agreement)
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return tuple(agreements)
+        return tuple(torch.stack(agreements).tolist())
 
-    def _loss(self, exit_: Exit, unroller: Unroller, batch: Batch) -> tuple[Tensor, float]:
-        targets_NK = self._places_V[batch.best_ids_BTK[batch.learned_BT]]
-        p_NK = batch.best_p_BTK[batch.learned_BT] * (targets_NK >= 0)
-        num_learned = max(len(p_NK), 1)
-        losses, agreement = [], 0.0
+    def _labels(self, batch: Batch) -> _Labels:
+        places_N = batch.learned_BT.flatten().nonzero().squeeze(1)
+        targets_NK = self._places_V[batch.best_ids_BTK.flatten(0, 1)[places_N]]
+        return _Labels(places_N, targets_NK, batch.best_p_BTK.flatten(0, 1)[places_N] * (targets_NK >= 0))
+
+    def _loss(self, exit_: Exit, unroller: Unroller, batch: Batch, labels: _Labels) -> tuple[Tensor, Tensor]:
+        places_N, targets_NK, p_NK = labels
+        num_learned = max(len(places_N), 1)
+        losses, agreement = [], torch.zeros((), device=self._device)
         passes = unroller.outputs(batch.hidden[exit_.layer], batch.final_BTC, self._recipe.num_passes)
         for index, normed_BTC in enumerate(passes):
-            logits_NV = exit_.head(normed_BTC[batch.learned_BT]).float()
+            logits_NV = exit_.head(normed_BTC.flatten(0, 1).index_select(0, places_N)).float()
             log_q_NK = logits_NV.gather(1, targets_NK.clamp_min(0)) - logits_NV.logsumexp(1, keepdim=True)
             losses.append(-(p_NK * log_q_NK).sum() / num_learned * self._recipe.pass_decay**index)
             if index == 0:
-                agreement = (logits_NV.argmax(1) == targets_NK[:, 0]).sum().item() / num_learned
+                agreement = (logits_NV.argmax(1) == targets_NK[:, 0]).sum() / num_learned
         return torch.stack(losses).sum(), agreement
 
     def _learning_rate(self) -> float:

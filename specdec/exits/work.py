@@ -49,9 +49,10 @@ class WorkFolder:
     def write_shard(self, index: int, shard: Shard) -> None:
         tensors = {name: tensor for name, tensor in shard._asdict().items() if name != "states"}
         tensors |= {f"{_STATES}{depth}": state for depth, state in shard.states.items()}
-        unfinished = self._folder / "shard.part"
+        finished = self._shard(index)
+        unfinished = finished.with_name(f"{finished.name}.part")
         save_file(tensors, unfinished)
-        unfinished.replace(self._shard(index))
+        unfinished.replace(finished)
 
     def read_shard(self, index: int) -> Shard:
         tensors = load_file(self._shard(index))
