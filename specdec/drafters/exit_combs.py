@@ -21,7 +21,7 @@ from specdec.drafters.base import Outcome
 from trees import ROOT, Draft, TokenTree, TreeBatch
 
 MAX_SIBLINGS = 3
-"""Of a node of the chain. One of the shipped exit's first four tokens is right in 71 % of cases, the first in 46 %."""
+"""Of a node of the chain. One of the shipped exit's first four tokens is right in 80 % of cases, the first in 57 %."""
 
 
 _DECAY = 0.97
