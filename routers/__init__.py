@@ -6,7 +6,7 @@ Step-level routing is lossy by design and lives beside token-level speculation, 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routers.base import Decision, DraftedStep, Reward, Router, Scorer, Signals, TargetView
+from routers.base import Decision, DraftedStep, Need, Reward, Router, Scorer, Signals, TargetView
 from routers.budget import EscalationBudget
 from routers.light import LightRouter
 from routers.policies import (
@@ -38,6 +38,7 @@ __all__ = [
     "EarlyEscalation",
     "EscalationBudget",
     "LightRouter",
+    "Need",
     "Oracle",
     "RandomRouter",
     "Reward",

@@ -17,6 +17,9 @@ import numpy as np
 from routers.steps import Steps
 
 Writer: TypeAlias = Literal["draft", "target"]
+Need: TypeAlias = Literal["signals", "hidden", "log_probs", "answers"]
+"""What a router reads besides texts: the draft's `Signals`, hidden states among them, or the target's answers to
+`TargetView.log_probs` and `TargetView.answers`. Models that run here give all of it, remote ones some or none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,12 +131,13 @@ class Router(ABC):
         steps: what counts as a step.
         peek: number of drafted tokens after which `decide_early` is asked (0: before anything is drafted); None
             leaves that out.
-        wants_hidden: whether `Signals.hidden` is needed.
+        needs: what it cannot decide without. Hidden states, and the signals of a remote draft, are there only where
+            they are named; where a model cannot give what is named, the call is refused.
     """
 
     steps: Steps = Steps()
     peek: int | None = None
-    wants_hidden: bool = False
+    needs: frozenset[Need] = frozenset()
 
     @abstractmethod
     def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
@@ -145,14 +149,22 @@ class Router(ABC):
 
 
 class Scorer(Protocol):
-    """Puts a number on drafted steps; what it means is up to the router that asks."""
+    """Puts a number on drafted steps; what it means is up to the router that asks.
+
+    It may have `needs`, as a router has.
+    """
 
     def score(self, steps: Sequence[DraftedStep], target: TargetView) -> Sequence[float]:
         """One number a step; NaN where there is none."""
 
 
 class Reward(Protocol):
-    """Says how good steps are, whoever wrote them."""
+    """Says how good steps are, whoever wrote them. It may have `needs`, as a router has."""
 
     def rewards(self, steps: Sequence[DraftedStep], target: TargetView) -> Sequence[float]:
         """One number a step, the better the higher, 0 to 1 unless it says otherwise; NaN where there is none."""
+
+
+def needs_of(judge: Scorer | Reward) -> frozenset[Need]:
+    """What a scorer or a reward cannot do without; nothing if it does not say."""
+    return frozenset(getattr(judge, "needs", ()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from routers.base import Decision, DraftedStep, Reward, Router, TargetView
+from routers.base import Decision, DraftedStep, Reward, Router, TargetView, needs_of
 from routers.features import NAMES, features
 from routers.steps import Steps
 
@@ -77,7 +77,9 @@ class Collector(Router):
     ):
         self.reward, self.problems, self.target_share = reward, problems, target_share
         self.steps = steps or Steps()
-        self.wants_hidden = keeps_hidden
+        self.needs = needs_of(reward) | {"signals"}
+        if keeps_hidden:
+            self.needs |= {"hidden"}
         self.tuples: list[StepTuple] = []
         self._random = random.Random(f"{seed} {list(problems)}")
 
@@ -86,7 +88,7 @@ class Collector(Router):
         theirs = target.write(steps)
         written = self.reward.rewards(theirs, target)
         for step, other, draft_reward, target_reward in zip(steps, theirs, drafted, written, strict=True):
-            hidden = step.signals.hidden if self.wants_hidden else None
+            hidden = step.signals.hidden if "hidden" in self.needs else None
             self.tuples.append(
                 StepTuple(
                     problem=self.problems[step.row],

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from routers.base import DraftedStep, TargetView
+from routers.base import DraftedStep, Need, TargetView
 from routers.calibration import Calibration
 from routers.features import NAMES, features
 from routers.measures import Report
@@ -95,8 +95,8 @@ class LightRouter:
     report: Report | None = None
 
     @property
-    def wants_hidden(self) -> bool:
-        return self.num_hidden > 0
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"signals", "hidden"} if self.num_hidden else {"signals"})
 
     def score(self, steps: Sequence[DraftedStep], target: TargetView) -> list[float]:
         return [float(score) for score in self.probabilities(np.stack([self._read(step) for step in steps]))]

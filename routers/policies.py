@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from routers.base import Decision, DraftedStep, Reward, Router, Scorer, TargetView
+from routers.base import Decision, DraftedStep, Reward, Router, Scorer, TargetView, needs_of
 from routers.budget import EscalationBudget
 from routers.scorers import Shortfall, TargetGrade
 from routers.steps import Steps
@@ -142,7 +142,11 @@ class ScoringRouter(Router):
         self.guard, self.steps = tuple(guard), steps
         self.budget = None if escalation_rate is None else EscalationBudget(escalation_rate)
         self.peek = None if early is None else early.tokens
-        self.wants_hidden = getattr(scorer, "wants_hidden", False)
+        self.needs = needs_of(scorer)
+        if early is not None:
+            self.needs |= {"signals"}
+        if band is not None:
+            self.needs |= needs_of(band.judge)
 
     def decide_early(self, steps: Sequence[DraftedStep]) -> list[Decision | None]:
         if self.early is None:
@@ -250,6 +254,7 @@ class Oracle(Router):
 
     def __init__(self, reward: Reward, *, threshold: float = 0.0, steps: Steps = _STEPS):
         self.reward, self.threshold, self.steps = reward, threshold, steps
+        self.needs = needs_of(reward)
 
     def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
         drafted = self.reward.rewards(steps, target)

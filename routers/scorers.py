@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from routers.base import DraftedStep, Reward, TargetView
+from routers.base import DraftedStep, Need, Reward, TargetView, needs_of
 
 _GRADE_QUESTION = (
     "Judge the last step of the reasoning above, only for whether it is logically valid and factually correct. "
@@ -20,6 +20,7 @@ class Shortfall:
 
     def __init__(self, reward: Reward):
         self.reward = reward
+        self.needs = needs_of(reward)
 
     def score(self, steps: Sequence[DraftedStep], target: TargetView) -> list[float]:
         return [1 - float(reward) for reward in self.reward.rewards(steps, target)]
@@ -27,6 +28,8 @@ class Shortfall:
 
 class TargetLikelihood:
     """A reward: the geometric mean of the target's probabilities of the step's tokens, 0 to 1."""
+
+    needs: frozenset[Need] = frozenset({"log_probs"})
 
     def rewards(self, steps: Sequence[DraftedStep], target: TargetView) -> list[float]:
         return [float(np.exp(log_probs.mean())) for log_probs in target.log_probs(steps)]
@@ -42,6 +45,8 @@ class TargetGrade:
         opening: of the target's answer, up to the digit.
         mean: take the mean of the digits under their probabilities; otherwise the likeliest digit.
     """
+
+    needs: frozenset[Need] = frozenset({"answers"})
 
     def __init__(self, question: str = _GRADE_QUESTION, opening: str = _GRADE_OPENING, *, mean: bool = True):
         self.question, self.opening, self.mean = question, opening, mean

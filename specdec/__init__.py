@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.errors import (
     CapacityError,
     DraftError,
+    EndpointError,
     ModelError,
     NumericalError,
     SpecdecError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from specdec import drafters
     from specdec.generation import SpeculativeOutput, disable, enable, generate
     from specdec.kernels import prepare, unprepare
+    from specdec.routing.endpoint import Endpoint
     from specdec.stats import DecodingStats
 
 __version__ = "0.1.0"
@@ -28,6 +30,8 @@ __all__ = [
     "CapacityError",
     "DecodingStats",
     "DraftError",
+    "Endpoint",
+    "EndpointError",
     "ModelError",
     "NumericalError",
     "SpecdecError",
@@ -44,6 +48,7 @@ __all__ = [
 
 _LAZY = {
     "DecodingStats": "specdec.stats",
+    "Endpoint": "specdec.routing.endpoint",
     "SpeculativeOutput": "specdec.generation",
     "disable": "specdec.generation",
     "enable": "specdec.generation",

@@ -6,8 +6,17 @@ SpecdecError
 ├── UnsupportedOptionError  a generate() option that is refused (also a ValueError)
 ├── DraftError              a drafter does not fit its target, or broke its contract (also a ValueError)
 ├── NumericalError          the target's logits are not numbers
-└── CapacityError           an engine has no room for a request
+├── CapacityError           an engine has no room for a request
+└── EndpointError           a remote endpoint cannot be reached, refuses, or answers what cannot be read
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specdec.generation import SpeculativeOutput
+    from specdec.routing.endpoint import Endpoint
 
 
 class SpecdecError(Exception):
@@ -36,3 +45,22 @@ class NumericalError(SpecdecError):
 
 class CapacityError(SpecdecError):
     """An engine has no room for a request: its queue is full, or the request would never fit into its memory."""
+
+
+class EndpointError(SpecdecError):
+    """A remote endpoint cannot be reached, refuses, or answers what cannot be read.
+
+    Args:
+        endpoint: which one.
+        trouble: what happened, in its own words where it has some.
+        is_final: whether to ask once more is pointless.
+
+    Attributes:
+        partial: what the call had generated until then; None if it had not begun to.
+    """
+
+    def __init__(self, endpoint: Endpoint, trouble: str, *, is_final: bool = True):
+        super().__init__(f"{endpoint}: {trouble}")
+        self.endpoint = endpoint
+        self.is_final = is_final
+        self.partial: SpeculativeOutput | None = None

@@ -29,10 +29,11 @@ from transformers.generation.streamers import BaseStreamer
 from routers import Router
 from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
-from specdec.drafters import Auto, Drafter, PromptLookup, Run, SmallModel
+from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
+from specdec.errors import EndpointError
 from specdec.loop import DecodingLoop
 from specdec.recording import Recorder
-from specdec.routing import Routing, StepLoop
+from specdec.routing import Endpoint, RoutedCall, Routing, StepLoop, stand_in
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stats import DecodingStats
@@ -54,11 +55,11 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Endpoint,
     inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
-    drafter: Drafter | PreTrainedModel | str | None = None,
+    drafter: Drafter | PreTrainedModel | Endpoint | str | None = None,
     tree: GrowthPolicy | None = None,
     verify: str = "topdown",
     router: Router | None = None,
@@ -71,7 +72,8 @@ def generate(
     has exactly the target's processed distribution (speculative sampling: Leviathan et al. 2023).
 
     Args:
-        model: the target, a decoder-only model with sdpa or eager attention. It is not changed.
+        model: the target, a decoder-only model with sdpa or eager attention. It is not changed. With a router it may
+            be a `specdec.Endpoint`; arguments then mean what they mean to the draft model, if that is here.
         inputs: int64 [B, P] prompts, padded to the left, like every other argument of `model.generate()`:
             `attention_mask`, `inputs_embeds`, `generation_config` and its fields, `logits_processor`,
             `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`, `prefix_allowed_tokens_fn`,
@@ -83,7 +85,7 @@ def generate(
         verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
         router: a `routers` instance: `drafter`, a smaller model, then writes whole reasoning steps, and the target
             only those that the router gives to it. LOSSY by design (see `docs/routing.md`): what the router keeps is
-            the draft's. Needs `tokenizer=`, by which steps are told apart.
+            the draft's. Needs `tokenizer=`, by which steps are told apart. `drafter` may be a `specdec.Endpoint` too.
         generator: source of randomness on the model's device; None for torch's global one.
 
     Returns:
@@ -93,17 +95,21 @@ def generate(
         UnsupportedModelError: the model cannot be decoded by tree.
         UnsupportedOptionError: an option that is not possible here; it says what to use instead.
         DraftError: the drafter does not fit the model.
+        EndpointError: an endpoint has failed for good; its `partial` holds what was generated until then.
         NumericalError: the target's scores are NaN.
         ValueError: a wrong argument, with the message of `model.generate()` where it has one.
     """
     started = perf_counter()
+    target = None
+    if isinstance(model, Endpoint):
+        target, model = model, _local_model(drafter, router, kwargs.get("tokenizer"))
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
     given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-    routing = None if router is None else _as_routing(router, drafter, tree, verify, given)
+    routing = None if router is None else _as_routing(router, target, drafter, tree, verify, given)
     arguments = options.prepare(model, given, routed=routing is not None)
     method = _DecodingMethod(
-        drafter=as_drafter(drafter, tree) if routing is None else routing.drafter,
+        drafter=as_drafter(drafter, tree) if routing is None else Plain(),
         routing=routing,
         tree=tree,
         verify=verify,
@@ -172,9 +178,24 @@ def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPoli
     )
 
 
+def _local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrainedModel:
+    """The model that the arguments are prepared for, where the target is remote: the draft's, if that is here.
+
+    Raises:
+        ValueError: there is no router.
+    """
+    if router is None:
+        raise ValueError("an endpoint writes whole steps: pass router= (routers.AlwaysTarget() for its steps alone)")
+    if isinstance(drafter, Endpoint):
+        options.check_routing(drafter, tree=None, verify="topdown", tokenizer=tokenizer)
+        return stand_in(tokenizer)
+    return drafter.model if isinstance(drafter, SmallModel) else drafter
+
+
 def _as_routing(
     router: Router,
-    drafter: Drafter | PreTrainedModel | str | None,
+    target: Endpoint | None,
+    drafter: Drafter | PreTrainedModel | Endpoint | str | None,
     tree: GrowthPolicy | None,
     verify: str,
     arguments: Mapping[str, Any],
@@ -187,8 +208,8 @@ def _as_routing(
     """
     tokenizer = arguments.get("tokenizer")
     options.check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
-    small = drafter if isinstance(drafter, SmallModel) else SmallModel(drafter)
-    return Routing(router=router, drafter=small, tokenizer=tokenizer)
+    draft = drafter if isinstance(drafter, (SmallModel, Endpoint)) else SmallModel(drafter)
+    return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,11 +301,10 @@ class _DecodingMethod:
         config: GenerationConfig,
     ) -> SpeculativeOutput | Tensor:
         num_rows = prompt.input_ids.shape[0]
-        loop = routing.start(
-            model,
-            prompt.input_ids,
-            prompt.attention_mask,
-            prompt.others,
+        call = RoutedCall(
+            input_ids=prompt.input_ids,
+            attention_mask=prompt.attention_mask,
+            others=prompt.others,
             sampler=sampler,
             criteria=criteria,
             capacity=_capacity(prompt, StopChecker(criteria)),
@@ -293,8 +313,13 @@ class _DecodingMethod:
             feed=self._feed(num_rows, config),
             started=self.started,
         )
+        loop = routing.start(model, call)
         try:
             loop.run()
+        except EndpointError as error:
+            loop.salvage()
+            error.partial = _output(loop, None, config, prompt.input_ids.device)
+            raise
         finally:
             loop.close()
         return _result(loop, None, config, prompt.input_ids.device)
@@ -354,11 +379,15 @@ def _result(
     loop: DecodingLoop | StepLoop, cache: DynamicCache | None, config: GenerationConfig, device: torch.device
 ) -> SpeculativeOutput | Tensor:
     """What the call asked for."""
-    ids = loop.recorder.sequences(_pad_token_id(config)).to(device)
-    if not config.return_dict_in_generate:
-        return ids
+    output = _output(loop, cache, config, device)
+    return output if config.return_dict_in_generate else output.sequences
+
+
+def _output(
+    loop: DecodingLoop | StepLoop, cache: DynamicCache | None, config: GenerationConfig, device: torch.device
+) -> SpeculativeOutput:
     return SpeculativeOutput(
-        sequences=ids,
+        sequences=loop.recorder.sequences(_pad_token_id(config)).to(device),
         scores=loop.recorder.scores(),
         logits=loop.recorder.logits(),
         past_key_values=cache,

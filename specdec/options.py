@@ -26,6 +26,7 @@ from transformers.generation import logits_process as lp
 from routers import Router
 from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
+from specdec.routing.endpoint import Endpoint
 from specdec.stopping import StopChecker
 from trees import GrowthPolicy
 
@@ -92,10 +93,10 @@ def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> No
         ValueError: the draft model or the tokenizer is missing.
         UnsupportedOptionError: `tree` or `verify` is given.
     """
-    if not isinstance(drafter, (PreTrainedModel, SmallModel)):
+    if not isinstance(drafter, (PreTrainedModel, SmallModel, Endpoint)):
         raise ValueError(
             f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
-            "tokenizer, or specdec.drafters.SmallModel(model)"
+            "tokenizer, specdec.drafters.SmallModel(model), or a specdec.Endpoint"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")

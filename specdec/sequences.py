@@ -103,6 +103,14 @@ class Sequences:
             self.lengths[row] -= count
             del self.tokens[row][-count:]
 
+    def replace(self, row: int, tokens: Sequence[int]) -> int:
+        """Make these a row's tokens; returns how many of those that stand there stay."""
+        shared = num_shared(self.tokens[row], tokens)
+        self.retract(row, len(self.tokens[row]) - shared)
+        self.put(row, tokens[shared:])
+        self.commit(row, tokens[shared:])
+        return shared
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         self.rows, self.lengths, self.prompt_lengths = (
@@ -110,3 +118,9 @@ class Sequences:
         )
         self.tokens = [self.tokens[row] for row in rows]
         self._ids_BL = self._ids_BL[list(rows)]
+
+
+def num_shared(mine: Sequence[int], text: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    shortest = min(len(mine), len(text))
+    return next((index for index in range(shortest) if mine[index] != text[index]), shortest)

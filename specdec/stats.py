@@ -63,6 +63,9 @@ class DecodingStats:
     """Tokens committed by rounds, for each row of the batch."""
     target_forwards: int = 0
     draft_forwards: int = 0
+    target_requests: int = 0
+    """Of a routed run: requests to the target's endpoint, if it has one; its forwards are not known."""
+    draft_requests: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0

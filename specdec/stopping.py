@@ -34,6 +34,11 @@ class StopChecker:
         self._others = StoppingCriteriaList(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
 
     @property
+    def eos_token_ids(self) -> set[int]:
+        """Tokens with which a text ends."""
+        return self._eos
+
+    @property
     def stops_rows_apart(self) -> bool:
         """Whether rows of a batch can stop at different lengths."""
         return bool(self._eos or self._others)

@@ -25,6 +25,7 @@ from specdec.cli.app import app
 from specdec.cli.chat.commands import COMMANDS as CHAT_COMMANDS
 from specdec.drafters import Plain
 from specdec.testing import ByteTokenizer, random_prompts, tiny_model
+from tests.completions_server import Completions, Spoken
 from tests.references import with_noise
 
 ROOT = Path(__file__).parent.parent
@@ -105,8 +106,10 @@ def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Mon
 
         save_exits(tmp_path / "exits.safetensors", [random_exit(known["model"], 1)], known["model"], {})
     monkeypatch.chdir(tmp_path)
-    for program in programs:
-        exec(program, known)
+    spoken = Spoken(known["small"])
+    with Completions(spoken.answer, spoken.score).running() as server:
+        for program in programs:
+            exec(re.sub(r"http://localhost:\d+/v1", server.url, program), known)
 
 
 def test_a_drafter_and_a_tree_policy_in_twenty_lines():

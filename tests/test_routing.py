@@ -258,7 +258,7 @@ def test_answers_are_the_targets_next_token(model, draft):
 
 def test_hidden_states_are_those_that_the_last_token_was_chosen_from(model, draft):
     router, prompts = Scripted(alternating), random_prompts([9])
-    router.wants_hidden = True
+    router.needs = frozenset({"hidden"})
     out = routed(model, draft, router, prompts)
     check_writers(model, draft, out, prompts)
     last = router.seen[-1]

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
+from typing import TypeAlias
 
 from routers import Decision, DraftedStep, Router
 from routers.base import Writer
+from specdec.errors import EndpointError
 from specdec.recording import Recorder
-from specdec.routing.session import WriterSession
+from specdec.routing.remote import RemoteView, RemoteWriter
 from specdec.routing.view import WriterView
-from specdec.routing.writer import StepWriter, num_shared
+from specdec.routing.writer import StepWriter
+from specdec.sequences import num_shared
 from specdec.stats import StepRecord
 from specdec.streaming import StreamFeed
+
+AnyWriter: TypeAlias = StepWriter | RemoteWriter
+View: TypeAlias = WriterView | RemoteView
 
 
 class StepLoop:
@@ -33,8 +39,8 @@ class StepLoop:
     def __init__(
         self,
         router: Router,
-        draft: StepWriter,
-        target: StepWriter,
+        draft: AnyWriter,
+        target: AnyWriter,
         *,
         decode: Callable[[Sequence[int]], str],
         ask: Callable[[str, str], list[int]],
@@ -52,6 +58,8 @@ class StepLoop:
         self._prompts = [list(tokens) for tokens in target.sequences.tokens]
         self._steps: list[list[Sequence[int]]] = [[] for _ in range(num_rows)]
         self._writers: list[list[Writer]] = [[] for _ in range(num_rows)]
+        self._lost: Writer | None = None
+        """Whose endpoint has failed for good: the other one goes on alone."""
 
     def run(self) -> None:
         """Write until every row has stopped."""
@@ -59,40 +67,63 @@ class StepLoop:
             self.step()
         if self.feed is not None:
             self.feed.end()
-        self.stats.target_forwards = self.target.target.num_forwards
-        self.stats.draft_forwards = self.draft.target.num_forwards
-        self.stats.draft_seconds = self.draft.stats.draft_seconds + self.draft.stats.verify_seconds
-        self.stats.finish(perf_counter() - self._started)
+        self._finish()
+
+    def salvage(self) -> None:
+        """After an exception: finish every row with what it has, the unfinished step included."""
+        for row, place in enumerate(self.target.sequences.rows):
+            drafted, written = self.draft.step_tokens(row), self.target.step_tokens(row)
+            if written or drafted:
+                decision = Decision(escalate=bool(written), reason="broken off")
+                self._note(row, decision, drafted, written or drafted)
+                self.stats.note_tokens(len(written or drafted), perf_counter() - self._started)
+            if not written:
+                self.target.sync({row: [*self.target.sequences.tokens[row], *drafted]})
+            self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
+        self._finish()
 
     def close(self) -> None:
         """The run is over, also when it ended in an exception."""
-        self.draft.session.close()
-        self.target.session.close()
+        self.draft.close()
+        self.target.close()
 
     def step(self) -> None:
         """One step of every unfinished row."""
         started = perf_counter()
         rows = range(len(self.target.sequences))
         texts = [list(tokens) for tokens in self.target.sequences.tokens]
-        early = self._draft_steps(rows)
+        decisions = self._draft_steps(rows)
         drafted = [self._drafted(row) for row in rows]
         view = self._view()
-        decisions = early | self._decide({row: drafted[row] for row in rows if row not in early}, view)
-        kept = {row: drafted[row].tokens for row in rows if not decisions[row].escalate}
-        view.settle(kept)
-        self._let_write({row: drafted[row].tokens for row in rows if row not in kept and row not in view.written})
-        steps = [kept[row] if row in kept else self.target.step_tokens(row) for row in rows]
-        last = [drafted[row].is_last if row in kept else self.target.stop.steps[row].is_last for row in rows]
+        decisions |= self._decide({row: drafted[row] for row in rows if row not in decisions}, view)
+        view.settle({row: drafted[row].tokens for row in rows if not decisions[row].escalate})
+        escalated = [row for row in rows if decisions[row].escalate and row not in view.written]
+        for row in self._escalate({row: drafted[row].tokens for row in escalated}):
+            decisions[row], drafted[row] = self._alone(), self._drafted(row)
+        theirs = [self.target.step_tokens(row) for row in rows]
+        steps = [theirs[row] if decisions[row].escalate else drafted[row].tokens for row in rows]
+        their_last = [self.target.stop.steps[row].is_last for row in rows]
+        last = [their_last[row] if decisions[row].escalate else drafted[row].is_last for row in rows]
         for row in rows:
-            self._note(row, decisions[row], drafted[row].tokens, steps[row], view, perf_counter() - started)
+            in_vain = theirs[row] if row in view.written and not decisions[row].escalate else drafted[row].tokens
+            self._note(row, decisions[row], in_vain, steps[row], perf_counter() - started)
         num_drafted = [num_shared(drafted[row].tokens, steps[row]) for row in rows]
         self._commit({row: [*texts[row], *steps[row]] for row in rows}, steps, num_drafted, last)
 
     def _draft_steps(self, rows: Sequence[int]) -> dict[int, Decision]:
         """Let the draft write every row's step; returns what was decided early."""
+        if self._lost == "draft":
+            return dict.fromkeys(rows, self._alone())
+        try:
+            return self._draft_until_decided(rows)
+        except EndpointError as error:
+            self._lose(error)
+            return dict.fromkeys(rows, self._alone())
+
+    def _draft_until_decided(self, rows: Sequence[int]) -> dict[int, Decision]:
         longest = self.router.steps.max_tokens
         early: dict[int, Decision] = {}
-        if self.router.peek is not None:
+        if self.router.peek is not None and self._lost is None:
             self.draft.write(dict.fromkeys(rows, min(self.router.peek, longest)))
             decisions = self.router.decide_early([self._drafted(row) for row in rows])
             early = {row: decision for row, decision in zip(rows, decisions, strict=True) if decision is not None}
@@ -100,19 +131,44 @@ class StepLoop:
         self.draft.write({row: longest for row in rows if row not in relieved})
         return early
 
-    def _decide(self, drafted: Mapping[int, DraftedStep], view: WriterView) -> dict[int, Decision]:
+    def _decide(self, drafted: Mapping[int, DraftedStep], view: View) -> dict[int, Decision]:
         if not drafted:
             return {}
+        if self._lost == "target":
+            return dict.fromkeys(drafted, self._alone())
         started = perf_counter()
-        decisions = self.router.decide(list(drafted.values()), view)
+        try:
+            decisions = self.router.decide(list(drafted.values()), view)
+        except EndpointError as error:
+            self._lose(error)
+            return dict.fromkeys(drafted, self._alone())
         self.stats.router_seconds += perf_counter() - started - view.seconds
         return dict(zip(drafted, decisions, strict=True))
 
+    def _escalate(self, drafts: Mapping[int, Sequence[int]]) -> list[int]:
+        """Let the target write these rows' steps; returns the rows of which it was lost before it wrote anything."""
+        try:
+            self._let_write(drafts)
+        except EndpointError as error:
+            self._lose(error)
+            begun = [row for row in drafts if self.target.step_tokens(row) or self.target.stop.steps[row].is_last]
+            left = [row for row in drafts if row not in begun]
+            self.draft.write(dict.fromkeys(left, self.router.steps.max_tokens))
+            return left
+        return []
+
+    def _lose(self, error: EndpointError) -> None:
+        """Go on without an endpoint that has failed for good, if it allows that and the other writer is there."""
+        if self._lost is not None or error.endpoint.on_failure == "raise":
+            raise error
+        self._lost = "draft" if error.endpoint is self.draft.endpoint else "target"
+
+    def _alone(self) -> Decision:
+        return Decision(escalate=self._lost == "draft", reason=f"{self._lost} lost")
+
     def _let_write(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Let the target write these rows' steps; what the draft wrote is its first token-level draft."""
-        session = self.target.session
-        assert isinstance(session, WriterSession)
-        session.hint({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
+        self.target.suggest({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
         self.target.write(dict.fromkeys(drafts, self.router.steps.max_tokens))
 
     def _commit(
@@ -148,20 +204,15 @@ class StepLoop:
             self.target.select_rows(stay)
 
     def _note(
-        self,
-        row: int,
-        decision: Decision,
-        drafted: Sequence[int],
-        step: Sequence[int],
-        view: WriterView,
-        seconds: float,
+        self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int], seconds: float = 0.0
     ) -> None:
+        """Record a step.
+
+        Args:
+            in_vain: what was written besides, perhaps the beginning of the step itself.
+        """
         place = self.target.sequences.rows[row]
         writer: Writer = "target" if decision.escalate else "draft"
-        discarded = len(drafted) - num_shared(drafted, step)
-        if row in view.written and not decision.escalate:
-            theirs = self.target.step_tokens(row)
-            discarded = len(theirs) - num_shared(theirs, step)
         self._writers[place].append(writer)
         self.stats.steps.append(
             StepRecord(
@@ -170,13 +221,23 @@ class StepLoop:
                 score=decision.score,
                 reason=decision.reason,
                 num_tokens=len(step),
-                num_discarded=discarded,
+                num_discarded=len(in_vain) - num_shared(in_vain, step),
                 seconds=seconds,
             )
         )
 
-    def _view(self) -> WriterView:
+    def _finish(self) -> None:
+        """Settle the statistics."""
+        stats, draft = self.stats, self.draft
+        stats.target_forwards, stats.draft_forwards = self.target.num_forwards, draft.num_forwards
+        stats.target_requests, stats.draft_requests = self.target.num_requests, draft.num_requests
+        stats.draft_seconds = draft.stats.draft_seconds + draft.stats.verify_seconds
+        stats.finish(perf_counter() - self._started)
+
+    def _view(self) -> View:
         places = {row: place for place, row in enumerate(self.target.sequences.rows)}
+        if isinstance(self.target, RemoteWriter):
+            return RemoteView(self.target, places, ask=self._ask, write=self._let_write)
         return WriterView(self.target, places, ask=self._ask, token_of=self._token_of, write=self._let_write)
 
     def _drafted(self, row: int) -> DraftedStep:

@@ -1,4 +1,4 @@
-"""The draft's writer as a token-level drafter of the target: a rejected step first, then a few tokens at a time."""
+"""The draft's writer as a token-level drafter of the target, a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -24,26 +24,12 @@ class WriterSession(DraftSession):
         self._run = run
         self._draft = draft
         self._num_tokens = num_tokens
-        self._hints: dict[int, list[int]] = {}
-
-    def hint(self, hints: Mapping[int, Sequence[int]]) -> None:
-        """Tokens to propose next in these rows, whatever their number."""
-        self._hints = {row: list(tokens) for row, tokens in hints.items()}
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        chains = [self._hints.pop(row, [])[:depth] for row, depth in enumerate(max_depths)]
-        limits = {
-            row: min(self._num_tokens, depth)
-            for row, (depth, chain) in enumerate(zip(max_depths, chains, strict=True))
-            if depth and not chain
-        }
-        for row, tokens in self._written(limits).items():
-            chains[row] = tokens
-        trees = TreeBatch.stack([TokenTree.chain(chain) for chain in chains], self._run.device)
-        return Draft(trees=trees)
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self._hints = {}
+        limits = {row: min(self._num_tokens, depth) for row, depth in enumerate(max_depths) if depth}
+        written = self._written(limits)
+        trees = [TokenTree.chain(written.get(row, [])) for row in range(len(max_depths))]
+        return Draft(trees=TreeBatch.stack(trees, self._run.device))
 
     def _written(self, limits: Mapping[int, int]) -> dict[int, list[int]]:
         """What the draft writes next, at most so many tokens of each row; nothing past the end of a step."""

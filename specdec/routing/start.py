@@ -1,4 +1,4 @@
-"""Sets up a routed run: two writers around the target and the draft model, and what they share."""
+"""Sets up a routed run: two writers around the target and the draft, models or endpoints, and what they share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
-from routers import Router, Segmenter
+from routers import Need, Router, Segmenter
 from specdec.compatibility import check_positions, position_limit
 from specdec.drafters import PromptLookup, Run, SmallModel
 from specdec.drafters.base import DraftSession
 from specdec.errors import UnsupportedOptionError
 from specdec.recording import Recorder
-from specdec.routing.loop import StepLoop
+from specdec.routing.endpoint import Endpoint
+from specdec.routing.loop import AnyWriter, StepLoop
+from specdec.routing.remote import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
 from specdec.routing.writer import StepStop, StepWriter
 from specdec.sampling import Sampler
@@ -27,9 +36,50 @@ from specdec.target import TreeModel
 from trees import Chain
 
 _COPIED = PromptLookup(num_tokens=4, min_match=3)
-"""Speeds the draft's own writing up; short, because a wrong copy costs the draft a wider forward."""
+"""Speeds a writer's own writing up; short, because a wrong copy costs a wider forward."""
 _TURN = "\x01"
 """Stands for the text of a turn while the chat template is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutedCall:
+    """A call whose prompt and options transformers has prepared.
+
+    Args:
+        input_ids, attention_mask: [B, P].
+        others: further inputs of the target's prefill, [B, ...] each.
+        capacity: tokens to make room for at the start.
+        recorder: takes the rows that stop.
+        feed: gets tokens by step.
+        started: `perf_counter()` when the call began.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    others: dict[str, Any]
+    sampler: Sampler
+    criteria: StoppingCriteriaList
+    capacity: int
+    config: GenerationConfig
+    recorder: Recorder
+    feed: StreamFeed | None
+    started: float
+
+    def sequences(self) -> Sequences:
+        """The text as a writer holds it: each has its own."""
+        return Sequences(self.input_ids, self.attention_mask, self.capacity)
+
+    def run(self, reader: TreeModel, vocab_size: int) -> Run:
+        """What a session of a writer knows."""
+        return Run(
+            target=reader,
+            vocab_size=vocab_size,
+            sequences=self.sequences(),
+            sampler=self.sampler,
+            tree=None,
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,86 +88,41 @@ class Routing:
 
     Args:
         router: decides.
-        drafter: holds the draft model, and how many tokens of it the target verifies at a time in steps of its own.
-        tokenizer: of both models; steps are found by what its tokens spell.
+        target: an endpoint; None for the model of the call.
+        draft: an endpoint, or holds the draft model and how many tokens of it the target verifies at a time in steps of
+            its own.
+        tokenizer: of the text; steps are found by what its tokens spell.
     """
 
     router: Router
-    drafter: SmallModel
+    target: Endpoint | None
+    draft: SmallModel | Endpoint
     tokenizer: PreTrainedTokenizerBase
 
-    def start(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        others: dict[str, Any],
-        *,
-        sampler: Sampler,
-        criteria: StoppingCriteriaList,
-        capacity: int,
-        config: GenerationConfig,
-        recorder: Recorder,
-        feed: StreamFeed | None,
-        started: float,
-    ) -> StepLoop:
-        """The loop of a call whose prompt and options transformers has prepared.
+    def start(self, model: PreTrainedModel, call: RoutedCall) -> StepLoop:
+        """The loop of a call.
 
         Args:
-            others: further inputs of the target's prefill, [B, ...] each.
-            capacity: tokens to make room for at the start.
+            model: that transformers has prepared the call for: the target, if it is no endpoint.
 
         Raises:
             DraftError: the draft model does not fit the target.
-            UnsupportedOptionError: the draft model has too few positions.
+            EndpointError: an endpoint does not answer.
+            UnsupportedOptionError: the draft model has too few positions, or an endpoint cannot do what the call or the
+                router asks for.
         """
-        target_model, draft_model = TreeModel(model), TreeModel(self.drafter.model)
-        segmenter = Segmenter(self.router.steps, self.decode)
-
-        def run(reader: TreeModel) -> Run:
-            return Run(
-                target=reader,
-                vocab_size=target_model.vocab_size,
-                sequences=Sequences(input_ids, attention_mask, capacity),
-                sampler=sampler,
-                tree=None,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-            )
-
-        def writer(run: Run, session: DraftSession, inputs: dict[str, Any], wants_signals: bool) -> StepWriter:
-            return StepWriter(
-                target=run.target,
-                session=session,
-                sampler=sampler,
-                stop=StepStop(criteria, segmenter, [len(tokens) for tokens in run.sequences.tokens]),
-                sequences=run.sequences,
-                recorder=recorder,
-                feed=None,
-                context_length=position_limit(run.target.model),
-                started=started,
-                prefill=_prefill(input_ids, attention_mask, inputs, config, capacity),
-                vocab_size=target_model.vocab_size,
-                wants_signals=wants_signals,
-                wants_hidden=wants_signals and self.router.wants_hidden,
-            )
-
-        targets, drafts = run(target_model), run(draft_model)
-        self.drafter.check_fit(targets)
-        _check_draft_positions(draft_model.model, input_ids.shape[1], StopChecker(criteria).max_length)
-        draft = writer(drafts, _COPIED.start(drafts), {}, True)
-        assert isinstance(self.drafter.policy, Chain)
-        session = WriterSession(targets, draft, self.drafter.policy.length)
+        target = None if self.target else TreeModel(model)
+        draft = self._draft(target, call)
         return StepLoop(
             self.router,
             draft,
-            writer(targets, session, others, False),
+            self._target(target, draft, call),
             decode=self.decode,
             ask=self.ask,
             token_of=self.token_of,
-            recorder=recorder,
-            feed=feed,
-            started=started,
+            recorder=call.recorder,
+            feed=call.feed,
+            started=call.started,
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -144,20 +149,121 @@ class Routing:
             text = rendered.split(_TURN)[-1] + opening
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def _draft(self, target: TreeModel | None, call: RoutedCall) -> AnyWriter:
+        if isinstance(self.draft, Endpoint):
+            if "hidden" in self.router.needs:
+                raise UnsupportedOptionError(
+                    f"{type(self.router).__name__} reads hidden states of the draft, which no endpoint gives: take a "
+                    "router that was trained without them, or draft with a model here"
+                )
+            return self._remote(self.draft, call, needs=self.router.needs & {"signals"})
+        reader = TreeModel(self.draft.model)
+        run = call.run(reader, (target or reader).vocab_size)
+        if target is not None:
+            self.draft.check_fit(run)
+        _check_draft_positions(reader.model, call.input_ids.shape[1], StopChecker(call.criteria).max_length)
+        return self._local(run, _COPIED.start(run), call, wants_hidden="hidden" in self.router.needs, is_draft=True)
 
-def _prefill(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    inputs: dict[str, Any],
-    config: GenerationConfig,
-    capacity: int,
-) -> Callable[[TreeModel, Sequence[int]], None]:
+    def _target(self, target: TreeModel | None, draft: AnyWriter, call: RoutedCall) -> AnyWriter:
+        if self.target is not None:
+            return self._remote(self.target, call, needs=self.router.needs & {"log_probs", "answers"})
+        assert target is not None
+        run = call.run(target, target.vocab_size)
+        session: DraftSession = _COPIED.start(run)
+        if isinstance(draft, StepWriter):
+            assert isinstance(self.draft, SmallModel)
+            assert isinstance(self.draft.policy, Chain)
+            session = WriterSession(run, draft, self.draft.policy.length)
+        return self._local(run, session, call)
+
+    def _local(
+        self, run: Run, session: DraftSession, call: RoutedCall, *, wants_hidden: bool = False, is_draft: bool = False
+    ) -> StepWriter:
+        return StepWriter(
+            target=run.target,
+            session=session,
+            sampler=call.sampler,
+            stop=self._stop(run.sequences, call),
+            sequences=run.sequences,
+            recorder=call.recorder,
+            feed=None,
+            context_length=position_limit(run.target.model),
+            started=call.started,
+            prefill=_prefill(call, {} if is_draft else call.others),
+            vocab_size=run.vocab_size,
+            wants_signals=is_draft,
+            wants_hidden=wants_hidden,
+        )
+
+    def _remote(self, endpoint: Endpoint, call: RoutedCall, *, needs: frozenset[Need]) -> RemoteWriter:
+        sequences, ends = call.sequences(), call.config.eos_token_id
+        writer = RemoteWriter(
+            endpoint,
+            self.tokenizer,
+            sequences=sequences,
+            stop=self._stop(sequences, call),
+            sampler=call.sampler,
+            vocab_size=len(self.tokenizer),
+            end_token=ends[0] if isinstance(ends, list) else ends,
+        )
+        endpoint.connect()
+        prompt = as_prompt(endpoint, self.tokenizer, sequences.tokens[0])
+        writer.num_alternatives = self._agree(endpoint, prompt, needs)
+        writer.fields = endpoint.accepted(prompt, writer.fields)
+        return writer
+
+    def _agree(self, endpoint: Endpoint, prompt: list[int] | str, needs: frozenset[Need]) -> int:
+        """How many log-probabilities to ask for at each token: none where nobody reads them, or the ids beside them.
+
+        Raises:
+            UnsupportedOptionError: the endpoint does not give what the router needs.
+        """
+        name, listed = type(self.router).__name__, 0
+        if needs or endpoint.prompts == "ids":
+            listed = endpoint.num_alternatives(prompt)
+        if needs & {"signals", "answers"} and listed < 2:
+            raise UnsupportedOptionError(
+                f"{name} reads probabilities of the next token, and {endpoint} gives {listed} of them: take a router "
+                "that reads texts, or a server that answers logprobs="
+            )
+        if "log_probs" in needs and not endpoint.scores_prompts(prompt):
+            raise UnsupportedOptionError(
+                f"{name} asks for the probability of a given step, and {endpoint} gives none (echo= with logprobs=, on "
+                "token ids): take a router that does not ask the target, or another server"
+            )
+        return listed if "signals" in needs else min(listed, 1)
+
+    def _stop(self, sequences: Sequences, call: RoutedCall) -> StepStop:
+        segmenter = Segmenter(self.router.steps, self.decode)
+        return StepStop(call.criteria, segmenter, [len(tokens) for tokens in sequences.tokens])
+
+
+def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model that never runs, for calls without one: transformers prepares arguments for models only."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=2**31 - 1,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config).eval()
+    model.config.vocab_size = len(tokenizer)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def _prefill(call: RoutedCall, inputs: dict[str, Any]) -> Callable[[TreeModel, Sequence[int]], None]:
     def prefill(model: TreeModel, rows: Sequence[int]) -> None:
-        chosen = torch.tensor(rows, device=input_ids.device)
-        mask = None if attention_mask is None else attention_mask[chosen].to(model.device)
-        readable = input_ids[chosen].clamp(max=model.vocab_size - 1).to(model.device)
+        chosen = torch.tensor(rows, device=call.input_ids.device)
+        mask = None if call.attention_mask is None else call.attention_mask[chosen].to(model.device)
+        readable = call.input_ids[chosen].clamp(max=model.vocab_size - 1).to(model.device)
         others = {name: value[chosen].to(model.device) for name, value in inputs.items() if value is not None}
-        model.prefill(readable, attention_mask=mask, generation_config=config, capacity=capacity, **others)
+        model.prefill(readable, attention_mask=mask, generation_config=call.config, capacity=call.capacity, **others)
 
     return prefill
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +72,10 @@ class StepStop(StopChecker):
             for step, row in zip(self.steps, tokens, strict=True)
         ]
 
+    def ends(self, row: int, written: Sequence[int], new: Sequence[int]) -> bool:
+        """Whether a row's step, of which some tokens are written, comes to its end in new ones."""
+        return self._end(self.steps[row], written, new) is not None
+
     def cut(
         self, sequences: Sequences, candidates: Sequence[Sequence[int]], scores_of: Callable[[int], Scores]
     ) -> tuple[list[int], list[bool]]:
@@ -83,7 +88,7 @@ class StepStop(StopChecker):
         return counts, stopped
 
     def _cut_step(self, step: _RowStep, written: Sequence[int], new: Sequence[int], is_last: bool) -> tuple[int, bool]:
-        end = self._segmenter.end([*written, *new], in_fence=step.in_fence, known=len(written))
+        end = self._end(step, written, new)
         if end is not None and end < len(written) + len(new):
             is_last = False
         count = len(new) if end is None else end - len(written)
@@ -91,6 +96,9 @@ class StepStop(StopChecker):
             return step.limit - len(written), True
         step.is_over, step.is_last = end is not None or is_last, is_last
         return count, step.is_over or count == step.limit - len(written)
+
+    def _end(self, step: _RowStep, written: Sequence[int], new: Sequence[int]) -> int | None:
+        return self._segmenter.end([*written, *new], in_fence=step.in_fence, known=len(written))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.steps = [self.steps[row] for row in rows]
@@ -110,6 +118,8 @@ class StepWriter(DecodingLoop):
     stop: StepStop
     prefill: Callable[[TreeModel, Sequence[int]], None]
     vocab_size: int
+    num_requests: ClassVar[int] = 0
+    endpoint: ClassVar[None] = None
     wants_signals: bool = False
     wants_hidden: bool = False
 
@@ -117,10 +127,24 @@ class StepWriter(DecodingLoop):
         super().__post_init__()
         self._leads: list[int] = []
         self._weighed: tuple[Draft, Tensor] | None = None
+        self._suggested: dict[int, list[int]] = {}
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
         self._has_read = False
         if self.wants_hidden:
             self.target.keep_states({self.target.num_layers})
+
+    @property
+    def num_forwards(self) -> int:
+        """Of the model so far."""
+        return self.target.num_forwards
+
+    def close(self) -> None:
+        """The run is over."""
+        self.session.close()
+
+    def suggest(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Tokens to verify next in these rows, whatever their number, instead of what the session proposes."""
+        self._suggested = {row: list(tokens) for row, tokens in drafts.items() if tokens}
 
     def write(self, limits: Mapping[int, int]) -> None:
         """Go on with these rows' steps until each is over or has the given number of tokens.
@@ -151,14 +175,11 @@ class StepWriter(DecodingLoop):
         assert self._weighed is None, "settle what has been weighed first"
         appended: list[list[int]] = [[] for _ in self.sequences.rows]
         for row, text in texts.items():
-            mine, step = self.sequences.tokens[row], self.stop.steps[row]
-            shared = num_shared(mine, text)
+            step, length = self.stop.steps[row], len(self.sequences.tokens[row])
+            shared = self.sequences.replace(row, text)
             appended[row] = list(text[shared:])
-            if shared < len(mine) or appended[row]:
+            if shared < length or appended[row]:
                 step.is_over = step.is_last = False
-                self.sequences.retract(row, len(mine) - shared)
-                self.sequences.put(row, appended[row])
-                self.sequences.commit(row, appended[row])
                 self._signals[row] = [*self._signals[row][:shared], *[None] * len(appended[row])]
         if self._has_read:
             # the last token is never cached: it is the root of the next forward
@@ -175,6 +196,7 @@ class StepWriter(DecodingLoop):
         self.sequences.select_rows(rows)
         self.stop.select_rows(rows)
         self._signals = [self._signals[row] for row in rows]
+        self._suggested = {}
         self.session.select_rows(rows)
         if self._has_read and rows:
             self.target.select_rows(rows)
@@ -260,8 +282,16 @@ class StepWriter(DecodingLoop):
         return accepted
 
     def propose(self) -> Draft:
-        draft = super().propose()
+        """What was suggested, and in the other rows what the session proposes."""
+        started, rooms = perf_counter(), self._max_depths()
+        suggested = {row: tokens[: rooms[row]] for row, tokens in self._suggested.items()}
+        self._suggested = {}
+        draft = self.session.propose([0 if row in suggested else room for row, room in enumerate(rooms)])
         assert draft.trees.is_chain, "steps are chains"
+        if suggested:
+            chains = [suggested.get(row, draft.trees.row(row).tokens) for row in range(len(rooms))]
+            draft = Draft(trees=_chains(chains, self.sequences.device))
+        self.stats.draft_seconds += perf_counter() - started
         return draft
 
     def _max_depths(self) -> list[int]:
@@ -366,9 +396,3 @@ def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
     tokens_BN = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
     return TreeBatch.chains(tokens_BN, [len(row) for row in rows])
-
-
-def num_shared(mine: Sequence[int], text: Sequence[int]) -> int:
-    """Number of tokens that both begin with."""
-    shortest = min(len(mine), len(text))
-    return next((index for index in range(shortest) if mine[index] != text[index]), shortest)
