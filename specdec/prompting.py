@@ -25,6 +25,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchE
     return _encode(tokenizer, texts, add_special_tokens=True)
 
 
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    """Texts that hold the special tokens they need: `input_ids` and `attention_mask`, [B, P], left-padded."""
+    return _encode(tokenizer, texts, add_special_tokens=False)
+
+
 def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]) -> BatchEncoding:
     """Conversations through the chat template, up to where the reply begins: [B, P], left-padded.
 

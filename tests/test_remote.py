@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 pytest.importorskip("openai", reason="the extra 'remote' is not installed")
 
@@ -22,6 +22,7 @@ import routers
 import specdec
 from routers import Arbitrage, DraftedStep, EarlyEscalation, Steps, TargetGrade, TargetLikelihood
 from specdec import Endpoint, EndpointError, UnsupportedOptionError
+from specdec.models import pull_demo
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
 from tests.completions_server import TOKENIZER, Completions, Fault, Spoken, saying
 from tests.references import plain_alone, with_noise
@@ -468,3 +469,42 @@ def test_an_interrupted_run_asks_no_more(model, draft, big):
     num_requests = len(big.requests)
     check_writers(model, draft, routed(at(big), draft, Scripted(alternating)))
     assert num_requests > 0
+
+
+# a real server
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
+    """llama.cpp's server with the demo model, and its tokenizer."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="the extra 'peers' is not installed")
+    try:
+        folder = pull_demo()
+    except specdec.ModelError as error:
+        pytest.skip(f"the demo model cannot be fetched: {error}")
+    params = xllamacpp.CommonParams()
+    params.model.path = f"{folder}.gguf"
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 512, 1, 0, 0
+    params.fit_params, params.cache_ram_mib, params.verbosity, params.warmup = False, 0, 0, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    yield f"{server.listening_address}/v1", AutoTokenizer.from_pretrained(folder)
+
+
+def test_llama_cpp(llama_cpp):
+    """It writes both kinds of steps, so the text is its own, and says what it thought; it cannot score a given step."""
+    url, tokenizer = llama_cpp
+    prompts = tokenizer(["The capital of France is"], return_tensors="pt", return_token_type_ids=False)
+    steps = Steps(max_tokens=5)
+    router = Scripted(alternating, steps=steps)
+    router.needs = frozenset({"signals"})
+    options = {"tokenizer": tokenizer, "max_new_tokens": 16}
+    out = routed(Endpoint(url), Endpoint(url), router, prompts, **options)
+    assert tokenizer.decode(out.sequences[0]).startswith("The capital of France is Paris.")
+    assert {step.writer for step in out.stats.steps} == {"draft", "target"}
+    alone = routed(Endpoint(url), Endpoint(url, prompts="text"), routers.AlwaysTarget(steps=steps), prompts, **options)
+    assert torch.equal(out.sequences, alone.sequences)
+    assert all(len(step.signals.log_probs) == len(step.tokens) for step in router.seen)
+    assert all((step.signals.entropies > 0).all() for step in router.seen)
+    with pytest.raises(UnsupportedOptionError, match="probability of a given step"):
+        routed(Endpoint(url), Endpoint(url), routers.Oracle(TargetLikelihood()), prompts, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,9 @@ from routers.text_router import TextRecipe, TextRouter, as_text, train_text
 from routers.training import LightRecipe, train_light
 from specdec.cli.app import app
 from specdec.drafters import SmallModel
+from specdec.routing import rollouts
 from specdec.routing.collect import Problem, collect, final_answer, read_problems
+from specdec.routing.rollouts import Rollouts
 from specdec.testing import ByteTokenizer, tiny_model
 from tests.references import with_noise
 
@@ -296,6 +299,106 @@ def test_a_trained_router_at_work(tmp_path: Path):
     assert all(0 <= step.score <= 1 for step in out.stats.steps)
 
 
+def versions(*steps: tuple[str, str], problem: int = 0) -> list[StepTuple]:
+    """Steps of a text, each in the draft's and in the target's version; the target's goes on."""
+    previous: list[str] = []
+    tuples = []
+    for index, (drafted_text, written) in enumerate(steps):
+        item = replace(made_up(1)[0], problem=problem, index=index, prompt="9 + 9?", previous=list(previous))
+        tuples.append(replace(item, drafted=drafted_text, written=written))
+        previous.append(written)
+    return tuples
+
+
+def test_a_reward_by_roll_out_is_the_share_of_right_answers():
+    tuples = versions(("a", "b"), ("c", "c"), ("d 3<|eos|>", "e"))
+    answers = {
+        "a": ["1", "2", None, "2"],
+        "b": ["2", "2", "2", "1"],
+        "bc": ["2", "2", "1", "1"],
+        "bcd 3<|eos|>": ["3"],
+        "bce": ["2", "2", "2", "2"],
+    }
+
+    def rewards(answer: str | None) -> list[tuple[float, float]]:
+        return [(item.draft_reward, item.target_reward) for item in rollouts.rewarded(tuples, answers, answer)]
+
+    assert rewards("so it is #### 1") == [(0.25, 0.25), (0.5, 0.5), (0.0, 0.0)]
+    assert rewards(None) == rewards("none at all") == rewards("2") == [(0.5, 0.75), (0.5, 0.5), (0.0, 1.0)]
+    unknown = rollouts.rewarded(tuples, {text: [None] for text in answers}, None)
+    assert all(math.isnan(item.draft_reward) and math.isnan(item.target_reward) for item in unknown)
+
+
+def test_a_roll_out_without_an_end_has_an_answer_only_if_it_is_marked():
+    assert rollouts._answer("that makes 18.<|eos|>", "<|eos|>") == "18"
+    assert rollouts._answer("that makes 18 and", "<|eos|>") is None
+    assert rollouts._answer(r"so \boxed{18}. Or", None) == "18"
+
+
+def test_the_cost_of_roll_outs_is_told_before(tmp_path: Path):
+    """Steps that both wrote alike are rolled out once, and texts that have ended not at all."""
+    tuples = [*versions(("a", "b"), ("c", "c"), ("d<|eos|>", "e")), *versions(("a", "b"), problem=1)]
+    labelled, how = Collection(tmp_path, {"a": 1}), Rollouts(count=3, max_new_tokens=50)
+    whole = rollouts.cost(tuples, labelled, how, "<|eos|>")
+    assert (whole.num_steps, whole.num_starts, whole.num_rollouts, whole.max_tokens) == (4, 6, 18, 900)
+    assert str(whole) == "4 steps, 6 texts to go on from, 18 roll-outs: at most 900 tokens"
+    labelled.write(0, [])
+    assert rollouts.cost(tuples, labelled, how, "<|eos|>").num_steps == 1
+    with pytest.raises(ValueError, match="count=0"):
+        Rollouts(count=0, max_new_tokens=5)
+
+
+class Answering:
+    """Stands for the writing of roll-outs: says what was asked for, and answers by what a text contains."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def __call__(self, model, tokenizer, texts, how, generator) -> list[str]:
+        self.texts += texts
+        draws = [int(torch.randint(10, (), generator=generator)) for _ in texts]
+        return [f" #### {7 if 'right' in text or draw < 3 else draw}" for text, draw in zip(texts, draws, strict=True)]
+
+
+def test_roll_outs_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tuples = [*versions(("wrong", "right")), *versions(("right", "wrong"), ("same", "same"), problem=1)]
+    how, model, tokenizer = Rollouts(count=8, max_new_tokens=5, batch_size=3), tiny_model("llama"), ByteTokenizer()
+    problems = [Problem(question="9 + 9?", answer="7"), Problem(question="9 + 9?")]
+
+    def labelled(folder: Path) -> list[StepTuple]:
+        collection = Collection(folder, {"a": 1})
+        assert list(rollouts.label(model, tokenizer, tuples, problems, collection, how)) == [1, 2]
+        return collection.read()
+
+    written = Answering()
+    monkeypatch.setattr(rollouts, "_write", written)
+    first = labelled(tmp_path)
+    assert len(written.texts) == 8 * (2 + 3)
+    assert all(text.startswith("9 + 9?") for text in written.texts)
+    assert [(item.problem, item.index) for item in first] == [(0, 0), (1, 0), (1, 1)]
+    assert first[0].target_reward == 1.0
+    assert first[0].advantage > 0 > first[1].advantage
+    assert first[2].advantage == 0
+    (tmp_path / "00001.jsonl").unlink()
+    assert labelled(tmp_path) == first
+    assert len(written.texts) == 8 * (2 + 3 + 3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_roll_outs_go_on_from_the_text(count: int):
+    """One is greedy decoding after prompt and solution; several are drawn, and differ."""
+    model, tokenizer, how = tiny_model("llama"), ByteTokenizer(), Rollouts(count=count, max_new_tokens=6)
+    texts = ["abc", "a longer one"]
+    written = rollouts._write(model, tokenizer, texts, how, torch.Generator().manual_seed(0))
+    expected = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=False)
+        new = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        expected.append(tokenizer.decode(new, clean_up_tokenization_spaces=False))
+    assert (written == expected) == (count == 1)
+    assert rollouts.tokens_per_second(model, tokenizer, versions(("a", "b")), how) > 0
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -338,3 +441,13 @@ def test_the_command(tiny: str, tmp_path: Path):
     assert "balanced accuracy" in done.output
     assert LightRouter.load(out).report.num_steps > 0
     assert len(list((out / "collected").glob("*.jsonl"))) == 3
+    rolled = [*arguments, "--max-step", "4", "--rollouts", "2", "--rollout-tokens", "8"]
+    judged = CliRunner().invoke(app, rolled)
+    said = " ".join(judged.output.split())
+    assert "roll-outs: at most" in said
+    assert "tokens/s, as just measured: at most" in said
+    assert "nothing to learn" in said or "too few" in said, "random models find no answer"
+    assert len(list((out / "rollouts").glob("*.jsonl"))) == 12
+    both = CliRunner().invoke(app, [*rolled, "--prm", tiny])
+    assert both.exit_code != 0
+    assert "leave one out" in " ".join(both.output.split())

@@ -146,6 +146,18 @@ def test_a_long_stretch_by_one_writer(model, draft):
     assert out.stats.steps[-1].writer == "target"
 
 
+@pytest.mark.parametrize("longest", [7, 10_000])
+def test_a_step_that_never_ends(model, draft, longest: int):
+    """No separator comes: a step ends at its limit, and with the text."""
+    steps = Steps(separators=("no such text",), max_tokens=longest)
+    out = routed(model, draft, Scripted(alternating, steps=steps))
+    check_writers(model, draft, out)
+    lengths = [
+        [step.num_tokens for step in out.stats.steps if step.row == row] for row in range(len(PROMPTS["input_ids"]))
+    ]
+    assert lengths == [[7, 7, 7, 7, 7, 5] if longest == 7 else [NUM_NEW]] * 4
+
+
 @pytest.mark.parametrize("option", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 30}])
 def test_processors_see_the_whole_text(model, draft, option: dict):
     expected = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **option)

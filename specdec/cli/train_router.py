@@ -1,7 +1,8 @@
 """`specdec train-router`: teach a router which steps are worth the target."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,16 @@ from specdec.cli.options import MaxNewTokensOption, WeightsOption
 from specdec.errors import UnsupportedOptionError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from routers.collecting import Collection
     from routers.measures import Report
     from routers.text_router import TextRouter
     from routers.training import LightRecipe
+    from specdec.models import LoadedModel
     from specdec.routing.collect import Problem
+
+    Load = Callable[[], tuple[LoadedModel, PreTrainedModel]]
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -42,6 +48,21 @@ def train_router(
         str | None,
         typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's likelihood."),
     ] = None,
+    rollouts: Annotated[
+        int | None,
+        typer.Option(
+            "--rollouts",
+            metavar="K",
+            min=1,
+            help="Judge steps by K roll-outs to the end of the text: by their right final answers.",
+        ),
+    ] = None,
+    rollout_by: Annotated[
+        str, typer.Option("--rollout-by", help="target or draft: who writes the roll-outs.")
+    ] = "target",
+    rollout_tokens: Annotated[
+        int, typer.Option("--rollout-tokens", min=1, help="Tokens after which a roll-out is cut off.")
+    ] = 320,
     kind: Annotated[str, typer.Option("--kind", help="forest (gradient boosting) or linear.")] = "forest",
     text: Annotated[
         str | None,
@@ -64,13 +85,18 @@ def train_router(
 ) -> None:
     """Collect steps that both models write, and train a router on them: which steps does the target write better?
 
-    Better is what the reward model says, or without one what the target finds likelier. Stopped at any point of the
-    collection, the same command goes on from there: what has been collected is in DIR/collected.
+    Better is what the reward model says, or without one what the target finds likelier; with --rollouts, what more
+    often leads to the right answer (or, where FILE has none, to the answer that most roll-outs agree on). Stopped at
+    any point, the same command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
     """
     from routers.collecting import Collection
     from routers.training import LightRecipe, train_light
     from specdec.routing.collect import INSTRUCTION, read_problems
 
+    if rollouts is not None and prm is not None:
+        raise UnsupportedOptionError("--rollouts and --prm both say what better means: leave one out")
+    if rollout_by not in ("target", "draft"):
+        raise UnsupportedOptionError(f"--rollout-by {rollout_by}: it is target or draft")
     recipe = LightRecipe(kind=kind, hidden=hidden, harm_level=harm_level, seed=seed)
     _check_scikit_learn()
     problems = read_problems(data)[:limit]
@@ -89,8 +115,12 @@ def train_router(
     }
     collection = Collection(out / "collected", plan)
     num_parts = -(-len(problems) // batch_size)
+    load = cache(lambda: _load(plan, dtype=dtype, device=device, threads=threads))
     if not all(collection.has(part) for part in range(num_parts)):
-        _collect(collection, problems, plan, dtype=dtype, device=device, threads=threads)
+        _collect(collection, problems, plan, load)
+    if rollouts is not None:
+        plan |= {"rollouts": rollouts, "rollout_by": rollout_by, "rollout_tokens": rollout_tokens}
+        collection = _roll_out(collection, problems, Collection(out / "rollouts", plan), plan, load)
     router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
     router.save(out)
     assert router.report is not None
@@ -118,18 +148,10 @@ def _check_scikit_learn() -> None:
         raise UnsupportedOptionError("training needs scikit-learn: pip install 'specdec-runtime[train]'")
 
 
-def _collect(
-    collection: "Collection",
-    problems: "Sequence[Problem]",
-    plan: Mapping[str, Any],
-    *,
-    dtype: str,
-    device: str,
-    threads: int | None,
-) -> None:
-    from routers import RewardModel, Steps, TargetLikelihood
+def _load(
+    plan: Mapping[str, Any], *, dtype: str, device: str, threads: int | None
+) -> "tuple[LoadedModel, PreTrainedModel]":
     from specdec.cli.loading import load_pair
-    from specdec.routing.collect import collect
 
     target, draft = load_pair(
         plan["target"],
@@ -141,6 +163,14 @@ def _collect(
         trust_remote_code=False,
     )
     assert draft is not None
+    return target, draft
+
+
+def _collect(collection: "Collection", problems: "Sequence[Problem]", plan: Mapping[str, Any], load: "Load") -> None:
+    from routers import RewardModel, Steps, TargetLikelihood
+    from specdec.routing.collect import collect
+
+    target, draft = load()
     with Progress(*_COLUMNS, console=err_console) as bars:
         task = bars.add_task("collecting", total=len(problems))
         for num_done in collect(
@@ -156,6 +186,37 @@ def _collect(
             steps=Steps(max_tokens=plan["max_step"]),
         ):
             bars.update(task, completed=num_done)
+
+
+def _roll_out(
+    collected: "Collection",
+    problems: "Sequence[Problem]",
+    labelled: "Collection",
+    plan: Mapping[str, Any],
+    load: "Load",
+) -> "Collection":
+    """The collection with rewards by roll-out. Says what that costs before it begins."""
+    from specdec.routing.rollouts import Rollouts, cost, label, tokens_per_second
+
+    how = Rollouts(count=plan["rollouts"], max_new_tokens=plan["rollout_tokens"], batch_size=plan["batch_size"])
+    tuples = collected.read()
+    if all(labelled.has(item.problem) for item in tuples):
+        return labelled
+    target, draft = load()
+    model = target.model if plan["rollout_by"] == "target" else draft
+    left = cost(tuples, labelled, how, target.tokenizer.eos_token)
+    err_console.print(f"roll-outs by the {plan['rollout_by']}: {left}")
+    if left.num_rollouts:
+        speed = tokens_per_second(model, target.tokenizer, tuples, how)
+        hours = left.max_tokens / speed / 3600
+        err_console.print(
+            f"at {speed:.0f} tokens/s, as just measured: at most {hours:.1f} h; Ctrl-C keeps what is done"
+        )
+    with Progress(*_COLUMNS, console=err_console) as bars:
+        task = bars.add_task("rolling out", total=len({item.problem for item in tuples}))
+        for num_done in label(model, target.tokenizer, tuples, problems, labelled, how):
+            bars.update(task, completed=num_done)
+    return labelled
 
 
 def _table(report: "Report", title: str) -> Table:
