@@ -489,6 +489,7 @@ def llama_cpp() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     yield f"{server.listening_address}/v1", AutoTokenizer.from_pretrained(folder)
+    del server  # until here, or nobody holds it
 
 
 def test_llama_cpp(llama_cpp):

@@ -90,7 +90,7 @@ class Endpoint:
         retries: how often a request is repeated, with growing pauses, after a connection error, a time-out, or status
             408, 409, 429 or 5xx; as often an answer that breaks off is taken up where it broke.
         on_failure: when that was in vain: "raise" an `EndpointError` with what was generated, or "continue": the other
-            writer goes on alone until the call returns.
+            writer goes on alone until the call returns. One that is not there when a call begins is always an error.
         max_parallel: rows of a batch that are written at once.
         extra_body: further fields of every request, under the server's own names.
 
@@ -231,6 +231,8 @@ class Endpoint:
         Raises:
             EndpointError: as of `stream`, or the endpoint does not give them.
         """
+        if self.prompts == "text":
+            raise EndpointError(self, "a given text is scored on token ids only: pass prompts='ids'")
         piece = self._complete(list(prompt), 1, {"temperature": 0.0, "echo": True})
         scored = piece.tokens[len(prompt) - num_tokens : len(prompt)]
         log_probs = [token.log_prob for token in scored if token.log_prob is not None]
@@ -290,7 +292,7 @@ class Endpoint:
         raise refusal
 
     def _granted_echo(self, prompt: Prompt) -> bool:
-        if isinstance(prompt, str):
+        if self.prompts == "text" or isinstance(prompt, str):
             return False
         tried = prompt if len(prompt) > 1 else prompt * 2  # nothing is known of a text's first token
         try:

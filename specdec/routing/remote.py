@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Event, Lock
 from time import perf_counter
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import logits_process as lp
 
-from routers import DraftedStep, Signals
+from routers import Signals
 from specdec.drafters.translation import BROKEN, continuation, decode_from, encode_inside
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.endpoint import Endpoint, Piece, Prompt, WrittenToken
@@ -99,13 +99,14 @@ class _Answer:
             self.loose_text += piece.text
             self._tokenize()
             return
-        self.ids, self.loose, self.loose_text = self.tokens, [], ""
-        self.ids += piece.token_ids
+        ids = [*self.tokens, *piece.token_ids]
         if not all(0 <= token < self.vocab_size for token in piece.token_ids):
             raise ValueError(f"token ids {piece.token_ids} are not among the {self.vocab_size} of this tokenizer")
-        said = decode_from(self.tokenizer, [*self.known, *self.ids], len(self.known))
-        if BROKEN not in said + self.text and not said.startswith(self.text):
-            raise ValueError(f"its token ids say {said!r} but its text is {self.text!r}")
+        spelled = [token for token in ids if token not in self.tokenizer.all_special_ids]  # not by every server
+        said = [decode_from(self.tokenizer, [*self.known, *some], len(self.known)) for some in (ids, spelled)]
+        if BROKEN not in said[0] + self.text and not any(text.startswith(self.text) for text in said):
+            raise ValueError(f"its token ids say {said[0]!r} but its text is {self.text!r}")
+        self.ids, self.loose, self.loose_text = ids, [], ""
 
     def signals(self, count: int) -> list[WrittenToken]:
         """What is known of the first tokens; where the server's may be others, of the same share of the text."""
@@ -189,6 +190,8 @@ class RemoteWriter:
             for row, step in enumerate(self.stop.steps)
             if step.writing
         }
+        if not answers:
+            return
         self.each(lambda row: self._fill(answers[row], row), answers)
         self._take(answers)
         for step in self.stop.steps:
@@ -316,83 +319,6 @@ class RemoteWriter:
         source = self._sampler.generator
         device = None if source is None else source.device
         return int(torch.randint(2**31 - 1, (), generator=source, device=device))
-
-
-class RemoteView:
-    """The `routers.TargetView` of one decision, where the target is an endpoint.
-
-    Args:
-        writer: the target's.
-        places: row of the caller's batch -> row of the writer's.
-        ask: token ids of a question and of the opening of its answer, as they follow a step.
-        write: makes the target write the steps of these of its rows.
-    """
-
-    def __init__(
-        self,
-        writer: RemoteWriter,
-        places: Mapping[int, int],
-        *,
-        ask: Callable[[str, str], list[int]],
-        write: Callable[[Mapping[int, Sequence[int]]], None],
-    ):
-        self._writer, self._places, self._ask, self._write = writer, places, ask, write
-        self._before = writer.stats.verify_seconds
-        self.written: set[int] = set()
-        """Rows whose step the target has written."""
-
-    @property
-    def seconds(self) -> float:
-        """Spent on the target's work."""
-        return self._writer.stats.verify_seconds - self._before
-
-    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
-        """A server keeps no state of ours."""
-
-    def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._places[step.row] in self.written for step in steps]
-        if steps and all(theirs):
-            return [step.signals.log_probs for step in steps]
-        return self._each(steps, self._scored)
-
-    def answers(
-        self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
-    ) -> list[np.ndarray]:
-        """As of `routers.TargetView`; NaN where no choice is among the alternatives that the server lists."""
-        asked = self._ask(question, opening)
-        return self._each(steps, lambda step: self._chosen(step, asked, choices))
-
-    def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
-        rows = {self._places[step.row]: step.tokens for step in steps}
-        self._write(rows)
-        self.written.update(rows)
-        return [
-            replace(
-                step,
-                tokens=self._writer.step_tokens(row),
-                signals=self._writer.step_signals(row),
-                is_last=self._writer.stop.steps[row].is_last,
-            )
-            for row, step in zip(rows, steps, strict=True)
-        ]
-
-    def _each(self, steps: Sequence[DraftedStep], function: Callable[[DraftedStep], np.ndarray]) -> list[np.ndarray]:
-        self._writer.num_requests += len(steps)
-        return self._writer.each(lambda index: function(steps[index]), range(len(steps)))
-
-    def _scored(self, step: DraftedStep) -> np.ndarray:
-        endpoint, text = self._writer.endpoint, self._text(step)
-        return np.array(endpoint.prompt_log_probs([*text, *step.tokens], len(step.tokens)), np.float32)
-
-    def _chosen(self, step: DraftedStep, asked: Sequence[int], choices: Sequence[str]) -> np.ndarray:
-        prompt = self._writer.prompt([*self._text(step), *step.tokens, *asked])
-        listed = self._writer.endpoint.first_alternatives(prompt)
-        chances = {other.text: math.exp(other.log_prob) for other in listed}
-        found = np.array([chances.get(choice, 0.0) for choice in choices], np.float32)
-        return found / found.sum() if found.any() else np.full(len(choices), np.nan, np.float32)
-
-    def _text(self, step: DraftedStep) -> list[int]:
-        return [*step.prompt, *(token for previous in step.previous for token in previous)]
 
 
 def as_prompt(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> Prompt:

@@ -196,6 +196,8 @@ class Routing:
         )
 
     def _remote(self, endpoint: Endpoint, call: RoutedCall, *, needs: frozenset[Need]) -> RemoteWriter:
+        if call.input_ids.shape[1] == 0:
+            raise UnsupportedOptionError("an endpoint reads token ids or text, no inputs_embeds: pass input_ids")
         sequences, ends = call.sequences(), call.config.eos_token_id
         writer = RemoteWriter(
             endpoint,
