@@ -43,9 +43,10 @@ from specdec import masks
 from specdec.cache import TreeCache
 from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.kernels.draws import open_urn
+from specdec.kernels.growth import STAND_INS
 from specdec.loop import _to_host
 from specdec.sampling import Sampler
-from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowthPolicy, Round, Sequoia, TreeBatch
+from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowingTrees, GrowthPolicy, Round, Sequoia
 
 VOCAB_SIZE = 8192
 
@@ -231,9 +232,15 @@ class TreeRounds:
     def _grow(self, root_11: Tensor) -> tuple[Draft, Grower]:
         scores_BMV = self._scores.draft(root_11)
         with self._phase("grow"):
-            round_ = Round(max_depths=[100], sample=self._sampler.do_sample, previous=self._previous, open_urn=open_urn)
+            round_ = Round(
+                max_depths=[100],
+                sample=self._sampler.do_sample,
+                previous=self._previous,
+                open_urn=open_urn,
+                stand_ins=STAND_INS,
+            )
             grower = self._policy.start(round_)
-        grown = TreeBatch.empty(1)
+        grown = GrowingTrees(1)
         while True:
             with self._phase("softmax"):
                 scores_BMV.softmax(-1)
@@ -242,10 +249,9 @@ class TreeRounds:
             if not grower.hungry:
                 break
             with self._phase("masks"):
-                grown = grown.extended(layer.tokens_BM, layer.parents_BM)
-                newest = grown.num_slots - layer.tokens_BM.shape[1]
-                masks.visible_slots(grown.ancestors_BTT[:, newest:, 1:], self._draft.cache.lengths, None)
-                grown.depths_BT  # noqa: B018
+                grown.add(layer)
+                masks.visible_slots(grown.seen_BMT[:, :, 1:], self._draft.cache.lengths, None)
+                grown.depths_BM  # noqa: B018
             scores_BMV = self._scores.draft(layer.tokens_BM)
             self._draft.forward(layer.tokens_BM.shape[1])
         with self._phase("finish"):

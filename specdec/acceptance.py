@@ -30,12 +30,15 @@ class Acceptance:
     Args:
         path_BD: int64 accepted node indices from the root down; entries past the row's count are not meaningful.
         counts_B: int64 number of accepted nodes.
-        next_B: int64 the token after the path: the bonus if the path ends in a leaf, else the correction.
+        next_B: int64 the token after the path: the bonus if the path ends in a leaf, else the correction. -1 where
+            it was noticed that the target's scores are no numbers.
+        on_host: paths and tokens of all rows once more, where that is where they were found.
     """
 
     path_BD: Tensor
     counts_B: Tensor
     next_B: Tensor
+    on_host: tuple[list[list[int]], list[int]] | None = None
 
     @property
     def last_B(self) -> Tensor:
@@ -187,7 +190,7 @@ def _on_device(paths: list[list[int]], following: list[int], trees: TreeBatch) -
     padded = [[*path, *[0] * (depth - len(path))] for path in paths]
     counts_B, next_B = torch.tensor([[len(path) for path in paths], following], device=trees.device)
     path_BD = torch.tensor(padded, dtype=torch.long, device=trees.device).view(len(paths), depth)
-    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=next_B)
+    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=next_B, on_host=(paths, following))
 
 
 def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from specdec import mixed_acceptance
 from specdec.acceptance import Acceptance, draw, follow, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
-from trees import Draft, TreeBatch
+from trees import Draft, GrowingTrees, TreeBatch
 
 _POINTWISE = (
     lp.TemperatureLogitsWarper,
@@ -57,23 +57,24 @@ class Prefixes:
 
     Args:
         sequences: the committed tokens.
-        trees: trees on top of them.
+        trees: trees on top of them, grown or still growing.
         slots: the slots meant, 0 for the root.
     """
 
     sequences: Sequences
-    trees: TreeBatch
+    trees: TreeBatch | GrowingTrees
     slots: range
 
     def by_length(self) -> dict[int, list[list[tuple[int, Tensor]]]]:
         """length -> for each row its (index in `slots`, int64 prefix [length]) of that length."""
         groups: dict[int, list[list[tuple[int, Tensor]]]] = defaultdict(lambda: [[] for _ in self.trees.sizes])
+        ancestors_BTT, tokens_BN = self.trees.ancestors_BTT, self.trees.tokens_BN
         for row, size in enumerate(self.trees.sizes):
             committed = self.sequences.prefix(row)
             for index, slot in enumerate(self.slots):
                 if slot <= size:
-                    on_path = self.trees.ancestors_BTT[row, slot, 1:]
-                    prefix = torch.cat([committed, self.trees.tokens_BN[row][on_path]])
+                    on_path = ancestors_BTT[row, slot, 1:]
+                    prefix = torch.cat([committed, tokens_BN[row][on_path]])
                     groups[len(prefix)][row].append((index, prefix))
         return dict(sorted(groups.items()))
 
@@ -142,6 +143,9 @@ class Sampler:
             return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
         verify = self._verify if draft.parts is None else self._verify_merged
         accepted = verify(draft, scores_BTV, self.generator)
+        if accepted.on_host is not None:
+            _refuse_unless(accepted.next_B >= 0)
+            return accepted
         # where p is no distribution no child is accepted, so that only the last slot can be such a one
         last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
         _refuse_unless(last_BV.amax(-1).isfinite())

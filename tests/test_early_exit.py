@@ -25,7 +25,7 @@ from specdec.layers import LayerViews
 from specdec.target import TreeModel
 from specdec.testing import FAMILIES, assert_same_tokens, random_prompts, tiny_model
 from tests.references import plain_alone, rows_of, speculate
-from trees import ROOT, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch
+from trees import ROOT, Draft, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch
 
 NUM_LAYERS, NUM_NEW = 4, 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -186,11 +186,10 @@ def test_states_of_a_verification_equal_those_of_a_whole_forward() -> None:
         target.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     logits = whole.verify(trees, roots_B1)
     parts.forward_below(2, roots_B1, torch.zeros_like(roots_B1), None)
-    grown = TreeBatch.empty(2)  # node 1, a node that is dropped, and node 0; then node 2
+    grown = GrowingTrees(2)  # node 1, a node that is dropped, and node 0; then node 2
     for tokens, parents in (([6, 250, 5], [ROOT] * 3), ([7], [0])):
-        grown = grown.extended(torch.tensor([tokens] * 2), torch.tensor([parents] * 2))
-        new = len(tokens)
-        parts.forward_below(2, grown.tokens_BN[:, -new:], grown.depths_BT[:, -new:], grown.ancestors_BTT[:, -new:])
+        grown.add(Layer(tokens_BM=torch.tensor([tokens] * 2), parents_BM=torch.tensor([parents] * 2)))
+        parts.forward_below(2, grown.tokens_BM, grown.depths_BM, grown.seen_BMT)
     in_parts = parts.verify(trees, roots_B1, [[2, 0, 3, -1, -1]] * 2)
     torch.testing.assert_close(in_parts, logits)
     assert parts.states.keys() == whole.states.keys() == {1, 2, 3, NUM_LAYERS}

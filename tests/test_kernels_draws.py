@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,13 +12,28 @@ import torch
 from specdec import acceptance
 from specdec.kernels import native, verification
 from specdec.kernels.draws import NativeUrn, open_urn
-from tests.enumeration import drive, prefixes, q_of
+from specdec.kernels.growth import STAND_INS, NativeShapedGrower, NativeValueGrower
+from tests.enumeration import MAX_DEPTH, ToyModel, drive, every_draft, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import oracle as topdown_oracle
 from tests.test_acceptance import outcomes_of
 from tests.test_exactness import sequences_without_replacement, traversal_oracle
 from tests.test_growth import RandomScores
-from trees import Calibration, Draft, DySpec, DySpecThreshold, Fixed, Round, Sequoia, TreeBatch
+from trees import (
+    Calibration,
+    Draft,
+    DySpec,
+    DySpecThreshold,
+    Fixed,
+    Grower,
+    GrowingTrees,
+    GrowthPolicy,
+    Layer,
+    Round,
+    Sequoia,
+    TreeBatch,
+)
+from trees.dynamic import ValueGrower
 from trees.urn import TorchSource
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
@@ -54,7 +70,6 @@ def scores_of(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
 def test_the_likeliest_tokens_come_first(vocab_size: int):
     scores = scores_of(4, vocab_size)
     ours = NativeUrn(scores, sample=False, generator=None)
-    assert ours.norms == pytest.approx(scores.double().logsumexp(-1).tolist())
     count = min(5, -(-vocab_size // 3))
     best = scores.topk(min(2 * count, vocab_size))
     for batch in range(2):
@@ -91,19 +106,106 @@ def test_draws_find_every_block():
     assert_drawn_from([token for (token,) in tokens], dict(enumerate(q)))
 
 
-def grown(name: str, models: list[RandomScores], sample: bool, native_draws: bool, max_depth: int = 6) -> Draft:
-    opened = open_urn if native_draws else TorchSource
+NATIVE = {"open_urn": open_urn, "stand_ins": STAND_INS}
+
+
+def grown(name: str, models: list[RandomScores], sample: bool, is_native: bool, max_depth: int = 6) -> Draft:
     generator = torch.Generator().manual_seed(5)
-    round_ = Round(max_depths=[max_depth] * len(models), sample=sample, generator=generator, open_urn=opened)
+    round_ = Round(
+        max_depths=[max_depth] * len(models), sample=sample, generator=generator, **(NATIVE if is_native else {})
+    )
     return drive(POLICIES[name].start(round_), models)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_greedy_trees_are_those_of_torch(name: str):
     models = [RandomScores(seed, vocab_size=300) for seed in (6, 7)]
-    ours, theirs = (grown(name, models, False, native_draws) for native_draws in (True, False))
+    ours, theirs = (grown(name, models, False, is_native) for is_native in (True, False))
     assert torch.equal(ours.trees.tokens_BN, theirs.trees.tokens_BN)
     assert torch.equal(ours.trees.parents_BN, theirs.trees.parents_BN)
+
+
+@pytest.mark.parametrize("max_depths", [[50], [50, 0, 3], [1, 4]])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        DySpec(1),
+        DySpec(30),
+        DySpec(200),
+        DySpecThreshold(0.02, max_nodes=25),
+        Sequoia(40, (0.6, 0.2, 0.1)),
+        Fixed((13, 2, 1)),
+    ],
+    ids=repr,
+)
+def test_native_growth_takes_the_steps_of_its_oracle(policy: GrowthPolicy, max_depths: list[int]):
+    """Layers, trees and all that is known of a node, over rounds that learn from each other; some models know 11
+    tokens, so that slots run empty."""
+    growers: dict[str, Grower | None] = {"native": None, "python": None}
+    for seed in range(6):
+        vocab_size = 11 if seed % 2 else 700
+        models = [RandomScores(10 * seed + row, vocab_size, spread=1.0 + seed) for row in range(len(max_depths))]
+        drafts, layers = {}, {}
+        for name, hooks in (("native", NATIVE), ("python", {"open_urn": open_urn})):
+            round_ = Round(max_depths=max_depths, sample=False, previous=growers[name], **hooks)
+            growers[name] = policy.start(round_)
+            assert isinstance(growers[name], NativeValueGrower | NativeShapedGrower) == (name == "native")
+            layers[name] = []
+            drafts[name] = drive(Spy(growers[name], layers[name]), models)
+        assert layers["native"] == layers["python"]
+        assert drafts["native"].places == drafts["python"].places
+        for row in range(len(max_depths)):
+            ours, theirs = (drafts[name].trees.row(row) for name in ("native", "python"))
+            assert (ours.tokens, ours.parents) == (theirs.tokens, theirs.parents)
+            assert ours.probs == pytest.approx(theirs.probs, rel=1e-9)
+            assert ours.values == pytest.approx(theirs.values, rel=1e-9)
+        for steer in ("least_value", "next_threshold") if isinstance(growers["python"], ValueGrower) else ():
+            assert getattr(growers["native"], steer) == pytest.approx(getattr(growers["python"], steer), rel=1e-9)
+
+
+class Spy:
+    """Writes down what a grower asks for."""
+
+    def __init__(self, grower: Grower, layers: list):
+        self._grower, self._layers, self._grown = grower, layers, None
+
+    def grow(self, scores_BMV: torch.Tensor) -> Layer:
+        layer = self._grower.grow(scores_BMV)
+        if self.hungry:
+            self._grown = self._grown or GrowingTrees(len(layer.tokens_BM))
+            self._grown.add(replace(layer, depths_BM=None, seen_BMT=None))
+            self._layers.append((layer.tokens_BM.tolist(), layer.parents_BM.tolist()))
+            if layer.seen_BMT is not None:
+                assert torch.equal(layer.depths_BM, self._grown.depths_BM)
+                assert torch.equal(layer.seen_BMT, self._grown.seen_BMT)
+        return layer
+
+    def finish(self) -> Draft:
+        return self._grower.finish()
+
+    @property
+    def hungry(self) -> bool:
+        return self._grower.hungry
+
+
+@pytest.mark.parametrize("name", ["dyspec", "threshold", "fixed"])
+def test_native_trees_have_the_chances_of_their_oracles(name: str, monkeypatch: pytest.MonkeyPatch):
+    """20 000 trees against the enumeration of all that Python's grower can draw; false alarm 1e-6."""
+    model = ToyModel(seed=31)
+    policy = {"dyspec": DySpec(3), "threshold": DySpecThreshold(0.3, max_nodes=3), "fixed": Fixed((2, 1))}[name]
+    expected: Counter[tuple] = Counter()
+    for chance, draft in every_draft(policy, [model], monkeypatch):
+        expected[tuple(zip(draft.trees.row(0).tokens, draft.trees.row(0).parents, strict=True))] += chance
+    monkeypatch.undo()
+    monkeypatch.setattr("specdec.kernels.growth._NUM_COINS", 1)
+    floats = {prefix: scores.float() for prefix, scores in model._scores.items()}
+    monkeypatch.setattr(model, "_scores", floats)
+    generator, found = torch.Generator().manual_seed(32), []
+    for _ in range(20_000):
+        round_ = Round(max_depths=[MAX_DEPTH], sample=True, generator=generator, **NATIVE)
+        tree = drive(policy.start(round_), [model]).trees.row(0)
+        found.append(tuple(zip(tree.tokens, tree.parents, strict=True)))
+    assert_drawn_from(found, expected)
 
 
 def test_other_scores_are_left_to_torch():

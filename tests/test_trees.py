@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import token_trees
-from trees import ROOT, Chain, TokenTree, TreeBatch
+from trees import ROOT, Chain, GrowingTrees, Layer, TokenTree, TreeBatch
 from trees.blocks import argmax, read_blocks, reduce_blocks
 
 EXAMPLE = TokenTree(tokens=[5, 6, 7, 8, 9], parents=[ROOT, ROOT, 0, 0, 2], probs=[0.5, 0.25, 1, 0.125, 0.75])
@@ -127,18 +127,32 @@ def test_empty_batch_has_only_roots() -> None:
     assert batch.ancestors_BTT.tolist() == [[[True]]] * 2
 
 
-def test_batch_grows_by_layers() -> None:
-    layer = torch.tensor([[1, 2], [3, 4]])
-    grown = TreeBatch.empty(2).extended(layer, torch.full_like(layer, ROOT))
-    grown = grown.extended(torch.tensor([[5], [6]]), torch.tensor([[1], [0]]))
-    assert (grown.sizes, grown.depth, grown.is_chain) == ((3, 3), 2, False)
-    assert grown.row(0).path(2) == [1, 2]
-    whole = replace(grown)
-    assert torch.equal(grown.ancestors_BTT, whole.ancestors_BTT)
-    assert torch.equal(grown.depths_BT, whole.depths_BT)
-    assert grown.row(1).path(2) == [0, 2]
-    chain = TreeBatch.empty(1).extended(torch.tensor([[1]]), torch.tensor([[ROOT]]))
-    assert chain.is_chain
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_growing_trees_see_what_finished_ones_see(data: st.DataObject) -> None:
+    """Layers of random sizes, up to past the memory that is allocated at first."""
+    num_rows, grown, parents = 2, GrowingTrees(2), [[], []]
+    assert (grown.newest, grown.sizes, grown.is_chain) == (range(1), (0, 0), True)
+    for size in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8)):
+        num_old = len(parents[0])
+        layer = [[data.draw(st.integers(ROOT, num_old - 1)) for _ in range(size)] for _ in range(num_rows)]
+        parents = [row + more for row, more in zip(parents, layer, strict=True)]
+        grown.add(Layer(tokens_BM=torch.full((num_rows, size), num_old), parents_BM=torch.tensor(layer)))
+        whole = TreeBatch.stack([TokenTree(tokens=range(len(row)), parents=row) for row in parents])
+        assert (grown.sizes, grown.num_slots) == (whole.sizes, whole.num_slots)
+        assert torch.equal(grown.ancestors_BTT, whole.ancestors_BTT)
+        assert torch.equal(grown.seen_BMT, whole.ancestors_BTT[:, -size:])
+        assert torch.equal(grown.depths_BM, whole.depths_BT[:, -size:])
+        assert (grown.tokens_BN[:, grown.newest.start - 1 :] == num_old).all()
+        assert grown.is_chain == whole.is_chain
+
+
+def test_single_nodes_side_by_side_are_no_chain() -> None:
+    grown = GrowingTrees(1)
+    for parent, is_chain in ((ROOT, True), (0, True), (ROOT, False), (2, False)):
+        grown.add(Layer(tokens_BM=torch.tensor([[7]]), parents_BM=torch.tensor([[parent]])))
+        assert grown.is_chain == is_chain
+    assert grown.seen_BMT.tolist() == [[[True, False, False, True, True]]]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 64, 300, 1000])

@@ -4,6 +4,7 @@ from trees.calibration import Calibration, count_shares, measure_calibration
 from trees.chain import Chain
 from trees.confident import ConfidentChain
 from trees.dynamic import DySpec, DySpecThreshold
+from trees.growing import GrowingTrees
 from trees.growth import Draft, Grower, GrowthPolicy, Layer, Part, Round
 from trees.merging import Merged, Merger, merge
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
@@ -20,6 +21,7 @@ __all__ = [
     "DySpecThreshold",
     "Fixed",
     "Grower",
+    "GrowingTrees",
     "GrowthPolicy",
     "Layer",
     "Merged",

@@ -52,7 +52,7 @@ class ChainGrower(Grower):
         token_B1 = self._pick(scores_BMV[:, 0])
         parent = ROOT + len(self._tokens)
         self._tokens.append(token_B1)
-        return Layer(tokens_BM=token_B1, parents_BM=torch.full_like(token_B1, parent))
+        return Layer(tokens_BM=token_B1, parents_BM=torch.full(token_B1.shape, parent))
 
     def _pick(self, scores_BV: Tensor) -> Tensor:
         """The next token of every row, [B, 1]."""

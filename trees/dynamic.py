@@ -55,7 +55,9 @@ class DySpec(GrowthPolicy):
 
     def start(self, round_: Round) -> Grower:
         round_ = _capped(round_, self.max_depth)
-        return _ValueGrower(round_, budget=self.budget, threshold=0.0, shared=self.shared, calibration=self.calibration)
+        return round_.grower(ValueGrower)(
+            round_, budget=self.budget, threshold=0.0, shared=self.shared, calibration=self.calibration
+        )
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class DySpecThreshold(GrowthPolicy):
 
     def start(self, round_: Round) -> Grower:
         previous = round_.previous
-        threshold = previous.next_threshold if isinstance(previous, _ValueGrower) else self.threshold
+        threshold = previous.next_threshold if isinstance(previous, ValueGrower) else self.threshold
         round_ = _capped(round_, self.max_depth)
-        return _ValueGrower(round_, budget=self.max_nodes, threshold=threshold)
+        return round_.grower(ValueGrower)(round_, budget=self.max_nodes, threshold=threshold)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +115,7 @@ class _Pool:
         (heappush if len(self.values) < self.limit else heapreplace)(self.values, value)
 
 
-class _ValueGrower(LayeredGrower):
+class ValueGrower(LayeredGrower):
     """The nodes of the greatest values: at most `budget` of each row, and none below the threshold.
 
     This is DySpec's algorithm 1, but for one thing: a node that must be scored before the algorithm can go on waits,
@@ -133,8 +135,8 @@ class _ValueGrower(LayeredGrower):
         super().__init__(round_, calibration)
         num_rows = len(round_.max_depths)
         previous = round_.previous
-        guess = _CAUTION * previous.least_value if isinstance(previous, _ValueGrower) else 0.5 / budget
-        self._threshold = threshold
+        self._guess = guess = _CAUTION * previous.least_value if isinstance(previous, ValueGrower) else 0.5 / budget
+        self._budget, self._threshold, self._is_shared = budget, threshold, shared
         self._total = budget * sum(depth > 0 for depth in round_.max_depths)
         self._pools = [_Pool(limit=budget, guess=guess) for _ in range(num_rows)]
         if shared:
@@ -186,10 +188,13 @@ class _ValueGrower(LayeredGrower):
                 kept.append(node)
         return kept
 
+    def _kept_values(self) -> list[float]:
+        return [node.value for node in self._kept()]
+
     @property
     def least_value(self) -> float:
         """Of the kept nodes; 0 if there are none."""
-        return min((pool.values[0] for pool in self._pools if pool.values), default=0.0)
+        return min(self._kept_values(), default=0.0)
 
     @property
     def next_threshold(self) -> float:
@@ -197,7 +202,7 @@ class _ValueGrower(LayeredGrower):
 
         The number of nodes above a threshold is taken to be inversely proportional to it.
         """
-        values = [node.value for node in self._kept()]
+        values = self._kept_values()
         used_up = len(values) == self._total
         met = min(values) if used_up else self._threshold * max(1, len(values)) / self._total
         return max(_SMALLEST_THRESHOLD, sqrt(self._threshold * met))

@@ -15,9 +15,10 @@ of the slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -129,10 +130,13 @@ class Layer:
     Args:
         tokens_BM: int64 token ids.
         parents_BM: int64 on the host, places of their parents, `ROOT` for children of the root.
+        depths_BM, seen_BMT: on the host, see `GrowingTrees`; None leaves it to that to work them out.
     """
 
     tokens_BM: Tensor
     parents_BM: Tensor
+    depths_BM: Tensor | None = None
+    seen_BMT: Tensor | None = None
 
 
 class Grower(ABC):
@@ -158,6 +162,9 @@ class Grower(ABC):
         """The finished trees and the distributions that they were drawn from."""
 
 
+_Grower = TypeVar("_Grower", bound=Grower)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
     """What is known when a round begins.
@@ -169,6 +176,7 @@ class Round:
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
         open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
+        stand_ins: growers that are to be taken for those of this package, and do the same.
     """
 
     max_depths: Sequence[int]
@@ -176,6 +184,11 @@ class Round:
     generator: torch.Generator | None = None
     previous: Grower | None = None
     open_urn: Callable[..., TokenSource] = TorchSource
+    stand_ins: Mapping[type[Grower], type[Grower]] = field(default_factory=dict)
+
+    def grower(self, kind: type[_Grower]) -> type[_Grower]:
+        """A kind of grower, or what stands in for it."""
+        return cast(type[_Grower], self.stand_ins.get(kind, kind))
 
 
 class GrowthPolicy(ABC):

@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,15 @@ class Node:
     num_fetches: int = 0
 
 
+class FinishedTree(NamedTuple):
+    """A row's tree; for each node its place (see `Draft.places`), and the layer and column of the scores after it."""
+
+    tree: TokenTree
+    places: Sequence[int]
+    layers: Sequence[int]
+    columns: Sequence[int]
+
+
 def batch_size(batch: int, num_slots: int) -> int:
     """How many tokens of each slot to take at once; there are more batches only where all of them were wanted."""
     return max(4 << min(batch, 4), 16 // num_slots)
@@ -112,20 +122,24 @@ class LayeredGrower(Grower):
         return self._next_layer()
 
     def finish(self) -> Draft:
-        rows: list[list[Node]] = [[] for _ in self._round.max_depths]
-        for node in self._kept():
-            rows[node.row].append(node)
-        rows = [_depth_first(nodes) for nodes in rows]
-        trees = TreeBatch.stack([_tree(nodes) for nodes in rows], self._device)
-        places = [[node.place for node in nodes] for nodes in rows]
+        rows = self._finished()
+        trees = TreeBatch.stack([row.tree for row in rows], self._device)
+        places = [row.places for row in rows]
         if not self._round.sample:
             return Draft(trees=trees, places=places)
         layer_BT, column_BT = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
-        for row, nodes in enumerate(rows):
-            layer_BT[row, 1 : len(nodes) + 1] = [node.layer for node in nodes]
-            column_BT[row, 1 : len(nodes) + 1] = [node.column for node in nodes]
+        for number, row in enumerate(rows):
+            layer_BT[number, 1 : len(row.tree) + 1] = row.layers
+            column_BT[number, 1 : len(row.tree) + 1] = row.columns
         q_layers = LayeredDistributions(layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT)
         return Draft(trees=trees, q_layers=q_layers, places=places)
+
+    def _finished(self) -> Sequence[FinishedTree]:
+        """The tree of every row."""
+        rows: list[list[Node]] = [[] for _ in self._round.max_depths]
+        for node in self._kept():
+            rows[node.row].append(node)
+        return [_finished_tree(_depth_first(nodes)) for nodes in rows]
 
     def _fetch(self, slots: Sequence[Node]) -> None:
         """Have tokens ready for slots of one layer."""
@@ -194,10 +208,8 @@ class LayeredGrower(Grower):
             for column, node in enumerate(nodes):
                 node.column, node.place = column, self._num_places + column
         self._num_places += width
-        return Layer(
-            tokens_BM=torch.tensor(tokens, dtype=torch.long, device=self._device),
-            parents_BM=torch.tensor(parents, dtype=torch.long),
-        )
+        tokens_BM, parents_BM = torch.tensor([tokens, parents], dtype=torch.long).unbind()
+        return Layer(tokens_BM=tokens_BM.to(self._device), parents_BM=parents_BM)
 
     def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""
@@ -244,11 +256,13 @@ def _depth_first(nodes: Sequence[Node]) -> list[Node]:
     return ordered
 
 
-def _tree(nodes: Sequence[Node]) -> TokenTree:
+def _finished_tree(nodes: Sequence[Node]) -> FinishedTree:
     numbers = {id(node): number for number, node in enumerate(nodes)}
-    return TokenTree(
+    tree = TokenTree(
         tokens=[node.token for node in nodes],
         parents=[numbers.get(id(node.parent), ROOT) for node in nodes],
         probs=[node.prob for node in nodes],
         values=[node.value for node in nodes],
     )
+    places, layers, columns = ([getattr(node, name) for node in nodes] for name in ("place", "layer", "column"))
+    return FinishedTree(tree, places, layers, columns)

@@ -190,39 +190,6 @@ class TreeBatch:
             rows=tuple(rows),
         )
 
-    def extended(self, tokens_BM: Tensor, parents_BM: Tensor) -> TreeBatch:
-        """These trees and M more nodes a row (none of them padding).
-
-        Args:
-            parents_BM: on the host, where all that is derived from it is made.
-        """
-        num_new = tokens_BM.shape[1]
-        is_chain = self.is_chain and num_new == 1
-        derived = {} if is_chain else self._derived_of_more(parents_BM.cpu().numpy() + 1)
-        extended = TreeBatch(
-            tokens_BN=torch.cat([self.tokens_BN, tokens_BM], 1),
-            parents_BN=torch.cat([self.parents_BN, parents_BM.to(self.device)], 1),
-            sizes=tuple(size + num_new for size in self.sizes),
-            depth=self.depth + 1 if is_chain else int(derived["host_depths_BT"].max()),
-            is_chain=is_chain,
-        )
-        vars(extended).update(derived)
-        return extended
-
-    def _derived_of_more(self, parent_slots_BM: np.ndarray) -> dict[str, np.ndarray]:
-        """Ancestors and depths after M more nodes, which see what their parents see, and themselves."""
-        num_rows, num_old, num_new = self.num_rows, self.num_slots, parent_slots_BM.shape[1]
-        num_slots = num_old + num_new
-        seen_BTT = np.zeros((num_rows, num_slots, num_slots), np.bool_)
-        depths_BT = np.empty((num_rows, num_slots), np.int64)
-        seen_BTT[:, :num_old, :num_old] = self.host_ancestors_BTT
-        depths_BT[:, :num_old] = self.host_depths_BT
-        for seen_TT, depths_T, parent_slots_M in zip(seen_BTT, depths_BT, parent_slots_BM, strict=True):
-            seen_TT[num_old:] = seen_TT[parent_slots_M]
-            seen_TT.reshape(-1)[num_old * (num_slots + 1) :: num_slots + 1] = True
-            depths_T[num_old:] = depths_T[parent_slots_M] + 1
-        return {"host_ancestors_BTT": seen_BTT, "host_depths_BT": depths_BT}
-
     def row(self, index: int) -> TokenTree:
         """The tree of one row (may copy to the host: for people and tests, not for the loop)."""
         if self.rows is not None:

@@ -31,7 +31,7 @@ from specdec.exits.module import Exit, load_exits
 from specdec.exits.shipped import shipped_exits
 from specdec.kernels import prepare_like, prepared
 from specdec.sampling import Prefixes
-from trees import Chain, ConfidentChain, Draft, GrowthPolicy, TreeBatch
+from trees import Chain, ConfidentChain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
 
@@ -176,9 +176,9 @@ class _ExitSession(GrowingSession):
         assert self._head is not None
         return self._head.widen(self._root_logits())
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         assert self._head is not None
-        return self._head.widen(self._node_logits(grown, num_new))
+        return self._head.widen(self._node_logits(grown))
 
     def _root_logits(self) -> Tensor:
         """Over the exit's own vocabulary, as below."""
@@ -186,28 +186,26 @@ class _ExitSession(GrowingSession):
         assert self._head is not None
         return self._head.score_root(self._forward(roots_B1, torch.zeros_like(roots_B1), None))
 
-    def _node_logits(self, grown: TreeBatch, num_new: int) -> Tensor:
-        sees_all = grown.is_chain and num_new == 1
-        seen_BMK = None if sees_all else grown.ancestors_BTT[:, -num_new:]
+    def _node_logits(self, grown: GrowingTrees) -> Tensor:
         assert self._head is not None
-        hidden_BMC = self._forward(grown.tokens_BN[:, -num_new:], grown.depths_BT[:, -num_new:], seen_BMK)
+        hidden_BMC = self._forward(grown.tokens_BM, grown.depths_BM, None if grown.is_chain else grown.seen_BMT)
         return self._head.score_nodes(hidden_BMC, grown)
 
     def _grow_comb(self, choice: ExitChoice, max_depths: Sequence[int]) -> Comb:
         """One round's combs, for a target that is greedy; at least one depth is positive."""
         grower = CombGrower(choice, max_depths)
-        grower.grow(*self._likeliest(self._root_logits(), TreeBatch.empty(len(max_depths), self._run.device)))
+        grown = GrowingTrees(len(max_depths), self._run.device)
+        grower.grow(*self._likeliest(self._root_logits(), grown))
         while grower.is_open:
-            chains = grower.chains
-            grower.grow(*self._likeliest(self._node_logits(chains, 1), chains))
+            grown.add(grower.newest)
+            grower.grow(*self._likeliest(self._node_logits(grown), grown))
         return grower.finish(self._run.device)
 
-    def _likeliest(self, logits_B1S: Tensor, grown: TreeBatch) -> tuple[Tensor, Tensor]:
+    def _likeliest(self, logits_B1S: Tensor, grown: GrowingTrees) -> tuple[Tensor, Tensor]:
         """Tokens and probabilities [B, K] after the newest node, best first."""
         assert self._head is not None
         if self._run.sampler.processors:
-            last = range(grown.num_slots - 1, grown.num_slots)
-            prefixes = Prefixes(self._run.sequences, grown, last)
+            prefixes = Prefixes(self._run.sequences, grown, grown.newest)
             scores_BV = target_scores(self._run, self._head.widen(logits_B1S), prefixes)[:, -1]
             probs_BK, tokens_BK = scores_BV.softmax(-1).topk(1 + MAX_SIBLINGS)
             return tokens_BK, probs_BK
@@ -321,8 +319,8 @@ class _AdaptiveSession(_ExitSession):
         self._scores = [super()._score_root()]
         return self._scores[0]
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
-        self._scores.append(super()._score_nodes(grown, num_new))
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        self._scores.append(super()._score_nodes(grown))
         return self._scores[-1]
 
     def _confidence(self) -> Tensor:

@@ -20,7 +20,7 @@ from specdec.cache import TreeCache
 from specdec.exits.module import Exit
 from specdec.sequences import Sequences
 from specdec.target import TreeModel
-from trees import TreeBatch
+from trees import GrowingTrees
 
 _NEVER = -1e4
 """Logit of tokens outside an exit's vocabulary: finite, so that processors may forbid all that are inside."""
@@ -39,8 +39,8 @@ class ExitHead(ABC):
         """Logits [B, 1, S] after the roots, of which the exit's states are given. Begins a round."""
 
     @abstractmethod
-    def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
-        """Logits [B, M, S] after the newest nodes of the growing trees."""
+    def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
+        """Logits [B, M, S] after the newest layer of the growing trees."""
 
     def widen(self, logits_BMS: Tensor) -> Tensor:
         """Logits over the target's vocabulary, [B, M, V], from those of the exit's own."""
@@ -78,7 +78,7 @@ class SharedHead(ExitHead):
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         return self._target.exit_logits(hidden_B1C)
 
-    def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
+    def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         return self._target.exit_logits(hidden_BMC)
 
     def rehearsal(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
@@ -127,16 +127,15 @@ class TrainedHead(ExitHead):
         self._logits = [self._module.head(normed_B1C)]
         return self._logits[0]
 
-    def score_nodes(self, hidden_BMC: Tensor, grown: TreeBatch) -> Tensor:
-        num_new = hidden_BMC.shape[1]
+    def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         if grown.is_chain:
             before_BMC, seen_BMK = self._outputs_BKC[:, -1:], None
         else:
-            parents_BM1 = grown.parents_BN[:, -num_new:].unsqueeze(2) + 1
+            parents_BM1 = grown.parents_BM.to(hidden_BMC.device).unsqueeze(2) + 1
             before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
-            seen_BMK = grown.ancestors_BTT[:, -num_new:, 1:]
+            seen_BMK = grown.seen_BMT[:, :, 1:]
         fused_BMC = self._module.fuse(torch.cat([hidden_BMC, before_BMC], 2))
-        output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BT[:, -num_new:] - 1, seen_BMK)
+        output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BM - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)
         self._logits.append(self._module.head(normed_BMC))
         return self._logits[-1]

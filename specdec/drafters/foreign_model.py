@@ -24,7 +24,7 @@ from specdec.drafters.growing import GrowingSession
 from specdec.drafters.translation import BROKEN, Translator, continuation, decode_from, shared_tokens
 from specdec.errors import DraftError
 from specdec.target import TreeModel
-from trees import Chain, Draft, GrowthPolicy, TokenTree, TreeBatch
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TokenTree, TreeBatch
 
 _NEVER = -1e4
 """Logit of tokens that the draft does not have: finite, so that processors may forbid all that it has."""
@@ -243,13 +243,12 @@ class _SharedTokensSession(GrowingSession):
     def _score_root(self) -> Tensor:
         return self._in_target_vocabulary(self._reader.read())
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
-        sees_all = grown.is_chain and num_new == 1
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         device = self._own_V.device
         logits_BMV = self._reader.model.forward(
-            self._own_V[grown.tokens_BN[:, -num_new:].to(device)],
-            grown.depths_BT[:, -num_new:].to(device) - 1,
-            None if sees_all else grown.ancestors_BTT[:, -num_new:, 1:].to(device),
+            self._own_V[grown.tokens_BM.to(device)],
+            grown.depths_BM.to(device) - 1,
+            None if grown.is_chain else grown.seen_BMT[:, :, 1:].to(device),
         )
         return self._in_target_vocabulary(logits_BMV)
 

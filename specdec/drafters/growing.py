@@ -13,8 +13,9 @@ from torch import Tensor
 
 from specdec.drafters.base import DraftSession, Run
 from specdec.kernels.draws import open_urn
+from specdec.kernels.growth import STAND_INS
 from specdec.sampling import Prefixes
-from trees import Draft, Grower, GrowthPolicy, Round, TreeBatch
+from trees import Draft, Grower, GrowingTrees, GrowthPolicy, Round
 
 
 def target_scores(run: Run, logits_BMV: Tensor, prefixes: Prefixes) -> Tensor:
@@ -42,8 +43,8 @@ class GrowingSession(DraftSession):
         """Logits after every row's root, [B, 1, V]; V may be less than the target's vocabulary."""
 
     @abstractmethod
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
-        """Logits after the newest nodes of the growing trees, [B, M, V]."""
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        """Logits after the newest layer of the growing trees, [B, M, V]."""
 
     def _grow(self, max_depths: Sequence[int]) -> Draft:
         """One round's trees; at least one depth is positive."""
@@ -54,16 +55,15 @@ class GrowingSession(DraftSession):
             generator=sampler.generator,
             previous=self._grower,
             open_urn=open_urn,
+            stand_ins=STAND_INS,
         )
         grower = self._grower = self.policy.start(round_)
-        grown = TreeBatch.empty(len(max_depths), self._run.device)
-        scores_BMV = target_scores(self._run, self._score_root(), Prefixes(self._run.sequences, grown, range(1)))
+        grown = GrowingTrees(len(max_depths), self._run.device)
+        logits_BMV = self._score_root()
         while True:
-            layer = grower.grow(scores_BMV)
+            prefixes = Prefixes(self._run.sequences, grown, grown.newest)
+            layer = grower.grow(target_scores(self._run, logits_BMV, prefixes))
             if not grower.hungry:
                 return grower.finish()
-            grown = grown.extended(layer.tokens_BM, layer.parents_BM)
-            num_new = layer.tokens_BM.shape[1]
-            newest = range(grown.num_slots - num_new, grown.num_slots)
-            logits_BMV = self._score_nodes(grown, num_new)
-            scores_BMV = target_scores(self._run, logits_BMV, Prefixes(self._run.sequences, grown, newest))
+            grown.add(layer)
+            logits_BMV = self._score_nodes(grown)

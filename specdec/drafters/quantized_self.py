@@ -20,7 +20,7 @@ from specdec.drafters.growing import GrowingSession
 from specdec.drafters.small_model import SmallModel
 from specdec.kernels import quantized_copy
 from specdec.target import TreeModel
-from trees import Chain, Draft, GrowthPolicy, TreeBatch
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 
 class QuantizedSelf(Drafter):
@@ -91,10 +91,6 @@ class _QuantizedSelfSession(GrowingSession):
         roots_B1 = self._run.sequences.roots_B1
         return self._model.forward(roots_B1, torch.zeros_like(roots_B1), None)
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
-        sees_all = grown.is_chain and num_new == 1
-        return self._model.forward(
-            grown.tokens_BN[:, -num_new:],
-            grown.depths_BT[:, -num_new:],
-            None if sees_all else grown.ancestors_BTT[:, -num_new:],
-        )
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        seen_BMT = None if grown.is_chain else grown.seen_BMT
+        return self._model.forward(grown.tokens_BM, grown.depths_BM, seen_BMT)

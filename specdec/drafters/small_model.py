@@ -20,7 +20,7 @@ from specdec.drafters.follower import Follower
 from specdec.drafters.growing import GrowingSession
 from specdec.errors import DraftError
 from specdec.kernels import quantized_copy
-from trees import Chain, Draft, GrowthPolicy, TreeBatch
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
 """Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
@@ -117,11 +117,10 @@ class _SmallModelSession(GrowingSession):
         last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
         return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
 
-    def _score_nodes(self, grown: TreeBatch, num_new: int) -> Tensor:
-        sees_all = grown.is_chain and num_new == 1
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         device = self._follower.device
         return self._follower.forward(
-            grown.tokens_BN[:, -num_new:].to(device),
-            grown.depths_BT[:, -num_new:].to(device) - 1,
-            None if sees_all else grown.ancestors_BTT[:, -num_new:, 1:].to(device),
+            grown.tokens_BM.to(device),
+            grown.depths_BM.to(device) - 1,
+            None if grown.is_chain else grown.seen_BMT[:, :, 1:].to(device),
         )

@@ -5,17 +5,14 @@ Shape legend: M rows, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.kernels import native
 from trees.urn import TokenSource, TorchSource
-
-BLOCK = 256
-"""Tokens of a block; mirrors draws.h."""
 
 
 def open_urn(scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None) -> TokenSource:
@@ -31,7 +28,10 @@ def is_native(scores: Tensor) -> bool:
 
 
 class NativeUrn(TokenSource):
-    """What is left of M distributions that are given by their scores, [M, V] contiguous float32 (kept, not changed)."""
+    """What is left of M distributions that are given by their scores, [M, V] contiguous float32 (kept, not changed).
+
+    A row is read when something is first taken from it: rows that nobody asks about cost nothing.
+    """
 
     def __init__(self, scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None):
         library = native.library()
@@ -40,46 +40,39 @@ class NativeUrn(TokenSource):
         self._scores_MV = scores_MV
         self._sample = sample
         self._generator = generator
-        self._taken: list[list[int]] = [[] for _ in range(len(scores_MV))]
+        self._taken: dict[int, list[int]] = {}
         num_rows, vocab_size = scores_MV.shape
-        num_numbers = num_rows * -(-vocab_size // BLOCK)
-        self._peaks, self._sums = (ctypes.c_float * num_numbers)(), (ctypes.c_float * num_numbers)()
-        self._norms = (ctypes.c_double * num_rows)()
-        library.scan(scores_MV.data_ptr(), num_rows, vocab_size, self._peaks, self._sums, self._norms)
-
-    @property
-    def norms(self) -> list[float]:
-        """The logarithm of each row's sum of e^score."""
-        return self._norms[:]
+        num_blocks = num_rows * native.num_blocks(vocab_size)
+        self._found = np.empty(num_blocks + num_rows)  # two float32 a block, then the norms
+        self._found[num_blocks:] = np.nan
+        start = self._found.ctypes.data
+        self._urn = native.Urn(scores_MV.data_ptr(), vocab_size, start, start + 4 * num_blocks, start + 8 * num_blocks)
 
     def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
         num_slots = len(slots)
-        taken = [self._taken[slot] for slot in slots]
-        sizes = list(map(len, taken))
-        room = max(sizes) + count
-        padded = [token for gone in taken for token in (*gone, *[0] * (room - len(gone)))]
         coins = None
         if self._sample:
             coins = torch.rand(num_slots * count, dtype=torch.float64, generator=self._generator)
-        tokens, probs = (ctypes.c_int64 * (num_slots * count))(), (ctypes.c_double * (num_slots * count))()
+        numbers = np.empty((1 + 2 * count) * num_slots, np.int64)  # slots, tokens, and probabilities in float64
+        numbers[:num_slots] = slots
+        tokens, probs = numbers[num_slots:].reshape(2, num_slots, count)
+        before = [self._taken.get(slot, ()) for slot in slots]
+        start, taken = numbers.ctypes.data, _pack(before)
+        after_slots, size = start + 8 * num_slots, 8 * num_slots * count
         self._library.take(
-            self._scores_MV.data_ptr(),
-            self._scores_MV.shape[1],
-            self._peaks,
-            self._sums,
-            self._norms,
-            (ctypes.c_int64 * num_slots)(*slots),
-            num_slots,
-            (ctypes.c_int64 * len(padded))(*padded),
-            (ctypes.c_int64 * num_slots)(*sizes),
-            room,
-            count,
-            native.address(coins),
-            tokens,
-            probs,
+            self._urn, start, num_slots, taken, count, native.address(coins), after_slots, after_slots + size
         )
-        starts = range(0, num_slots * count, count)
-        new = [tokens[start : start + count] for start in starts]
-        for before, row in zip(taken, new, strict=True):
-            before += row
-        return new, [probs[start : start + count] for start in starts]
+        new = tokens.tolist()
+        self._taken.update((slot, [*old, *row]) for slot, old, row in zip(slots, before, new, strict=True))
+        return new, probs.view(np.float64).tolist()
+
+
+def _pack(rows: Sequence[Sequence[int]]) -> native.Taken:
+    room = max(map(len, rows))
+    if not room:
+        return native.Taken()
+    numbers = np.array([[len(row), *row, *[0] * (room - len(row))] for row in rows])
+    tokens, counts = np.ascontiguousarray(numbers[:, 1:]), np.ascontiguousarray(numbers[:, 0])
+    taken = native.Taken(tokens.ctypes.data, counts.ctypes.data, room)
+    taken.alive = (tokens, counts)
+    return taken

@@ -62,15 +62,47 @@ class Attention(ctypes.Structure):
     )
 
 
+class Urn(ctypes.Structure):
+    """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
+
+    _fields_ = (("x", _Pointer), ("vocab", _Int), ("peaks", _Pointer), ("shares", _Pointer), ("norms", _Pointer))
+
+
+class Taken(ctypes.Structure):
+    alive: tuple[object, ...]
+    _fields_ = (("tokens", _Pointer), ("counts", _Pointer), ("room", _Int))
+
+
+class TreeSettings(ctypes.Structure):
+    """What a growing tree is told; mirrors common.h, as do the two below."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        *((name, _Int) for name in ("vocab", "limit", "max_depth", "sample")),
+        *((name, ctypes.c_double) for name in ("threshold", "guess")),
+        *((name, _Pointer) for name in ("starts", "spots")),
+    )
+
+
+class NextLayer(ctypes.Structure):
+    _fields_ = tuple((name, _Pointer) for name in ("tokens", "parents", "depths", "seen"))
+
+
+class FinishedTree(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values")
+    )
+
+
 class Verification(ctypes.Structure):
     """A drafted tree and the target's scores; mirrors common.h."""
 
     alive: tuple[object, ...]
     _fields_ = (
-        *((name, _Int) for name in ("num_slots", "depth", "vocab")),
-        *((name, _Pointer) for name in ("p", "q", "tokens", "first_child", "next_sibling", "coins", "path")),
+        *((name, _Int) for name in ("num_slots", "size", "depth", "vocab")),
+        *((name, _Pointer) for name in ("p", "q", "tokens", "parents", "coins", "path")),
         *((name, _Int) for name in ("count", "next")),
-        *((name, _Pointer) for name in ("scratch", "rows")),
+        *((name, _Pointer) for name in ("first_child", "next_sibling", "scratch", "rows")),
     )
 
 
@@ -82,6 +114,8 @@ class Library:
         self._dll = ctypes.CDLL(str(path))
         self._dll.specdec_select.restype = ctypes.c_char_p
         self._dll.specdec_packed_bytes.restype = _Int
+        self._dll.specdec_new_tree.restype = _Pointer
+        self._dll.specdec_grow_tree.restype = self._dll.specdec_finish_tree.restype = _Int
         layer, attention, num_threads = ctypes.POINTER(Layer), ctypes.POINTER(Attention), ctypes.c_int
         signatures: dict[str, Sequence[type]] = {
             "select": (ctypes.c_char_p,),
@@ -91,8 +125,12 @@ class Library:
             "attend": (attention, num_threads),
             "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
             "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
-            "scan": (_Pointer, _Int, _Int, *(_Pointer,) * 3),
-            "take": (_Pointer, _Int, *(_Pointer,) * 4, _Int, _Pointer, _Pointer, _Int, _Int, *(_Pointer,) * 3),
+            "take": (ctypes.POINTER(Urn), _Pointer, _Int, ctypes.POINTER(Taken), _Int, *(_Pointer,) * 3),
+            "new_tree": (ctypes.POINTER(TreeSettings),),
+            "free_tree": (_Pointer,),
+            "grow_tree": (_Pointer, _Pointer, _Pointer, _Int),
+            "write_layer": (_Pointer, _Int, _Int, ctypes.POINTER(NextLayer)),
+            "finish_tree": (_Pointer, ctypes.POINTER(FinishedTree)),
             "verify": (ctypes.POINTER(Verification), ctypes.c_int),
             "move": (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Int),
         }
@@ -100,8 +138,10 @@ class Library:
             getattr(self._dll, f"specdec_{name}").argtypes = arguments
         self.attention_inputs = self._dll.specdec_attention_inputs
         self.attention_and_mlp = self._dll.specdec_attention_and_mlp
-        self.scan, self.take, self.verify = self._dll.specdec_scan, self._dll.specdec_take, self._dll.specdec_verify
-        self.move = self._dll.specdec_move
+        self.take, self.verify = self._dll.specdec_take, self._dll.specdec_verify
+        self.new_tree, self.free_tree = self._dll.specdec_new_tree, self._dll.specdec_free_tree
+        self.grow_tree, self.write_layer = self._dll.specdec_grow_tree, self._dll.specdec_write_layer
+        self.finish_tree, self.move = self._dll.specdec_finish_tree, self._dll.specdec_move
         self.instruction_set = self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:
@@ -129,6 +169,11 @@ class Library:
         attention.out = out_BTHD.data_ptr()
         self._dll.specdec_attend(attention, torch.get_num_threads())
         return out_BTHD
+
+
+def num_blocks(vocab_size: int) -> int:
+    """How many blocks a row of scores has, padded; mirrors draws.h."""
+    return -(-vocab_size // 4096) * 16
 
 
 def matrix(weight: torch.Tensor, n: int, k: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Matrix:

@@ -43,37 +43,21 @@ def verify(
     coins_BT = None
     if draft.is_drawn:
         coins_BT = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator).numpy()
-    parents = trees.host_parents_BN.tolist()
-    tokens = trees.tokens_BN.tolist()
+    tokens_BN, parents_BN = trees.tokens_BN.contiguous(), trees.parents_BN.contiguous()
+    path_D = np.empty(trees.depth + 1, np.int64)
+    v = native.Verification(num_slots=num_slots, depth=trees.depth, vocab=vocab_size, path=path_D.ctypes.data)
     paths, following = [], []
     for row, size in enumerate(trees.sizes):
-        numbers = np.array([[0, *tokens[row]], *_families(parents[row][:size], num_slots), [0] * num_slots])
-        first, step = numbers.ctypes.data, numbers.strides[0]
-        v = native.Verification(
-            num_slots=num_slots,
-            depth=trees.depth,
-            vocab=vocab_size,
-            p=scores_BTV.data_ptr() + 4 * row * num_slots * vocab_size,
-            tokens=first,
-            first_child=first + step,
-            next_sibling=first + 2 * step,
-            path=first + 3 * step,
-        )
+        v.size = size
+        v.p = scores_BTV.data_ptr() + 4 * row * num_slots * vocab_size
+        v.tokens = tokens_BN.data_ptr() + 8 * row * trees.width
+        v.parents = parents_BN.data_ptr() + 8 * row * trees.width
         if q_BT is not None and coins_BT is not None:
             v.q, v.coins = q_BT[row].ctypes.data, coins_BT[row].ctypes.data
         library.verify(v, _NUMBERS[rule])
-        paths.append((numbers[3, : v.count] - 1).tolist())
+        paths.append(path_D[: v.count].tolist())
         following.append(v.next)
     return paths, following
-
-
-def _families(parents: list[int], num_slots: int) -> tuple[list[int], list[int]]:
-    """First child and next sibling of every slot; 0 where there is none."""
-    first_child, next_sibling = [0] * num_slots, [0] * num_slots
-    for node in reversed(range(len(parents))):
-        slot = parents[node] + 1
-        next_sibling[node + 1], first_child[slot] = first_child[slot], node + 1
-    return first_child, next_sibling
 
 
 def _addresses(draft: Draft) -> np.ndarray:

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <stdlib.h>
 
 #define KERNELS kernels_avx2
 #define INSTRUCTION_SET "avx2"

@@ -39,22 +39,52 @@ typedef struct {
     int64_t padded_keys;
 } Attention;
 
-/* A row of scores whose tokens are drawn; peaks, sums and norm are scan()'s. */
+/* Rows of scores whose tokens are taken out. What a scan of a row finds is kept; a norm is NaN before it. Blocks are
+ * draws.h's, padded. */
 typedef struct {
-    const float *x, *peaks, *sums;
-    double norm;
+    const float *x;         /* [rows][vocab] */
     int64_t vocab;
-} UrnRow;
+    float *peaks, *shares; /* [rows][blocks] */
+    double *norms;
+} Urn;
 
-/* A drafted tree and the target's scores at its slots (slot 0 is the root; 0 stands for no slot). */
+/* The tokens that were taken from some rows before, with room for `room` in each; nothing is read where that is 0. */
 typedef struct {
-    int64_t num_slots, depth, vocab;
-    const float *p;                                       /* [num_slots][vocab] */
-    const float *const *q;                                /* the draft's scores, by slot; leaves' are not read */
-    const int64_t *tokens, *first_child, *next_sibling;   /* by slot */
-    const double *coins;                                  /* by slot, and one for the token after the path */
-    int64_t *path, count, next;                           /* found: slots, their number, the token after them */
-    float *scratch, *rows;                                /* ours */
+    const int64_t *tokens, *counts;
+    int64_t room;
+} Taken;
+
+/* A tree that grows (growth.h), and what it is told: see trees.dynamic.ValueGrower, or, if there is a shape,
+ * trees.static.ShapedGrower. The children of spot i of a shape are spots[starts[i]] up to spots[starts[i + 1]]. */
+typedef struct GrowingTree GrowingTree;
+typedef struct {
+    int64_t vocab, limit, max_depth, sample;
+    double threshold, guess;
+    const int64_t *starts, *spots; /* NULL: there is no shape */
+} TreeSettings;
+
+/* What it wants to have scored next (see trees.Layer). */
+typedef struct {
+    int64_t *tokens, *parents, *depths;
+    uint8_t *seen;
+} NextLayer;
+
+/* What is left of it; each column has room for `limit` nodes. */
+typedef struct {
+    int64_t *tokens, *parents, *places, *layers, *columns;
+    double *probs, *values;
+} FinishedTree;
+
+/* A drafted tree and the target's scores at its slots (slot 0 is the root, node i is slot i + 1). */
+typedef struct {
+    int64_t num_slots, size, depth, vocab;
+    const float *p;                          /* [num_slots][vocab] */
+    const float *const *q;                   /* the draft's scores, by slot; leaves' are not read */
+    const int64_t *tokens, *parents;         /* by node */
+    const double *coins;                     /* by slot, and one for the token after the path */
+    int64_t *path, count, next;              /* found: nodes, their number, the token after them */
+    int64_t *first_child, *next_sibling;     /* ours: by slot, 0 for none */
+    float *scratch, *rows;                   /* ours */
 } Verification;
 
 /* The entry points of one instruction set; each file that includes layer.h fills one in. */
@@ -66,9 +96,13 @@ typedef struct {
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
     void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
-    void (*scan)(const float *x, int64_t rows, int64_t vocab, float *peaks, float *sums, double *norms);
-    void (*take_tokens)(const UrnRow *u, int64_t *out, int64_t num_out, int64_t count, const double *coins,
-                        int64_t *tokens, double *probs, double *scratch);
+    void (*take_from)(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+                      const double *coins, int64_t *tokens, double *probs);
+    GrowingTree *(*new_tree)(const TreeSettings *settings);
+    void (*free_tree)(GrowingTree *t);
+    int64_t (*grow_tree)(GrowingTree *t, const float *x, const double *coins, int64_t num_coins);
+    void (*write_layer)(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out);
+    int64_t (*finish_tree)(const GrowingTree *t, FinishedTree *out);
     void (*verify)(Verification *v, int rule);
 } Kernels;
 
@@ -87,6 +121,7 @@ void begin_call(int num_threads);
 void end_call(void);
 
 /* Ahead of use; any address will do, also one that does not exist. */
+#define prefetch_l1(p) __builtin_prefetch((const void *)(p), 0, 3)
 #define prefetch_l2(p) __builtin_prefetch((const void *)(p), 0, 2)
 
 static inline int32_t load_int32(const void *p) {

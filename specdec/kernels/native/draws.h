@@ -2,6 +2,9 @@
  * thread, one pass over a row of scores for each question; what trees.Urn and specdec.acceptance do with torch. */
 
 #define BLOCK 256 /* tokens whose weights are known as a sum; a token is found in its block */
+#define NUM_BLOCKS(vocab) (((vocab) + BLOCK - 1) / BLOCK)
+#define PADDED_BLOCKS(vocab) ((NUM_BLOCKS(vocab) + 15) / 16 * 16) /* whole vectors, whatever their width */
+#define AHEAD 8 /* blocks fetched before they are read: the processor's own fetching stops at every page */
 
 /* Copies a block of scores; -inf past the vocabulary and for the tokens that are out. */
 INLINE void load_block(const float *x, int64_t vocab, int64_t block, const int64_t *out, int64_t num_out,
@@ -21,37 +24,62 @@ INLINE float block_peak(const float *x) {
     return vf_peak(vf_max(vf_max(peak[0], peak[1]), vf_max(peak[2], peak[3])));
 }
 
+/* e^x for x <= 0; wrong by 2e-7 of it near 0 and 3e-6 at -87, where it ends. In binary digits x is n + f, |f| <= 1/2, and
+ * the polynomial is 2^f. */
+INLINE VF exp_negative(VF x) {
+    const VF magic = vf_set1(12582912.0f); /* 1.5 * 2^23: what is added to it is rounded to an integer */
+    const VF digits = vf_set1(1.44269504f), clipped = vf_max(vf_set1(-87.0f), x); /* in this order NaN stays */
+    const VF shifted = vf_fma(clipped, digits, magic);
+    const VF f = vf_fma(clipped, digits, vf_sub(magic, shifted));
+    VF p = vf_fma(vf_set1(0.00132647273f), f, vf_set1(0.00967151299f));
+    p = vf_fma(p, f, vf_set1(0.0555073358f));
+    p = vf_fma(p, f, vf_set1(0.240222424f));
+    p = vf_fma(p, f, vf_set1(0.693147004f));
+    p = vf_fma(p, f, vf_set1(1.0f));
+    return vf_times_power(p, shifted);
+}
+
 /* The sum of e^(x - peak). */
 INLINE float block_sum(const float *x, float peak) {
     if (peak == -INFINITY) return 0;
     VF sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()}, shift = vf_set1(peak);
     for (int i = 0; i < BLOCK; i += 4 * VL)
-        for (int a = 0; a < 4; a++) sum[a] = vf_add(sum[a], vf_exp(vf_sub(vf_load(x + i + a * VL), shift)));
+        for (int a = 0; a < 4; a++) sum[a] = vf_add(sum[a], exp_negative(vf_sub(vf_load(x + i + a * VL), shift)));
     return vf_sum(vf_add(vf_add(sum[0], sum[1]), vf_add(sum[2], sum[3])));
 }
 
-/* Peak and sum of every block; returns the logarithm of the sum of e^x over the row. */
-static TARGET double scan_row(const float *x, int64_t vocab, float *peaks, float *sums) {
-    const int64_t num_blocks = (vocab + BLOCK - 1) / BLOCK;
+/* Peak and share of the probability of every block, both padded to whole vectors; returns the logarithm of the sum of
+ * e^x over the row. */
+static TARGET double scan_row(const float *x, int64_t vocab, float *peaks, float *shares) {
+    const int64_t num_blocks = NUM_BLOCKS(vocab), padded = PADDED_BLOCKS(vocab);
     float last[BLOCK], peak = -INFINITY;
     for (int64_t b = 0; b < num_blocks; b++) {
         const float *block = x + b * BLOCK;
+        for (int i = 0; i < BLOCK; i += 16) prefetch_l1(block + AHEAD * BLOCK + i);
         if ((b + 1) * BLOCK > vocab) load_block(x, vocab, b, NULL, 0, last), block = last;
         peaks[b] = block_peak(block);
-        sums[b] = block_sum(block, peaks[b]);
+        shares[b] = block_sum(block, peaks[b]);
         if (peaks[b] > peak) peak = peaks[b];
     }
-    double total = 0;
-    for (int64_t b = 0; b < num_blocks; b++)
-        if (sums[b]) total += sums[b] * exp((double)peaks[b] - peak);
-    return peak + log(total);
+    for (int64_t b = num_blocks; b < padded; b++) peaks[b] = -INFINITY, shares[b] = 0;
+    if (peak == -INFINITY) return peak;
+    VF total = vf_zero();
+    for (int64_t b = 0; b < padded; b += VL) {
+        const VF share = vf_mul(vf_load(shares + b), exp_negative(vf_sub(vf_load(peaks + b), vf_set1(peak))));
+        vf_store(shares + b, share);
+        total = vf_add(total, share);
+    }
+    const float sum = vf_sum(total);
+    for (int64_t b = 0; b < padded; b += VL) vf_store(shares + b, vf_div(vf_load(shares + b), vf_set1(sum)));
+    return peak + log(sum);
 }
 
-static TARGET void scan(const float *x, int64_t rows, int64_t vocab, float *peaks, float *sums, double *norms) {
-    const int64_t num_blocks = (vocab + BLOCK - 1) / BLOCK;
-    for (int64_t row = 0; row < rows; row++)
-        norms[row] = scan_row(x + row * vocab, vocab, peaks + row * num_blocks, sums + row * num_blocks);
-}
+/* A row whose tokens are taken out, scanned. */
+typedef struct {
+    const float *x, *peaks, *shares;
+    double norm;
+    int64_t vocab;
+} UrnRow;
 
 /* The place at which running sums of weights pass a point; the last weight that is no zero if rounding keeps them
  * below it; -1 if there is none. The sum before it is added to `before`. */
@@ -69,41 +97,81 @@ INLINE int64_t find(const double *weights, int64_t count, double point, double *
     return found;
 }
 
+/* The sum of whole vectors of numbers. */
+INLINE double sum_of(const double *x, int64_t count) {
+    double sums[8] = {0};
+    for (int64_t i = 0; i < count; i += 8)
+        for (int a = 0; a < 8; a++) sums[a] += x[i + a];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+/* The place of a token in its block, in two steps: a stretch of VL tokens, then the token. */
+INLINE int64_t find_in_block(const float *probs, double share, double *sum) {
+    double stretches[BLOCK / VL], inside[VL], before = 0;
+    *sum = 0;
+    for (int i = 0; i < BLOCK / VL; i++) *sum += stretches[i] = vf_sum(vf_load(probs + i * VL));
+    const int64_t stretch = find(stretches, BLOCK / VL, share * *sum, &before);
+    if (stretch < 0) return -1;
+    for (int i = 0; i < VL; i++) inside[i] = probs[stretch * VL + i];
+    return stretch * VL + find(inside, VL, share * *sum - before, &before);
+}
+
 static TARGET int64_t draw_token(const UrnRow *u, const int64_t *out, int64_t num_out, double coin, double *weights) {
-    const int64_t num_blocks = (u->vocab + BLOCK - 1) / BLOCK;
-    double total = 0, before = 0, inside[BLOCK];
-    for (int64_t b = 0; b < num_blocks; b++) total += weights[b];
-    const int64_t block = find(weights, num_blocks, coin * total, &before);
+    const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
+    double before = 0, sum;
+    const double point = coin * sum_of(weights, num_blocks);
+    const int64_t block = find(weights, num_blocks, point, &before);
     if (block < 0) return -1;
-    float scores[BLOCK];
-    load_block(u->x, u->vocab, block, out, num_out, scores);
+    float probs[BLOCK];
+    load_block(u->x, u->vocab, block, out, num_out, probs);
     for (int i = 0; i < BLOCK; i += VL)
-        vf_store(scores + i, vf_exp(vf_sub(vf_load(scores + i), vf_set1((float)u->norm))));
-    double sum = 0;
-    for (int i = 0; i < BLOCK; i++) sum += inside[i] = scores[i];
-    const double share = weights[block] > 0 ? (coin * total - before) / weights[block] : 0;
-    const int64_t place = find(inside, BLOCK, share * sum, &before);
+        vf_store(probs + i, vf_exp(vf_sub(vf_load(probs + i), vf_set1((float)u->norm))));
+    const int64_t place = find_in_block(probs, (point - before) / weights[block], &sum);
     if (place < 0) return -1;
-    weights[block] = sum - inside[place];
-    inside[place] = 0;
+    weights[block] = sum - probs[place];
+    probs[place] = 0;
     if (weights[block] < 1e-3 * sum) { /* the difference has lost its precision */
         weights[block] = 0;
-        for (int i = 0; i < BLOCK; i++) weights[block] += inside[i];
+        for (int i = 0; i < BLOCK; i++) weights[block] += probs[i];
     }
+    return block * BLOCK + place;
+}
+
+/* The place of the first number that equals another one, -1 if there is none; `count` is whole vectors. */
+INLINE int64_t first_equal(const float *x, int64_t count, float wanted) {
+    for (int64_t at = 0; at < count; at += VL) {
+        const uint32_t found = vf_equal(vf_load(x + at), vf_set1(wanted));
+        if (found) return at + __builtin_ctz(found);
+    }
+    return -1;
+}
+
+static TARGET int64_t best_token(const UrnRow *u, const int64_t *out, int64_t num_out, float *peaks) {
+    const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
+    VF best = vf_load(peaks);
+    for (int64_t b = VL; b < num_blocks; b += VL) best = vf_max(best, vf_load(peaks + b));
+    const float peak = vf_peak(best);
+    if (!(peak > -INFINITY)) return -1;
+    const int64_t block = first_equal(peaks, num_blocks, peak);
+    float scores[BLOCK];
+    load_block(u->x, u->vocab, block, out, num_out, scores);
+    const int64_t place = first_equal(scores, BLOCK, peak);
+    if (place < 0) return -1; /* the scores are not those that were scanned */
+    scores[place] = -INFINITY;
+    peaks[block] = block_peak(scores);
     return block * BLOCK + place;
 }
 
 /* The next tokens of a row, drawn without replacement, or the likeliest if there are no coins. `out` holds the
  * num_out tokens that were taken before and has room for `count` more. Where nothing is left the probability is 0.
- * `scratch` has room for twice as many numbers as there are blocks. */
+ * `scratch` has room for twice as many numbers as there are blocks (padded). */
 static TARGET void take_tokens(const UrnRow *u, int64_t *out, int64_t num_out, int64_t count, const double *coins,
                                int64_t *tokens, double *probs, double *scratch) {
-    const int64_t num_blocks = (u->vocab + BLOCK - 1) / BLOCK;
+    const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
     double *weights = scratch;
     float *peaks = (float *)(scratch + num_blocks), scores[BLOCK];
     memcpy(peaks, u->peaks, (size_t)num_blocks * sizeof(float));
-    for (int64_t b = 0; coins && b < num_blocks; b++)
-        weights[b] = u->sums[b] ? u->sums[b] * exp(u->peaks[b] - u->norm) : 0;
+    for (int64_t b = 0; coins && b < num_blocks; b++) weights[b] = u->shares[b];
     for (int64_t i = 0; i < num_out; i++) {
         const int64_t b = out[i] / BLOCK;
         load_block(u->x, u->vocab, b, out, num_out, scores);
@@ -111,21 +179,28 @@ static TARGET void take_tokens(const UrnRow *u, int64_t *out, int64_t num_out, i
         if (coins) weights[b] = block_sum(scores, peaks[b]) * exp(peaks[b] - u->norm);
     }
     for (int64_t k = 0; k < count; k++) {
-        int64_t token = -1;
-        if (coins) {
-            token = draw_token(u, out, num_out, coins[k], weights);
-        } else {
-            int64_t best = 0;
-            for (int64_t b = 1; b < num_blocks; b++)
-                if (peaks[b] > peaks[best]) best = b;
-            load_block(u->x, u->vocab, best, out, num_out, scores);
-            for (int i = 0; token < 0 && i < BLOCK; i++)
-                if (scores[i] == peaks[best] && scores[i] > -INFINITY) token = best * BLOCK + i, scores[i] = -INFINITY;
-            peaks[best] = block_peak(scores);
-        }
+        const int64_t token = coins ? draw_token(u, out, num_out, coins[k], weights) : best_token(u, out, num_out, peaks);
         tokens[k] = token < 0 ? 0 : token;
-        probs[k] = token < 0 ? 0 : exp(u->x[token] - u->norm);
+        probs[k] = token < 0 || isnan(u->norm) ? 0 : exp(u->x[token] - u->norm);
         if (token >= 0) out[num_out++] = token;
+    }
+}
+
+/* Takes the next tokens of some slots (see take_tokens); a slot that nothing was taken from yet is scanned first. */
+static TARGET void take_from(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+                             const double *coins, int64_t *tokens, double *probs) {
+    const int64_t padded = PADDED_BLOCKS(u->vocab);
+    double *scratch = take((size_t)(2 * padded) * sizeof(double));
+    int64_t *out = take((size_t)(taken->room + count) * sizeof(int64_t));
+    for (int64_t i = 0; i < num_slots; i++) {
+        const int64_t slot = slots[i], num_taken = taken->room ? taken->counts[i] : 0;
+        const float *x = u->x + slot * u->vocab;
+        float *peaks = u->peaks + slot * padded, *shares = u->shares + slot * padded;
+        if (isnan(u->norms[slot])) u->norms[slot] = scan_row(x, u->vocab, peaks, shares);
+        if (num_taken) memcpy(out, taken->tokens + i * taken->room, (size_t)num_taken * sizeof(int64_t));
+        const UrnRow row = {x, peaks, shares, u->norms[slot], u->vocab};
+        take_tokens(&row, out, num_taken, count, coins ? coins + i * count : NULL, tokens + i * count,
+                    probs + i * count, scratch);
     }
 }
 
@@ -155,9 +230,9 @@ static TARGET void walk_tree(Verification *v) {
     for (;;) {
         v->next = argmax_row(v->p + slot * v->vocab, v->vocab);
         int64_t child = v->first_child[slot];
-        while (child && v->tokens[child] != v->next) child = v->next_sibling[child];
+        while (child && v->tokens[child - 1] != v->next) child = v->next_sibling[child];
         if (!child || v->next < 0) return;
-        v->path[v->count++] = slot = child;
+        v->path[v->count++] = (slot = child) - 1;
     }
 }
 
@@ -204,7 +279,7 @@ typedef struct {
 } Slot;
 
 static TARGET double norm_of(const Verification *v, const float *x) {
-    return scan_row(x, v->vocab, v->scratch, v->scratch + (v->vocab + BLOCK - 1) / BLOCK);
+    return scan_row(x, v->vocab, v->scratch, v->scratch + PADDED_BLOCKS(v->vocab));
 }
 
 static TARGET Slot enter(const Verification *v, int64_t slot) {
@@ -237,24 +312,39 @@ static TARGET double refuse(const Verification *v, Slot *s, int64_t token, doubl
     return whole > 0 ? left / whole : 0;
 }
 
+/* A token drawn in proportion to weights; `sums` has room for a number a block. */
+static TARGET int64_t draw_weighted(const float *weights, int64_t vocab, double coin, double *sums) {
+    const int64_t num_blocks = NUM_BLOCKS(vocab);
+    double total = 0, before = 0, inside[BLOCK] = {0};
+    for (int64_t b = 0; b < num_blocks; b++) {
+        float last[BLOCK] = {0};
+        const float *block = weights + b * BLOCK;
+        if ((b + 1) * BLOCK > vocab) block = memcpy(last, block, (size_t)(vocab - b * BLOCK) * sizeof(float));
+        VF sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+        for (int i = 0; i < BLOCK; i += 4 * VL)
+            for (int a = 0; a < 4; a++) sum[a] = vf_add(sum[a], vf_load(block + i + a * VL));
+        total += sums[b] = vf_sum(vf_add(vf_add(sum[0], sum[1]), vf_add(sum[2], sum[3])));
+    }
+    const int64_t block = find(sums, num_blocks, coin * total, &before);
+    if (block < 0) return 0;
+    const int64_t first = block * BLOCK, count = vocab - first < BLOCK ? vocab - first : BLOCK;
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += inside[i] = weights[first + i];
+    return first + find(inside, count, (coin * total - before) / sums[block] * sum, &before);
+}
+
 /* The token after the path: from what is left of p, or from all of it where no child was refused (or nothing is left
- * because p and q are equal up to rounding). */
+ * because p and q are equal up to rounding); -1 if the target's scores are no numbers. */
 static TARGET int64_t draw_next(const Verification *v, const Slot *s, int64_t slot) {
     const float *x = v->p + slot * v->vocab;
+    const int64_t best = argmax_row(x, v->vocab);
+    if (best < 0 || !isfinite(x[best])) return -1;
     float *p = s ? s->p : NULL;
     if (!p || !(s->p_mass > 0)) {
         if (!p) p = v->rows; /* nobody needs what was there any more */
         exp_row(x, v->vocab, s ? s->x_norm : norm_of(v, x), p);
     }
-    double sum = 0, coin = v->coins[v->num_slots];
-    for (int64_t i = 0; i < v->vocab; i++) sum += p[i];
-    double point = coin * sum;
-    int64_t found = 0;
-    for (int64_t i = 0; i < v->vocab; i++) {
-        if (p[i] > 0) found = i;
-        if ((point -= p[i]) < 0) return found;
-    }
-    return found;
+    return draw_weighted(p, v->vocab, v->coins[v->num_slots], (double *)v->scratch);
 }
 
 static TARGET void verify_topdown(Verification *v) {
@@ -263,12 +353,12 @@ static TARGET void verify_topdown(Verification *v) {
     v->count = 0;
     for (int64_t child; (child = v->first_child[slot]);) {
         here = enter(v, slot);
-        while (child && !(v->coins[child] < chance_of(&here, v->tokens[child], 1))) {
-            refuse(v, &here, v->tokens[child], 1, 0);
+        while (child && !(v->coins[child] < chance_of(&here, v->tokens[child - 1], 1))) {
+            refuse(v, &here, v->tokens[child - 1], 1, 0);
             child = here.p_mass > 0 ? v->next_sibling[child] : 0;
         }
         if (!child) break;
-        v->path[v->count++] = slot = child;
+        v->path[v->count++] = (slot = child) - 1;
     }
     v->next = draw_next(v, v->first_child[slot] ? &here : NULL, slot);
 }
@@ -279,9 +369,9 @@ static TARGET int visit(Verification *v, int64_t slot, double reach, int64_t dep
     int64_t child = v->first_child[slot];
     if (child) here = enter(v, slot);
     for (; child && reach > 0; child = v->next_sibling[child]) {
-        v->path[depth] = child;
-        if (visit(v, child, chance_of(&here, v->tokens[child], reach), depth + 1)) return 1;
-        reach = refuse(v, &here, v->tokens[child], reach, depth);
+        v->path[depth] = child - 1;
+        if (visit(v, child, chance_of(&here, v->tokens[child - 1], reach), depth + 1)) return 1;
+        reach = refuse(v, &here, v->tokens[child - 1], reach, depth);
     }
     if (slot && !(v->coins[slot] < reach)) return 0;
     v->count = depth;
@@ -292,7 +382,14 @@ static TARGET int visit(Verification *v, int64_t slot, double reach, int64_t dep
 static TARGET void verify_traversal(Verification *v) { visit(v, 0, 1, 0); }
 
 static TARGET void verify(Verification *v, int rule) {
-    v->scratch = take((size_t)(2 * ((v->vocab + BLOCK - 1) / BLOCK)) * sizeof(float));
+    v->first_child = take((size_t)(2 * v->num_slots) * sizeof(int64_t));
+    memset(v->first_child, 0, (size_t)(2 * v->num_slots) * sizeof(int64_t));
+    v->next_sibling = v->first_child + v->num_slots;
+    for (int64_t slot = v->size; slot; slot--) {
+        const int64_t parent = v->parents[slot - 1] + 1;
+        v->next_sibling[slot] = v->first_child[parent], v->first_child[parent] = slot;
+    }
+    v->scratch = take((size_t)(2 * PADDED_BLOCKS(v->vocab)) * sizeof(float));
     if (rule) v->rows = take((size_t)((rule == 1 ? 1 : v->depth + 1) * 2 * v->vocab) * sizeof(float));
     (rule == 0 ? walk_tree : rule == 1 ? verify_topdown : verify_traversal)(v);
 }

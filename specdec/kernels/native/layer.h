@@ -10,6 +10,8 @@
 
 #include "draws.h"
 
+#include "growth.h"
+
 /* ---- products over the pool ---- */
 
 typedef struct {
@@ -184,4 +186,4 @@ static void attention_and_mlp(const Layer *l, Attention *attention, const float 
 }
 
 const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp,
-                         scan, take_tokens, verify};
+                         take_from, new_tree, free_tree, grow_tree, write_layer, finish_tree, verify};

@@ -2,7 +2,7 @@
  *
  * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI): no torch headers, so any C compiler builds it in
  * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
- * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; simd_*.h as needed. */
+ * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
@@ -66,27 +66,28 @@ EXPORT void specdec_attention_and_mlp(const Layer *l, Attention *a, const float 
     end_call();
 }
 
-/* Peak and sum of every block of every row of scores (see draws.h), and the logarithm of each row's sum of e^x. */
-EXPORT void specdec_scan(const float *x, int64_t rows, int64_t vocab, float *peaks, float *sums, double *norms) {
-    kernels->scan(x, rows, vocab, peaks, sums, norms);
-}
-
-/* Takes `count` tokens from each of `rows` scanned rows: the next likeliest, or drawn if there are coins. `out` holds
- * num_out[i] tokens of row i that are gone, at `out_stride` from row to row, and has room for `count` more. */
-EXPORT void specdec_take(const float *x, int64_t vocab, const float *peaks, const float *sums, const double *norms,
-                         const int64_t *rows, int64_t num_rows, int64_t *out, const int64_t *num_out,
-                         int64_t out_stride, int64_t count, const double *coins, int64_t *tokens, double *probs) {
-    const int64_t num_blocks = (vocab + 255) / 256;
+/* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
+EXPORT void specdec_take(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+                         const double *coins, int64_t *tokens, double *probs) {
     begin_call(1);
-    double *scratch = take((size_t)(2 * num_blocks) * sizeof(double));
-    for (int64_t i = 0; i < num_rows; i++) {
-        const int64_t row = rows[i];
-        const UrnRow u = {x + row * vocab, peaks + row * num_blocks, sums + row * num_blocks, norms[row], vocab};
-        kernels->take_tokens(&u, out + i * out_stride, num_out[i], count, coins ? coins + i * count : NULL,
-                             tokens + i * count, probs + i * count, scratch);
-    }
+    kernels->take_from(u, slots, num_slots, taken, count, coins, tokens, probs);
     end_call();
 }
+
+/* Trees of the nodes of the greatest values: see growth.h. */
+EXPORT GrowingTree *specdec_new_tree(const TreeSettings *settings) { return kernels->new_tree(settings); }
+
+EXPORT void specdec_free_tree(GrowingTree *t) { kernels->free_tree(t); }
+
+EXPORT int64_t specdec_grow_tree(GrowingTree *t, const float *x, const double *coins, int64_t num_coins) {
+    return kernels->grow_tree(t, x, coins, num_coins);
+}
+
+EXPORT void specdec_write_layer(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out) {
+    kernels->write_layer(t, width, spare, out);
+}
+
+EXPORT int64_t specdec_finish_tree(const GrowingTree *t, FinishedTree *out) { return kernels->finish_tree(t, out); }
 
 /* Verifies a drafted tree: 0 walks to the greatest scores, 1 is topdown, 2 is traversal (see acceptance.py). */
 EXPORT void specdec_verify(Verification *v, int rule) {

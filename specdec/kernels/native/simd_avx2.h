@@ -51,6 +51,14 @@ INLINE VF vf_scale2(VF v, VF n) {
     return vf_mul(v, _mm256_castsi256_ps(power));
 }
 
+/* v * 2^n for the n that was rounded by adding 1.5 * 2^23: its last bits go to the exponent. */
+INLINE VF vf_times_power(VF v, VF shifted) {
+    return _mm256_castsi256_ps(vi_add(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+}
+
+/* A bit for every lane in which they are equal. */
+INLINE uint32_t vf_equal(VF a, VF b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+
 /* v, with zero in the lanes where x < limit. */
 INLINE VF vf_zero_below(VF v, VF x, float limit) {
     return _mm256_and_ps(_mm256_cmp_ps(x, vf_set1(limit), _CMP_NLT_UQ), v);

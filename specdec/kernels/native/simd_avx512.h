@@ -33,6 +33,14 @@
 /* v * 2^n for integral n held as floats. */
 INLINE VF vf_scale2(VF v, VF n) { return _mm512_scalef_ps(v, n); }
 
+/* v * 2^n for the n that was rounded by adding 1.5 * 2^23: its last bits go to the exponent. */
+INLINE VF vf_times_power(VF v, VF shifted) {
+    return _mm512_castsi512_ps(vi_add(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
+
+/* A bit for every lane in which they are equal. */
+INLINE uint32_t vf_equal(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+
 /* v, with zero in the lanes where x < limit. */
 INLINE VF vf_zero_below(VF v, VF x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, vf_set1(limit), _CMP_NLT_UQ), v);
