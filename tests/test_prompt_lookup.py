@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import specdec
 from specdec import UnsupportedOptionError
-from specdec.drafters import PromptLookup, Run
+from specdec.drafters import Outcome, PromptLookup, Run
+from specdec.drafters.prompt_lookup import LookupSession
 from specdec.drafters.suffix_automaton import NOWHERE, Match, SuffixAutomaton
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -52,6 +53,13 @@ def test_automaton_finds_the_longest_and_latest_repeat(text: list[int]) -> None:
         found, wanted = automaton.longest_match(), longest_known_suffix(text[:end])
         assert found.length == wanted.length
         assert not wanted.length or found.next == wanted.next
+        earliest = automaton.first_position_after(automaton.known_suffix().state)
+        assert not wanted.length or earliest == first_end_of(text[:end], found.length)
+
+
+def first_end_of(text: list[int], length: int) -> int:
+    """Where the text's last `length` tokens end for the first time."""
+    return next(end for end in range(length, len(text) + 1) if text[end - length : end] == text[-length:])
 
 
 @given(texts, texts)
@@ -98,6 +106,12 @@ def drafts(
     drafter: PromptLookup, prompts: list[list[int]], *, max_depths: list[int], tree: GrowthPolicy | None = None
 ) -> list[TokenTree]:
     """What is drafted after some prompts of one length."""
+    draft = session_of(drafter, prompts, tree).propose(max_depths)
+    assert draft.q_BTV is None
+    return [draft.trees.row(row) for row in range(len(prompts))]
+
+
+def session_of(drafter: PromptLookup, prompts: list[list[int]], tree: GrowthPolicy | None = None) -> LookupSession:
     input_ids = torch.tensor(prompts)
     run = Run(
         target=tiny_model("llama"),
@@ -108,9 +122,7 @@ def drafts(
         input_ids=input_ids,
         attention_mask=None,
     )
-    draft = drafter.start(run).propose(max_depths)
-    assert draft.q_BTV is None
-    return [draft.trees.row(row) for row in range(len(prompts))]
+    return drafter.start(run)
 
 
 def proposal(
@@ -130,13 +142,31 @@ def test_latest_repeat_wins_a_tie() -> None:
     assert proposal(PromptLookup(num_tokens=1), text) == [40]
 
 
+def test_place_that_foretold_more_is_copied_from() -> None:
+    text = [1, 2, 30, 31, 1, 2, 40, 41, 1, 2]
+    session = session_of(PromptLookup(num_tokens=2), [text])
+    assert session.trees([9])[0].tokens == [40, 41], "the latest place"
+    session.observe(Outcome(paths=[[]], tokens=[[30, 99, 1, 2]]))
+    assert session.trees([9])[0].tokens == [30, 31], "the earliest one, which had foretold the 30"
+    session.observe(Outcome(paths=[[]], tokens=[[50, 98, 1, 2]]))
+    assert session.trees([9])[0].tokens == [30, 31]
+    session.observe(Outcome(paths=[[]], tokens=[[50, 97, 1, 2]]))
+    assert session.trees([9])[0].tokens == [50, 97], "the latest one, which had foretold the 50"
+
+
 def test_draft_past_the_end_goes_on_with_the_period() -> None:
     assert proposal(PromptLookup(num_tokens=7), [9, 1, 2, 3, 1, 2, 3]) == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_short_match_drafts_nothing() -> None:
     assert proposal(PromptLookup(min_match=2), [1, 2, 3, 1]) == []
-    assert proposal(PromptLookup(min_match=1), [1, 2, 3, 1]) == [2, 3, 1] * 3 + [2]
+    assert proposal(PromptLookup(num_tokens=10, tokens_per_match=None), [1, 2, 3, 1]) == [2, 3, 1] * 3 + [2]
+
+
+def test_short_match_is_followed_by_a_short_chain() -> None:
+    assert proposal(PromptLookup(), [1, 2, 3, 1]) == [2, 3, 1, 2, 3]
+    assert proposal(PromptLookup(tokens_per_match=2), [1, 2, 3, 1, 2]) == [3, 1, 2, 3]
+    assert len(proposal(PromptLookup(), [1, 2, 3] * 5)) == 20
 
 
 def test_draft_is_no_longer_than_what_can_be_committed() -> None:

@@ -50,7 +50,7 @@ class Auto(Drafter):
             raise UnsupportedOptionError(
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
-        lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, min_match=1)
+        lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
         session = _AutoSession(run, LookupSource(run, lookup), brings_own=not self.drafters)
         try:
             for drafter in self.drafters:

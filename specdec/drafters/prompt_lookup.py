@@ -1,8 +1,10 @@
-"""Copy what followed the last time: prompt lookup over a suffix automaton.
+"""Copy what followed before: prompt lookup over a suffix automaton.
 
 Prompt lookup decoding (Saxena 2023) with the matching of SAM-Decoding (Hu et al. 2024, section 3): the longest
-suffix of the whole text so far that occurred before, the latest occurrence on ties. A tree holds several
-continuations, of that suffix and of shorter ones; `continuations.py` says which.
+suffix of the whole text so far that occurred before. It may have occurred more than once. A text that repeats itself
+is best copied from the latest place, an edit or an extract of the prompt from the earliest: what a chain copies is that
+of the two which has foretold more of the row's text lately. A tree holds several continuations, of that suffix and of
+shorter ones; `continuations.py` says which.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import ne
 
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.continuations import Source, likeliest_paths
 from specdec.drafters.suffix_automaton import NOWHERE, Context, SuffixAutomaton
 from specdec.errors import UnsupportedOptionError
 from trees import Chain, Draft, DySpec, TokenTree, TreeBatch
+
+_DECAY = 0.8
+"""Of what the two places have foretold, from round to round."""
 
 _BOUNDARY = -1
 """Stands between the texts of a corpus; equal to no token, so that no match crosses it."""
@@ -25,25 +31,38 @@ _BOUNDARY = -1
 class PromptLookup(Drafter):
     """Drafts the continuation of the longest repeated suffix; costs no forward.
 
+    The longer the suffix, the surer its continuation: short ones are followed by short chains.
+
     A call may name a tree: `trees.Chain(length)` sets the length, `trees.DySpec(budget)` drafts the `budget` likeliest
     continuations (`max_depth` and `shared` are honoured). Other policies choose among the tokens of a draft model and
     are refused.
 
     Args:
-        num_tokens: length of the chain that it drafts, unless the call names a tree.
+        num_tokens: most tokens of the chain that it drafts, unless the call names a tree.
         min_match: shortest suffix worth copying after. 1 drafts more often and is wrong more often.
         corpus: token ids of further texts to copy from (each a sequence of ids); the row's own text wins ties.
+        tokens_per_match: most tokens of the chain for each token of the suffix; None for no such limit.
 
     Raises:
         ValueError: a number is not positive, or a corpus text is not a sequence of token ids.
     """
 
-    def __init__(self, num_tokens: int = 10, min_match: int = 2, corpus: Iterable[Sequence[int]] | None = None):
-        for name, value in (("num_tokens", num_tokens), ("min_match", min_match)):
+    def __init__(
+        self,
+        num_tokens: int = 20,
+        min_match: int = 1,
+        corpus: Iterable[Sequence[int]] | None = None,
+        tokens_per_match: int | None = 5,
+    ):
+        numbers = {"num_tokens": num_tokens, "min_match": min_match}
+        if tokens_per_match is not None:
+            numbers["tokens_per_match"] = tokens_per_match
+        for name, value in numbers.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"PromptLookup({name}={value!r}): {name} is a positive integer")
         self.num_tokens = num_tokens
         self.min_match = min_match
+        self.tokens_per_match = tokens_per_match
         self.corpus = _corpus_automaton(corpus) if corpus is not None else None
 
     def start(self, run: Run) -> LookupSession:
@@ -72,10 +91,31 @@ def _corpus_automaton(corpus: Iterable[Sequence[int]]) -> SuffixAutomaton:
 
 @dataclass
 class _RowText:
-    """A row's own text, and how much of its end the corpus contains."""
+    """A row's own text, and how much of its end the corpus contains.
+
+    Args:
+        lead: how many tokens more the latest place of a suffix has foretold than its earliest, decayed.
+    """
 
     own: SuffixAutomaton
     in_corpus: Context = NOWHERE
+    lead: float = 0.0
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where the token after the longest repeated suffix stands: latest and earliest."""
+        return self.own.longest_match().next, self.own.first_position_after(self.own.known_suffix().state)
+
+    def judge(self, tokens: Sequence[int]) -> None:
+        """Compare what the two places have foretold with the tokens that are next."""
+        latest, earliest = self.places
+        if latest != earliest:
+            lead = self._num_foretold(latest, tokens) - self._num_foretold(earliest, tokens)
+            self.lead = _DECAY * self.lead + lead
+
+    def _num_foretold(self, place: int, tokens: Sequence[int]) -> int:
+        copied = _copy(self.own.tokens, place, len(tokens))
+        return next((count for count, pair in enumerate(zip(copied, tokens, strict=True)) if ne(*pair)), len(tokens))
 
 
 class LookupSession(DraftSession):
@@ -125,7 +165,7 @@ class LookupSession(DraftSession):
 
 
 class _ChainSession(LookupSession):
-    """Copies what followed the longest suffix the last time."""
+    """Copies what followed the longest suffix."""
 
     def __init__(self, drafter: PromptLookup, run: Run, policy: Chain):
         super().__init__(drafter, run)
@@ -135,12 +175,19 @@ class _ChainSession(LookupSession):
         lengths = (min(self._policy.length, depth) for depth in max_depths)
         return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
 
+    def observe(self, outcome: Outcome) -> None:
+        for row, tokens in zip(self._rows, outcome.tokens, strict=True):
+            row.judge(tokens)
+        super().observe(outcome)
+
     def _continuation(self, row: _RowText, length: int) -> TokenTree:
         text, suffix = self._longest_suffix(row)
         if suffix.length < self._drafter.min_match:
             return TokenTree.chain([])
+        if self._drafter.tokens_per_match is not None:
+            length = min(length, self._drafter.tokens_per_match * suffix.length)
         if text is row.own:
-            copied = _copy(text.tokens, text.longest_match().next, length)
+            copied = _copy(text.tokens, row.places[row.lead < 0], length)
         else:
             start = text.position_after(suffix.state)
             known = text.tokens[start : start + length]

@@ -1,4 +1,4 @@
-"""A suffix automaton that grows token by token and knows how often each substring occurred and where it stood last.
+"""A suffix automaton that grows token by token and knows how often each substring occurred, and where first and last.
 
 Blumer et al. 1985. Every state stands for a set of substrings that end at the same places; its suffix link leads
 to the longest suffix that also ends elsewhere. So the link of the state of the whole text is the longest suffix
@@ -47,6 +47,7 @@ class SuffixAutomaton:
         self._links = [-1]
         self._lengths = [0]
         self._recent = [-1]
+        self._first = [-1]
         self._counts = [0]
         self._last = 0
         self._match = Match(0, 0)
@@ -57,7 +58,7 @@ class SuffixAutomaton:
         """Add a token to the text."""
         position = len(self.tokens)
         self.tokens.append(token)
-        new = self._add_state({}, self._lengths[self._last] + 1, -1, position, 1)
+        new = self._add_state({}, self._lengths[self._last] + 1, -1, position, position, 1)
         state = self._last
         while state != -1 and token not in self._transitions[state]:
             self._transitions[state][token] = new
@@ -105,11 +106,18 @@ class SuffixAutomaton:
         """Position of the token after the latest occurrence of a state's substrings."""
         return self._recent[state] + 1
 
-    def _add_state(self, transitions: dict[int, int], length: int, link: int, recent: int, count: int) -> int:
+    def first_position_after(self, state: int) -> int:
+        """Position of the token after the first occurrence of a state's substrings."""
+        return self._first[state] + 1
+
+    def _add_state(
+        self, transitions: dict[int, int], length: int, link: int, recent: int, first: int, count: int
+    ) -> int:
         self._transitions.append(transitions)
         self._lengths.append(length)
         self._links.append(link)
         self._recent.append(recent)
+        self._first.append(first)
         self._counts.append(count)
         return len(self._links) - 1
 
@@ -123,6 +131,7 @@ class SuffixAutomaton:
             self._lengths[state] + 1,
             self._links[target],
             self._recent[target],
+            self._first[target],
             self._counts[target],
         )
         self._links[target] = clone
