@@ -10,10 +10,11 @@ same prompt, and must give the same tokens.
 
 The second takes a round with a 64-node tree apart: one row, one thread, 50 000 tokens, made-up scores. Columns:
 
-    grow     the policy's work on all layers, a softmax of the draft's scores included
+    grow     the policy's work on all layers, what it needs of a softmax of the draft's scores included
     finish   the draft: the trees, their places, and q
-    masks    ancestors, depths and masks of every layer (for the draft) and of the tree (for the target)
-    accept   verification and its copy to the host, a softmax of the target's scores included
+    masks    masks of every layer (for the draft) and of the tree (for the target), with the ancestors and depths
+             that the policy has not brought along
+    accept   verification and its copy to the host, what it needs of a softmax of the target's scores included
     compact  the caches of target (28 layers) and draft (24 layers) keep the accepted path
 
 `total` is grow + finish + masks + accept + compact. `softmax`, timed on its own, is that of every slot that was scored
