@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -309,6 +310,18 @@ def test_the_threshold_learns_to_fill_the_budget(sample: bool, first: float):
     used = sum(sizes[20:]) / (len(sizes[20:]) * 24)
     assert used > 0.75
     assert previous.next_threshold > 2e-3, "no more is drafted than the budget asks for"
+
+
+def test_only_the_round_before_is_remembered():
+    """Growers once held on to each other, and so to the scores of every round of a run."""
+    policy, growers = DySpec(5), [None]
+    for seed in range(3):
+        growers.append(policy.start(Round(max_depths=[3], sample=False, previous=growers[-1])))
+        drive(growers[-1], [RandomScores(seed)])
+    first, last = weakref.ref(growers[1]), growers[-1]
+    growers.clear()
+    assert first() is None
+    assert last.least_value > 0
 
 
 @pytest.mark.parametrize("guess", [1e-9, 0.2, 1e3])

@@ -220,6 +220,7 @@ def test_logits_that_are_no_numbers(model: PreTrainedModel, expected: Tensor, dr
 WRONG_OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "lookup of nothing": (lambda: PromptLookup(num_tokens=0), "num_tokens is a positive integer"),
     "lookup without match": (lambda: PromptLookup(min_match=0), "min_match is a positive integer"),
+    "lookup without room": (lambda: PromptLookup(tokens_per_match=0), "tokens_per_match is a positive integer"),
     "lookup of fractions": (lambda: PromptLookup(num_tokens=2.5), "PromptLookup(num_tokens=2.5)"),
     "lookup in text": (lambda: PromptLookup(corpus=["some text"]), "tokenizer(text).input_ids"),
     "lookup in negative ids": (lambda: PromptLookup(corpus=[[1, -1]]), "sequence of token ids"),

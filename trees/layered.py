@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +85,7 @@ class LayeredGrower(Grower):
     """Grows every tree layer by layer."""
 
     def __init__(self, round_: Round, calibration: Calibration | None = None):
-        self._round = round_
+        self._round = replace(round_, previous=None)  # or the scores of all rounds would be kept
         self._calibration = calibration if round_.sample else None
         self._nodes: list[Node] = []
         self._frontier = [

@@ -77,7 +77,7 @@ _KINDS = {
     PLAIN: _Kind(class_name="Plain"),
     PROMPT_LOOKUP: _Kind(
         class_name="PromptLookup",
-        parameters={"num_tokens": WHOLE, "min_match": WHOLE},
+        parameters={"num_tokens": WHOLE, "min_match": WHOLE, "tokens_per_match": WHOLE},
         trees=("chain", "dyspec"),
     ),
     SMALL_MODEL: _Kind(
