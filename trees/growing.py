@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trees.growth import Layer
+from trees.tree import TreeBatch
 
 _CAPACITY = 128
 
@@ -94,6 +95,25 @@ class GrowingTrees:
         """See `TreeBatch.ancestors_BTT`."""
         self._work_out()
         return torch.from_numpy(self._seen_BCC[:, : self.num_slots, : self.num_slots]).to(self.device)
+
+    @property
+    def host_depths_BT(self) -> np.ndarray:
+        """See `TreeBatch.host_depths_BT`."""
+        self._work_out()
+        return self._depths_BC[:, : self.num_slots]
+
+    def only(self, index: int) -> TreeBatch:
+        """The nodes of one row so far, in a batch of its own."""
+        row = slice(index, index + 1)
+        parents_1N = torch.cat([torch.empty((1, 0), dtype=torch.long), *(x.parents_BM[row] for x in self._layers)], 1)
+        depth = self.num_slots - 1 if self.is_chain else int(self.host_depths_BT[index].max())
+        return TreeBatch(
+            tokens_BN=self.tokens_BN[row],
+            parents_BN=parents_1N.to(self.device),
+            sizes=self.sizes[row],
+            depth=depth,
+            is_chain=self.is_chain,
+        )
 
     def _work_out(self) -> None:
         """Bring what is derived up to date; what is known of a slot never changes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -135,7 +135,7 @@ class MemberSampler(Sampler):
             for row, next_token in zip(self._sequences.rows, accepted.next_B.tolist(), strict=True):
                 if next_token < 0 and self._members[row].error is None:
                     self._members[row].error = NumericalError("the target's scores for this row are not numbers (NaN)")
-            accepted.next_B.clamp_(min=0)
+            accepted = replace(accepted, next_B=accepted.next_B.clamp(min=0), on_host=None)
         return accepted
 
     def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, member: Member) -> None:
