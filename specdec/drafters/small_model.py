@@ -88,7 +88,8 @@ class _SmallModelSession(GrowingSession):
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._draft = self._grow(max_depths)
+        is_read = self._follower.read_prompts()
+        self._draft = self._grow([depth if read else 0 for depth, read in zip(max_depths, is_read, strict=True)])
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
