@@ -8,8 +8,8 @@ Distinct prompts, taken from the suite's categories in turn, are decoded greedil
 decodes the same batches, interleaved in one process, prefill included, until the end-of-sequence token or the limit. A
 rate is the tokens of all batches over the median of the repetitions of their wall times. The engine works on int8
 weights. transformers has the float32 model and its bfloat16 copy, and, as `transformers-int8`, the very model that the
-engine has. The engine's outputs must be those of `model.generate()` for each prompt alone but for numerical ties, or the
-run fails. `--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md` anew.
+engine has. The engine's outputs must be those of `model.generate()` for each prompt alone but for numerical ties, or
+the run fails. `--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md` anew.
 """
 
 from __future__ import annotations
