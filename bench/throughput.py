@@ -9,7 +9,8 @@ decodes the same batches, interleaved in one process, prefill included, until th
 rate is the tokens of all batches over the median of the repetitions of their wall times. The engine works on int8
 weights. transformers has the float32 model and its bfloat16 copy, and, as `transformers-int8`, the very model that the
 engine has. The engine's outputs must be those of `model.generate()` for each prompt alone but for numerical ties, or
-the run fails. `--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md` anew.
+the run fails. `--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md`
+anew.
 """
 
 from __future__ import annotations
@@ -213,6 +214,12 @@ def render(name: str, document: dict[str, Any]) -> str:
             lines.append(f"| {size} | {' | '.join(cells)} |")
         lines.append("")
     outputs = sum((Counter(row["outputs"]) for row in sizes.values()), Counter[str]())
+    lines += [
+        "transformers decodes the first batch of each size only, the engine all of them: rates of the two are of other "
+        "prompts where there are several batches. Ratios are over the batches that both have decoded. The engine is made "
+        "anew for every batch, so that no prompt is known, and its making is timed with it.",
+        "",
+    ]
     lines.append(f"The engine's outputs beside those of model.generate() for each prompt alone: {dict(outputs)}.")
     return "\n".join([*lines, ""])
 
