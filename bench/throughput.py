@@ -215,9 +215,10 @@ def render(name: str, document: dict[str, Any]) -> str:
         lines.append("")
     outputs = sum((Counter(row["outputs"]) for row in sizes.values()), Counter[str]())
     lines += [
-        "transformers decodes the first batch of each size only, the engine all of them: rates of the two are of other "
-        "prompts where there are several batches. Ratios are over the batches that both have decoded. The engine is made "
-        "anew for every batch, so that no prompt is known, and its making is timed with it.",
+        "transformers decodes the first batch of each size only (once, unless --peer-repetitions says otherwise), the "
+        "engine all of them: where there are several batches, their rates are of other prompts. Ratios are over the "
+        "batches that both have decoded. The engine is made anew for every batch, so that no prompt is known, and its "
+        "making is timed with it.",
         "",
     ]
     lines.append(f"The engine's outputs beside those of model.generate() for each prompt alone: {dict(outputs)}.")
