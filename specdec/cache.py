@@ -121,15 +121,13 @@ class TreeCache(Cache):
             for place, slot in enumerate(slots)
             if slot != place
         ]
-        if moves and slots_of.can_move(self.layers[0].keys):
+        if moves and all(slots_of.can_move(layer.keys) for layer in self.layers):
             buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
             for row, own in groupby(moves, itemgetter(0)):
                 _, old, new = zip(*own, strict=True)
                 slots_of.move(buffers, row, old, new)
         elif moves:
-            rows, sources, targets = torch.tensor(moves, device=self.layers[0].keys.device).unbind(1)
-            for layer in self.layers:
-                layer.move(rows, sources, targets)
+            _move(self.layers, torch.tensor(moves).unbind(1))
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
         self.rollback()
 
@@ -143,8 +141,7 @@ class TreeCache(Cache):
         starts_B1 = torch.tensor(self.lengths, device=sources_BK.device).unsqueeze(1)
         rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
         targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
-        for layer in self.layers[:num_layers]:
-            layer.move(rows_B1, starts_B1 + sources_BK, targets_BK)
+        _move(self.layers[:num_layers], (rows_B1, starts_B1 + sources_BK, targets_BK))
         self.cut_tail(num_layers, num_kept)
 
     def cut_tail(self, num_layers: int, num_kept: int) -> None:
@@ -338,6 +335,16 @@ class _TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _move(layers: Sequence[_TreeLayer], places: Sequence[Tensor]) -> None:
+    """Copy slots in layers, which may be on several devices; `places` are rows, sources and targets."""
+    by_device: dict[torch.device, Sequence[Tensor]] = {}
+    for layer in layers:
+        device = layer.keys.device
+        if device not in by_device:
+            by_device[device] = [place.to(device) for place in places]
+        layer.move(*by_device[device])
 
 
 def beginning(cache: DynamicCache, length: int) -> DynamicCache:

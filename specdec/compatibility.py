@@ -48,6 +48,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
         )
+    spread = getattr(config, "distributed_config", None)
+    if spread is not None and (spread.fsdp_size > 1 or spread.pp_size > 1):
+        raise UnsupportedModelError(
+            f"{name} is split by FSDP or into a pipeline, where every process would need tokens of its own: load it "
+            "with tp_plan='auto', with device_map='auto', or use model.generate()"
+        )
     attention = config.get_text_config(decoder=True)._attn_implementation
     if attention not in _MASKED_ATTENTION:
         raise UnsupportedModelError(

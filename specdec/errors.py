@@ -5,6 +5,7 @@ SpecdecError
 ├── UnsupportedModelError   a model that cannot be decoded exactly (also a ValueError)
 ├── UnsupportedOptionError  a generate() option that is refused (also a ValueError)
 ├── DraftError              a drafter does not fit its target, or broke its contract (also a ValueError)
+├── ProcessError            another of the processes that share a model has failed
 ├── NumericalError          the target's logits are not numbers
 ├── CapacityError           an engine has no room for a request
 └── EndpointError           a remote endpoint cannot be reached, refuses, or answers what cannot be read
@@ -37,6 +38,10 @@ class UnsupportedOptionError(SpecdecError, ValueError):
 
 class DraftError(SpecdecError, ValueError):
     """A drafter does not fit its target, or broke its contract."""
+
+
+class ProcessError(SpecdecError):
+    """Another of the processes that share a model has failed."""
 
 
 class NumericalError(SpecdecError):

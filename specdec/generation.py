@@ -29,9 +29,11 @@ from transformers.generation.streamers import BaseStreamer
 from routers import Router
 from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
+from specdec.devices import num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
-from specdec.errors import EndpointError
+from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.loop import DecodingLoop
+from specdec.processes import LedSampler, LedStopChecker, Processes, start_session
 from specdec.recording import Recorder
 from specdec.routing import Endpoint, RoutedCall, Routing, StepLoop, stand_in
 from specdec.sampling import Sampler
@@ -105,6 +107,11 @@ def generate(
         target, model = model, _local_model(drafter, router, kwargs.get("tokenizer"))
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
+    if router is not None and num_processes(model) > 1:
+        raise UnsupportedOptionError(
+            f"{type(router).__name__} does not go with a model that is split over processes (tp_plan): load it whole, "
+            "or with device_map='auto'"
+        )
     given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
     routing = None if router is None else _as_routing(router, target, drafter, tree, verify, given)
     arguments = options.prepare(model, given, routed=routing is not None)
@@ -262,7 +269,8 @@ class _DecodingMethod:
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
         prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
-        stop = StopChecker(stopping_criteria)
+        processes = Processes(model) if num_processes(model) > 1 else None
+        stop = StopChecker(stopping_criteria) if processes is None else LedStopChecker(stopping_criteria, processes)
         options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)
         sampler = Sampler(
@@ -273,7 +281,7 @@ class _DecodingMethod:
         )
         if self.routing is not None:
             return self._route(self.routing, model, prompt, sampler, stopping_criteria, generation_config)
-        loop = self._loop(model, prompt, sampler, stop, generation_config)
+        loop = self._loop(model, prompt, sampler, stop, generation_config, processes)
         try:
             loop.run(
                 functools.partial(
@@ -334,6 +342,7 @@ class _DecodingMethod:
         sampler: Sampler,
         stop: StopChecker,
         config: GenerationConfig,
+        processes: Processes | None,
     ) -> DecodingLoop:
         num_rows = prompt.input_ids.shape[0]
         target = TreeModel(model)
@@ -350,8 +359,8 @@ class _DecodingMethod:
         returns_dict = bool(config.return_dict_in_generate)
         return DecodingLoop(
             target=target,
-            session=self.drafter.start(run),
-            sampler=sampler,
+            session=self.drafter.start(run) if processes is None else start_session(self.drafter, run, processes),
+            sampler=sampler if processes is None else LedSampler(sampler, processes),
             stop=stop,
             sequences=sequences,
             recorder=Recorder(

@@ -28,6 +28,7 @@ from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.routing.endpoint import Endpoint
 from specdec.stopping import StopChecker
+from specdec.target import home_device
 from trees import GrowthPolicy
 
 _REFUSED_ARGUMENTS = {
@@ -79,10 +80,10 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: An
         raise ValueError(
             f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)"
         )
-    if generator is not None and generator.device.type != model.device.type:
+    if generator is not None and generator.device.type != home_device(model).type:
         raise ValueError(
-            f"the generator is on {generator.device} and the model on {model.device}: make it with "
-            f"torch.Generator({model.device.type!r})"
+            f"the generator is on {generator.device} and the model on {home_device(model)}: make it with "
+            f"torch.Generator({home_device(model).type!r})"
         )
 
 

@@ -27,6 +27,7 @@ from specdec.drafters import Plain
 from specdec.testing import ByteTokenizer, random_prompts, tiny_model
 from tests.completions_server import Completions, Spoken
 from tests.references import with_noise
+from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -105,6 +106,8 @@ def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Mon
         from tests.test_early_exit import random_exit
 
         save_exits(tmp_path / "exits.safetensors", [random_exit(known["model"], 1)], known["model"], {})
+    if any("from_pretrained(folder" in program for program in programs):
+        known |= {name: save_tiny_model(tmp_path / name) for name in ("folder", "small_folder")}
     monkeypatch.chdir(tmp_path)
     spoken = Spoken(known["small"])
     with Completions(spoken.answer, spoken.score).running() as server:

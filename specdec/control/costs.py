@@ -109,14 +109,28 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     They hold for the model as it is prepared now, its device and dtype, the number of threads, and the size of the
     batch up to a factor of two (each has corrections of its own).
     """
-    key = (prepared(model), model.device, model.dtype, torch.get_num_threads())
-    known = _known.setdefault(model, {})
-    if key not in known:
-        known[key] = ForwardCosts(measure_forwards(model))
+    if not costs_are_known(model):
+        remember_costs(model, measure_forwards(model))
+    key, known = _state(model), _known[model]
     sized = (*key, _octave(num_rows))
     if sized not in known:
         known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
     return known[sized]
+
+
+def costs_are_known(model: PreTrainedModel) -> bool:
+    """Whether `costs_of` answers without measuring."""
+    return _state(model) in _known.get(model, {})
+
+
+def remember_costs(model: PreTrainedModel, seconds: Mapping[int, float]) -> None:
+    """Take these as measured for the model as it is now: number of tokens -> seconds."""
+    _known.setdefault(model, {})[_state(model)] = ForwardCosts(seconds)
+
+
+def _state(model: PreTrainedModel) -> tuple[object, ...]:
+    """What the costs depend on."""
+    return prepared(model), model.device, model.dtype, torch.get_num_threads()
 
 
 @torch.no_grad()

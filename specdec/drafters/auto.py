@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from specdec.control import Plan, RoundControl, affordable, costs_of
+from specdec.devices import num_processes
 from specdec.drafters.auto_sources import LONGEST_LOOKUP, LOOKUP, LookupSource, ModelSource, Outlook, Source
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -65,7 +66,8 @@ def _own_drafters(run: Run) -> list[Drafter]:
     """What a target brings along to draft for itself."""
     model, done = run.target.model, prepared(run.target.model)
     is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
-    if run.target.device.type != "cpu" or not is_float or not native.library():
+    is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
+    if not is_here or not is_float or not native.library():
         return []
     num_bytes = sum(parameter.numel() for parameter in model.parameters())
     has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.layer import LeanForward, Once, agrees, contiguous, fits
@@ -49,6 +50,11 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
         if done.weights == weights:
             return model
         unprepare(model)  # refuses to go from int8 to float
+    if num_processes(model) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is split over processes (tp_plan), and its products are those of the split: "
+            "leave prepare() out"
+        )
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
