@@ -31,6 +31,7 @@ from specdec.drafters import (
     QuantizedSelf,
     SmallModel,
 )
+from specdec.engine import Engine
 from specdec.testing import random_prompts
 from tests.references import with_noise
 from trees import Draft, DySpec, TokenTree, TreeBatch
@@ -123,6 +124,7 @@ def main(folder: Path) -> None:
         "quantized self": attempt(lambda: generate(QuantizedSelf())),
         "split draft": attempt(lambda: generate(SmallModel(split))),
         "broken drafter": attempt(lambda: generate(Broken())),
+        "engine": attempt(lambda: Engine(split)),
         "prepare": attempt(lambda: specdec.prepare(split)),
         "router": attempt(
             lambda: specdec.generate(split, **PROMPTS, drafter=draft, router=routers.AlwaysTarget(), max_new_tokens=4)

@@ -64,6 +64,7 @@ def test_all_processes_say_the_same(results: list[dict[str, Any]]) -> None:
         ("quantized self", "", "split over processes"),
         ("split draft", "DraftError", "load the draft without tp_plan"),
         ("broken drafter", "RuntimeError", "out of ideas"),
+        ("engine", "UnsupportedModelError", "load it whole"),
         ("prepare", "UnsupportedModelError", "leave prepare"),
         ("router", "UnsupportedOptionError", "load it whole"),
     ],

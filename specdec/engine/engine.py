@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec import options
 from specdec.cache import RowStates
 from specdec.compatibility import check_model, position_limit
+from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
 from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
 from specdec.engine.request import FinishReason, Generation, Request
-from specdec.errors import CapacityError, DraftError
+from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.generation import as_drafter
 from specdec.sequences import Sequences
 from specdec.target import TreeModel
@@ -75,6 +76,11 @@ class Engine:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it is a positive integer")
         check_model(model)
+        if num_processes(model) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is split over processes (tp_plan), whose requests would come in different "
+                "orders: load it whole or with device_map='auto', or call specdec.generate() in every process"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
         self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)

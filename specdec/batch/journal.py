@@ -1,0 +1,179 @@
+"""The output as the record of what is done: append-only, so that a job that was broken off goes on where it was.
+
+Each line of the input ends as one line of one of two files, the results or the errors. A line is there once it is
+written to its end: of a process that is killed, the last line may be half there, and is cut off when it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+from filelock import FileLock, Timeout
+
+from specdec.batch.lines import Line
+from specdec.errors import SpecdecError
+
+_SYNC_SECONDS = 1.0
+"""A killed process loses nothing that is written; a machine that loses power, what was written in this time."""
+
+
+class JournalError(SpecdecError, ValueError):
+    """The output is not one that this job can go on with."""
+
+
+class Journal:
+    """Results in `output`, lines that cannot be answered in `output` + ".errors.jsonl" (instead of ".jsonl").
+
+    Takes 8 bytes of memory for a line that is done already.
+
+    Args:
+        output: the file of results; made if it is not there.
+        settings: digest of everything besides the line that its answer depends on.
+
+    Raises:
+        JournalError: the files hold something else than results, those of other settings, or another process is
+            writing them.
+    """
+
+    def __init__(self, output: Path, settings: str):
+        self.output = output
+        self.errors = output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
+        self.num_done = 0
+        """Lines that earlier runs have finished."""
+        self._settings = settings
+        self._digests = array("Q")
+        self._lock = FileLock(output.with_name(f".{output.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise JournalError(f"another process is writing {output}: wait for it, or give another output") from error
+        except OSError as error:
+            raise JournalError(f"{output} cannot be written: {error.strerror}") from error
+        try:
+            self._results, self._failures = _File(self.output), _File(self.errors)
+            for file in (self._results, self._failures):
+                for number, digest in file.read(settings):
+                    self._remember(number, digest, file.path)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._results.close()
+        self._failures.close()
+        self._lock.release()
+
+    def has(self, line: Line) -> bool:
+        """Whether a line is done.
+
+        Raises:
+            JournalError: a line of this number is, but it was another one.
+        """
+        known = self._digests[line.number] if line.number < len(self._digests) else 0
+        if known and known != _as_number(line.digest):
+            raise JournalError(
+                f"line {line.number} of the input has changed since {self.output} was begun: give another output, or "
+                f"remove it together with {self.errors.name}"
+            )
+        return bool(known)
+
+    def write(self, line: Line, result: Mapping[str, Any]) -> None:
+        """A line's result."""
+        self._results.append(self._document(line, result))
+
+    def write_error(self, line: Line, reason: str) -> None:
+        """Why there is none."""
+        self._failures.append(self._document(line, {"error": reason}))
+
+    def sync(self) -> None:
+        """What is written survives a loss of power."""
+        self._results.sync()
+        self._failures.sync()
+
+    def _document(self, line: Line, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"line": line.number, **fields, "digest": line.digest, "settings": self._settings}
+
+    def _remember(self, number: int, digest: int, path: Path) -> None:
+        if number >= len(self._digests):
+            self._digests.extend([0] * (number + 1 - len(self._digests)))
+        if self._digests[number]:
+            raise JournalError(f"{path} has line {number} twice, which this program never writes: give another output")
+        self._digests[number] = digest
+        self.num_done += 1
+
+
+class _File:
+    """An append-only file of JSON lines."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._synced = 0.0
+
+    def read(self, settings: str) -> Iterator[tuple[int, int]]:
+        """Line numbers and digests of what is there; a line without an end is cut off."""
+        if not self.path.exists():
+            return
+        with self._opened("r+b") as file:
+            end = 0
+            for place, text in enumerate(file, start=1):
+                if text.endswith(b"\n"):
+                    end += len(text)
+                    yield self._entry(text, place, settings)
+            file.truncate(end)
+
+    def append(self, document: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self._opened("ab")
+        self._file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        if monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._synced = monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+
+    def _opened(self, mode: Literal["r+b", "ab"]) -> BinaryIO:
+        try:
+            return open(self.path, mode)
+        except OSError as error:
+            raise JournalError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def _entry(self, text: bytes, place: int, settings: str) -> tuple[int, int]:
+        try:
+            document = json.loads(text)
+            number, digest, made_with = document["line"], _as_number(document["digest"]), document["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise JournalError(
+                f"line {place} of {self.path} was not written by this command: give another output"
+            ) from error
+        if made_with != settings:
+            raise JournalError(
+                f"{self.path} was begun with other options (model, weights or settings): repeat those, or give another "
+                "output"
+            )
+        return number, digest
+
+
+def _as_number(digest: str) -> int:
+    return int(digest, 16) or 1

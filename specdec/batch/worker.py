@@ -1,0 +1,187 @@
+"""A model at work on jobs: they join and leave one ragged batch (`specdec.engine`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.batch.lines import Job
+from specdec.control.capacity import RowTimer, best_rows
+from specdec.drafters import Drafter
+from specdec.engine import Engine, EngineThread, Generation, Request
+from specdec.errors import SpecdecError
+from specdec.prompting import encode_chats, encode_texts, has_chat_template, user_turn
+
+CHUNKS_IN_HAND = 2
+"""Calls of `answer` at the same time: while the last jobs of one are finished, those of the next have begun."""
+_WINDOW = 4
+"""Jobs in hand for each row: while a long answer holds up those after it, the other rows have something to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a job came to.
+
+    Args:
+        text: without special tokens; None if there is none.
+        finish_reason: "stop" or "length"; "error" if there is no text.
+        error: why there is none.
+        num_prompt_tokens, num_tokens: read and written.
+        num_rounds, num_drafted, num_accepted: of speculation (see `DecodingStats`).
+    """
+
+    text: str | None
+    finish_reason: str
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+class Pending:
+    """A job under way; `answer` is None until it is finished."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.answer: Answer | None = None
+        self.is_finished = threading.Event()
+
+    def finish(self, answer: Answer) -> None:
+        self.answer = answer
+        self.is_finished.set()
+
+
+class WorkerError(SpecdecError):
+    """A worker cannot go on: it is not the fault of the jobs that it had in hand."""
+
+
+class Worker:
+    """Answers jobs with one model, in a thread of its own.
+
+    Args:
+        model, tokenizer: the target, and what makes its prompts.
+        drafter: as in `specdec.generate`.
+        max_rows: jobs that are decoded at once; None chooses by what forwards of so many rows cost on this machine.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        drafter: Drafter | PreTrainedModel | str | None = None,
+        max_rows: int | None = None,
+    ):
+        self.max_rows = best_rows(RowTimer(model).seconds) if max_rows is None else max_rows
+        self.window = _WINDOW * self.max_rows
+        self._tokenizer = tokenizer
+        self._news = threading.Event()
+        self._failure: Exception | None = None
+        engine = Engine(
+            model,
+            drafter=drafter,
+            tokenizer=tokenizer,
+            max_rows=self.max_rows,
+            max_waiting=CHUNKS_IN_HAND * self.window,
+        )
+        self._engine = EngineThread(engine)
+
+    def begin(self, job: Job) -> Pending:
+        """Take a job; a job that cannot be answered is finished at once, with the reason."""
+        pending = Pending(job)
+        try:
+            request = Request(
+                prompt=self._encode(job),
+                config=GenerationConfig(**job.settings.generation_kwargs),
+                seed=job.settings.seed,
+                on_finish=lambda generation: self._finish(pending, generation),
+            )
+            self._engine.submit(request)
+        except (SpecdecError, ValueError) as error:
+            pending.finish(_failure(error))
+        return pending
+
+    def wait(self) -> None:
+        """Sleep until a job has been finished.
+
+        Raises:
+            WorkerError: the model has failed.
+        """
+        self._news.wait()
+        self._news.clear()
+        self._check()
+
+    def close(self) -> None:
+        """Drop what is under way."""
+        self._engine.close(timeout=0)
+
+    def answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        """The answers to some jobs, in order. May be called from several threads: their jobs share the batch.
+
+        Raises:
+            WorkerError: the model has failed.
+        """
+        answers: list[Answer] = []
+        pending = [self.begin(job) for job in jobs[: self.window]]
+        for place in range(len(jobs)):
+            pending[place].is_finished.wait()
+            answer = pending[place].answer
+            if answer is None:
+                self._check()
+            assert answer is not None
+            answers.append(answer)
+            if len(pending) < len(jobs):
+                pending.append(self.begin(jobs[len(pending)]))
+        return answers
+
+    def _encode(self, job: Job) -> list[int]:
+        conversation, system = job.conversation, job.settings.system
+        has_template = has_chat_template(self._tokenizer)
+        if not isinstance(conversation, str):
+            if not has_template:
+                raise ValueError("this model has no chat template for messages: give a prompt")
+            encoding = encode_chats(self._tokenizer, [conversation])
+        elif has_template and not job.settings.raw:
+            encoding = encode_chats(self._tokenizer, [user_turn(conversation, system)])
+        elif system is not None:
+            raise ValueError("a system prompt is part of a chat template, and there is none here")
+        else:
+            encoding = encode_texts(self._tokenizer, [conversation])
+        return encoding["input_ids"][0].tolist()
+
+    def _finish(self, pending: Pending, generation: Generation) -> None:
+        """In the engine's thread: note the answer, or what keeps all answers from being made."""
+        error = generation.error
+        if generation.finish_reason == "cancelled" or (error and not isinstance(error, (SpecdecError, ValueError))):
+            self._failure = self._failure or error or RuntimeError("it was closed")
+            pending.is_finished.set()
+        elif error is not None:
+            pending.finish(_failure(error))
+        else:
+            pending.finish(self._answer(generation))
+        self._news.set()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise WorkerError(f"the model has stopped: {self._failure}") from self._failure
+
+    def _answer(self, generation: Generation) -> Answer:
+        stats = generation.stats
+        return Answer(
+            text=self._tokenizer.decode(generation.tokens, skip_special_tokens=True),
+            finish_reason=generation.finish_reason or "",
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_tokens=len(generation.tokens),
+            num_rounds=stats.rounds,
+            num_drafted=stats.drafted,
+            num_accepted=stats.accepted,
+        )
+
+
+def _failure(error: Exception) -> Answer:
+    return Answer(text=None, finish_reason="error", error=" ".join(str(error).split()) or type(error).__name__)

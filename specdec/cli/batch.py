@@ -1,0 +1,150 @@
+"""`specdec batch`: a file of prompts, answered line by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from specdec.cli.common import (
+    INTERRUPTED,
+    MODEL_PANEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ThreadsOption,
+    TrustRemoteCodeOption,
+    err_console,
+    friendly_errors,
+)
+from specdec.cli.options import (
+    DrafterOption,
+    DraftOption,
+    MaxNewTokensOption,
+    SampleOption,
+    Sampling,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    WeightsOption,
+)
+
+if TYPE_CHECKING:
+    from specdec.batch import BatchProgress
+
+def register(app: typer.Typer) -> None:
+    app.command()(batch)
+
+
+@friendly_errors
+def batch(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN.jsonl", help='Lines such as {"id": 7, "prompt": "..."} or {"messages": [...]}.'),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run goes on where it was.")],
+    model: ModelOption = "demo",
+    draft: DraftOption = None,
+    drafter: DrafterOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system prompt of lines with a prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue prompts as they are, without the chat template.")
+    ] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Stop after this text; may be given several times.")
+    ] = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--max-rows",
+            min=1,
+            help="Lines that are decoded at once; by what forwards cost on this machine if absent.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "stock",
+    trust_remote_code: TrustRemoteCodeOption = False,
+) -> None:
+    """Answer every line of a file of prompts. Broken off, the same command goes on where it was."""
+    sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    if raw and system is not None:
+        raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
+
+    from specdec.batch import Settings, SpecdecBatch, run_batch
+    from specdec.bench.methods import choose_drafter
+
+    choose_drafter(drafter, draft)  # what is wrong with it is told before a model is loaded
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        seed=sampling.seed,
+        raw=raw,
+        system=system,
+        stop=tuple(stop or ()),
+        **sampling.generation_kwargs,
+    )
+    worker = {
+        "model": model,
+        "draft": draft,
+        "drafter": drafter,
+        "weights": weights,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "trust_remote_code": trust_remote_code,
+        "max_rows": max_rows,
+    }
+    with _bar() as bar:
+        task = bar.add_task("answering", total=None, speed=0.0)
+
+        def show(progress: BatchProgress) -> None:
+            bar.update(task, total=progress.num_bytes, completed=progress.end, speed=progress.tokens_per_second)
+
+        try:
+            done = run_batch(
+                source,
+                output,
+                lambda: SpecdecBatch(**worker).worker,
+                settings,
+                made_with=(model, weights, dtype),
+                on_progress=show,
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            err_console.print("stopped; the same command goes on from here", style="dim")
+            raise typer.Exit(INTERRUPTED) from None
+    _summarise(done, output)
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['speed']:.1f} tokens/s", style="progress.data.speed")
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _SpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=err_console, disable=not err_console.is_terminal)
+
+
+def _summarise(done: BatchProgress, output: Path) -> None:
+    counts = [f"{done.num_lines} lines answered"]
+    if done.num_skipped:
+        counts.append(f"{done.num_skipped} were done already")
+    if done.num_errors:
+        counts.append(f"{done.num_errors} could not be: see {output.name.removesuffix('.jsonl')}.errors.jsonl")
+    speed = f"{done.num_tokens} tokens in {done.seconds:.1f} s ({done.tokens_per_second:.1f} tokens/s)"
+    if done.num_rounds:
+        speed += f", {done.num_tokens / done.num_rounds:.2f} tokens per row and round"
+    err_console.print(Text(f"{'; '.join(counts)}. {speed}", style="dim"), soft_wrap=True)
