@@ -7,6 +7,7 @@ specdec.enable(model)                                            # model.generat
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import (
+    BatchError,
     CapacityError,
     DraftError,
     EndpointError,
@@ -16,6 +17,7 @@ from specdec.errors import (
     SpecdecError,
     UnsupportedModelError,
     UnsupportedOptionError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchError",
     "CapacityError",
     "DecodingStats",
     "DraftError",
@@ -40,6 +43,7 @@ __all__ = [
     "SpeculativeOutput",
     "UnsupportedModelError",
     "UnsupportedOptionError",
+    "WorkerError",
     "disable",
     "drafters",
     "enable",

@@ -6,6 +6,8 @@ SpecdecError
 ├── UnsupportedOptionError  a generate() option that is refused (also a ValueError)
 ├── DraftError              a drafter does not fit its target, or broke its contract (also a ValueError)
 ├── ProcessError            another of the processes that share a model has failed
+├── BatchError              a line of a batch, its input or its output cannot be used (also a ValueError)
+├── WorkerError             what answers the lines of a batch cannot go on
 ├── NumericalError          the target's logits are not numbers
 ├── CapacityError           an engine has no room for a request
 └── EndpointError           a remote endpoint cannot be reached, refuses, or answers what cannot be read
@@ -42,6 +44,14 @@ class DraftError(SpecdecError, ValueError):
 
 class ProcessError(SpecdecError):
     """Another of the processes that share a model has failed."""
+
+
+class BatchError(SpecdecError, ValueError):
+    """A line of a batch cannot be answered, or its files cannot be used."""
+
+
+class WorkerError(SpecdecError):
+    """What answers the lines of a batch, here or on a cluster, cannot begin or go on: no line is at fault."""
 
 
 class NumericalError(SpecdecError):

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from specdec.batch import BadLineError, Journal, JournalError, Settings, SpecdecBatch, Worker, run_batch
+from specdec.batch import Journal, Settings, SpecdecBatch, Worker, run_batch
 from specdec.batch.lines import Job, Line, parse, read_lines
-from specdec.batch.worker import Answer, Pending, WorkerError
+from specdec.batch.worker import Answer, Pending
 from specdec.cli.app import app
+from specdec.errors import BatchError, WorkerError
 from specdec.prompting import encode_chats, user_turn
 from specdec.testing import ByteTokenizer, tiny_model
 from tests import batch_process
@@ -72,7 +74,7 @@ def line_of(document: object, number: int = 1) -> Line:
     ],
 )
 def test_a_bad_line(document: object, reason: str) -> None:
-    with pytest.raises(BadLineError, match=reason):
+    with pytest.raises(BatchError, match=reason):
         parse(line_of(document), Settings())
 
 
@@ -215,7 +217,7 @@ def test_an_output_that_belongs_to_something_else(
     run_batch(source, output, Echo, Settings())
     change(source, output)
     before = output.read_bytes()
-    with pytest.raises(JournalError, match=reason):
+    with pytest.raises(BatchError, match=reason):
         run_batch(source, output, Echo, Settings())
     assert output.read_bytes() == before
 
@@ -224,14 +226,14 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "in.jsonl", ["a"])
     run_batch(source, tmp_path / "out.jsonl", Echo, Settings(), made_with="model")
     for settings, made_with in ((Settings(max_new_tokens=5), "model"), (Settings(), "another")):
-        with pytest.raises(JournalError, match="begun with other options"):
+        with pytest.raises(BatchError, match="begun with other options"):
             run_batch(source, tmp_path / "out.jsonl", Echo, settings, made_with=made_with)
 
 
 def test_one_process_writes_an_output(tmp_path: Path) -> None:
     with (
         Journal(tmp_path / "out.jsonl", "s"),
-        pytest.raises(JournalError, match="another process is writing"),
+        pytest.raises(BatchError, match="another process is writing"),
     ):
         Journal(tmp_path / "out.jsonl", "s")
     Journal(tmp_path / "out.jsonl", "s").__exit__(None, None, None)
@@ -426,9 +428,28 @@ def test_the_command(source: Path, tiny: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "ray"),
+    [
+        (["in", "out"], None),
+        (["in", "out", "--ray"], "here"),
+        (["--ray", "in", "out"], "here"),
+        (["in", "out", "--ray", "--workers", "2"], "here"),
+        (["--ray", "auto", "in", "out"], "auto"),
+        (["in", "--ray", "head.example:6379", "out"], "head.example:6379"),
+        (["in", "out", "--ray=ray://head:10001"], "ray://head:10001"),
+    ],
+)
+def test_the_address_of_a_cluster_may_be_left_out(words: list[str], ray: str | None) -> None:
+    context = get_command(app).commands["batch"].make_context("batch", words)  # type: ignore[attr-defined]
+    assert context.params["ray"] == ray
+    assert (str(context.params["source"]), str(context.params["output"])) == ("in", "out")
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--temperature", "1"], "--temperature needs --sample"),
+        (["--workers", "2"], "--workers needs --ray"),
         (["--raw", "--system", "x"], "give only one of them"),
         (["--drafter", "magic"], "magic"),
         (["--stop", ""], "none of them empty"),

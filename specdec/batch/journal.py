@@ -18,14 +18,10 @@ from typing import Any, BinaryIO, Literal, Self
 from filelock import FileLock, Timeout
 
 from specdec.batch.lines import Line
-from specdec.errors import SpecdecError
+from specdec.errors import BatchError
 
 _SYNC_SECONDS = 1.0
 """A killed process loses nothing that is written; a machine that loses power, what was written in this time."""
-
-
-class JournalError(SpecdecError, ValueError):
-    """The output is not one that this job can go on with."""
 
 
 class Journal:
@@ -38,7 +34,7 @@ class Journal:
         settings: digest of everything besides the line that its answer depends on.
 
     Raises:
-        JournalError: the files hold something else than results, those of other settings, or another process is
+        BatchError: the files hold something else than results, those of other settings, or another process is
             writing them.
     """
 
@@ -53,9 +49,9 @@ class Journal:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise JournalError(f"another process is writing {output}: wait for it, or give another output") from error
+            raise BatchError(f"another process is writing {output}: wait for it, or give another output") from error
         except OSError as error:
-            raise JournalError(f"{output} cannot be written: {error.strerror}") from error
+            raise BatchError(f"{output} cannot be written: {error.strerror}") from error
         try:
             self._results, self._failures = _File(self.output), _File(self.errors)
             for file in (self._results, self._failures):
@@ -79,11 +75,11 @@ class Journal:
         """Whether a line is done.
 
         Raises:
-            JournalError: a line of this number is, but it was another one.
+            BatchError: a line of this number is, but it was another one.
         """
         known = self._digests[line.number] if line.number < len(self._digests) else 0
         if known and known != _as_number(line.digest):
-            raise JournalError(
+            raise BatchError(
                 f"line {line.number} of the input has changed since {self.output} was begun: give another output, or "
                 f"remove it together with {self.errors.name}"
             )
@@ -109,7 +105,7 @@ class Journal:
         if number >= len(self._digests):
             self._digests.extend([0] * (number + 1 - len(self._digests)))
         if self._digests[number]:
-            raise JournalError(f"{path} has line {number} twice, which this program never writes: give another output")
+            raise BatchError(f"{path} has line {number} twice, which this program never writes: give another output")
         self._digests[number] = digest
         self.num_done += 1
 
@@ -157,18 +153,18 @@ class _File:
         try:
             return open(self.path, mode)
         except OSError as error:
-            raise JournalError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise BatchError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _entry(self, text: bytes, place: int, settings: str) -> tuple[int, int]:
         try:
             document = json.loads(text)
             number, digest, made_with = document["line"], _as_number(document["digest"]), document["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(
+            raise BatchError(
                 f"line {place} of {self.path} was not written by this command: give another output"
             ) from error
         if made_with != settings:
-            raise JournalError(
+            raise BatchError(
                 f"{self.path} was begun with other options (model, weights or settings): repeat those, or give another "
                 "output"
             )

@@ -9,14 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from specdec.errors import SpecdecError
+from specdec.errors import BatchError
 from specdec.prompting import Message
 
 LineId: TypeAlias = str | int
-
-
-class BadLineError(SpecdecError, ValueError):
-    """A line of the input cannot be answered; the message says what is wrong with it."""
 
 
 class Line(NamedTuple):
@@ -178,7 +174,7 @@ def parse(line: Line, defaults: Settings) -> Job:
     """Read a line.
 
     Raises:
-        BadLineError: it is no JSON, lacks a prompt, or has fields or values that are not known.
+        BatchError: it is no JSON, lacks a prompt, or has fields or values that are not known.
     """
     return job_of(_decode(line.text), line.number, defaults)
 
@@ -187,16 +183,16 @@ def job_of(document: Mapping[str, Any], number: int, defaults: Settings) -> Job:
     """What a row asks for, by its fields; `number` tells rows apart.
 
     Raises:
-        BadLineError: it lacks a prompt, or has fields or values that are not known.
+        BatchError: it lacks a prompt, or has fields or values that are not known.
     """
     unknown = [name for name in document if name not in _FIELDS]
     if unknown:
-        raise BadLineError(f"unknown field {unknown[0]!r}: a line has {', '.join(_FIELDS)}")
+        raise BatchError(f"unknown field {unknown[0]!r}: a line has {', '.join(_FIELDS)}")
     own = {name: document[name] for name in SETTING_NAMES if name in document}
     try:
         settings = defaults.overridden(own)
     except ValueError as error:
-        raise BadLineError(str(error)) from error
+        raise BatchError(str(error)) from error
     if "seed" not in own and settings.seed is not None:
         settings = replace(settings, seed=_seed_of(settings.seed, number))
     return Job(number=number, conversation=_conversation(document), settings=settings, id=_id(document))
@@ -206,25 +202,25 @@ def _decode(text: bytes) -> dict[str, Any]:
     try:
         document = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadLineError(f"no UTF-8: byte {error.start + 1} of the line is {text[error.start]:#04x}") from error
+        raise BatchError(f"no UTF-8: byte {error.start + 1} of the line is {text[error.start]:#04x}") from error
     except (ValueError, RecursionError) as error:
-        raise BadLineError(f"no JSON: {error}") from error
+        raise BatchError(f"no JSON: {error}") from error
     if not isinstance(document, dict):
-        raise BadLineError(f'a line is an object such as {{"prompt": "..."}}, got {_kind(document)}')
+        raise BatchError(f'a line is an object such as {{"prompt": "..."}}, got {_kind(document)}')
     return document
 
 
 def _conversation(document: Mapping[str, Any]) -> str | list[Message]:
     if ("prompt" in document) == ("messages" in document):
-        raise BadLineError("a line has either a prompt or messages")
+        raise BatchError("a line has either a prompt or messages")
     if "prompt" in document:
         prompt = document["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise BadLineError(f"prompt is a text that is not empty, got {_kind(prompt)}")
+            raise BatchError(f"prompt is a text that is not empty, got {_kind(prompt)}")
         return _whole(prompt)
     messages = document["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise BadLineError('messages is a list of {"role": ..., "content": ...}, both of them texts')
+        raise BatchError('messages is a list of {"role": ..., "content": ...}, both of them texts')
     return [{"role": message["role"], "content": _whole(message["content"])} for message in messages]
 
 
@@ -241,14 +237,14 @@ def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadLineError(f"no text: character {error.start + 1} is half of a surrogate pair") from error
+        raise BatchError(f"no text: character {error.start + 1} is half of a surrogate pair") from error
     return text
 
 
 def _id(document: Mapping[str, Any]) -> LineId | None:
     own = document.get("id")
     if own is not None and (not isinstance(own, (str, int)) or isinstance(own, bool)):
-        raise BadLineError(f"id is a text or a whole number, got {_kind(own)}")
+        raise BatchError(f"id is a text or a whole number, got {_kind(own)}")
     return own
 
 

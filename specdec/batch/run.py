@@ -10,9 +10,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-from specdec.batch.journal import Journal, JournalError
-from specdec.batch.lines import BadLineError, Job, Line, Settings, parse, read_lines
+from specdec.batch.journal import Journal
+from specdec.batch.lines import Job, Line, Settings, parse, read_lines
 from specdec.batch.worker import Answer, Pending
+from specdec.errors import BatchError
 
 
 class Pool(Protocol):
@@ -96,7 +97,7 @@ def run_batch(
         on_progress: called whenever lines were finished.
 
     Raises:
-        JournalError: the output belongs to something else, or the input has changed since.
+        BatchError: the output belongs to something else, or the input has changed since.
         ValueError: the input cannot be read.
     """
     if not source.is_file():
@@ -122,7 +123,7 @@ def _todo(lines: Iterator[Line], journal: Journal, progress: BatchProgress) -> I
         else:
             yield line
     if progress.num_skipped < journal.num_done:
-        raise JournalError(
+        raise BatchError(
             f"{journal.output} holds {journal.num_done} lines and the input has only {progress.num_skipped} of them: "
             "it has changed since. Give another output"
         )
@@ -144,7 +145,7 @@ class _Run:
         self._settings = settings
         self._progress = progress
         self._on_progress = on_progress
-        self._window: deque[tuple[Line, Pending | BadLineError]] = deque()
+        self._window: deque[tuple[Line, Pending | BatchError]] = deque()
         self._started = perf_counter()
 
     def through(self, first: Line, todo: Iterator[Line]) -> None:
@@ -162,7 +163,7 @@ class _Run:
     def _take(self, line: Line) -> None:
         try:
             self._window.append((line, self._pool.begin(parse(line, self._settings))))
-        except BadLineError as error:
+        except BatchError as error:
             self._window.append((line, error))
 
     def _write_finished(self) -> bool:
@@ -176,9 +177,9 @@ class _Run:
             self._on_progress(self._progress)
         return bool(num_written)
 
-    def _write(self, line: Line, outcome: Pending | BadLineError) -> None:
+    def _write(self, line: Line, outcome: Pending | BatchError) -> None:
         progress = self._progress
-        answer = None if isinstance(outcome, BadLineError) else outcome.answer
+        answer = None if isinstance(outcome, BatchError) else outcome.answer
         if answer is None or answer.error is not None:
             reason = str(outcome) if answer is None else answer.error
             self._journal.write_error(line, reason or "no reason")
@@ -191,8 +192,8 @@ class _Run:
         progress.end = max(progress.end, line.end)
 
 
-def _is_finished(outcome: Pending | BadLineError) -> bool:
-    return isinstance(outcome, BadLineError) or outcome.answer is not None
+def _is_finished(outcome: Pending | BatchError) -> bool:
+    return isinstance(outcome, BatchError) or outcome.answer is not None
 
 
 def _result(job: Job, answer: Answer) -> dict[str, Any]:

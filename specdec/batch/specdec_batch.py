@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from specdec.batch.lines import SETTING_NAMES, BadLineError, Job, Settings, job_of
+from specdec.batch.lines import SETTING_NAMES, Job, Settings, job_of
 from specdec.batch.worker import Answer, Worker
+from specdec.errors import BatchError
 
 
 class SpecdecBatch:
@@ -96,7 +97,7 @@ class SpecdecBatch:
         for number, row in enumerate(rows):
             try:
                 jobs.append(job_of(row, number, self._defaults))
-            except BadLineError as error:
+            except BatchError as error:
                 answers[number] = Answer(text=None, finish_reason="error", error=str(error))
         answers.update(zip((job.number for job in jobs), self.answer(jobs), strict=True))
         return [answers[number] for number in range(len(rows))]

@@ -12,7 +12,7 @@ from specdec.batch.lines import Job
 from specdec.control.capacity import RowTimer, best_rows
 from specdec.drafters import Drafter
 from specdec.engine import Engine, EngineThread, Generation, Request
-from specdec.errors import SpecdecError
+from specdec.errors import SpecdecError, WorkerError
 from specdec.prompting import encode_chats, encode_texts, has_chat_template, user_turn
 
 CHUNKS_IN_HAND = 2
@@ -54,10 +54,6 @@ class Pending:
     def finish(self, answer: Answer) -> None:
         self.answer = answer
         self.is_finished.set()
-
-
-class WorkerError(SpecdecError):
-    """A worker cannot go on: it is not the fault of the jobs that it had in hand."""
 
 
 class Worker:

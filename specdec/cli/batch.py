@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typer.core import TyperCommand
 
 from specdec.cli.common import (
     INTERRUPTED,
@@ -34,10 +36,28 @@ from specdec.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from specdec.batch import BatchProgress
+    from specdec.batch import BatchProgress, Pool, Settings
+
+_CLUSTER_PANEL = "Cluster"
+_HERE = "here"
+"""What --ray stands for without an address."""
+_ADDRESS = re.compile(r"auto|ray://\S+|[\w.-]+:\d+")
+
+
+class _BatchCommand(TyperCommand):
+    """Gives --ray a value where the next word is no address: Typer has no options with an optional one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        complete = list(args)
+        for place in range(len(args) - 1, -1, -1):
+            follows = args[place + 1] if place + 1 < len(args) else ""
+            if args[place] == "--ray" and not _ADDRESS.fullmatch(follows):
+                complete.insert(place + 1, _HERE)
+        return super().parse_args(ctx, complete)
+
 
 def register(app: typer.Typer) -> None:
-    app.command()(batch)
+    app.command(cls=_BatchCommand)(batch)
 
 
 @friendly_errors
@@ -77,13 +97,34 @@ def batch(
     threads: ThreadsOption = None,
     weights: WeightsOption = "stock",
     trust_remote_code: TrustRemoteCodeOption = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Work on a Ray cluster: host:port, ray://host:port, auto (that of this machine), or without an "
+            "address one that is started here. Needs the extra 'ray'.",
+            rich_help_panel=_CLUSTER_PANEL,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="With --ray: models on the cluster; one for each GPU, or without GPUs each node, if absent.",
+            rich_help_panel=_CLUSTER_PANEL,
+        ),
+    ] = None,
 ) -> None:
     """Answer every line of a file of prompts. Broken off, the same command goes on where it was."""
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    if workers is not None and ray is None:
+        raise ValueError("--workers needs --ray: without it, this process does the work")
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
 
-    from specdec.batch import Settings, SpecdecBatch, run_batch
+    from specdec.batch import Settings, run_batch
     from specdec.bench.methods import choose_drafter
 
     choose_drafter(drafter, draft)  # what is wrong with it is told before a model is loaded
@@ -116,7 +157,7 @@ def batch(
             done = run_batch(
                 source,
                 output,
-                lambda: SpecdecBatch(**worker).worker,
+                lambda: _pool(worker, ray, workers, settings),
                 settings,
                 made_with=(model, weights, dtype),
                 on_progress=show,
@@ -126,6 +167,17 @@ def batch(
             err_console.print("stopped; the same command goes on from here", style="dim")
             raise typer.Exit(INTERRUPTED) from None
     _summarise(done, output)
+
+
+def _pool(worker: dict[str, Any], ray: str | None, workers: int | None, settings: Settings) -> Pool:
+    if ray is None:
+        from specdec.batch import SpecdecBatch
+
+        return SpecdecBatch(**worker).worker
+    from specdec.batch.cluster import ClusterPool
+
+    address = None if ray == _HERE else ray
+    return ClusterPool(address, num_workers=workers, cpus=worker["threads"] or 1, worker_options=worker)
 
 
 class _SpeedColumn(ProgressColumn):
