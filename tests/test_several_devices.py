@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import UnsupportedModelError
-from specdec.drafters import Auto, Mixed, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
 from specdec.testing import assert_same_tokens, tiny_model
 from tests.references import plain_alone, speculate, with_noise
 from tests.split_run import NUM_NEW, PROMPTS
@@ -99,7 +99,9 @@ def mapped(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return loaded.eval()
 
 
-@pytest.mark.parametrize("name", ["default", "auto-small", "prompt-lookup", "small-model", "mapped draft", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["default", "auto-small", "prompt-lookup", "small-model", "mapped draft", "mixed", "exit"]
+)
 def test_layers_by_device_map(model: PreTrainedModel, mapped: PreTrainedModel, name: str) -> None:
     """The target in parts, the draft whole; and a draft in parts."""
     draft, lookup = with_noise(model), PromptLookup(min_match=1)
@@ -110,6 +112,7 @@ def test_layers_by_device_map(model: PreTrainedModel, mapped: PreTrainedModel, n
         "small-model": SmallModel(draft),
         "mapped draft": SmallModel(mapped),
         "mixed": Mixed([lookup, SmallModel(draft)]),
+        "exit": EarlyExit(exit_layer=1),
     }[name]
     out = speculate(mapped, PROMPTS, drafter, max_new_tokens=LONG)
     assert_same_tokens(model, plain_alone(model, PROMPTS, LONG), out.sequences, PROMPTS["attention_mask"])
