@@ -222,6 +222,47 @@ def test_an_output_that_belongs_to_something_else(
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", [b"notes", b'{"prompt": "a"}', b'{"line": 1, "text": "mine"}\nnotes'])
+def test_nothing_of_others_is_cut_off(tmp_path: Path, text: bytes) -> None:
+    """A last line without an end is taken for one of ours only if it begins like one."""
+    source, output = write_prompts(tmp_path / "in.jsonl", ["a"]), tmp_path / "out.jsonl"
+    output.write_bytes(text)
+    with pytest.raises(BatchError, match="was not written by this command"):
+        run_batch(source, output, Echo, Settings())
+    assert output.read_bytes() == text
+
+
+def test_the_input_is_no_output(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}')
+    with pytest.raises(ValueError, match="is the input"):
+        run_batch(source, source, Echo, Settings())
+    assert source.read_text() == '{"prompt": "a"}'
+
+
+def test_an_interrupt_leaves_what_is_done(tmp_path: Path) -> None:
+    class Interrupted(Echo):
+        closed = False
+
+        def wait(self) -> None:
+            if len(self.begun) > 8:
+                raise KeyboardInterrupt
+            super().wait()
+
+        def close(self) -> None:
+            self.closed = True
+
+    source, output = write_prompts(tmp_path / "in.jsonl", [f"{number}" for number in range(20)]), tmp_path / "out.jsonl"
+    pool = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(source, output, lambda: pool, Settings())
+    assert pool.closed
+    num_done = len(read(output))
+    assert 0 < num_done < 20
+    assert run_batch(source, output, Echo, Settings()).num_skipped == num_done
+    assert [result["text"] for result in read(output)] == [f"{number}" for number in range(20)]
+
+
 def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "in.jsonl", ["a"])
     run_batch(source, tmp_path / "out.jsonl", Echo, Settings(), made_with="model")

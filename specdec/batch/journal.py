@@ -119,13 +119,13 @@ class _File:
         self._synced = 0.0
 
     def read(self, settings: str) -> Iterator[tuple[int, int]]:
-        """Line numbers and digests of what is there; a line without an end is cut off."""
+        """Line numbers and digests of what is there; a line of ours without an end is cut off, and no other."""
         if not self.path.exists():
             return
         with self._opened("r+b") as file:
             end = 0
             for place, text in enumerate(file, start=1):
-                if text.endswith(b"\n"):
+                if text.endswith(b"\n") or not _is_begun(text):
                     end += len(text)
                     yield self._entry(text, place, settings)
             file.truncate(end)
@@ -169,6 +169,12 @@ class _File:
                 "output"
             )
         return number, digest
+
+
+def _is_begun(text: bytes) -> bool:
+    """Whether this may be the beginning of a line that this program writes, or what a loss of power leaves of it."""
+    opening = b'{"line": '
+    return text.startswith(opening[: len(text)]) or not text.strip(b"\0")
 
 
 def _as_number(digest: str) -> int:

@@ -102,6 +102,8 @@ def run_batch(
     """
     if not source.is_file():
         raise ValueError(f"there is no file {source}")
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{source} is the input, and cannot be the output too: give another one")
     progress = BatchProgress(num_bytes=source.stat().st_size)
     with Journal(output, settings.digest(made_with)) as journal, source.open("rb") as file:
         todo = _todo(read_lines(file), journal, progress)
