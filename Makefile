@@ -10,6 +10,7 @@ demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cor
 	$(BIN)/specdec pull demo
 	$(BIN)/specdec bench --model demo --weights float --methods prompt-lookup,quantized-self,auto --explain --limit 2 --threads 1
 
+# Ray (half a gigabyte, installed) is for the tests only, not for the demo: what no run of them covers is not known to work.
 test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
 	$(BIN)/python -m pytest
