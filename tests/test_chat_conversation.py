@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.reply import Piece, Reply
-from specdec.cli.chat.streamer import Detokenizer
 from specdec.drafters import EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
+from specdec.text import Detokenizer
 
 NUM_NEW = 12
 LONGEST_ROUND = 12

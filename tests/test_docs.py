@@ -6,7 +6,9 @@ replaced by tiny ones.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -98,7 +100,22 @@ def names() -> dict[str, Any]:
     return {**made, "prompts": random_prompts([9, 4]), "specdec": specdec, "trees": trees, "routers": routers}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_client_of_a_server(monkeypatch: pytest.MonkeyPatch):
+    """What the page about the server does with one that runs elsewhere."""
+    openai = pytest.importorskip("openai", reason="openai is not installed: pip install -e .[dev]")
+    pytest.importorskip("fastapi", reason="fastapi is not installed: pip install -e .[serve]")
+    from tests.serving import running, served_model
+
+    with running(served_model(), name="demo") as served:
+        elsewhere = functools.partial(openai.OpenAI, max_retries=0)
+        monkeypatch.setattr(openai, "OpenAI", lambda **options: elsewhere(**options | {"base_url": f"{served.url}/v1"}))
+        known: dict[str, Any] = {}
+        for program in blocks("docs/server.md", "python"):
+            exec(program, known)
+    assert json.loads(known["reply"].choices[0].message.content)["colour"] in ("red", "green", "blue")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page != "docs/server.md"])
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     programs, known = blocks(page, "python"), names()
     if any("exits.safetensors" in program for program in programs):

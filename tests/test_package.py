@@ -76,6 +76,7 @@ def test_importing_it_is_quick():
     """`specdec --help` must not wait for torch."""
     assert not {"torch", "transformers", "numpy"} & imported_by("import specdec")
     assert not {"torch", "transformers"} & imported_by("import routers")
+    assert not {"torch", "transformers", "fastapi", "uvicorn", "httpx2"} & imported_by("import specdec.cli")
 
 
 def test_trees_know_no_model():

@@ -2,7 +2,8 @@
 
     command.py       the options of the command
     session.py       ties the rooms below: read, obey or reply, again
-    conversation.py  what was said, the prompt that the template makes of it, the states kept from turn to turn
+    dialogue.py      what was said, by turns; conversation.py: with a model of this process, whose states are kept
+    remote.py        with a model of a server
     settings.py      what /set changes; transcript.py: conversations as files
     streamer.py      tokens become text, and which of them were drafted; reply.py: what a reply is
     speakers.py      the model that speaks, and what drafts for it

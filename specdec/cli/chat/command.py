@@ -1,7 +1,9 @@
 """The options of `specdec chat`."""
 
+from __future__ import annotations
+
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +30,11 @@ from specdec.cli.options import (
     WeightsOption,
 )
 
+if TYPE_CHECKING:
+    from specdec.cli.chat.speakers import Loader, Speaker
+
+_OF_THE_SERVER = ("draft", "drafter", "dtype", "device", "threads", "weights", "trust_remote_code")
+
 
 def register(app: typer.Typer) -> None:
     app.command()(chat)
@@ -35,6 +42,7 @@ def register(app: typer.Typer) -> None:
 
 @friendly_errors
 def chat(
+    context: typer.Context,
     model: ModelOption = "demo",
     draft: DraftOption = None,
     drafter: DrafterOption = None,
@@ -45,6 +53,18 @@ def chat(
     top_k: TopKOption = None,
     seed: SeedOption = None,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            help="Talk to the model of a server (`specdec serve`) instead; --model is then one of its names.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="SPECDEC_API_KEY", help="Of the server at --url.", show_default=False),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Reply to this and leave; - reads it from stdin.", show_default=False),
@@ -59,24 +79,33 @@ def chat(
 
     Piped stdin is read line by line: a message each, or a command.
     """
-    from specdec.bench.methods import choose_drafter
-
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling)
-    drafter_spec = choose_drafter(drafter, draft)
+    given = {name for name in context.params if _is_typed(context, name)}
+    _check_together(url, given)
     message = None if prompt is None else _read_message(prompt)
 
     from specdec.cli.chat.commands import candidates
     from specdec.cli.chat.reading import make_reader
     from specdec.cli.chat.rendering import reply_console
     from specdec.cli.chat.session import ChatSession
-    from specdec.cli.chat.speakers import SpeakerLoader
 
-    loader = SpeakerLoader(
-        dtype=dtype, device=device, threads=threads, weights=weights, trust_remote_code=trust_remote_code
+    speaker, loader = (
+        _local(
+            model,
+            drafter,
+            draft,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            weights=weights,
+            trust_remote_code=trust_remote_code,
+        )
+        if url is None
+        else _remote(url, api_key, model if "model" in given else None)
     )
     session = ChatSession(
-        loader.load(model, drafter_spec, draft),
+        speaker,
         loader=loader,
         reader=make_reader(candidates),
         console=reply_console(),
@@ -87,6 +116,44 @@ def chat(
         session.run()
     elif not session.reply_once(message):
         raise typer.Exit(INTERRUPTED)
+
+
+def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -> tuple[Speaker, Loader]:
+    from specdec.bench.methods import choose_drafter
+
+    drafter_spec = choose_drafter(drafter, draft)
+    from specdec.cli.chat.speakers import SpeakerLoader
+
+    loader = SpeakerLoader(**options)
+    return loader.load(model, drafter_spec, draft), loader
+
+
+def _remote(url: str, api_key: str | None, model: str | None) -> tuple[Speaker, Loader]:
+    from specdec.cli.chat.remote import RemoteLoader, Server
+
+    loader = RemoteLoader(Server(url, api_key))
+    try:
+        return loader.load(model), loader
+    except OSError as error:
+        raise ValueError(f"{error}; is `specdec serve` running there?") from error
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, neither left out nor taken from the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_together(url: str | None, given: set[str]) -> None:
+    """Raise `ValueError` for options that would have no effect."""
+    if url is None:
+        if "api_key" in given:
+            raise ValueError("--api-key is for a server: give its --url too")
+        return
+    for name in _OF_THE_SERVER:
+        if name in given:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is decided where the model is: give it to `specdec serve`, not with --url")
 
 
 def _read_message(prompt: str) -> str:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 import specdec
 from specdec.cache import beginning
+from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.compatibility import position_limit
@@ -18,15 +19,12 @@ from specdec.drafters import Drafter
 from specdec.prompting import Message, encode_chats, has_chat_template
 
 
-class Conversation:
-    """A dialogue with one model: messages by turns, the user's first. It knows no terminal.
+class Conversation(Dialogue):
+    """A dialogue with a model of this process.
 
     A turn reads only what is new in its prompt: key and value states of the longest common beginning with what the
     turn before has left are kept. Token ids are compared, so a template that writes a reply otherwise than the model
     said it, or drops a part of it, costs reading from there on, and nothing else.
-
-    Args:
-        messages: the user's and the model's by turns, complete ones.
 
     Raises:
         ValueError: the model has no chat template.
@@ -46,9 +44,8 @@ class Conversation:
                 "this model has no chat template, so it cannot hold a conversation; "
                 "`specdec generate --raw` continues a text with it"
             )
+        super().__init__(system=system, messages=messages)
         self.drafter = drafter
-        self.system = system
-        self.messages = list(messages)
         self._model = model
         self._tokenizer = tokenizer
         self._num_positions = position_limit(model)
@@ -59,29 +56,8 @@ class Conversation:
         """Tokens whose states are kept."""
         return len(self._kept.ids)
 
-    @property
-    def num_positions(self) -> int:
-        """Tokens that the model's context can hold."""
-        return self._num_positions
-
-    @property
-    def last_question(self) -> str:
-        """The user's last message. Raises `ValueError` if there is none."""
-        if not self.messages:
-            raise ValueError("nothing has been said yet")
-        return self.messages[-2]["content"]
-
-    def clear(self) -> None:
-        """Forget what was said; the system prompt stays."""
-        self.messages = []
-
-    def say(self, text: str, **options: Any) -> Reply:
-        """Reply to a message; options as of `_reply`."""
-        return self._reply([*self.messages, {"role": "user", "content": text}], **options)
-
-    def say_instead(self, text: str, **options: Any) -> Reply:
-        """Reply to a message that takes the place of the last one; options as of `_reply`."""
-        return self._reply([*self.messages[:-2], {"role": "user", "content": text}], **options)
+    def describe_states(self) -> str:
+        return f"the states of {self.num_kept} tokens are kept, the context has {self._num_positions}"
 
     def _reply(
         self,
@@ -92,16 +68,6 @@ class Conversation:
         show: Callable[[Sequence[Piece]], None],
         stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Stream a reply to `messages`, which end with the user's. What was said changes only if there is a reply.
-
-        Args:
-            show: takes each part of the reply as it comes.
-            stop: asked after every token whether to end here.
-
-        Raises:
-            KeyboardInterrupt: before the first token; later, it ends the reply like `stop`, but its states are lost.
-            ValueError: the message does not fit into the context; an option of generation is wrong.
-        """
         kept_messages, ids = self._fit(messages, max_new_tokens)
         room = min(max_new_tokens, self._num_positions - len(ids))
         cache = self._kept.beginning_of(ids)
@@ -167,8 +133,7 @@ class Conversation:
         return messages, ids
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        opening = [{"role": "system", "content": self.system}] if self.system else []
-        return encode_chats(self._tokenizer, [[*opening, *messages]])["input_ids"][0].tolist()
+        return encode_chats(self._tokenizer, [self._with_system(messages)])["input_ids"][0].tolist()
 
 
 class _KeptStates:

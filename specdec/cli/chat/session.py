@@ -10,15 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from specdec.bench.methods import AUTO, DrafterSpec
 from specdec.cli.chat import commands, settings
-from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.keyboard import Interrupt, handling, unseen_keys
 from specdec.cli.chat.reading import Reader
 from specdec.cli.chat.rendering import make_view, shows_styles, visible
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.settings import Settings
-from specdec.cli.chat.speakers import Speaker, SpeakerLoader
+from specdec.cli.chat.speakers import Loader, Speaker
 from specdec.cli.chat.transcript import Transcript
 from specdec.cli.common import err_console
 from specdec.errors import SpecdecError
@@ -48,7 +46,7 @@ class ChatSession:
         self,
         speaker: Speaker,
         *,
-        loader: SpeakerLoader,
+        loader: Loader,
         reader: Reader,
         console: Console,
         settings: Settings,
@@ -59,7 +57,7 @@ class ChatSession:
         self._reader = reader
         self._console = console
         self._settings = settings
-        self._conversation = _converse(speaker, system=system)
+        self._conversation = speaker.converse(system=system)
         self._is_tinted = False
         self._is_over = False
         self._file: Path | None = None
@@ -146,7 +144,7 @@ class ChatSession:
         conversation = self._conversation
         Transcript(
             model=self._speaker.name,
-            drafter=self._speaker.drafter_spec.text,
+            drafter=self._speaker.drafter_name,
             system=conversation.system,
             settings=self._settings,
             messages=conversation.messages,
@@ -175,10 +173,9 @@ class ChatSession:
             "last reply": "broken off" if reply.stats is None else str(reply.stats),
             "its prompt": f"{reply.num_read} tokens read, {reply.num_kept} kept from before"
             + ("" if reply.stats is None else f"; first token after {reply.stats.ttft_seconds:.2f} s"),
-            "conversation": f"{len(conversation.messages)} messages; "
-            f"the states of {conversation.num_kept} tokens are kept, the context has {conversation.num_positions}",
+            "conversation": f"{len(conversation.messages)} messages; {conversation.describe_states()}",
             "all replies": f"{totals.num_replies}: {totals.num_tokens} tokens at {rate:.1f} tokens/s",
-            "model": f"{self._speaker.name}, drafter {self._speaker.drafter_spec.text}",
+            "model": f"{self._speaker.name}, drafter {self._speaker.drafter_name}",
         }
         self.notify("\n".join(f"{name:14}{text}" for name, text in lines.items()))
 
@@ -200,20 +197,19 @@ class ChatSession:
     def change_model(self, name: str | None) -> None:
         """Go on with another model; None names the present one."""
         if name is not None:
-            old, conversation = self._speaker, self._conversation
+            conversation = self._conversation
             self.notify(f"loading {name}")
-            kept = old.drafter_spec if not old.drafter_spec.needs_draft else DrafterSpec.parse(AUTO)
-            new = self._loader.load(name, kept)
-            self._conversation = _converse(new, system=conversation.system, messages=conversation.messages)
+            new = self._loader.load_instead(self._speaker, name)
+            self._conversation = new.converse(system=conversation.system, messages=conversation.messages)
             self._speaker = new
-        self.notify(f"model {self._speaker.name}, drafter {self._speaker.drafter_spec.text}")
+        self.notify(f"model {self._speaker.name}, drafter {self._speaker.drafter_name}")
 
     def change_drafter(self, name: str | None, draft: str | None) -> None:
         """Draft with another drafter; None names the present one."""
         if name is not None:
             self._speaker = self._loader.with_drafter(self._speaker, name, draft)
             self._conversation.drafter = self._speaker.drafter
-        self.notify(f"drafter {self._speaker.drafter_spec.text}")
+        self.notify(f"drafter {self._speaker.drafter_name}")
 
     def _handle(self, line: str) -> None:
         if commands.is_command(line):
@@ -277,9 +273,7 @@ class ChatSession:
             )
 
     def _check_styles(self) -> None:
+        if not self._speaker.tells_drafted:
+            raise ValueError("the server does not say which tokens were drafted, so they cannot be tinted")
         if not shows_styles(self._console):
             raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be tinted")
-
-
-def _converse(speaker: Speaker, **state: Any) -> Conversation:
-    return Conversation(speaker.loaded.model, speaker.loaded.tokenizer, drafter=speaker.drafter, **state)

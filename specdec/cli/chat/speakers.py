@@ -1,19 +1,62 @@
-"""The model that speaks, and what drafts for it."""
+"""The model that speaks, and what drafts for it: the contracts, and models of this process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from specdec.bench.methods import SMALL_MODEL, DrafterSpec, choose_drafter
+from specdec.bench.methods import AUTO, SMALL_MODEL, DrafterSpec, choose_drafter
+from specdec.cli.chat.conversation import Conversation
+from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.loading import load_draft, load_target
 from specdec.drafters import Drafter
 from specdec.models import LoadedModel
 
 
+class Speaker(Protocol):
+    """A model that can be talked with."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def drafter_name(self) -> str:
+        """What drafts, as typed after --drafter."""
+
+    @property
+    def drafter(self) -> Drafter | str | None:
+        """The same as a `Dialogue` takes it."""
+
+    @property
+    def tells_drafted(self) -> bool:
+        """Whether it is known which tokens were drafted."""
+
+    def converse(self, **state: Any) -> Dialogue:
+        """Begin or go on with a dialogue; arguments as of `Dialogue`."""
+
+
+class Loader(Protocol):
+    """Where speakers come from."""
+
+    def load_instead(self, speaker: Any, model: str) -> Speaker:
+        """Another model in place of `speaker`, which stays as it is.
+
+        Raises:
+            SpecdecError, ValueError, OSError: there is none of that name.
+        """
+
+    def with_drafter(self, speaker: Any, name: str, draft: str | None = None) -> Speaker:
+        """The same model with another drafter, given as after --drafter (and --draft).
+
+        Raises:
+            ValueError: an unknown drafter, or one that lacks its draft model.
+        """
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Speaker:
+class LocalSpeaker:
     """A loaded model and its drafter.
 
     Args:
@@ -29,6 +72,17 @@ class Speaker:
     def name(self) -> str:
         return self.loaded.name
 
+    @property
+    def drafter_name(self) -> str:
+        return self.drafter_spec.text
+
+    @property
+    def tells_drafted(self) -> bool:
+        return True
+
+    def converse(self, **state: Any) -> Conversation:
+        return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeakerLoader:
@@ -40,7 +94,7 @@ class SpeakerLoader:
     weights: str
     trust_remote_code: bool
 
-    def load(self, model: str, drafter_spec: DrafterSpec, draft: str | None = None) -> Speaker:
+    def load(self, model: str, drafter_spec: DrafterSpec, draft: str | None = None) -> LocalSpeaker:
         """Load a model, and its draft model if one is named.
 
         Raises:
@@ -55,14 +109,13 @@ class SpeakerLoader:
             trust_remote_code=self.trust_remote_code,
         )
         small = None if draft is None else self._load_draft(draft, loaded)
-        return Speaker(loaded=loaded, drafter_spec=drafter_spec, drafter=drafter_spec.build(small), draft=small)
+        return LocalSpeaker(loaded=loaded, drafter_spec=drafter_spec, drafter=drafter_spec.build(small), draft=small)
 
-    def with_drafter(self, speaker: Speaker, name: str, draft: str | None = None) -> Speaker:
-        """The same model with another drafter, given as after --drafter (and --draft).
+    def load_instead(self, speaker: LocalSpeaker, model: str) -> LocalSpeaker:
+        kept = DrafterSpec.parse(AUTO) if speaker.drafter_spec.needs_draft else speaker.drafter_spec
+        return self.load(model, kept)
 
-        Raises:
-            ValueError: an unknown drafter, or one that lacks its draft model.
-        """
+    def with_drafter(self, speaker: LocalSpeaker, name: str, draft: str | None = None) -> LocalSpeaker:
         if draft is None and speaker.draft is not None and name.partition(":")[0] == SMALL_MODEL:
             spec, small = DrafterSpec.parse(name), speaker.draft
         else:

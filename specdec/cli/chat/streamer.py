@@ -9,44 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.cli.chat.reply import Piece
 from specdec.streaming import RoundStreamer
-
-_UNFINISHED = "\ufffd"
-"""What a decoder makes of the first bytes of a character."""
-
-
-class Detokenizer:
-    """Turns tokens into text one at a time; the parts put together are the text of all.
-
-    A token is decoded with the one before it (some decoders drop a leading space), and held back until its
-    characters are whole.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        """The tokens told last, and those that are held back."""
-        self._num_told = 0
-
-    def add(self, token: int) -> str:
-        """The text that can be told now that this token is known."""
-        self._ids.append(token)
-        text = self._untold()
-        if not text or text.endswith(_UNFINISHED):
-            return ""
-        self._ids = self._ids[self._num_told :]
-        self._num_told = len(self._ids)
-        return text
-
-    def finish(self) -> str:
-        """What is still held back: bytes that make no character."""
-        return self._untold()
-
-    def _untold(self) -> str:
-        told = self._decode(self._ids[: self._num_told])
-        return self._decode(self._ids)[len(told) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+from specdec.text import Detokenizer
 
 
 class ReplyStreamer(RoundStreamer):

@@ -1,0 +1,14 @@
+"""`specdec serve`: OpenAI's API on the engine. Needs the extra `serve`.
+
+options.py      where the server listens, and what it allows
+protocol.py     what is asked and answered, as classes; errors.py: answers that are errors
+gate.py         API key, Host header, slow bodies, before anything else is done
+app.py          routes
+service.py      what a request goes through: planned, submitted, known until it is closed
+planning.py     from a request of the API to requests of the engine: what can be refused is refused there
+processors.py   penalties; grammar.py: JSON schemas
+jobs.py         generations under way, from the engine's thread into the event loop
+answers.py      their text as documents and as streams
+metrics.py      what /metrics tells
+running.py      the socket, the engine's thread, the end
+"""

@@ -1,0 +1,190 @@
+"""The routes, and errors as answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from specdec import __version__
+from specdec.server.answers import ChatForm, CompletionForm, Form, event_stream, whole_answer
+from specdec.server.errors import ApiError, ErrorBody, from_validation
+from specdec.server.gate import Gate
+from specdec.server.jobs import Job
+from specdec.server.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    Health,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+)
+from specdec.server.service import Service
+
+_CLIENT_CLOSED = 499
+"""What nginx calls an answer that nobody was there to read."""
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning}
+    for status, meaning in {
+        400: "The request is wrong; the message says what is allowed.",
+        401: "The API key is missing or wrong.",
+        403: "The Host header names another machine, and there is no API key.",
+        404: "There is no such model or path.",
+        405: "The path takes another method.",
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "The queue is full: come again after Retry-After seconds.",
+        503: "The server is shutting down.",
+        504: "The answer was not finished in time.",
+    }.items()
+}
+
+
+def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application.
+
+    Args:
+        on_stop: called when the server has stopped.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(on_stop)
+
+    app = FastAPI(
+        title="specdec",
+        summary="OpenAI's API on a speculative decoding engine.",
+        version=__version__,
+        docs_url=None,  # their pages would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=_ERRORS,
+    )
+    _add_routes(app, service)
+    _add_errors(app)
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    app.add_middleware(
+        Gate,
+        options=service.options,
+        note=lambda path, status: service.metrics.note_answer(path if path in paths else "other", status),
+    )
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    stream: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {}}, "description": "The answer, or a stream of its parts."}
+    }
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**_ERRORS, **stream})
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Reply to a conversation."""
+        job = await service.start_chat(body)
+        return await _answer(request, job, ChatForm(service.model_name, service.speller), body)
+
+    @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text."""
+        job = await service.start_completion(body)
+        return await _answer(request, job, CompletionForm(service.model_name, service.speller), body)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[service.card])
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        """Whether a model is served."""
+        service.check_model(model, None)
+        return service.card
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Whether requests are taken."""
+        return Health(status="closing" if service.is_closing else "ok", model=service.model_name)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _answer(request: Request, job: Job, form: Form, body: ChatRequest | CompletionRequest) -> Response:
+    num_choices = body.n or 1
+    if body.stream:
+        events = event_stream(job, form, num_choices, includes_usage=body.includes_usage)
+        return _EventStream(job, events)
+    try:
+        answer = asyncio.ensure_future(whole_answer(job, form, num_choices))
+        leaving = asyncio.ensure_future(_client_leaves(request))
+        try:
+            await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                return Response(status_code=_CLIENT_CLOSED)
+            return Response((await answer).model_dump_json(), media_type="application/json")
+        finally:
+            answer.cancel()
+            leaving.cancel()
+    finally:
+        job.close()
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; closes its job when the client has them all, or has left."""
+
+    def __init__(self, job: Job, events: AsyncIterator[bytes]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.close()
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, _http_message(request, error), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def our_error(_: Request, error: Exception) -> Response:
+        return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of ours; the server's log has it").response()
+
+
+def _http_message(request: Request, error: HTTPException) -> str:
+    """What the framework says in two words, in a sentence."""
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return "there is nothing at this path: /openapi.json lists those that there are"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"this path takes {allowed}, not {request.method[:20]}"
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return "the body is no JSON: it is not UTF-8, too deeply nested, or has a number of thousands of digits"
+    return str(error.detail)

@@ -1,0 +1,119 @@
+"""What stands before the application: who may come in, how large and how slow a body may be, what is counted."""
+
+from __future__ import annotations
+
+import hmac
+from asyncio import timeout
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from specdec.server.errors import ApiError
+from specdec.server.options import ServerOptions, is_loopback
+
+OPEN_PATHS = frozenset({"/health"})
+"""What needs no key."""
+
+
+class Gate:
+    """An ASGI application around another one.
+
+    Without a key, a server on the loopback answers only requests that name this machine as their host: otherwise a
+    web page could reach it through a name that it lets point here (DNS rebinding).
+
+    Args:
+        note: told the path and the status of every answer.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServerOptions, note: Callable[[str, int], None]):
+        self._app = app
+        self._key = None if options.api_key is None else options.api_key.encode()
+        self._checks_host = options.api_key is None and is_loopback(options.host)
+        self._body_timeout = options.body_timeout
+        self._max_body_bytes = options.max_body_bytes
+        self._note = note
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_and_note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._note(scope["path"], message["status"])
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send_and_note)
+            return
+        await self._app(scope, self._limited(receive), send_and_note)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if self._checks_host and not is_loopback(_host_of(_values(scope, b"host"))):
+            return ApiError(
+                HTTPStatus.FORBIDDEN,
+                "the Host header does not name this machine: reach the server as 127.0.0.1 or localhost, or start it "
+                "with an API key",
+                code="wrong_host",
+            )
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return None
+        given = b"".join(_values(scope, b"authorization"))
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
+            return None
+        return ApiError(
+            HTTPStatus.UNAUTHORIZED,
+            "this server asks for its API key: send `Authorization: Bearer KEY`"
+            if not given
+            else "the API key is wrong",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """A body must arrive in time, and be no larger than is allowed; what comes after it may take for ever."""
+        is_complete, num_bytes = False, 0
+
+        async def receive_within_limits() -> Message:
+            nonlocal is_complete, num_bytes
+            if is_complete:
+                return await receive()
+            try:
+                async with timeout(self._body_timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_TIMEOUT,
+                    f"the body did not arrive within {self._body_timeout:g} s",
+                    headers={"Connection": "close"},
+                ) from None
+            is_complete = not message.get("more_body", False)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"the body is too large: at most {self._max_body_bytes} bytes are allowed",
+                    headers={"Connection": "close"},
+                )
+            return message
+
+        return receive_within_limits
+
+
+def _values(scope: Scope, name: bytes) -> list[bytes]:
+    headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
+    return [value for key, value in headers if key == name]
+
+
+def _host_of(values: list[bytes]) -> str:
+    """The name in a Host header, without its port and the brackets of IPv6; "" if there is not exactly one."""
+    if len(values) != 1:
+        return ""
+    host = values[0].decode("latin-1")
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]

@@ -1,0 +1,73 @@
+"""What a server allows, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+_LEAST_KEY_LENGTH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Where the server listens, who may use it, and how much.
+
+    Args:
+        api_key: asked of every client; None asks nobody.
+        allows_no_key: whether to listen beyond this machine without a key.
+        max_body_bytes: of a request.
+        max_new_tokens: of a reply.
+        max_choices: of an answer: `n`, times the number of prompts.
+        timeout: seconds in which an answer must be complete, the time in the queue included.
+        body_timeout: seconds in which the body of a request must have arrived.
+        grace: seconds that answers get to finish once the server is told to stop.
+
+    Raises:
+        ValueError: a value that makes no sense, or an address that is open to everyone.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    allows_no_key: bool = False
+    max_body_bytes: int = 1 << 20
+    max_new_tokens: int = 4096
+    max_choices: int = 8
+    timeout: float = 600.0
+    body_timeout: float = 30.0
+    grace: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_new_tokens", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a positive number, got {getattr(self, name)}")
+        for name in ("timeout", "body_timeout", "grace"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
+                raise ValueError(f"{name} is a positive number of seconds, got {value}")
+        if self.api_key is not None:
+            _check_key(self.api_key)
+        elif not self.allows_no_key and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and there is no API key: give one with "
+                "--api-key or SPECDEC_API_KEY, listen on 127.0.0.1, or let everyone in with --no-api-key"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_key(key: str) -> None:
+    if len(key) < _LEAST_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"an API key has at least {_LEAST_KEY_LENGTH} printable ASCII characters and no space; "
+            '`python -c "import secrets; print(secrets.token_urlsafe())"` makes one'
+        )
