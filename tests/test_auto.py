@@ -23,6 +23,7 @@ from specdec.drafters import (
     auto,
     auto_sources,
 )
+from specdec.drafters.auto_sources import Trust
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -253,6 +254,20 @@ def test_a_drafter_that_disappointed_is_tried_again(clock: Clock, case: tuple) -
     used = [sum(choice["drafter"] == "OracleDrafter" for choice in trace) for trace in traces]
     assert used[0] == 0
     assert used[-1] > 0.8 * len(traces[-1])
+
+
+def test_chosen_proposals_are_trusted_as_far_as_they_keep_what_they_promise() -> None:
+    trust = Trust()
+    assert trust.share == 1.0
+    for _ in range(50):
+        trust.note(promised=4.0, kept=2.0)
+    assert trust.share == pytest.approx(0.5, abs=0.05)
+    for _ in range(300):
+        trust.passed_over()
+    assert trust.share > 0.9, "or nothing would ever be chosen again"
+    for _ in range(50):
+        trust.note(promised=2.0, kept=4.0)
+    assert trust.share == 1.0
 
 
 def test_what_was_started_is_closed_where_another_drafter_does_not_fit() -> None:

@@ -204,7 +204,7 @@ class _AutoSession(DraftSession):
             if not source.has_begun:  # how long reading a prompt takes is a guess
                 seconds = min(seconds, plan.seconds)
             source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
-        self._lookup.learn(outcome)
+        self._lookup.learn(outcome, plan if plan.source == LOOKUP else None)
         tokens, missed = sum(map(len, outcome.tokens)), 0.0
         if round_.offer is not None and plan.source is None:
             would = self._lookup.would_commit(outcome, round_.offer.length)

@@ -8,6 +8,7 @@ Shape legend: B rows, W width (drafted tokens of the longest row).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile, zip_longest
@@ -35,6 +36,9 @@ from trees import Draft, TokenTree, TreeBatch, WorthwhileChain
 LOOKUP = 0
 """The place of prompt lookup among the sources of a run."""
 LONGEST_LOOKUP = 24
+_TRUST_TOKENS = 16.0
+"""Tokens that full trust in proposals is worth at first."""
+_TRUST_DECAY = 0.98
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
 _LONGEST_DRAFT = 12
@@ -55,10 +59,36 @@ _UNKNOWN_STEP = 0.2
 
 
 @dataclass(eq=False)
+class Trust:
+    """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
+
+    Where nothing is chosen, it goes back to full trust bit by bit.
+    """
+
+    promised: float = _TRUST_TOKENS
+    kept: float = _TRUST_TOKENS
+
+    @property
+    def share(self) -> float:
+        return min(self.kept / self.promised, 1.0)
+
+    def note(self, promised: float, kept: float) -> None:
+        """Drafted tokens of a round that were expected to be accepted, and that were."""
+        self.promised = _TRUST_DECAY * self.promised + promised
+        self.kept = _TRUST_DECAY * self.kept + kept
+
+    def passed_over(self) -> None:
+        self.promised += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.promised)
+        self.kept += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.kept)
+
+
+@dataclass(eq=False)
 class _Known:
     """What runs on a target have shown of a drafter."""
 
     acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
+    trust: defaultdict[int, Trust] = field(default_factory=lambda: defaultdict(Trust))
+    """In proposals, by rows."""
     yields: YieldMemory = field(default_factory=YieldMemory)
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
@@ -130,12 +160,13 @@ class LookupSource(Source):
         """The length at which proposals are worth most; None if there is none."""
         self._chains = self._lookup.trees(outlook.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
+        trust = self._known.trust[outlook.num_rows]
         best, most, tokens = 0, -inf, outlook.plain.tokens
         best_tokens = best_seconds = 0.0
         for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
             if reach < _HOPELESS:
                 break
-            tokens += reach
+            tokens += trust.share * reach
             seconds = outlook.seconds(width)
             worth = tokens - outlook.pace * seconds
             if worth > most:
@@ -150,8 +181,19 @@ class LookupSource(Source):
         """Tokens of all rows that chains of this length would have brought in the round."""
         return sum(1 + agreed for agreed in self._agreed(outcome, length))
 
-    def learn(self, outcome: Outcome) -> None:
-        """Compare the proposals with what the target said, whoever drafted."""
+    def learn(self, outcome: Outcome, drafted: Plan | None) -> None:
+        """Compare the proposals with what the target said, whoever drafted.
+
+        Args:
+            drafted: the plan, if these were what was drafted.
+        """
+        num_rows = len(outcome.tokens)
+        trust = self._known.trust[num_rows]
+        if drafted is None:
+            trust.passed_over()
+        else:
+            promised = (drafted.tokens - num_rows) / trust.share
+            trust.note(promised, self.would_commit(outcome, drafted.length) - num_rows)
         agreed = self._agreed(outcome, LONGEST_LOOKUP)
         for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
             tested = (chain.probs or ())[: len(tokens)]
