@@ -134,6 +134,30 @@ class DecodingLoop:
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
+    def join(self, tokens: Sequence[int], states: RowStates | None) -> int:
+        """A row more, between two rounds. Its last token is the root of its first round.
+
+        Args:
+            tokens: its prompt, without padding.
+            states: of all tokens but the last, copied; None if there is but one token.
+
+        Returns:
+            Its number in `sequences.rows`.
+        """
+        number = self.sequences.join(tokens)
+        self.target.join(states)
+        self.session.join()
+        return number
+
+    def leave(self, gone: Collection[int]) -> None:
+        """Rows of these indices leave every part of the run; the last ones take their places."""
+        left = [index for index in range(len(self.sequences)) if index not in gone]
+        movers = reversed(left)
+        stay = [next(movers) if index in gone else index for index in range(len(left))]
+        self.sequences.select_rows(stay)
+        self.target.select_rows(stay)
+        self.session.select_rows(stay)
+
     def _max_depths(self) -> list[int]:
         """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""
         return [
@@ -167,31 +191,6 @@ class DecodingLoop:
             for row, row_tokens, finished in zip(rows, tokens, stopped, strict=True):
                 self.feed.put(row, row_tokens, finished)
             self.feed.flush()
-
-    def join(self, tokens: Sequence[int], states: RowStates | None) -> int:
-        """A row more, between two rounds. Its last token is the root of its first round.
-
-        Args:
-            tokens: its prompt, without padding.
-            states: of all tokens but the last, copied; None if there is but one token.
-
-        Returns:
-            Its number in `sequences.rows`.
-        """
-        number = self.sequences.join(tokens)
-        self.target.join(states)
-        self.session.join()
-        return number
-
-    def leave(self, gone: Collection[int]) -> None:
-        """Rows of these indices leave every part of the run; the last ones take their places."""
-        stay = [index for index in range(len(self.sequences)) if index not in gone]
-        num_left = len(stay)
-        movers = iter(stay[::-1])
-        stay = [index if index not in gone else next(movers) for index in range(num_left)]
-        self.sequences.select_rows(stay)
-        self.target.select_rows(stay)
-        self.session.select_rows(stay)
 
     def _let_go(self, stopped: Sequence[bool]) -> None:
         """Rows that have stopped leave."""

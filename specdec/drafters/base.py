@@ -136,7 +136,7 @@ class DraftSession(ABC):
 
         Sessions of engines start without rows, and call `join` for each, where `takes_rows` says that they can.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says that it takes_rows, and has no join()")
 
     def close(self) -> None:
         """The run is over, also when it ended in an exception."""
