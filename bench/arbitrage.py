@@ -33,8 +33,8 @@ from transformers import PreTrainedModel
 import routers
 import specdec
 from routers import Router
-from specdec.cli.loading import load_pair
 from specdec.drafters import SmallModel
+from specdec.loading import load_pair
 from specdec.routing.collect import Problem, encode_problems, final_answer, read_problems
 
 BASELINE = "speculative"

@@ -39,8 +39,8 @@ import specdec
 from bench.trees import log, pipe_table
 from specdec import kernels
 from specdec.bench.equality import Verdict, compare
-from specdec.cli.loading import load_target
 from specdec.drafters import Plain
+from specdec.loading import load_target
 from specdec.models import LoadedModel
 from specdec.prompting import encode_chats, user_turn
 

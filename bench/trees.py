@@ -48,8 +48,8 @@ from specdec.bench.methods import PLAIN
 from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
 from specdec.bench.suite import Prompt
-from specdec.cli.loading import load_pair
 from specdec.drafters import Plain, SmallModel
+from specdec.loading import load_pair
 from specdec.prompting import encode_prompts
 from trees import Calibration, Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
 

@@ -46,8 +46,8 @@ from specdec.bench.methods import PLAIN, TRANSFORMERS, DrafterSpec
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.bench.suite import ALL, load_suite
-from specdec.cli.loading import load_pair
 from specdec.errors import SpecdecError
+from specdec.loading import load_pair
 from specdec.prompting import encode_prompts
 
 INT8_METHODS = "plain,prompt-lookup,small-model"

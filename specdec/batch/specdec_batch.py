@@ -50,7 +50,7 @@ class SpecdecBatch:
         settings: Mapping[str, Any] | None = None,
     ):
         from specdec.bench.methods import choose_drafter
-        from specdec.cli.loading import load_pair
+        from specdec.loading import load_pair
 
         spec = choose_drafter(drafter, draft, None)
         self._defaults = Settings().overridden(settings or {})

@@ -117,7 +117,7 @@ def bench(
     from specdec.bench.document import make_document
     from specdec.bench.harness import Harness, Settings
     from specdec.bench.peers.llama_cpp import describe
-    from specdec.cli.loading import load_pair
+    from specdec.loading import load_pair
 
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
     llama = llama_files(peer_specs, model=model, draft=draft, gguf=gguf, draft_gguf=draft_gguf)

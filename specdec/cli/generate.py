@@ -98,7 +98,7 @@ def generate(
     from transformers import TextStreamer
 
     import specdec
-    from specdec.cli.loading import load_pair
+    from specdec.loading import load_pair
 
     (target, tokenizer, _), draft_model = load_pair(
         model,

@@ -118,8 +118,8 @@ def serve(
         grace=grace,
     )
 
-    from specdec.cli.loading import load_pair
     from specdec.engine import Engine
+    from specdec.loading import load_pair
     from specdec.server import running
 
     loaded, small = load_pair(

@@ -151,7 +151,7 @@ def _check_scikit_learn() -> None:
 def _load(
     plan: Mapping[str, Any], *, dtype: str, device: str, threads: int | None
 ) -> "tuple[LoadedModel, PreTrainedModel]":
-    from specdec.cli.loading import load_pair
+    from specdec.loading import load_pair
 
     target, draft = load_pair(
         plan["target"],

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from specdec.bench.methods import AUTO, SMALL_MODEL, DrafterSpec, choose_drafter
 from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.dialogue import Dialogue
-from specdec.cli.loading import load_draft, load_target
 from specdec.drafters import Drafter
+from specdec.loading import load_draft, load_target
 from specdec.models import LoadedModel
 
 

@@ -1,4 +1,4 @@
-"""The target and its draft, as the commands load them."""
+"""A target and its draft, loaded and prepared: what commands, benches and workers begin with."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
