@@ -18,6 +18,7 @@ from specdec.control import (
     YieldAverage,
     YieldMemory,
 )
+from specdec.control import costs as costs_module
 from specdec.control.acceptance import monotone
 from specdec.control.costs import costs_of, measure_forwards
 from specdec.control.rounds import Guard, Pace, Probes
@@ -80,6 +81,13 @@ class TestForwardCosts:
         assert costs_of(model, 4) is not costs
         assert costs_of(model, 3) is costs_of(model, 4)
         assert costs.seconds(1) > 0
+
+    def test_a_slow_model_is_timed_at_both_ends_of_what_rounds_are_made_of(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = iter(0.3 * step for step in range(1000))
+        monkeypatch.setattr(costs_module, "perf_counter", lambda: next(clock))
+        assert set(measure_forwards(tiny_model("llama"), time_limit_s=1.0)) == {1, 8}
 
     def test_measuring_stops_at_its_time_limit(self) -> None:
         assert set(measure_forwards(tiny_model("llama"), time_limit_s=0.0)) == {1}

@@ -42,7 +42,7 @@ from trees import (
     Sequoia,
     TokenTree,
     TreeBatch,
-    WorthwhileChain,
+    WorthwhileComb,
 )
 from trees.layered import ChildByChildGrower, Node
 
@@ -68,7 +68,10 @@ VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
-    "worthwhile chain": WorthwhileChain(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
+    "worthwhile chain": WorthwhileComb(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
+    "worthwhile comb": WorthwhileComb(
+        prices=(0.4,), chance=lambda prob: prob**0.5, next_chance=0.9, leaf_prices=(0.0, 0.0, 0.3, 0.4)
+    ),
     "child by child": Broom(),
     "fixed": Fixed((2, 2)),
     "fixed deep": Fixed((2, 1, 1)),

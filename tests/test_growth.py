@@ -34,6 +34,8 @@ from trees import (
     Round,
     Sequoia,
     TokenTree,
+    WorthwhileComb,
+    chain_length,
     count_ranks,
     count_shares,
     measure_acceptance,
@@ -51,6 +53,8 @@ POLICIES = {
     "dyspec shared": DySpec(9, shared=True),
     "threshold": DySpecThreshold(0.05, max_nodes=9),
     "dyspec calibrated": DySpec(9, calibration=CALIBRATION),
+    "worthwhile chain": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8),
+    "worthwhile comb": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8, leaf_prices=[0.02] * 9),
 }
 
 
@@ -514,3 +518,35 @@ def test_a_confident_chain_ends_after_the_first_token_that_it_is_not_sure_of():
             rest = [(1 - row[step]) / 9 for row in probs]
             grower.grow(torch.tensor([[[row[step], *[left] * 9]] for row, left in zip(probs, rest, strict=True)]).log())
     assert grower.finish().trees.sizes == (3, 1)
+
+
+def test_a_worthwhile_comb_takes_all_that_is_worth_its_price():
+    """Greedy: the chain goes on while its reach pays, and no leaf that is left out is worth more than its price."""
+    model = RandomScores(3, spread=1.5)
+    policy = WorthwhileComb(
+        prices=[0.25] * 5, chance=lambda prob: prob**0.25, next_chance=0.6, leaf_prices=[0.05] * 20, leaf_chance=float
+    )
+    tree = grow_greedily(policy, model)
+    length = chain_length(tree)
+    reaches = [1.0]
+    for prob in tree.probs[:length]:
+        reaches.append(reaches[-1] * prob**0.25)
+    assert all(reach * 0.6 >= 0.25 for reach in reaches[1:length])
+    assert length == 6 or reaches[length] * 0.6 < 0.25
+    worth = set()
+    for slot, prefix in enumerate(prefixes(tree)[:length]):
+        probs, tokens = model.probs(prefix).sort(descending=True)
+        beside = zip(tokens.tolist()[1:4], probs.tolist()[1:4], strict=True)
+        worth |= {(slot + ROOT, token) for token, prob in beside if reaches[slot] * prob >= 0.05}
+    assert worth
+    assert {(tree.parents[leaf], tree.tokens[leaf]) for leaf in range(length, len(tree))} == worth
+
+
+def test_rows_fill_up_to_the_width_that_there_is():
+    """A row that must not draft deep gets leaves for nothing beside one that drafts a long chain."""
+    models = [RandomScores(seed, spread=1.0) for seed in (1, 2)]
+    dear = WorthwhileComb(prices=[0.0] * 4, chance=float, next_chance=1.0, leaf_prices=[2.0] * 9)
+    draft = grow(dear, models, [5, 1], sample=False)
+    assert draft.trees.sizes[0] == 5, "chain"
+    assert draft.trees.sizes[1] == 4, "one token and three leaves"
+    assert draft.places == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]

@@ -2,6 +2,7 @@
 
 from trees.calibration import Calibration, count_shares, measure_calibration
 from trees.chain import Chain
+from trees.combs import Leaf, chain_length, comb, comb_places
 from trees.confident import ConfidentChain
 from trees.dynamic import DySpec, DySpecThreshold
 from trees.growing import GrowingTrees
@@ -9,7 +10,7 @@ from trees.growth import Draft, Grower, GrowthPolicy, Layer, Part, Round
 from trees.merging import Merged, Merger, merge
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
-from trees.worthwhile import WorthwhileChain
+from trees.worthwhile import WorthwhileComb, leaf_confidence
 
 __all__ = [
     "ROOT",
@@ -24,6 +25,7 @@ __all__ = [
     "GrowingTrees",
     "GrowthPolicy",
     "Layer",
+    "Leaf",
     "Merged",
     "Merger",
     "Part",
@@ -31,9 +33,13 @@ __all__ = [
     "Sequoia",
     "TokenTree",
     "TreeBatch",
-    "WorthwhileChain",
+    "WorthwhileComb",
+    "chain_length",
+    "comb",
+    "comb_places",
     "count_ranks",
     "count_shares",
+    "leaf_confidence",
     "measure_acceptance",
     "measure_calibration",
     "merge",

@@ -1,6 +1,6 @@
 """What a round does, decided from what rounds have shown and what they cost."""
 
-from specdec.control.acceptance import AcceptanceMemory, AcceptanceModel
+from specdec.control.acceptance import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, monotone
 from specdec.control.costs import ForwardCosts, costs_of
 from specdec.control.exits import (
     PLAIN,
@@ -15,6 +15,7 @@ from specdec.control.exits import (
 from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable
 
 __all__ = [
+    "LEAF_EDGES",
     "PLAIN",
     "AcceptanceMemory",
     "AcceptanceModel",
@@ -33,4 +34,5 @@ __all__ = [
     "YieldMemory",
     "affordable",
     "costs_of",
+    "monotone",
 ]

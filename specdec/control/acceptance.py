@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 
-_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Between the bins of confidence, which are finer where it matters."""
-_CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.965, 0.99)
-_BINS = range(len(_CENTRES))
+CHAIN_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+LEAF_EDGES = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+"""Between the bins of confidence, which are finer where it matters: for tokens of a chain, and for leaves beside it."""
 
 _PRIOR_TOKENS = 4.0
 """Tokens that the confidence itself, as a first belief, is worth in each bin."""
@@ -26,17 +25,23 @@ _RUN_DECAY = 0.98
 
 
 class AcceptanceMemory:
-    """What all runs of a drafter have shown: tokens seen and accepted, by confidence."""
+    """What all runs of a drafter have shown: tokens seen and accepted, by confidence.
 
-    def __init__(self) -> None:
-        self.seen = [0.0 for _ in _BINS]
-        self.accepted = [0.0 for _ in _BINS]
+    Args:
+        edges: between the bins of confidence, rising.
+    """
+
+    def __init__(self, edges: Sequence[float] = CHAIN_EDGES) -> None:
+        self.edges = edges
+        self._centres = [sum(pair) / 2 for pair in pairwise((0.0, *edges, 1.0))]
+        self.seen = [0.0 for _ in self._centres]
+        self.accepted = [0.0 for _ in self._centres]
 
     @property
     def chances(self) -> list[float]:
         """For each bin, not falling."""
         seen = [count + _PRIOR_TOKENS for count in self.seen]
-        accepted = (count + _PRIOR_TOKENS * centre for count, centre in zip(self.accepted, _CENTRES, strict=True))
+        accepted = (count + _PRIOR_TOKENS * centre for count, centre in zip(self.accepted, self._centres, strict=True))
         return monotone([a / s for a, s in zip(accepted, seen, strict=True)], seen)
 
     def note(self, bin_: int, accepted: bool) -> None:
@@ -57,13 +62,13 @@ class AcceptanceModel:
     def __init__(self, memory: AcceptanceMemory):
         self._memory = memory
         self._believed = memory.chances
-        self._seen = [0.0 for _ in _BINS]
-        self._accepted = [0.0 for _ in _BINS]
+        self._seen = [0.0 for _ in self._believed]
+        self._accepted = [0.0 for _ in self._believed]
         self._chances: list[float] | None = None
 
     def chance(self, confidence: float) -> float:
         """That a token is accepted if the one before it is."""
-        return self._current()[bisect_right(_EDGES, confidence)]
+        return self._current()[bisect_right(self._memory.edges, confidence)]
 
     def reaches(self, confidences: Sequence[float]) -> list[float]:
         """Of each token of a chain: the chance that it and all before it are accepted."""
@@ -77,7 +82,7 @@ class AcceptanceModel:
 
     def note(self, confidence: float, accepted: bool) -> None:
         """A token was tested by the target."""
-        bin_ = bisect_right(_EDGES, confidence)
+        bin_ = bisect_right(self._memory.edges, confidence)
         self._memory.note(bin_, accepted)
         self._seen[bin_] = self._seen[bin_] * _RUN_DECAY + 1
         self._accepted[bin_] = self._accepted[bin_] * _RUN_DECAY + accepted

@@ -23,12 +23,13 @@ from specdec.target import TreeModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of the forwards that are timed. All of them cost the demo model half a second, once."""
-_OFTEN = 4
-"""Of these widths are timed several times before a wider one is: rounds of one row are seldom wider."""
+_ORDER = (1, 8, 1, 8, 2, 4, 1, 2, 4, 8, 16, 32, 64, 16, 32, 64, 16, 32, 64)
+"""In which they are timed. Rounds of one row are seldom wider than 8: if time is short, these say what others take."""
+_LEAST_TIMED = 4
+"""Forwards that are timed whatever they take: two of a kind, as a single one may have been disturbed."""
 _TIME_LIMIT_S = 1.0
 """No further forward is timed after this; what was not measured follows from what was."""
 _CONTEXT = 32
-_REPETITIONS = 3
 _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
 _MIN_OWN = 3
@@ -147,8 +148,8 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     if perf_counter() - started > time_limit_s:  # a prompt takes no longer than a token: weights come from far away
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
-    for width in [*WIDTHS[:_OFTEN] * _REPETITIONS, *WIDTHS[_OFTEN:] * _REPETITIONS]:
-        if perf_counter() - started > time_limit_s and len(seconds) > 1:
+    for num_timed, width in enumerate(_ORDER):
+        if num_timed >= _LEAST_TIMED and perf_counter() - started > time_limit_s:
             break
         seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
     return seconds

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from specdec.control import (
+    LEAF_EDGES,
     AcceptanceMemory,
     AcceptanceModel,
     ForwardCosts,
@@ -27,11 +28,12 @@ from specdec.control import (
     YieldAverage,
     YieldMemory,
     costs_of,
+    monotone,
 )
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.growing import GrowingSession
 from specdec.drafters.prompt_lookup import PromptLookup
-from trees import Draft, TokenTree, TreeBatch, WorthwhileChain
+from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
 
 LOOKUP = 0
 """The place of prompt lookup among the sources of a run."""
@@ -42,6 +44,8 @@ _TRUST_DECAY = 0.98
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
 _LONGEST_DRAFT = 12
+_MOST_NODES = 16
+"""Of a row, leaves included."""
 _FIRST_DRAFT = 4
 """Longest draft of a source that no run has seen at work yet; one more token with every round."""
 _HORIZON = 32
@@ -87,6 +91,10 @@ class _Known:
     """What runs on a target have shown of a drafter."""
 
     acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
+    leaves: defaultdict[bool, AcceptanceMemory] = field(
+        default_factory=lambda: defaultdict(lambda: AcceptanceMemory(LEAF_EDGES))
+    )
+    """Of those beside a chain, by whether they were drawn."""
     trust: defaultdict[int, Trust] = field(default_factory=lambda: defaultdict(Trust))
     """In proposals, by rows."""
     yields: YieldMemory = field(default_factory=YieldMemory)
@@ -130,10 +138,16 @@ class Outlook:
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
     def prices(self, step_seconds: float, longest: int) -> list[float]:
-        """See `WorthwhileChain`."""
+        """Of the tokens of a chain, see `WorthwhileComb`."""
         longest = min(longest, max(self.max_depths))
         verified = [self.seconds(width) for width in range(1, longest + 1)]
         return [self.pace * (step_seconds + wider - narrower) for narrower, wider in pairwise(verified)]
+
+    def leaf_prices(self) -> list[float]:
+        """Of the nodes of a tree, see `WorthwhileComb`. Widths have been timed one by one: noise makes no bargains."""
+        verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
+        prices = [self.pace * (wider - narrower) for narrower, wider in pairwise(verified)]
+        return monotone(prices, [1.0] * len(prices))
 
 
 class Source:
@@ -213,6 +227,7 @@ class ModelSource(Source):
 
     def __init__(self, run: Run, drafter: Drafter):
         super().__init__(run, drafter, drafter.start(run))
+        self.leaves = AcceptanceModel(self._known.leaves[run.sampler.do_sample])
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
         self._pays = False
@@ -272,10 +287,12 @@ class ModelSource(Source):
         if not self._known.yields.num_runs:
             longest = min(longest, _FIRST_DRAFT + self._yields.num_rounds)
         if isinstance(self.session, GrowingSession):
-            self.session.policy = WorthwhileChain(
+            self.session.policy = WorthwhileComb(
                 prices=outlook.prices(self._step_seconds(outlook), longest),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
+                leaf_prices=outlook.leaf_prices(),
+                leaf_chance=self.leaves.chance,
             )
         return self.session.propose([min(depth, longest) for depth in outlook.max_depths])
 
@@ -286,9 +303,21 @@ class ModelSource(Source):
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
         if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
             self._note_step(outlook, (draft_seconds - self.reading_seconds) / steps)
-        if trees.is_chain and trees.rows is not None:
-            for row, path in zip(trees.rows, outcome.paths, strict=True):
-                self.acceptance.note_chain(row.probs or (), len(path))
+        for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
+            if row.probs is not None:
+                self._learn_comb(row, row.probs, path)
+
+    def _learn_comb(self, row: TokenTree, probs: Sequence[float], path: Sequence[int]) -> None:
+        """What the target took of a chain, and of the leaves beside what it came to."""
+        length = chain_length(row)
+        num_along = sum(node < length for node in path)
+        self.acceptance.note_chain(probs[:length], num_along)
+        for slot in range(min(num_along + 1, length)):
+            elders = [probs[slot]]
+            for leaf in row.children[slot][1:]:
+                confidence = leaf_confidence(probs[leaf], elders, self._run.sampler.do_sample)
+                self.leaves.note(confidence, leaf in path)
+                elders.append(probs[leaf])
 
     def close(self, elapsed_seconds: float) -> None:
         """The run is over, after so much time."""
