@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.control import (
@@ -123,6 +123,7 @@ class TestAcceptance:
         model = AcceptanceModel(AcceptanceMemory())
         assert model.reaches([0.55, 0.55, 0.05]) == pytest.approx([0.55, 0.55**2, 0.55**2 * 0.05])
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, 2.0, 3.0])), min_size=1, max_size=4))
     def test_monotone_is_the_closest_non_falling_sequence(self, pairs: list[tuple[int, float]]) -> None:
         values, weights = zip(*pairs, strict=True)

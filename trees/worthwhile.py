@@ -167,7 +167,8 @@ class _WorthwhileGrower(Grower):
     def _take_leaf(self, number: int, row: _Row) -> None:
         _, _, slot, leaf = heappop(row.offers)
         if leaf is None:
-            (token,), (prob,) = (found[0] for found in self._urns[slot].take([number], 1))
+            tokens, probs = self._urns[slot].take([number], 1)
+            token, prob = tokens[0][0], probs[0][0]
         else:
             token, prob = leaf
         if prob > 0:
