@@ -11,6 +11,7 @@ processors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -32,19 +33,58 @@ class Acceptance:
         counts_B: int64 number of accepted nodes.
         next_B: int64 the token after the path: the bonus if the path ends in a leaf, else the correction. -1 where
             it was noticed that the target's scores are no numbers.
-        on_host: paths and tokens of all rows once more, where that is where they were found.
     """
 
     path_BD: Tensor
     counts_B: Tensor
     next_B: Tensor
-    on_host: tuple[list[list[int]], list[int]] | None = None
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a token after every path."""
+        return bool((self.next_B >= 0).all())
 
     @property
     def last_B(self) -> Tensor:
         """int64 slot at which the path ends."""
         slots_BT = torch.nn.functional.pad(self.path_BD + 1, (1, 0))
         return slots_BT.gather(1, self.counts_B[:, None])[:, 0]
+
+
+class HostAcceptance(Acceptance):
+    """One that was found on the host; its tensors are made when they are asked for.
+
+    Attributes:
+        paths: accepted nodes of each row.
+        following: the tokens after them.
+    """
+
+    paths: list[list[int]]
+    following: list[int]
+
+    def __init__(self, paths: list[list[int]], following: list[int], device: torch.device):
+        vars(self).update(paths=paths, following=following, _device=device)
+
+    @property
+    def has_next(self) -> bool:
+        return min(self.following) >= 0
+
+    @cached_property
+    def path_BD(self) -> Tensor:  # type: ignore[override]
+        depth = max(map(len, self.paths))
+        padded = [[*path, *[0] * (depth - len(path))] for path in self.paths]
+        return self._tensor(padded).view(len(padded), depth)
+
+    @cached_property
+    def counts_B(self) -> Tensor:  # type: ignore[override]
+        return self._tensor([len(path) for path in self.paths])
+
+    @cached_property
+    def next_B(self) -> Tensor:  # type: ignore[override]
+        return self._tensor(self.following)
+
+    def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=vars(self)["_device"])
 
 
 def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
@@ -69,7 +109,7 @@ def follow(trees: TreeBatch, scores_BTV: Tensor) -> Acceptance:
     """
     draft = Draft(trees=trees)
     if verification.can_verify(draft, scores_BTV):
-        return _on_device(*verification.verify(draft, scores_BTV, "walk"), trees)
+        return HostAcceptance(*verification.verify(draft, scores_BTV, "walk"), trees.device)
     best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
     is_nan_BT = scores_BTV.gather(2, best_BT.unsqueeze(2))[:, :, 0].isnan()
     return walk(trees, torch.where(is_nan_BT, -1, best_BT))
@@ -89,7 +129,7 @@ def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None 
     assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
     if verification.can_verify(draft, scores_BTV):
-        return _on_device(*verification.verify(draft, scores_BTV, "topdown", generator), trees)
+        return HostAcceptance(*verification.verify(draft, scores_BTV, "topdown", generator), trees.device)
     if trees.is_chain:
         return _topdown_chain(draft, scores_BTV, generator)
     families = _Families.of(trees)
@@ -140,7 +180,7 @@ def traversal(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | Non
     assert draft.is_drawn, "a deterministic draft is walked"
     trees = draft.trees
     if verification.can_verify(draft, scores_BTV):
-        return _on_device(*verification.verify(draft, scores_BTV, "traversal", generator), trees)
+        return HostAcceptance(*verification.verify(draft, scores_BTV, "traversal", generator), trees.device)
     scores_FV = scores_BTV.flatten(0, 1)
     tokens_F = torch.nn.functional.pad(trees.tokens_BN, (1, 0)).flatten()
     slots_I, contests = _contests(trees)
@@ -182,15 +222,6 @@ def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from every distribution: int64 [B, T]. With T = 1 the same draw as in `transformers`."""
     flat = torch.multinomial(p_BTV.flatten(0, 1), 1, generator=generator)
     return flat.view(p_BTV.shape[:2])
-
-
-def _on_device(paths: list[list[int]], following: list[int], trees: TreeBatch) -> Acceptance:
-    """An acceptance that was found on the host."""
-    depth = max(map(len, paths))
-    padded = [[*path, *[0] * (depth - len(path))] for path in paths]
-    counts_B, next_B = torch.tensor([[len(path) for path in paths], following], device=trees.device)
-    path_BD = torch.tensor(padded, dtype=torch.long, device=trees.device).view(len(paths), depth)
-    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=next_B, on_host=(paths, following))
 
 
 def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

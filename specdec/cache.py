@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
-from specdec.kernels import slots as slots_of
+from specdec.kernels.slots import SlotMover, can_move
 
 RowStates: TypeAlias = list[tuple[Tensor, Tensor]]
 """Committed keys and values of one row, each [H, S, D], layer by layer."""
@@ -69,6 +69,7 @@ class TreeCache(Cache):
     def __init__(self, num_layers: int, num_rows: int, capacity: int = _MIN_CAPACITY):
         self.lengths = [0] * num_rows
         self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._mover: SlotMover | None = None
         super().__init__(layers=[_TreeLayer(self, capacity) for _ in range(num_layers)])
 
     @classmethod
@@ -121,11 +122,12 @@ class TreeCache(Cache):
             for place, slot in enumerate(slots)
             if slot != place
         ]
-        if moves and all(slots_of.can_move(layer.keys) for layer in self.layers):
-            buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        if moves and self._mover is None and all(can_move(layer.keys) for layer in self.layers):
+            self._mover = SlotMover([buffer for layer in self.layers for buffer in (layer.keys, layer.values)])
+        if moves and self._mover is not None:
             for row, own in groupby(moves, itemgetter(0)):
                 _, old, new = zip(*own, strict=True)
-                slots_of.move(buffers, row, old, new)
+                self._mover.move(row, old, new)
         elif moves:
             _move(self.layers, torch.tensor(moves).unbind(1))
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
@@ -153,6 +155,10 @@ class TreeCache(Cache):
         """Forget the committed slots of each row past this many, and the tail."""
         self.lengths = list(lengths)
         self.rollback()
+
+    def buffers_change(self) -> None:
+        """To be called when a layer gets other buffers."""
+        self._mover = None
 
     def rollback(self) -> None:
         """Forget the tail; also repairs a forward that broke off between two layers."""
@@ -253,6 +259,7 @@ class _TreeLayer(CacheLayerMixin):
             for states in (key_states, value_states)
         )
         self.is_initialized = True
+        self._cache.buffers_change()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append T slots to the tail; returns views of everything written so far."""
@@ -281,6 +288,7 @@ class _TreeLayer(CacheLayerMixin):
             new[: len(old), :, :used] = old[:, :, :used]
             setattr(self, name, new)
         self._capacity = capacity
+        self._cache.buffers_change()
 
     def make_room(self, num_rows: int) -> None:
         """For so many rows."""
@@ -316,6 +324,7 @@ class _TreeLayer(CacheLayerMixin):
         if not rows:
             self.keys = self.values = None  # type: ignore[assignment]  # as before the first update
             self._capacity, self.is_initialized = _MIN_CAPACITY, False
+            self._cache.buffers_change()
         elif is_safe and len(self.keys) <= _MOST_ROOM * len(rows) and not has_much_room:
             for old, new in moves:
                 for buffer in (self.keys, self.values):
@@ -326,6 +335,7 @@ class _TreeLayer(CacheLayerMixin):
             self.keys, self.values = (
                 buffer[:, :, : self._capacity].index_select(0, rows_B) for buffer in (self.keys, self.values)
             )
+            self._cache.buffers_change()
 
     def get_seq_length(self) -> int:
         return max(self._cache.lengths, default=0) + self.tail

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.acceptance import Acceptance
+from specdec.acceptance import Acceptance, HostAcceptance
 from specdec.cache import RowStates
 from specdec.drafters.base import DraftSession, Outcome
 from specdec.recording import Recorder
@@ -204,10 +204,10 @@ class DecodingLoop:
 
 def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
     """The outcome of a verification on the host, in one copy at most."""
-    if acceptance.on_host is not None and trees.rows is not None:
-        paths, following = acceptance.on_host
-        found = zip(trees.rows, paths, following, strict=True)
-        return Accepted(paths, [[*(tree.tokens[node] for node in path), token] for tree, path, token in found])
+    if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
+        found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
+        candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]
+        return Accepted(acceptance.paths, candidates)
     path_BD = acceptance.path_BD
     token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
     heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)

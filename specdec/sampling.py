@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from specdec import mixed_acceptance
-from specdec.acceptance import Acceptance, draw, follow, topdown, traversal, walk
+from specdec.acceptance import Acceptance, HostAcceptance, draw, follow, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
 from trees import Draft, GrowingTrees, TreeBatch
@@ -136,19 +136,19 @@ class Sampler:
         """Verify a draft against the processed scores of its slots."""
         if not self.do_sample:
             accepted = follow(draft.trees, scores_BTV)
-            _refuse_unless(accepted.next_B >= 0)
+            _refuse_unless(accepted.has_next)
             return accepted
         if not draft.is_drawn:
-            _refuse_unless(scores_BTV.amax(-1).isfinite())
+            _refuse_unless(bool(scores_BTV.amax(-1).isfinite().all()))
             return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
         verify = self._verify if draft.parts is None else self._verify_merged
         accepted = verify(draft, scores_BTV, self.generator)
-        if accepted.on_host is not None:
-            _refuse_unless(accepted.next_B >= 0)
+        if isinstance(accepted, HostAcceptance):
+            _refuse_unless(accepted.has_next)
             return accepted
         # where p is no distribution no child is accepted, so that only the last slot can be such a one
         last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
-        _refuse_unless(last_BV.amax(-1).isfinite())
+        _refuse_unless(bool(last_BV.amax(-1).isfinite().all()))
         return accepted
 
     def _process_together(self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
@@ -182,9 +182,9 @@ class Sampler:
                 scores_BTV[row, slot] = processed[place]
 
 
-def _refuse_unless(usable: Tensor) -> None:
+def _refuse_unless(usable: bool) -> None:
     """Raise if scores make no distribution, as their greatest one tells: it is NaN if any is, or infinite."""
-    if not bool(usable.all()):
+    if not usable:
         raise NumericalError(
             "the target's scores are not numbers (NaN, or infinite everywhere): check the weights and the dtype "
             "(float16 overflows on CPU), or pass remove_invalid_values=True"

@@ -258,23 +258,26 @@ class TreeBatch:
         """`ancestors_BTT` on the host."""
         if self.is_chain:
             return np.broadcast_to(np.tri(self.num_slots, dtype=np.bool_), (self.num_rows, *[self.num_slots] * 2))
-        rows_B1 = np.arange(self.num_rows)[:, None]
-        above_BT = np.pad(self.host_parents_BN + 1, ((0, 0), (1, 0)))
-        seen_BTT = np.tile(np.eye(self.num_slots, dtype=np.bool_), (self.num_rows, 1, 1))
-        for _ in range(self.depth.bit_length()):
-            # each slot has seen as far as its jump goes; twice as far is what the slot that it lands on has seen
-            seen_BTT |= seen_BTT[rows_B1, above_BT]
-            above_BT = above_BT[rows_B1, above_BT]
-        return seen_BTT
+        num_bytes, bits = -(-self.num_slots // 8), bytearray()
+        for parents in self._host_parents():
+            paths = [1]  # bit j of number i: slot i may see slot j
+            for slot, parent in enumerate(parents, 1):
+                paths.append(paths[parent + 1] | 1 << slot)
+            bits += b"".join([path.to_bytes(num_bytes, "little") for path in paths])
+        packed_BTX = np.frombuffer(bits, np.uint8).reshape(self.num_rows, self.num_slots, num_bytes)
+        return np.unpackbits(packed_BTX, 2, self.num_slots, "little").view(np.bool_)
 
     @cached_property
     def host_parents_BN(self) -> np.ndarray:
         """`parents_BN` on the host; copied from the device only if the trees were made there and are no chains."""
         if self.is_chain:
             return np.broadcast_to(np.arange(ROOT, self.width - 1), (self.num_rows, self.width))
+        return np.array(self._host_parents())
+
+    def _host_parents(self) -> list[list[int]]:
         if self.rows is not None:
-            return np.array([[*row.parents, *[ROOT] * (self.width - len(row))] for row in self.rows])
-        return self.parents_BN.cpu().numpy()
+            return [[*row.parents, *[ROOT] * (self.width - len(row))] for row in self.rows]
+        return self.parents_BN.tolist()
 
     @cached_property
     def host_depths_BT(self) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -131,11 +131,12 @@ class MemberSampler(Sampler):
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
         accepted = follow(draft.trees, scores_BTV)
-        if not bool((accepted.next_B >= 0).all()):
+        if not accepted.has_next:
             for row, next_token in zip(self._sequences.rows, accepted.next_B.tolist(), strict=True):
                 if next_token < 0 and self._members[row].error is None:
                     self._members[row].error = NumericalError("the target's scores for this row are not numbers (NaN)")
-            accepted = replace(accepted, next_B=accepted.next_B.clamp(min=0), on_host=None)
+            next_B = accepted.next_B.clamp(min=0)
+            accepted = Acceptance(path_BD=accepted.path_BD, counts_B=accepted.counts_B, next_B=next_B)
         return accepted
 
     def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, member: Member) -> None:

@@ -132,7 +132,7 @@ class Library:
             "write_layer": (_Pointer, _Int, _Int, ctypes.POINTER(NextLayer)),
             "finish_tree": (_Pointer, ctypes.POINTER(FinishedTree)),
             "verify": (ctypes.POINTER(Verification), ctypes.c_int),
-            "move": (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Int),
+            "move": (_Pointer, _Pointer, _Int, _Int, _Pointer, _Pointer, _Int),
         }
         for name, arguments in signatures.items():
             getattr(self._dll, f"specdec_{name}").argtypes = arguments

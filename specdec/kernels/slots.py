@@ -14,27 +14,31 @@ def can_move(buffer: Tensor) -> bool:
     return buffer.device.type == "cpu" and native.library() is not None
 
 
-def move(buffers: Sequence[Tensor], row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
-    """Copy slots of a row within each buffer.
+class SlotMover:
+    """Moves slots within buffers, for as long as these live.
 
     Args:
         buffers: contiguous [B, H, S, D] on the CPU.
-        sources, targets: slots; targets rise and none is above its source.
     """
-    library = native.library()
-    assert library is not None, "can_move() asks first"
-    addresses: list[int] = []
-    numbers: list[int] = []
-    for buffer in buffers:
-        _, heads, capacity, size = buffer.shape
-        slot_bytes = size * buffer.element_size()
-        addresses.append(buffer.data_ptr() + row * heads * capacity * slot_bytes)
-        numbers += (heads, capacity, slot_bytes)
-    library.move(
-        (ctypes.c_int64 * len(addresses))(*addresses),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        len(addresses),
-        (ctypes.c_int64 * len(sources))(*sources),
-        (ctypes.c_int64 * len(targets))(*targets),
-        len(sources),
-    )
+
+    def __init__(self, buffers: Sequence[Tensor]):
+        library = native.library()
+        assert library is not None, "can_move() asks first"
+        self._library = library
+        numbers: list[int] = []
+        for buffer in buffers:
+            _, heads, capacity, size = buffer.shape
+            numbers += (heads, capacity, size * buffer.element_size())
+        self._addresses = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
+        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+
+    def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy slots of a row within each buffer.
+
+        Args:
+            sources, targets: slots; targets rise and none is above its source.
+        """
+        count = len(sources)
+        places = (ctypes.c_int64 * (2 * count))(*sources, *targets)
+        start = ctypes.addressof(places)
+        self._library.move(self._addresses, self._numbers, len(self._addresses), row, start, start + 8 * count, count)

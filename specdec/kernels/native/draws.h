@@ -212,6 +212,7 @@ static TARGET int64_t argmax_row(const float *x, int64_t vocab) {
     int32_t wrong = 0;
     for (int64_t b = 0; b < num_blocks; b++) {
         const float *block = x + b * BLOCK;
+        for (int i = 0; i < BLOCK; i += 16) prefetch_l1(block + AHEAD * BLOCK + i);
         if ((b + 1) * BLOCK > vocab) load_block(x, vocab, b, NULL, 0, last), block = last;
         for (int i = 0; i < BLOCK; i++) wrong |= block[i] != block[i];
         const float here = block_peak(block);

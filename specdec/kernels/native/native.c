@@ -96,15 +96,15 @@ EXPORT void specdec_verify(Verification *v, int rule) {
     end_call();
 }
 
-/* Moves slots within each of many buffers [heads][capacity][slot_bytes]; `numbers` holds heads, capacity and slot_bytes
- * of every buffer. Targets rise and none is above its source, so that no slot is overwritten before it is read. */
-EXPORT void specdec_move(char *const *buffers, const int64_t *numbers, int64_t num_buffers, const int64_t *sources,
-                         const int64_t *targets, int64_t num_moves) {
+/* Moves slots of a row within each of many buffers [rows][heads][capacity][slot_bytes]; `numbers` holds heads, capacity
+ * and slot_bytes of every buffer. Targets rise and none is above its source, so that no slot is overwritten before it is read. */
+EXPORT void specdec_move(char *const *buffers, const int64_t *numbers, int64_t num_buffers, int64_t row,
+                         const int64_t *sources, const int64_t *targets, int64_t num_moves) {
     for (int64_t b = 0; b < num_buffers; b++) {
         const int64_t heads = numbers[3 * b], capacity = numbers[3 * b + 1], bytes = numbers[3 * b + 2];
         for (int64_t head = 0; head < heads; head++)
             for (int64_t i = 0; i < num_moves; i++) {
-                char *base = buffers[b] + head * capacity * bytes;
+                char *base = buffers[b] + (row * heads + head) * capacity * bytes;
                 memmove(base + targets[i] * bytes, base + sources[i] * bytes, (size_t)bytes);
             }
     }
