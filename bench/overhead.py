@@ -251,7 +251,7 @@ class TreeRounds:
                 break
             with self._phase("masks"):
                 grown.add(layer)
-                masks.visible_slots(grown.seen_BMT[:, :, 1:], self._draft.cache.lengths, None)
+                masks.visible_slots(grown.seen_nodes_BMN, self._draft.cache.lengths, None)
                 grown.depths_BM  # noqa: B018
             scores_BMV = self._scores.draft(layer.tokens_BM)
             self._draft.forward(layer.tokens_BM.shape[1])

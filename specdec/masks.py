@@ -22,8 +22,7 @@ def visible_slots(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | 
     num_rows, num_new, num_tail = seen_BTK.shape
     num_slots = max(lengths) + num_tail
     if min(lengths) == max(lengths):
-        visible_BTS = seen_BTK.new_ones((num_rows, num_new, num_slots))
-        visible_BTS[:, :, lengths[0] :] = seen_BTK
+        visible_BTS = torch.nn.functional.pad(seen_BTK, (lengths[0], 0), value=True)
     else:
         tail_BS = _tail_index(lengths, num_slots, seen_BTK.device)
         index_BTS = tail_BS.clamp(0, num_tail - 1)[:, None].expand(num_rows, num_new, num_slots)

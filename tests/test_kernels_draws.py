@@ -177,8 +177,8 @@ class Spy:
             self._grown.add(replace(layer, depths_BM=None, seen_BMT=None))
             self._layers.append((layer.tokens_BM.tolist(), layer.parents_BM.tolist()))
             if layer.seen_BMT is not None:
-                assert torch.equal(layer.depths_BM, self._grown.depths_BM)
-                assert torch.equal(layer.seen_BMT, self._grown.seen_BMT)
+                assert (layer.depths_BM == self._grown.depths_BM.numpy()).all()
+                assert (layer.seen_BMT == self._grown.seen_BMT.numpy()).all()
         return layer
 
     def finish(self) -> Draft:

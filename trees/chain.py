@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class ChainGrower(Grower):
         token_B1 = self._pick(scores_BMV[:, 0])
         parent = ROOT + len(self._tokens)
         self._tokens.append(token_B1)
-        return Layer(tokens_BM=token_B1, parents_BM=torch.full(token_B1.shape, parent))
+        return Layer(tokens_BM=token_B1, parents_BM=np.full(token_B1.shape, parent))
 
     def _pick(self, scores_BV: Tensor) -> Tensor:
         """The next token of every row, [B, 1]."""

@@ -33,7 +33,7 @@ class GrowingTrees:
     """
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu"):
-        self.device = device
+        self.device = torch.device(device)
         self.num_slots = 1
         self.newest = range(1)
         self.is_chain = True
@@ -57,7 +57,7 @@ class GrowingTrees:
         return self._layers[-1].tokens_BM
 
     @property
-    def parents_BM(self) -> Tensor:
+    def parents_BM(self) -> np.ndarray:
         """int64 on the host: places of their parents, `ROOT` for children of the root."""
         return self._layers[-1].parents_BM
 
@@ -67,17 +67,18 @@ class GrowingTrees:
         known_BM = self._layers[-1].depths_BM
         if known_BM is None:
             self._work_out()
-            known_BM = torch.from_numpy(self._depths_BC[:, self.newest.start : self.num_slots])
-        return known_BM.to(self.device)
+            known_BM = self._depths_BC[:, self.newest.start : self.num_slots]
+        return self._tensor(known_BM)
 
     @property
     def seen_BMT(self) -> Tensor:
         """bool: the slots that each node of the newest layer sees: its ancestors and itself."""
-        known_BMT = self._layers[-1].seen_BMT
-        if known_BMT is None:
-            self._work_out()
-            known_BMT = torch.from_numpy(self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots])
-        return known_BMT.to(self.device)
+        return self._tensor(self._newest_seen_BMT)
+
+    @property
+    def seen_nodes_BMN(self) -> Tensor:
+        """`seen_BMT` without the root."""
+        return self._tensor(self._newest_seen_BMT[:, :, 1:])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ class GrowingTrees:
     def ancestors_BTT(self) -> Tensor:
         """See `TreeBatch.ancestors_BTT`."""
         self._work_out()
-        return torch.from_numpy(self._seen_BCC[:, : self.num_slots, : self.num_slots]).to(self.device)
+        return self._tensor(self._seen_BCC[:, : self.num_slots, : self.num_slots])
 
     @property
     def host_depths_BT(self) -> np.ndarray:
@@ -105,15 +106,27 @@ class GrowingTrees:
     def only(self, index: int) -> TreeBatch:
         """The nodes of one row so far, in a batch of its own."""
         row = slice(index, index + 1)
-        parents_1N = torch.cat([torch.empty((1, 0), dtype=torch.long), *(x.parents_BM[row] for x in self._layers)], 1)
+        parents_1N = np.concatenate([np.empty((1, 0), np.int64), *(x.parents_BM[row] for x in self._layers)], 1)
         depth = self.num_slots - 1 if self.is_chain else int(self.host_depths_BT[index].max())
         return TreeBatch(
             tokens_BN=self.tokens_BN[row],
-            parents_BN=parents_1N.to(self.device),
+            parents_BN=self._tensor(parents_1N),
             sizes=self.sizes[row],
             depth=depth,
             is_chain=self.is_chain,
         )
+
+    @property
+    def _newest_seen_BMT(self) -> np.ndarray:
+        known_BMT = self._layers[-1].seen_BMT
+        if known_BMT is None:
+            self._work_out()
+            known_BMT = self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
+        return known_BMT
+
+    def _tensor(self, numbers: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(numbers)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _work_out(self) -> None:
         """Bring what is derived up to date; what is known of a slot never changes."""
@@ -124,7 +137,7 @@ class GrowingTrees:
         capacity = self._depths_BC.shape[1]
         for layer in self._layers[self._num_known :]:
             start, stop = self._next, self._next + layer.parents_BM.shape[1]
-            rows = zip(self._seen_BCC, self._depths_BC, layer.parents_BM.numpy() + 1, strict=True)
+            rows = zip(self._seen_BCC, self._depths_BC, layer.parents_BM + 1, strict=True)
             for seen_CC, depths_C, parents_M in rows:
                 seen_CC[start:stop] = seen_CC[parents_M]
                 seen_CC.reshape(-1)[start * (capacity + 1) : stop * (capacity + 1) : capacity + 1] = True

@@ -129,14 +129,14 @@ class Layer:
 
     Args:
         tokens_BM: int64 token ids.
-        parents_BM: int64 on the host, places of their parents, `ROOT` for children of the root.
-        depths_BM, seen_BMT: on the host, see `GrowingTrees`; None leaves it to that to work them out.
+        parents_BM: int64, places of their parents, `ROOT` for children of the root.
+        depths_BM, seen_BMT: see `GrowingTrees`; None leaves it to that to work them out.
     """
 
     tokens_BM: Tensor
-    parents_BM: Tensor
-    depths_BM: Tensor | None = None
-    seen_BMT: Tensor | None = None
+    parents_BM: np.ndarray
+    depths_BM: np.ndarray | None = None
+    seen_BMT: np.ndarray | None = None
 
 
 class Grower(ABC):

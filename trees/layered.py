@@ -208,8 +208,8 @@ class LayeredGrower(Grower):
             for column, node in enumerate(nodes):
                 node.column, node.place = column, self._num_places + column
         self._num_places += width
-        tokens_BM, parents_BM = torch.tensor([tokens, parents], dtype=torch.long).unbind()
-        return Layer(tokens_BM=tokens_BM.to(self._device), parents_BM=parents_BM)
+        tokens_BM = torch.tensor(tokens, dtype=torch.long, device=self._device)
+        return Layer(tokens_BM=tokens_BM, parents_BM=np.array(parents, np.int64))
 
     def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""

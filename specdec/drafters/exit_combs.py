@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +117,7 @@ class CombGrower:
     @property
     def newest(self) -> Layer:
         """What the exit has to pass next, the chains' newest tokens; rows that have ended go along."""
-        parents_B1 = torch.full(self._newest_B1.shape, self._length - 1 + ROOT)
+        parents_B1 = np.full(self._newest_B1.shape, self._length - 1 + ROOT)
         return Layer(tokens_BM=self._newest_B1, parents_BM=parents_B1)
 
     def grow(self, tokens_BK: Tensor, probs_BK: Tensor) -> None:

@@ -131,9 +131,9 @@ class TrainedHead(ExitHead):
         if grown.is_chain:
             before_BMC, seen_BMK = self._outputs_BKC[:, -1:], None
         else:
-            parents_BM1 = grown.parents_BM.to(hidden_BMC.device).unsqueeze(2) + 1
+            parents_BM1 = torch.from_numpy(grown.parents_BM).to(hidden_BMC.device).unsqueeze(2) + 1
             before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
-            seen_BMK = grown.seen_BMT[:, :, 1:]
+            seen_BMK = grown.seen_nodes_BMN
         fused_BMC = self._module.fuse(torch.cat([hidden_BMC, before_BMC], 2))
         output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BM - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)

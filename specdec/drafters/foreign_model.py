@@ -248,7 +248,7 @@ class _SharedTokensSession(GrowingSession):
         logits_BMV = self._reader.model.forward(
             self._own_V[grown.tokens_BM.to(device)],
             grown.depths_BM.to(device) - 1,
-            None if grown.is_chain else grown.seen_BMT[:, :, 1:].to(device),
+            None if grown.is_chain else grown.seen_nodes_BMN.to(device),
         )
         return self._in_target_vocabulary(logits_BMV)
 

@@ -123,5 +123,5 @@ class _SmallModelSession(GrowingSession):
         return self._follower.forward(
             grown.tokens_BM.to(device),
             grown.depths_BM.to(device) - 1,
-            None if grown.is_chain else grown.seen_BMT[:, :, 1:].to(device),
+            None if grown.is_chain else grown.seen_nodes_BMN.to(device),
         )

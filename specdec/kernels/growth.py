@@ -56,6 +56,8 @@ class _NativeGrower(LayeredGrower):
             if tree is not None:
                 address = scores_BMV.data_ptr() + 4 * row * width * vocab_size
                 self._width = max(self._width, tree.grow(address, self._round.generator))
+        if not self._width:
+            return _NO_LAYER
         if is_first:
             self._spares = self._spare_tokens(scores_BMV)
         return self._next_layer()
@@ -74,17 +76,23 @@ class _NativeGrower(LayeredGrower):
             return super()._next_layer()
         num_rows, width = len(self._native_trees), self._width
         self._num_slots += width
-        numbers_3BM = torch.empty((3, num_rows, width), dtype=torch.long)
-        seen_BMT = torch.zeros((num_rows, width, self._num_slots), dtype=torch.bool)
+        # in numpy's memory: of what torch does here every call would cost several times as much
+        numbers_3BM = np.empty((3, num_rows, width), np.int64)
+        seen_BMT = np.zeros((num_rows, width, self._num_slots), np.bool_)
+        numbers, seen = torch.from_numpy(numbers_3BM).data_ptr(), torch.from_numpy(seen_BMT).data_ptr()
         for row, (tree, spare) in enumerate(zip(self._native_trees, self._spares, strict=True)):
             if tree is not None:
-                tree.write_layer(width, spare, numbers_3BM, seen_BMT, row)
+                columns_at = [numbers + 8 * width * (num_rows * column + row) for column in range(3)]
+                own = native.NextLayer(*columns_at, seen + width * self._num_slots * row)
+                tree.write_layer(width, spare, own)
             else:
-                numbers_3BM[:, row] = torch.tensor([[spare], [ROOT], [1]])
+                numbers_3BM[:, row] = [[spare], [ROOT], [1]]
                 seen_BMT[row, :, 0] = True
-                seen_BMT[row, :, -width:].fill_diagonal_(True)
-        tokens_BM, parents_BM, depths_BM = numbers_3BM.unbind()
-        return Layer(tokens_BM=tokens_BM, parents_BM=parents_BM, depths_BM=depths_BM, seen_BMT=seen_BMT)
+                np.fill_diagonal(seen_BMT[row, :, -width:], True)
+        tokens_BM, parents_BM, depths_BM = numbers_3BM
+        return Layer(
+            tokens_BM=torch.from_numpy(tokens_BM), parents_BM=parents_BM, depths_BM=depths_BM, seen_BMT=seen_BMT
+        )
 
     def _finished(self) -> Sequence[FinishedTree]:
         if not self._native_trees:
@@ -119,6 +127,7 @@ class NativeShapedGrower(_NativeGrower, ShapedGrower):
 STAND_INS: Mapping[type[Grower], type[Grower]] = {ValueGrower: NativeValueGrower, ShapedGrower: NativeShapedGrower}
 """See `trees.Round`."""
 
+_NO_LAYER = Layer(tokens_BM=torch.empty((0, 0), dtype=torch.long), parents_BM=np.empty((0, 0), np.int64))
 _NOTHING = FinishedTree(TokenTree(tokens=[], parents=[], probs=[], values=[]), [], [], [])
 
 
@@ -145,14 +154,9 @@ class _GrowingTree:
                 return width
             scores = None
 
-    def write_layer(self, width: int, spare: int, numbers_3BM: Tensor, seen_BMT: Tensor, row: int) -> None:
-        """Number the places of the next layer, and write a row of it."""
-        num_rows, num_slots = numbers_3BM.shape[1], seen_BMT.shape[2]
-        start, step = numbers_3BM.data_ptr() + 8 * width * row, 8 * width * num_rows
-        seen = seen_BMT.data_ptr() + width * num_slots * row
-        self._library.write_layer(
-            self._pointer, width, spare, native.NextLayer(start, start + step, start + 2 * step, seen)
-        )
+    def write_layer(self, width: int, spare: int, layer: native.NextLayer) -> None:
+        """Number the places of the next layer, and write it."""
+        self._library.write_layer(self._pointer, width, spare, layer)
 
     def finish(self) -> FinishedTree:
         limit = self._settings.limit
