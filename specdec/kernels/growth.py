@@ -128,7 +128,7 @@ STAND_INS: Mapping[type[Grower], type[Grower]] = {ValueGrower: NativeValueGrower
 """See `trees.Round`."""
 
 _NO_LAYER = Layer(tokens_BM=torch.empty((0, 0), dtype=torch.long), parents_BM=np.empty((0, 0), np.int64))
-_NOTHING = FinishedTree(TokenTree(tokens=[], parents=[], probs=[], values=[]), [], [], [])
+_NOTHING = FinishedTree(TokenTree(tokens=[], parents=[], probs=[], values=[]), [], [], [], [0.0])
 
 
 class _GrowingTree:
@@ -159,12 +159,14 @@ class _GrowingTree:
         self._library.write_layer(self._pointer, width, spare, layer)
 
     def finish(self) -> FinishedTree:
-        limit = self._settings.limit
-        numbers = np.empty((7, limit), np.int64)
-        start = numbers.ctypes.data
-        columns_at = (start + 8 * limit * column for column in range(7))
+        room = self._settings.limit + 1
+        integers, reals = np.empty((5, room), np.int64), np.empty((3, room))
+        starts = torch.from_numpy(integers).data_ptr(), torch.from_numpy(reals).data_ptr()
+        columns_at = [
+            start + 8 * room * column for start, count in zip(starts, (5, 3), strict=True) for column in range(count)
+        ]
         size = self._library.finish_tree(self._pointer, native.FinishedTree(*columns_at))
-        tokens, parents, places, layers, columns = numbers[:5, :size].tolist()
-        probs, values = numbers[5:, :size].view(np.float64).tolist()
+        tokens, parents, places = integers[:3, :size].tolist()
+        probs, values = reals[:2, :size].tolist()
         tree = TokenTree(tokens=tokens, parents=parents, probs=probs, values=values)
-        return FinishedTree(tree, places, layers, columns)
+        return FinishedTree(tree, places, *integers[3:, :size], reals[2, : size + 1])

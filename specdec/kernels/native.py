@@ -90,7 +90,7 @@ class NextLayer(ctypes.Structure):
 
 class FinishedTree(ctypes.Structure):
     _fields_ = tuple(
-        (name, _Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values")
+        (name, _Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values", "norms")
     )
 
 
@@ -100,7 +100,7 @@ class Verification(ctypes.Structure):
     alive: tuple[object, ...]
     _fields_ = (
         *((name, _Int) for name in ("num_slots", "size", "depth", "vocab")),
-        *((name, _Pointer) for name in ("p", "q", "tokens", "parents", "coins", "path")),
+        *((name, _Pointer) for name in ("p", "q", "q_norms", "tokens", "parents", "coins", "path")),
         *((name, _Int) for name in ("count", "next")),
         *((name, _Pointer) for name in ("first_child", "next_sibling", "scratch", "rows")),
     )

@@ -39,10 +39,11 @@ def verify(
     assert library is not None, "can_verify() asks first"
     trees = draft.trees
     num_slots, vocab_size = trees.num_slots, scores_BTV.shape[2]
-    q_BT = _addresses(draft) if draft.is_drawn else None
-    coins_BT = None
+    q_at = norms_at = coins_at = 0
     if draft.is_drawn:
-        coins_BT = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator).numpy()
+        q_BT, norm_BT = _draft_scores(draft)
+        coins_BX = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator)
+        q_at, norms_at, coins_at = q_BT.data_ptr(), 0 if norm_BT is None else norm_BT.data_ptr(), coins_BX.data_ptr()
     tokens_BN, parents_BN = trees.tokens_BN.contiguous(), trees.parents_BN.contiguous()
     path_D = np.empty(trees.depth + 1, np.int64)
     v = native.Verification(num_slots=num_slots, depth=trees.depth, vocab=vocab_size, path=path_D.ctypes.data)
@@ -52,20 +53,22 @@ def verify(
         v.p = scores_BTV.data_ptr() + 4 * row * num_slots * vocab_size
         v.tokens = tokens_BN.data_ptr() + 8 * row * trees.width
         v.parents = parents_BN.data_ptr() + 8 * row * trees.width
-        if q_BT is not None and coins_BT is not None:
-            v.q, v.coins = q_BT[row].ctypes.data, coins_BT[row].ctypes.data
+        if draft.is_drawn:
+            v.q, v.coins = q_at + 8 * row * num_slots, coins_at + 8 * row * (num_slots + 1)
+            v.q_norms = norms_at + 8 * row * num_slots if norms_at else None
         library.verify(v, _NUMBERS[rule])
         paths.append(path_D[: v.count].tolist())
         following.append(v.next)
     return paths, following
 
 
-def _addresses(draft: Draft) -> np.ndarray:
-    """Where the scores of the draft at every slot begin; those of leaves are not meaningful."""
+def _draft_scores(draft: Draft) -> tuple[Tensor, Tensor | None]:
+    """Where the scores of the draft at every slot begin, and their norms; those of leaves are not meaningful."""
     layers = draft.q_layers
     assert layers is not None, "can_verify() asks first"
     starts_L = np.array([layer.data_ptr() for layer in layers.layers_BMV])
     widths_L = np.array([layer.shape[1] for layer in layers.layers_BMV])
     rows_B1 = np.arange(draft.trees.num_rows)[:, None]
     place_BT = rows_B1 * widths_L[layers.layer_BT] + layers.column_BT
-    return starts_L[layers.layer_BT] + 4 * layers.layers_BMV[0].shape[2] * place_BT
+    q_BT = starts_L[layers.layer_BT] + 4 * layers.layers_BMV[0].shape[2] * place_BT
+    return torch.from_numpy(q_BT), None if layers.norm_BT is None else torch.from_numpy(layers.norm_BT)

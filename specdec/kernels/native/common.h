@@ -69,10 +69,10 @@ typedef struct {
     uint8_t *seen;
 } NextLayer;
 
-/* What is left of it; each column has room for `limit` nodes. */
+/* What is left of it; each column has room for `limit` nodes, and norms (by slot; leaves' say nothing) for the root. */
 typedef struct {
     int64_t *tokens, *parents, *places, *layers, *columns;
-    double *probs, *values;
+    double *probs, *values, *norms;
 } FinishedTree;
 
 /* A drafted tree and the target's scores at its slots (slot 0 is the root, node i is slot i + 1). */
@@ -80,6 +80,7 @@ typedef struct {
     int64_t num_slots, size, depth, vocab;
     const float *p;                          /* [num_slots][vocab] */
     const float *const *q;                   /* the draft's scores, by slot; leaves' are not read */
+    const double *q_norms;                   /* logarithms of their sums of e^x; NULL if nobody knows them yet */
     const int64_t *tokens, *parents;         /* by node */
     const double *coins;                     /* by slot, and one for the token after the path */
     int64_t *path, count, next;              /* found: nodes, their number, the token after them */

@@ -248,6 +248,46 @@ static TARGET void exp_row(const float *x, int64_t vocab, double norm, float *ou
     memcpy(out + whole, part, (size_t)(vocab - whole) * sizeof(float));
 }
 
+/* What verification knows of a slot: p and q are probabilities of tokens, or, once a child was refused, whole rows. */
+typedef struct {
+    const float *x, *y; /* scores of the target and of the draft */
+    double x_norm, y_norm;
+    float *p, *q;            /* NULL until a child is refused */
+    double p_mass, q_mass;   /* sums of p and q */
+} Slot;
+
+/* p <- max(e^(x - x_norm) - factor * q, 0) and q <- e^(y - y_norm), which then loses a token; the sums of p and q. */
+static TARGET void subtract_first(Slot *s, int64_t vocab, float factor, int64_t token) {
+    const VF f = vf_set1(factor), x_norm = vf_set1((float)s->x_norm), y_norm = vf_set1((float)s->y_norm);
+    s->p_mass = s->q_mass = 0;
+    for (int64_t first = 0; first < vocab; first += BLOCK) {
+        const int64_t count = vocab - first < BLOCK ? vocab - first : BLOCK;
+        const float *x = s->x + first, *y = s->y + first;
+        float *p = s->p + first, *q = s->q + first, last[4][BLOCK];
+        if (count < BLOCK) {
+            load_block(s->x, vocab, first / BLOCK, NULL, 0, last[0]), load_block(s->y, vocab, first / BLOCK, NULL, 0, last[1]);
+            x = last[0], y = last[1], p = last[2], q = last[3];
+        }
+        for (int i = 0; i < BLOCK; i += 16) prefetch_l1(y + AHEAD * BLOCK + i);
+        VF ps = vf_zero(), qs = vf_zero();
+        for (int i = 0; i < BLOCK; i += VL) {
+            const VF q_here = vf_exp(vf_sub(vf_load(y + i), y_norm));
+            const VF left = vf_max(vf_fnma(f, q_here, vf_exp(vf_sub(vf_load(x + i), x_norm))), vf_zero());
+            vf_store(p + i, left), vf_store(q + i, q_here);
+            ps = vf_add(ps, left), qs = vf_add(qs, q_here);
+        }
+        if (token >= first && token < first + count) { /* to subtract it from the sum could leave nothing but rounding */
+            q[token - first] = 0, qs = vf_zero();
+            for (int i = 0; i < BLOCK; i += VL) qs = vf_add(qs, vf_load(q + i));
+        }
+        s->p_mass += vf_sum(ps), s->q_mass += vf_sum(qs);
+        if (count < BLOCK) {
+            memcpy(s->p + first, p, (size_t)count * sizeof(float));
+            memcpy(s->q + first, q, (size_t)count * sizeof(float));
+        }
+    }
+}
+
 /* p <- max(p - factor * q, 0); the sums of p and q. */
 static TARGET void subtract(float *p, const float *q, int64_t vocab, float factor, double *p_sum, double *q_sum) {
     *p_sum = *q_sum = 0;
@@ -271,21 +311,14 @@ static TARGET void subtract(float *p, const float *q, int64_t vocab, float facto
     }
 }
 
-/* What verification knows of a slot: p and q are probabilities of tokens, or, once a child was refused, whole rows. */
-typedef struct {
-    const float *x, *y; /* scores of the target and of the draft */
-    double x_norm, y_norm;
-    float *p, *q;            /* NULL until a child is refused */
-    double p_mass, q_mass;   /* sums of p and q */
-} Slot;
-
 static TARGET double norm_of(const Verification *v, const float *x) {
     return scan_row(x, v->vocab, v->scratch, v->scratch + PADDED_BLOCKS(v->vocab));
 }
 
 static TARGET Slot enter(const Verification *v, int64_t slot) {
     const float *x = v->p + slot * v->vocab;
-    return (Slot){x, v->q[slot], norm_of(v, x), norm_of(v, v->q[slot]), NULL, NULL, 1, 1};
+    const double y_norm = v->q_norms ? v->q_norms[slot] : norm_of(v, v->q[slot]);
+    return (Slot){x, v->q[slot], norm_of(v, x), y_norm, NULL, NULL, 1, 1};
 }
 
 /* The chance of a child whose parent has a reach. */
@@ -298,17 +331,17 @@ static TARGET double chance_of(const Slot *s, int64_t token, double reach) {
 
 /* p becomes what the target still wants once the draft has had its say, q loses the token. Returns the new reach. */
 static TARGET double refuse(const Verification *v, Slot *s, int64_t token, double reach, int64_t depth) {
-    if (!s->p) {
-        s->p = v->rows + 2 * depth * v->vocab, s->q = s->p + v->vocab;
-        exp_row(s->x, v->vocab, s->x_norm, s->p);
-        exp_row(s->y, v->vocab, s->y_norm, s->q);
-    }
     const double before = s->p_mass;
     const float factor = reach > 0 ? (float)(before / s->q_mass / reach) : 0;
-    const float left_here = s->p[token] - factor * s->q[token];
-    s->p[token] = left_here > 0 ? left_here : 0;
-    s->q[token] = 0;
-    subtract(s->p, s->q, v->vocab, factor, &s->p_mass, &s->q_mass);
+    if (!s->p) {
+        s->p = v->rows + 2 * depth * v->vocab, s->q = s->p + v->vocab;
+        subtract_first(s, v->vocab, factor, token);
+    } else {
+        const float left_here = s->p[token] - factor * s->q[token];
+        s->p[token] = left_here > 0 ? left_here : 0;
+        s->q[token] = 0;
+        subtract(s->p, s->q, v->vocab, factor, &s->p_mass, &s->q_mass);
+    }
     const double left = before > 0 ? reach * s->p_mass / before : 0, whole = left + 1 - reach;
     return whole > 0 ? left / whole : 0;
 }
