@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.kernels import visibility
+
 
 def visible_slots(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | None) -> Tensor:
     """bool [B, T, S] with S = the longest row's slots and the tail.
@@ -19,6 +21,8 @@ def visible_slots(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | 
         lengths: committed slots of each row; its tail begins there.
         prompt_BP: bool, False where a prompt slot is padding; None if none is.
     """
+    if visibility.can_write(seen_BTK):
+        return visibility.write(seen_BTK, lengths, prompt_BP)
     num_rows, num_new, num_tail = seen_BTK.shape
     num_slots = max(lengths) + num_tail
     if min(lengths) == max(lengths):

@@ -232,6 +232,7 @@ def repeated(draft: Draft, times: int) -> Draft:
             layers_BMV=[layer.repeat(times, 1, 1) for layer in layers.layers_BMV],
             layer_BT=layers.layer_BT.repeat(times, 0),
             column_BT=layers.column_BT.repeat(times, 0),
+            norm_BT=layers.norm_BT.repeat(times, 0),
         ),
     )
 
@@ -255,6 +256,24 @@ def test_verification_follows_the_oracles(name: str, rule: str, holes: bool):
     oracle = {"topdown": topdown_oracle, "traversal": traversal_oracle}[rule]
     expected = oracle(tree, fractions_of(target.softmax(-1)), fractions_of(torch.stack(q)))
     assert_drawn_from(outcomes_of(accepted), expected)
+
+
+@pytest.mark.parametrize("name", ["fixed", "dyspec"])
+def test_verification_need_not_read_again_what_growth_has_read(name: str):
+    models = [RandomScores(seed, vocab_size=700) for seed in (14, 15)]
+    for max_depth in (1, 6):
+        draft = grown(name, models, True, True, max_depth)
+        layers = draft.q_layers
+        for row in range(2):
+            for slot, family in enumerate(draft.trees.row(row).children):
+                scores_V = layers.layers_BMV[layers.layer_BT[row, slot]][row, layers.column_BT[row, slot]]
+                assert not family or layers.norm_BT[row, slot] == pytest.approx(float(scores_V.logsumexp(-1)), abs=1e-5)
+        forgetful = replace(draft, q_layers=replace(layers, norm_BT=None))
+        for seed in range(30):
+            scores = scores_of(2 * draft.trees.num_slots, 700, seed).view(2, -1, 700)
+            for verify in (acceptance.topdown, acceptance.traversal):
+                knowing, reading = (verify(x, scores, torch.Generator().manual_seed(seed)) for x in (draft, forgetful))
+                assert outcomes_of(knowing) == outcomes_of(reading)
 
 
 @pytest.mark.parametrize("rule", ["topdown", "traversal"])

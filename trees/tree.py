@@ -181,9 +181,11 @@ class TreeBatch:
         width = max((len(row) for row in rows), default=0)
         tokens = [[*row.tokens, *[0] * (width - len(row))] for row in rows]
         parents = [[*row.parents, *[ROOT] * (width - len(row))] for row in rows]
+        numbers = torch.tensor([tokens, parents], dtype=torch.long, device=device)
+        tokens_BN, parents_BN = numbers.view(2, len(rows), width).unbind()
         return cls(
-            tokens_BN=torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), width),
-            parents_BN=torch.tensor(parents, dtype=torch.long, device=device).view(len(rows), width),
+            tokens_BN=tokens_BN,
+            parents_BN=parents_BN,
             sizes=tuple(len(row) for row in rows),
             depth=max((max(row.depths, default=0) for row in rows), default=0),
             is_chain=all(list(row.parents) == list(range(ROOT, len(row) - 1)) for row in rows),

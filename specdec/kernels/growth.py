@@ -79,12 +79,10 @@ class _NativeGrower(LayeredGrower):
         # in numpy's memory: of what torch does here every call would cost several times as much
         numbers_3BM = np.empty((3, num_rows, width), np.int64)
         seen_BMT = np.zeros((num_rows, width, self._num_slots), np.bool_)
-        numbers, seen = torch.from_numpy(numbers_3BM).data_ptr(), torch.from_numpy(seen_BMT).data_ptr()
+        addresses = torch.from_numpy(numbers_3BM).data_ptr(), torch.from_numpy(seen_BMT).data_ptr()
         for row, (tree, spare) in enumerate(zip(self._native_trees, self._spares, strict=True)):
             if tree is not None:
-                columns_at = [numbers + 8 * width * (num_rows * column + row) for column in range(3)]
-                own = native.NextLayer(*columns_at, seen + width * self._num_slots * row)
-                tree.write_layer(width, spare, own)
+                tree.write_layer(width, spare, native.NextLayer(num_rows, row, *addresses))
             else:
                 numbers_3BM[:, row] = [[spare], [ROOT], [1]]
                 seen_BMT[row, :, 0] = True

@@ -85,12 +85,23 @@ class TreeSettings(ctypes.Structure):
 
 
 class NextLayer(ctypes.Structure):
-    _fields_ = tuple((name, _Pointer) for name in ("tokens", "parents", "depths", "seen"))
+    _fields_ = (("num_rows", _Int), ("row", _Int), ("numbers", _Pointer), ("seen", _Pointer))
 
 
 class FinishedTree(ctypes.Structure):
     _fields_ = tuple(
         (name, _Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values", "norms")
+    )
+
+
+class Visibility(ctypes.Structure):
+    """What the new tokens of a forward see; mirrors common.h."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("num_rows", "num_new", "num_tail", "num_slots", "prompt_size")),
+        ("seen", _Pointer),
+        ("seen_strides", _Int * 2),
+        *((name, _Pointer) for name in ("lengths", "prompt", "out")),
     )
 
 
@@ -132,6 +143,7 @@ class Library:
             "write_layer": (_Pointer, _Int, _Int, ctypes.POINTER(NextLayer)),
             "finish_tree": (_Pointer, ctypes.POINTER(FinishedTree)),
             "verify": (ctypes.POINTER(Verification), ctypes.c_int),
+            "write_mask": (ctypes.POINTER(Visibility),),
             "move": (_Pointer, _Pointer, _Int, _Int, _Pointer, _Pointer, _Int),
         }
         for name, arguments in signatures.items():
@@ -142,6 +154,7 @@ class Library:
         self.new_tree, self.free_tree = self._dll.specdec_new_tree, self._dll.specdec_free_tree
         self.grow_tree, self.write_layer = self._dll.specdec_grow_tree, self._dll.specdec_write_layer
         self.finish_tree, self.move = self._dll.specdec_finish_tree, self._dll.specdec_move
+        self.write_mask = self._dll.specdec_write_mask
         self.instruction_set = self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:

@@ -5,6 +5,7 @@ Shape legend: B rows, T slots, N nodes, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Literal
 
 import numpy as np
@@ -45,8 +46,8 @@ def verify(
         coins_BX = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator)
         q_at, norms_at, coins_at = q_BT.data_ptr(), 0 if norm_BT is None else norm_BT.data_ptr(), coins_BX.data_ptr()
     tokens_BN, parents_BN = trees.tokens_BN.contiguous(), trees.parents_BN.contiguous()
-    path_D = np.empty(trees.depth + 1, np.int64)
-    v = native.Verification(num_slots=num_slots, depth=trees.depth, vocab=vocab_size, path=path_D.ctypes.data)
+    path = (ctypes.c_int64 * (trees.depth + 1))()
+    v = native.Verification(num_slots=num_slots, depth=trees.depth, vocab=vocab_size, path=ctypes.addressof(path))
     paths, following = [], []
     for row, size in enumerate(trees.sizes):
         v.size = size
@@ -57,7 +58,7 @@ def verify(
             v.q, v.coins = q_at + 8 * row * num_slots, coins_at + 8 * row * (num_slots + 1)
             v.q_norms = norms_at + 8 * row * num_slots if norms_at else None
         library.verify(v, _NUMBERS[rule])
-        paths.append(path_D[: v.count].tolist())
+        paths.append(path[: v.count])
         following.append(v.next)
     return paths, following
 

@@ -63,10 +63,11 @@ typedef struct {
     const int64_t *starts, *spots; /* NULL: there is no shape */
 } TreeSettings;
 
-/* What it wants to have scored next (see trees.Layer). */
+/* What the trees of all rows want to have scored next (see trees.Layer), and the row that is written. */
 typedef struct {
-    int64_t *tokens, *parents, *depths;
-    uint8_t *seen;
+    int64_t num_rows, row;
+    int64_t *numbers; /* tokens, parents and depths, each [num_rows][width] */
+    uint8_t *seen;    /* [num_rows][width][places so far, and the root] */
 } NextLayer;
 
 /* What is left of it; each column has room for `limit` nodes, and norms (by slot; leaves' say nothing) for the root. */
@@ -74,6 +75,16 @@ typedef struct {
     int64_t *tokens, *parents, *places, *layers, *columns;
     double *probs, *values, *norms;
 } FinishedTree;
+
+/* What the new tokens of a forward see; see specdec.masks.visible_slots. The keys of `seen` are contiguous. */
+typedef struct {
+    int64_t num_rows, num_new, num_tail, num_slots, prompt_size;
+    const uint8_t *seen; /* [row * seen_strides[0] + token * seen_strides[1] + tail slot] */
+    int64_t seen_strides[2];
+    const int64_t *lengths;
+    const uint8_t *prompt; /* [num_rows][prompt_size], NULL if none is padding */
+    uint8_t *out;          /* [num_rows][num_new][num_slots] */
+} Visibility;
 
 /* A drafted tree and the target's scores at its slots (slot 0 is the root, node i is slot i + 1). */
 typedef struct {

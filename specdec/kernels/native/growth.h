@@ -6,8 +6,8 @@ typedef struct {
     int64_t last_child, elder, num_children; /* slots; 0 is none */
     int64_t spot;                            /* in the shape, if there is one */
     double prob, value, reach, bound, left;
-    UrnRow urn;   /* urn.x is NULL until the slot is scored */
-    float *peaks; /* NULL until its scores are read */
+    UrnRow urn; /* urn.x is NULL until the slot is scored */
+    float *peaks;
     double *weights;
 } GrowingSlot;
 
@@ -71,15 +71,12 @@ static int is_before(const Offer *a, const Offer *b) {
     return a->value > b->value || (a->value == b->value && a->ticket < b->ticket);
 }
 
-static void add_offer(GrowingTree *t, Offer new) {
+static void offer(GrowingTree *t, int64_t slot, double value) {
     t->offers = make_room(t->offers, &t->offer_room, t->num_offers + 1, sizeof(Offer));
+    const Offer new = {value, t->num_tickets++, slot};
     int64_t at = t->num_offers++;
     for (; at && is_before(&new, t->offers + (at - 1) / 2); at = (at - 1) / 2) t->offers[at] = t->offers[(at - 1) / 2];
     t->offers[at] = new;
-}
-
-static void offer(GrowingTree *t, int64_t slot, double value) {
-    add_offer(t, (Offer){value, t->num_tickets++, slot});
 }
 
 static void drop_best_offer(GrowingTree *t) {
@@ -126,15 +123,14 @@ static TARGET double next_value(const GrowingTree *t, const GrowingSlot *s) {
 }
 
 /* Reads the scores after a slot. */
-static TARGET void read_scores(GrowingTree *t, int64_t slot) {
+static TARGET void score_slot(GrowingTree *t, int64_t slot, const float *x) {
     const int64_t vocab = t->settings.vocab, padded = PADDED_BLOCKS(vocab);
     const size_t peaks_bytes = (size_t)(2 * padded) * sizeof(float);
     Chunk *chunk = malloc(sizeof(Chunk) + peaks_bytes + (t->settings.sample ? (size_t)padded * sizeof(double) : 0));
     chunk->next = t->chunks, t->chunks = chunk;
     GrowingSlot *s = t->slots + slot;
     float *shares = (s->peaks = (float *)(chunk + 1)) + padded;
-    s->urn.peaks = s->peaks, s->urn.shares = shares;
-    s->urn.norm = scan_row(s->urn.x, vocab, s->peaks, shares);
+    s->urn = (UrnRow){x, s->peaks, shares, scan_row(x, vocab, s->peaks, shares), vocab};
     s->weights = (double *)(shares + padded);
     for (int64_t b = 0; t->settings.sample && b < padded; b++) s->weights[b] = shares[b];
 }
@@ -177,21 +173,17 @@ static TARGET void fill_shape(GrowingTree *t, const int64_t *slots, int64_t num_
     free(gone);
 }
 
-/* Takes offers, the best first. Returns the number of slots that wait for their scores, -1 where coins are wanting. A
- * slot that is scored offers the most that it may lead to until its turn comes: often it never does. */
+/* Takes offers, the best first. Returns the number of slots that wait for their scores, -1 where coins are wanting. */
 static TARGET int64_t collect(GrowingTree *t, const double *coins, int64_t num_coins) {
     const double *end = coins + num_coins;
     int64_t gone_room = 0, *gone = NULL;
     while (t->num_offers) {
         const Offer best = t->offers[0];
-        if (!wants(t, best.value) || (best.value < t->guess && t->num_waiting)) break;
-        if (t->slots[best.slot].urn.x && !t->slots[best.slot].peaks) {
-            read_scores(t, best.slot);
-            drop_best_offer(t);
-            add_offer(t, (Offer){next_value(t, t->slots + best.slot), best.ticket, best.slot});
-            continue;
+        if (!wants(t, best.value)) break;
+        if (best.value < t->guess) {
+            if (t->num_waiting) break;
+            t->guess = best.value / 2;
         }
-        if (best.value < t->guess) t->guess = best.value / 2;
         if (!t->slots[best.slot].urn.x) {
             drop_best_offer(t);
             wait_for_scores(t, best.slot);
@@ -217,14 +209,14 @@ static TARGET int64_t grow_tree(GrowingTree *t, const float *x, const double *co
     for (int64_t i = 0; i < num_scored; i++) {
         GrowingSlot *s = t->slots + (scored[i] = t->waiting[i]);
         s->layer = t->num_layers, s->column = i;
-        s->urn = (UrnRow){.x = x + i * t->settings.vocab, .vocab = t->settings.vocab};
-        if (t->settings.starts)
-            read_scores(t, scored[i]);
-        else if (wants(t, s->bound))
-            offer(t, scored[i], s->bound);
+        if (t->settings.starts || wants(t, s->bound)) score_slot(t, scored[i], x + i * t->settings.vocab);
     }
     if (x) t->num_waiting = 0, t->num_layers++;
     if (t->settings.starts) fill_shape(t, scored, num_scored, coins);
+    for (int64_t i = 0; i < num_scored && !t->settings.starts; i++) {
+        const GrowingSlot *s = t->slots + scored[i];
+        if (s->urn.x) offer(t, scored[i], next_value(t, s));
+    }
     free(scored);
     return collect(t, coins, num_coins);
 }
@@ -232,15 +224,18 @@ static TARGET int64_t grow_tree(GrowingTree *t, const float *x, const double *co
 /* Gives the slots that wait their places, and writes tokens, parents' places, depths, and which of the root and all
  * places so far each sees (`seen` is zero before). Filled up to `width` with children of the root. */
 static void write_layer(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out) {
+    const int64_t num_seen = 1 + t->num_places + width;
+    int64_t *tokens = out->numbers + out->row * width;
+    int64_t *parents = tokens + out->num_rows * width, *depths = parents + out->num_rows * width;
     if (t->num_slots > 1) spare = t->slots[1].token; /* the root's first child */
     for (int64_t i = 0; i < width; i++) {
-        uint8_t *seen = out->seen + i * (1 + t->num_places + width);
-        out->tokens[i] = spare, out->parents[i] = -1, out->depths[i] = 1;
+        uint8_t *seen = out->seen + (out->row * width + i) * num_seen;
+        tokens[i] = spare, parents[i] = -1, depths[i] = 1;
         seen[0] = seen[1 + t->num_places + i] = 1;
         if (i >= t->num_waiting) continue;
         GrowingSlot *s = t->slots + t->waiting[i];
         s->place = t->num_places + i;
-        out->tokens[i] = s->token, out->parents[i] = t->slots[s->parent].place, out->depths[i] = s->depth;
+        tokens[i] = s->token, parents[i] = t->slots[s->parent].place, depths[i] = s->depth;
         for (int64_t above = s->parent; above; above = t->slots[above].parent) seen[1 + t->slots[above].place] = 1;
     }
     t->num_places += width;

@@ -96,6 +96,19 @@ EXPORT void specdec_verify(Verification *v, int rule) {
     end_call();
 }
 
+EXPORT void specdec_write_mask(const Visibility *v) {
+    for (int64_t row = 0; row < v->num_rows; row++)
+        for (int64_t token = 0; token < v->num_new; token++) {
+            const int64_t tail = v->lengths[row], end = tail + v->num_tail;
+            const int64_t prompt_size = !v->prompt ? 0 : v->prompt_size < v->num_slots ? v->prompt_size : v->num_slots;
+            uint8_t *out = v->out + (row * v->num_new + token) * v->num_slots;
+            memset(out, 1, (size_t)tail);
+            memcpy(out + tail, v->seen + row * v->seen_strides[0] + token * v->seen_strides[1], (size_t)v->num_tail);
+            memset(out + end, 0, (size_t)(v->num_slots - end));
+            for (int64_t slot = 0; slot < prompt_size; slot++) out[slot] &= v->prompt[row * v->prompt_size + slot];
+        }
+}
+
 /* Moves slots of a row within each of many buffers [rows][heads][capacity][slot_bytes]; `numbers` holds heads, capacity
  * and slot_bytes of every buffer. Targets rise and none is above its source, so that no slot is overwritten before it is read. */
 EXPORT void specdec_move(char *const *buffers, const int64_t *numbers, int64_t num_buffers, int64_t row,
