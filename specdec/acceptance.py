@@ -70,17 +70,17 @@ class HostAcceptance(Acceptance):
         return min(self.following) >= 0
 
     @cached_property
-    def path_BD(self) -> Tensor:  # type: ignore[override]
+    def path_BD(self) -> Tensor:
         depth = max(map(len, self.paths))
         padded = [[*path, *[0] * (depth - len(path))] for path in self.paths]
         return self._tensor(padded).view(len(padded), depth)
 
     @cached_property
-    def counts_B(self) -> Tensor:  # type: ignore[override]
+    def counts_B(self) -> Tensor:
         return self._tensor([len(path) for path in self.paths])
 
     @cached_property
-    def next_B(self) -> Tensor:  # type: ignore[override]
+    def next_B(self) -> Tensor:
         return self._tensor(self.following)
 
     def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:

@@ -34,6 +34,7 @@ class GrowingTrees:
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
+        self._is_host = self.device.type == "cpu"
         self.num_slots = 1
         self.newest = range(1)
         self.is_chain = True
@@ -126,7 +127,7 @@ class GrowingTrees:
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(numbers)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return tensor if self._is_host else tensor.to(self.device)
 
     def _work_out(self) -> None:
         """Bring what is derived up to date; what is known of a slot never changes."""

@@ -181,8 +181,8 @@ class TreeBatch:
         width = max((len(row) for row in rows), default=0)
         tokens = [[*row.tokens, *[0] * (width - len(row))] for row in rows]
         parents = [[*row.parents, *[ROOT] * (width - len(row))] for row in rows]
-        numbers = torch.tensor([tokens, parents], dtype=torch.long, device=device)
-        tokens_BN, parents_BN = numbers.view(2, len(rows), width).unbind()
+        numbers_2BN = np.array([tokens, parents], np.int64).reshape(2, len(rows), width)
+        tokens_BN, parents_BN = (torch.from_numpy(numbers_BN).to(device) for numbers_BN in numbers_2BN)
         return cls(
             tokens_BN=tokens_BN,
             parents_BN=parents_BN,

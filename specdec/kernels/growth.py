@@ -76,10 +76,11 @@ class _NativeGrower(LayeredGrower):
             return super()._next_layer()
         num_rows, width = len(self._native_trees), self._width
         self._num_slots += width
-        # in numpy's memory: of what torch does here every call would cost several times as much
+        # in numpy's memory: every call of torch would cost several times as much
         numbers_3BM = np.empty((3, num_rows, width), np.int64)
         seen_BMT = np.zeros((num_rows, width, self._num_slots), np.bool_)
-        addresses = torch.from_numpy(numbers_3BM).data_ptr(), torch.from_numpy(seen_BMT).data_ptr()
+        tokens_BM = torch.from_numpy(numbers_3BM[0])
+        addresses = tokens_BM.data_ptr(), torch.from_numpy(seen_BMT).data_ptr()
         for row, (tree, spare) in enumerate(zip(self._native_trees, self._spares, strict=True)):
             if tree is not None:
                 tree.write_layer(width, spare, native.NextLayer(num_rows, row, *addresses))
@@ -87,10 +88,7 @@ class _NativeGrower(LayeredGrower):
                 numbers_3BM[:, row] = [[spare], [ROOT], [1]]
                 seen_BMT[row, :, 0] = True
                 np.fill_diagonal(seen_BMT[row, :, -width:], True)
-        tokens_BM, parents_BM, depths_BM = numbers_3BM
-        return Layer(
-            tokens_BM=torch.from_numpy(tokens_BM), parents_BM=parents_BM, depths_BM=depths_BM, seen_BMT=seen_BMT
-        )
+        return Layer(tokens_BM=tokens_BM, parents_BM=numbers_3BM[1], depths_BM=numbers_3BM[2], seen_BMT=seen_BMT)
 
     def _finished(self) -> Sequence[FinishedTree]:
         if not self._native_trees:
@@ -167,4 +165,4 @@ class _GrowingTree:
         tokens, parents, places = integers[:3, :size].tolist()
         probs, values = reals[:2, :size].tolist()
         tree = TokenTree(tokens=tokens, parents=parents, probs=probs, values=values)
-        return FinishedTree(tree, places, *integers[3:, :size], reals[2, : size + 1])
+        return FinishedTree(tree, places, integers[3, :size], integers[4, :size], reals[2, : size + 1])
