@@ -127,7 +127,7 @@ class _WorthwhileGrower(Grower):
             for row in self._rows:
                 row.limit = min(row.limit, slot + 1)
         newest_B1 = torch.tensor([tokens[:1] for tokens in found[0]], device=scores_BMV.device)
-        return Layer(tokens_BM=newest_B1, parents_BM=torch.full(newest_B1.shape, slot + ROOT))
+        return Layer(tokens_BM=newest_B1, parents_BM=np.full(newest_B1.shape, slot + ROOT))
 
     def finish(self) -> Draft:
         self._add_leaves()
