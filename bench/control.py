@@ -26,9 +26,9 @@ import torch
 
 import specdec
 from specdec.bench.equality import Verdict, compare
-from specdec.bench.methods import DrafterSpec
 from specdec.bench.suite import Prompt
 from specdec.models import load
+from specdec.names.methods import DrafterSpec
 from specdec.prompting import encode_prompts
 
 RESULTS = Path(__file__).parent / "results"

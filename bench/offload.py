@@ -31,9 +31,9 @@ import specdec
 from bench.trees import Question, load_questions, log, pipe_table, write
 from specdec import kernels
 from specdec.bench.equality import Verdict, compare
-from specdec.bench.methods import PLAIN
 from specdec.drafters import Drafter, Plain, SmallModel
 from specdec.models import load
+from specdec.names.methods import PLAIN
 from specdec.prompting import encode_prompts
 from trees import DySpec, GrowthPolicy
 

@@ -44,12 +44,12 @@ import specdec
 from specdec import kernels
 from specdec.bench import harness
 from specdec.bench.equality import Verdict, compare
-from specdec.bench.methods import PLAIN
 from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
 from specdec.bench.suite import Prompt
 from specdec.drafters import Plain, SmallModel
 from specdec.loading import load_pair
+from specdec.names.methods import PLAIN
 from specdec.prompting import encode_prompts
 from trees import Calibration, Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
 

@@ -42,12 +42,12 @@ from bench.peers.contest import (
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
 from specdec.bench.harness import Method
-from specdec.bench.methods import PLAIN, TRANSFORMERS, DrafterSpec
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.bench.suite import ALL, load_suite
 from specdec.errors import SpecdecError
 from specdec.loading import load_pair
+from specdec.names.methods import PLAIN, TRANSFORMERS, DrafterSpec
 from specdec.prompting import encode_prompts
 
 INT8_METHODS = "plain,prompt-lookup,small-model"

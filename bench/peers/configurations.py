@@ -17,9 +17,9 @@ from bench.peers.contest import (
 )
 from specdec.bench.equality import Verdict, compare, compare_texts
 from specdec.bench.harness import Harness, Method, Settings
-from specdec.bench.methods import DrafterSpec
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, llama_lacks
+from specdec.names.methods import DrafterSpec
 
 
 def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Configuration:

@@ -29,10 +29,10 @@ from bench.peers.contest import (
 )
 from specdec import kernels
 from specdec.bench.equality import Verdict
-from specdec.bench.methods import PLAIN, QUANTIZED_SELF, TRANSFORMERS
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe
 from specdec.bench.suite import ALL
+from specdec.names.methods import PLAIN, QUANTIZED_SELF, TRANSFORMERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,8 @@ class SpecdecBatch:
         max_rows: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        from specdec.bench.methods import choose_drafter
         from specdec.loading import load_pair
+        from specdec.names.methods import choose_drafter
 
         spec = choose_drafter(drafter, draft, None)
         self._defaults = Settings().overridden(settings or {})

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bench.harness import Method, Settings, encode
-from specdec.bench.methods import SEQUOIA, DrafterSpec, MethodSpec
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, find_gguf, llama_lacks
 from specdec.bench.peers.transformers_modes import OwnGenerate
@@ -19,6 +18,7 @@ from specdec.bench.ranks import measure_ranks
 from specdec.bench.running import Peer
 from specdec.bench.suite import Prompt
 from specdec.drafters import Drafter
+from specdec.names.methods import SEQUOIA, DrafterSpec, MethodSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

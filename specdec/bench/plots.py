@@ -11,9 +11,9 @@ import numpy as np
 
 from specdec.bench.document import Document
 from specdec.bench.harness import BatchResult, Settings
-from specdec.bench.methods import PLAIN
 from specdec.bench.report import MethodReport
 from specdec.bench.running import Run
+from specdec.names.methods import PLAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

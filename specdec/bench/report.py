@@ -11,9 +11,9 @@ from typing import Any
 from specdec.bench.equality import Verdict
 from specdec.bench.harness import BatchResult, Settings
 from specdec.bench.intervals import Timing, speedup_interval
-from specdec.bench.methods import PLAIN
 from specdec.bench.running import Run
 from specdec.bench.suite import ALL
+from specdec.names.methods import PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,7 +125,7 @@ def batch(
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
 
     from specdec.batch import Settings, run_batch
-    from specdec.bench.methods import choose_drafter
+    from specdec.names.methods import choose_drafter
 
     choose_drafter(drafter, draft)  # what is wrong with it is told before a model is loaded
     settings = Settings(

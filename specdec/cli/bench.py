@@ -98,10 +98,10 @@ def bench(
 
     Exit code 1: a greedy output of specdec differs from the reference by more than a numerical tie.
     """
-    from specdec.bench.methods import choose_methods
-    from specdec.bench.naming import whole_numbers
     from specdec.bench.peers import choose_peers
     from specdec.bench.suite import load_suite, of_lengths
+    from specdec.names.methods import choose_methods
+    from specdec.names.parameters import whole_numbers
 
     writer = BenchOutput(
         format="json" if as_json else output_format, output=output, plot=plot, trace=trace_file, explain=explain

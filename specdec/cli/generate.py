@@ -81,7 +81,7 @@ def generate(
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Answer one prompt: the text streams to stdout, the statistics go to stderr."""
-    from specdec.bench.methods import choose_drafter, choose_tree
+    from specdec.names.methods import choose_drafter, choose_tree
 
     sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     if verify != "topdown" and not sample:

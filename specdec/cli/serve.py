@@ -98,7 +98,7 @@ def serve(
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Serve a model by OpenAI's API (docs/server.md). Needs `pip install specdec-runtime[serve]`."""
-    from specdec.bench.methods import choose_drafter
+    from specdec.names.methods import choose_drafter
 
     drafter_spec = choose_drafter(drafter, draft)
     _check_extra()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.naming import SHARE, WHOLE, Value, check_known, parse_parameter
+from specdec.names.parameters import SHARE, WHOLE, Value, check_known, parse_parameter
 
 TRANSFORMERS = "transformers"
 LLAMA_CPP = "llama.cpp"

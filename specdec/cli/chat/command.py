@@ -119,7 +119,7 @@ def chat(
 
 
 def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -> tuple[Speaker, Loader]:
-    from specdec.bench.methods import choose_drafter
+    from specdec.names.methods import choose_drafter
 
     drafter_spec = choose_drafter(drafter, draft)
     from specdec.cli.chat.speakers import SpeakerLoader

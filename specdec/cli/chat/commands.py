@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdec.bench.methods import AUTO, EARLY_EXIT, PLAIN, PROMPT_LOOKUP, QUANTIZED_SELF, SMALL_MODEL
 from specdec.cli.chat import settings
+from specdec.names.methods import AUTO, EARLY_EXIT, PLAIN, PROMPT_LOOKUP, QUANTIZED_SELF, SMALL_MODEL
 
 if TYPE_CHECKING:
     from specdec.cli.chat.session import ChatSession

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from specdec.bench.methods import AUTO, SMALL_MODEL, DrafterSpec, choose_drafter
 from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.drafters import Drafter
 from specdec.loading import load_draft, load_target
 from specdec.models import LoadedModel
+from specdec.names.methods import AUTO, SMALL_MODEL, DrafterSpec, choose_drafter
 
 
 class Speaker(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from specdec.bench.naming import FLAG, SHARE, TEXT, WHOLE, Value, check_known, parse_parameter
+from specdec.names.parameters import FLAG, SHARE, TEXT, WHOLE, Value, check_known, parse_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
