@@ -55,6 +55,7 @@ def forget() -> Iterator[None]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost next to nothing, the target's forwards the same at any width: every source has its turn."""
+    monkeypatch.setattr(auto, "_own_drafters", lambda run: [])
     known: dict[object, ForwardCosts] = {}
     # the target's are asked for first
     set_costs(monkeypatch, lambda model: known.setdefault(model, ForwardCosts({1: 1e-6 if known else 1.0})))
@@ -78,18 +79,20 @@ def test_samples_follow_the_processed_distribution(verify: str) -> None:
     assert_ragged_rows_are_exact(tiny(seed=1), Auto(SmallModel(tiny(seed=2))), verify=verify)
 
 
-def test_a_target_brings_its_own_int8_copy() -> None:
+@pytest.mark.parametrize("others", [[], [SmallModel(tiny_model("llama", seed=1))]], ids=["alone", "beside a draft"])
+def test_a_target_brings_its_own_int8_copy(others: list[Drafter]) -> None:
     model = tiny_model("llama")
     prompt = random_prompts([9])
-    out = speculate(model, prompt, Auto(), max_new_tokens=NUM_NEW)
+    out = speculate(model, prompt, Auto(*others), max_new_tokens=NUM_NEW)
     assert torch.equal(out.sequences, model.generate(**prompt, max_new_tokens=NUM_NEW, do_sample=False))
     long_enough = auto._quantized_self.has_copy(model)
     assert long_enough == bool(auto.native.library())
 
 
-def test_short_runs_make_no_copy() -> None:
+def test_short_runs_and_runs_that_have_their_own_make_no_copy() -> None:
     model = tiny_model("llama")
     speculate(model, random_prompts([9]), Auto(), max_new_tokens=8)
+    speculate(model, random_prompts([9]), Auto(QuantizedSelf()), max_new_tokens=NUM_NEW)
     assert not auto._quantized_self.has_copy(model)
 
 
@@ -169,6 +172,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     costs = ForwardCosts(WIDTHS)
     monkeypatch.setattr(auto, "perf_counter", clock)
+    monkeypatch.setattr(auto, "_own_drafters", lambda run: [])
     set_costs(monkeypatch, lambda model: costs)
     return clock
 

@@ -35,9 +35,8 @@ class Auto(Drafter):
     Costs are measured at the first call for a model and corrected by every round. Lossless, as all its drafters are.
 
     Args:
-        drafters: to choose from, besides prompt lookup. Without any: those that the target brings along, which on a CPU
-            is the int8 copy of a float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if
-            memory allows).
+        drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
+            float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows).
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
@@ -52,7 +51,8 @@ class Auto(Drafter):
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
-        session = _AutoSession(run, LookupSource(run, lookup), brings_own=not self.drafters)
+        brings_own = not any(isinstance(drafter, QuantizedSelf) for drafter in self.drafters)
+        session = _AutoSession(run, LookupSource(run, lookup), brings_own=brings_own)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
