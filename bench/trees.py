@@ -424,6 +424,11 @@ def write(document: dict[str, Any], output: Path, *tables: str) -> None:
     Path(f"{output}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def without_root(word: str) -> str:
+    """Of an absolute path its last part: where it lies is nobody's business."""
+    return Path(word).name if word.startswith("/") else word
+
+
 def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -455,7 +460,7 @@ def main() -> None:
     heading = {
         "target": name,
         "draft": Path(arguments.draft).name,
-        "command": shlex.join(["python", "-m", "bench.trees", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench.trees", *map(without_root, sys.argv[1:])]),
         "kernels": f"int8, {kernels.describe()}, {arguments.threads} threads",
         "versions": {module.__name__: module.__version__ for module in (specdec, torch, transformers)},
         "questions": [question.id for question in questions],
