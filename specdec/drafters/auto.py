@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -83,6 +84,8 @@ class _AutoSession(DraftSession):
         self._brings_own = brings_own
         self._round: _Round | None = None
         self._control_seconds = 0.0
+        # what they depend on does not change in a run, and takes long to look up
+        self._costs_of = cache(lambda num_rows: costs_of(run.target.model, num_rows))
 
     def add(self, drafter: Drafter) -> None:
         self._models.append(ModelSource(self._run, drafter))
@@ -172,7 +175,7 @@ class _AutoSession(DraftSession):
 
     def _look(self, max_depths: Sequence[int]) -> Outlook:
         num_rows = len(max_depths)
-        costs = costs_of(self._run.target.model, num_rows)
+        costs = self._costs_of(num_rows)
         plain = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
         return Outlook(max_depths=max_depths, costs=costs, plain=plain, pace=self._control.pace.now(plain))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
 from math import inf
 from statistics import mean
@@ -228,6 +229,7 @@ class ModelSource(Source):
     def __init__(self, run: Run, drafter: Drafter):
         super().__init__(run, drafter, drafter.start(run))
         self.leaves = AcceptanceModel(self._known.leaves[run.sampler.do_sample])
+        self._costs_of = cache(partial(_costs_of_draft, self.session))
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
         self._pays = False
@@ -343,8 +345,7 @@ class ModelSource(Source):
         return _UNKNOWN_STEP * outlook.plain.seconds if costs is None else costs.seconds(outlook.num_rows)
 
     def _step_costs(self, outlook: Outlook) -> ForwardCosts | None:
-        model = self.session.draft_model
-        return self._known.steps.get(outlook.num_rows) if model is None else costs_of(model, outlook.num_rows)
+        return self._costs_of(outlook.num_rows) or self._known.steps.get(outlook.num_rows)
 
     def _note_step(self, outlook: Outlook, seconds: float) -> None:
         costs = self._step_costs(outlook)
@@ -354,8 +355,12 @@ class ModelSource(Source):
 
     def _reading_seconds(self, outlook: Outlook) -> float:
         """For what the drafter has to read before it can draft."""
-        backlog = self.session.backlog
-        if not backlog or self.session.draft_model is None:
+        backlog, costs = self.session.backlog, self._costs_of(outlook.num_rows)
+        if not backlog or costs is None:
             return 0.0
-        costs = costs_of(self.session.draft_model, outlook.num_rows)
         return costs.seconds(outlook.num_rows + backlog) - costs.seconds(outlook.num_rows)
+
+
+def _costs_of_draft(session: DraftSession, num_rows: int) -> ForwardCosts | None:
+    """Of the forwards of its draft model, if it has one."""
+    return None if session.draft_model is None else costs_of(session.draft_model, num_rows)
