@@ -447,7 +447,11 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, target, small):
             assert_same_tokens(target, plain, found, prompts["attention_mask"], **options)
 
 
-def test_trees_follow_processors_that_look_at_prefixes(target):
+COMB = WorthwhileComb(prices=[0.0] * 3, chance=float, next_chance=1.0, leaf_prices=[0.0] * 9)
+
+
+@pytest.mark.parametrize("tree", [Fixed((2, 1, 1)), COMB], ids=["fixed", "comb"])
+def test_trees_follow_processors_that_look_at_prefixes(tree: GrowthPolicy, target):
     prompts = random_prompts([5, 9, 3, 12])
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.3}
     plain = target.generate(**prompts, **options, no_repeat_ngram_size=2)
@@ -457,7 +461,7 @@ def test_trees_follow_processors_that_look_at_prefixes(target):
         **options,
         no_repeat_ngram_size=2,
         drafter=SmallModel(target),
-        tree=Fixed((2, 1, 1)),
+        tree=tree,
         return_dict_in_generate=True,
     )
     assert torch.equal(out.sequences, plain)
