@@ -87,6 +87,30 @@ class HostAcceptance(Acceptance):
         return torch.tensor(numbers, dtype=torch.long, device=vars(self)["_device"])
 
 
+class Accepted(NamedTuple):
+    """For each row the accepted nodes, and its candidate tokens: theirs, then the next one."""
+
+    paths: list[list[int]]
+    candidates: list[list[int]]
+
+
+def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
+    """The outcome of a verification on the host, in one copy at most."""
+    if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
+        found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
+        candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]
+        return Accepted(acceptance.paths, candidates)
+    path_BD = acceptance.path_BD
+    token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
+    heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)
+    depth = path_BD.shape[1]
+    paths, candidates = [], []
+    for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
+        paths.append(rest[:count])
+        candidates.append([*rest[depth : depth + count], next_token])
+    return Accepted(paths, candidates)
+
+
 def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     """Follow the target's own choice from the root for as long as the tree contains it.
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from specdec.acceptance import Acceptance, HostAcceptance
+from specdec.acceptance import Accepted, to_host
 from specdec.cache import RowStates
 from specdec.drafters.base import DraftSession, Outcome
 from specdec.recording import Recorder
@@ -25,13 +24,6 @@ from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
 from specdec.target import TreeModel
 from trees import Draft, TreeBatch
-
-
-class Accepted(NamedTuple):
-    """For each row the accepted nodes, and its candidate tokens: theirs, then the next one."""
-
-    paths: list[list[int]]
-    candidates: list[list[int]]
 
 
 class Committed(NamedTuple):
@@ -114,7 +106,7 @@ class DecodingLoop:
         """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
-        accepted = _to_host(draft.trees, self.sampler.accept(scores_BTV, draft))
+        accepted = to_host(draft.trees, self.sampler.accept(scores_BTV, draft))
         for row, path in enumerate(accepted.paths):
             slots = [0, *(node + 1 for node in path)]
             self.recorder.note(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
@@ -200,20 +192,3 @@ class DecodingLoop:
             self.recorder.finish(row, self.sequences.prefix(index), self.target.cache, index)
         if gone:
             self.leave(gone)
-
-
-def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
-    """The outcome of a verification on the host, in one copy at most."""
-    if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
-        found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
-        candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]
-        return Accepted(acceptance.paths, candidates)
-    path_BD = acceptance.path_BD
-    token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
-    heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)
-    depth = path_BD.shape[1]
-    paths, candidates = [], []
-    for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
-        paths.append(rest[:count])
-        candidates.append([*rest[depth : depth + count], next_token])
-    return Accepted(paths, candidates)

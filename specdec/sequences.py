@@ -77,6 +77,13 @@ class Sequences:
         self.commit(len(self) - 1, tokens)
         return number
 
+    def copy(self) -> Sequences:
+        """The same tokens, to go on with separately."""
+        other = copy.copy(self)
+        other.rows, other.lengths, other.prompt_lengths = [*self.rows], [*self.lengths], [*self.prompt_lengths]
+        other.tokens, other._ids_BL = [[*tokens] for tokens in self.tokens], self._ids_BL.clone()
+        return other
+
     def alone(self, row: int) -> Sequences:
         """A view of one row, as the only one of a batch; it holds until the next change."""
         view = copy.copy(self)

@@ -55,7 +55,7 @@ def forget() -> Iterator[None]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts cost next to nothing, the target's forwards the same at any width: every source has its turn."""
-    monkeypatch.setattr(auto, "_own_drafters", lambda run: [])
+    monkeypatch.setattr(auto, "_own_drafters", lambda run, auto: [])
     known: dict[object, ForwardCosts] = {}
     # the target's are asked for first
     set_costs(monkeypatch, lambda model: known.setdefault(model, ForwardCosts({1: 1e-6 if known else 1.0})))
@@ -172,7 +172,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     costs = ForwardCosts(WIDTHS)
     monkeypatch.setattr(auto, "perf_counter", clock)
-    monkeypatch.setattr(auto, "_own_drafters", lambda run: [])
+    monkeypatch.setattr(auto, "_own_drafters", lambda run, auto: [])
     set_costs(monkeypatch, lambda model: costs)
     return clock
 

@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec import DraftError, UnsupportedOptionError, acceptance
-from specdec.drafters import Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters.base import DraftSession, Run
+from specdec.drafters.nested import NestedSession
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, every_draft
 from tests.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
@@ -22,11 +24,22 @@ from tests.test_faults import Bomb, Watched
 from tests.test_mixed import target_of
 from tests.test_sampling import assert_ragged_rows_are_exact, tiny
 from tests.test_small_model import ForwardLog
-from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch
+from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch, WorthwhileComb
 
 
 def lookup() -> Drafter:
     return PromptLookup(num_tokens=4, min_match=1)
+
+
+class StandIn(QuantizedSelf):
+    """Another model takes the copy's place, and reads keys and values that it would not have made."""
+
+    def __init__(self, copy: PreTrainedModel):
+        super().__init__()
+        self.copy = copy
+
+    def copy_of(self, target: PreTrainedModel) -> PreTrainedModel:
+        return self.copy
 
 
 CASCADES: dict[str, Callable[[PreTrainedModel], Drafter]] = {
@@ -36,6 +49,11 @@ CASCADES: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "exit": lambda model: Cascade(EarlyExit(2, num_tokens=3), QuantizedSelf(), num_tokens=5, min_tokens=3),
     "mixed below": lambda model: Cascade(Mixed([lookup(), EarlyExit(1)]), with_noise(model), min_tokens=1),
     "mixed above": lambda model: Mixed([lookup(), Cascade(lookup(), with_noise(model))], budget=8),
+    "copy with lookup": lambda model: Cascade(lookup(), StandIn(with_noise(model)), num_tokens=6, min_tokens=4),
+    "copy with a small model": lambda model: Cascade(
+        SmallModel(with_noise(model, 0.03)), StandIn(with_noise(model)), num_tokens=8, min_tokens=6
+    ),
+    "copy with auto": lambda model: Cascade(Auto(SmallModel(with_noise(model))), QuantizedSelf(), min_tokens=3),
     "of cascades": lambda model: Cascade(Cascade(lookup(), with_noise(model)), with_noise(model, 0.01)),
 }
 
@@ -69,6 +87,25 @@ def test_rows_that_stop_leave_both() -> None:
     drafter = Cascade(SmallModel(with_noise(model, 0.03)), with_noise(model))
     out = speculate(model, RAGGED, drafter, **options)
     assert_same_tokens(model, plain, out.sequences, RAGGED["attention_mask"], **options)
+
+
+def test_a_cheap_drafter_that_takes_back_is_asked_again() -> None:
+    """The copy is the target itself: all of a chain stands, and chains are as long as they may be."""
+    model, expected = early_model("llama"), reference("llama")
+    drafter = Cascade(SmallModel(with_noise(model), num_tokens=2), StandIn(model), num_tokens=7, min_tokens=7)
+    out = speculate(model, RAGGED, drafter, max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, expected, out.sequences, RAGGED["attention_mask"])
+    assert out.stats.acceptance_rate == 1
+    assert max(out.stats.accepted_histogram) == 7
+    assert out.stats.num_batch_rounds == -(-(NUM_NEW - 1) // 8)
+
+
+def test_a_copy_stops_where_the_next_token_is_not_worth_its_price() -> None:
+    policy = WorthwhileComb(prices=[0.5, 0.5, 0.5], chance=lambda prob: prob, next_chance=0.9)
+    assert policy.goes_on([[0.8]])
+    assert not policy.goes_on([[0.8, 0.6]])
+    assert policy.goes_on([[0.8, 0.6], [0.5]]), "two rows pay for it together"
+    assert not policy.goes_on([[1.0] * 4]), "there is no price for a fifth token"
 
 
 @pytest.mark.parametrize("min_tokens", [1, 4])
@@ -188,6 +225,24 @@ def test_wrong_cascades_are_caught(verify: str, monkeypatch: pytest.MonkeyPatch)
 )
 def test_samples_follow_the_processed_distribution(cascade: Callable[[], Drafter]) -> None:
     assert_ragged_rows_are_exact(tiny(seed=1), cascade())
+
+
+class Stopping(Cascade):
+    """A copy that stops by what it has written so far."""
+
+    def start(self, run: Run) -> DraftSession:
+        session = super().start(run)
+        assert isinstance(session, NestedSession)
+        session.policy = WorthwhileComb(prices=[0.35] * 3, chance=lambda prob: prob, next_chance=0.9)
+        return session
+
+
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+@pytest.mark.parametrize("cascade", [Cascade, Stopping])
+def test_samples_after_a_copy(cascade: type[Cascade], verify: str) -> None:
+    cheap = SmallModel(tiny(seed=2), num_tokens=1)
+    drafter = cascade(cheap, StandIn(tiny(seed=3)), num_tokens=3, min_tokens=1 if cascade is Stopping else 2)
+    assert_ragged_rows_are_exact(tiny(seed=1), drafter, verify=verify)
 
 
 def test_samples_after_an_exit() -> None:

@@ -17,11 +17,12 @@ from specdec.control import (
     Yield,
     YieldAverage,
     YieldMemory,
+    first_beliefs,
 )
 from specdec.control import costs as costs_module
 from specdec.control.acceptance import monotone
 from specdec.control.costs import costs_of, measure_forwards
-from specdec.control.rounds import Guard, Pace, Probes
+from specdec.control.rounds import UNKNOWN_SOURCE, Guard, Pace, Probes
 from specdec.testing import tiny_model
 
 PLAIN = Plan(source=None, length=0, tokens=1.0, seconds=1.0)
@@ -87,10 +88,26 @@ class TestForwardCosts:
     ) -> None:
         clock = iter(0.3 * step for step in range(1000))
         monkeypatch.setattr(costs_module, "perf_counter", lambda: next(clock))
-        assert set(measure_forwards(tiny_model("llama"), time_limit_s=1.0)) == {1, 8}
+        assert set(measure_forwards(tiny_model("llama"), time_limit_s=1.0)) == {1, 8, 32}
 
     def test_measuring_stops_at_its_time_limit(self) -> None:
-        assert set(measure_forwards(tiny_model("llama"), time_limit_s=0.0)) == {1}
+        assert set(measure_forwards(tiny_model("llama"), time_limit_s=0.0)) == {1, 8, 32}
+
+    def test_a_model_that_is_loaded_for_every_forward_is_timed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(6.0 * step for step in range(1000))
+        monkeypatch.setattr(costs_module, "perf_counter", lambda: next(clock))
+        assert set(measure_forwards(tiny_model("llama"))) == {1}
+
+    def test_a_source_that_is_known_to_agree_is_believed_to(self) -> None:
+        assert first_beliefs(0.0) is UNKNOWN_SOURCE
+        (run,) = first_beliefs(0.5)
+        assert run.tokens == pytest.approx(2, abs=0.01)
+        memory = AcceptanceMemory(agreement=0.9)
+        assert AcceptanceModel(memory).chance(0.05) == pytest.approx(0.905)
+        model = AcceptanceModel(memory)
+        for _ in range(40):
+            model.note(0.05, False)
+        assert model.chance(0.05) < 0.1, "until it shows that it does not"
 
 
 class TestAcceptance:

@@ -39,7 +39,7 @@ from specdec.testing import ByteTokenizer, tiny_model
 from trees import Fixed
 
 TOKENIZER = ByteTokenizer()
-DRAFTERS = ("plain", "lookup", "small", "tree", "self", "auto", "auto-small")
+DRAFTERS = ("plain", "lookup", "small", "tree", "self", "nested", "auto", "auto-small")
 
 
 @cache
@@ -59,6 +59,7 @@ def drafter_of(name: str, target: PreTrainedModel) -> Drafter:
         "small": SmallModel(noisy, num_tokens=3),
         "tree": _Treed(SmallModel(noisy)),
         "self": QuantizedSelf(num_tokens=2),
+        "nested": Cascade(SmallModel(noisy, num_tokens=3), QuantizedSelf(), num_tokens=5),
         "auto": Auto(),
         "auto-small": Auto(SmallModel(noisy)),
     }[name]

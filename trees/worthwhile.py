@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from math import prod
 
 import numpy as np
 import torch
@@ -54,6 +55,16 @@ class WorthwhileComb(GrowthPolicy):
 
     def start(self, round_: Round) -> Grower:
         return _WorthwhileGrower(round_, self)
+
+    def goes_on(self, probs: Sequence[Sequence[float]]) -> bool:
+        """Whether the next token of chains is worth its price.
+
+        Args:
+            probs: draft probabilities of their tokens so far, chain by chain.
+        """
+        longest = max(map(len, probs))
+        reaches = (prod(map(self.chance, own)) for own in probs)
+        return longest <= len(self.prices) and sum(reaches) * self.next_chance >= self.prices[longest - 1]
 
 
 def leaf_confidence(prob: float, elder_probs: Sequence[float], sample: bool) -> float:

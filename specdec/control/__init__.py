@@ -12,7 +12,7 @@ from specdec.control.exits import (
     TokensPerLayer,
     TokensPerSecond,
 )
-from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable
+from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable, first_beliefs
 
 __all__ = [
     "LEAF_EDGES",
@@ -34,5 +34,6 @@ __all__ = [
     "YieldMemory",
     "affordable",
     "costs_of",
+    "first_beliefs",
     "monotone",
 ]

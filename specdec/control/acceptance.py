@@ -15,7 +15,7 @@ LEAF_EDGES = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Between the bins of confidence, which are finer where it matters: for tokens of a chain, and for leaves beside it."""
 
 _PRIOR_TOKENS = 4.0
-"""Tokens that the confidence itself, as a first belief, is worth in each bin."""
+"""Tokens that the first belief is worth in each bin."""
 _MEMORY_TOKENS = 4.0
 """Tokens that what earlier runs have shown is worth in a new one. Prompts differ more than rounds do."""
 _MEMORY_LIMIT = 2000.0
@@ -29,19 +29,21 @@ class AcceptanceMemory:
 
     Args:
         edges: between the bins of confidence, rising.
+        agreement: the least chance of a token, as a first belief. Else the confidence itself is that.
     """
 
-    def __init__(self, edges: Sequence[float] = CHAIN_EDGES) -> None:
+    def __init__(self, edges: Sequence[float] = CHAIN_EDGES, agreement: float = 0.0) -> None:
         self.edges = edges
-        self._centres = [sum(pair) / 2 for pair in pairwise((0.0, *edges, 1.0))]
-        self.seen = [0.0 for _ in self._centres]
-        self.accepted = [0.0 for _ in self._centres]
+        centres = [sum(pair) / 2 for pair in pairwise((0.0, *edges, 1.0))]
+        self._beliefs = [agreement + (1 - agreement) * centre for centre in centres]
+        self.seen = [0.0 for _ in centres]
+        self.accepted = [0.0 for _ in centres]
 
     @property
     def chances(self) -> list[float]:
         """For each bin, not falling."""
         seen = [count + _PRIOR_TOKENS for count in self.seen]
-        accepted = (count + _PRIOR_TOKENS * centre for count, centre in zip(self.accepted, self._centres, strict=True))
+        accepted = (count + _PRIOR_TOKENS * belief for count, belief in zip(self.accepted, self._beliefs, strict=True))
         return monotone([a / s for a, s in zip(accepted, seen, strict=True)], seen)
 
     def note(self, bin_: int, accepted: bool) -> None:

@@ -23,12 +23,15 @@ from specdec.target import TreeModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of the forwards that are timed. All of them cost the demo model half a second, once."""
-_ORDER = (1, 8, 1, 8, 2, 4, 1, 2, 4, 8, 16, 32, 64, 16, 32, 64, 16, 32, 64)
-"""In which they are timed. Rounds of one row are seldom wider than 8: if time is short, these say what others take."""
-_LEAST_TIMED = 4
-"""Forwards that are timed whatever they take: two of a kind, as a single one may have been disturbed."""
+_ORDER = (1, 8, 32, 1, 8, 2, 4, 1, 2, 4, 8, 16, 32, 64, 16, 32, 64, 16, 64)
+"""In which they are timed. If time is short, three widths say what the others take: up to 8 a forward waits for the
+weights, from there on for the arithmetic, and a line through 1 and 8 would know nothing of that."""
+_LEAST_TIMED = 5
+"""Forwards that are timed whatever they take: two of the narrow ones, as a single one may have been disturbed."""
 _TIME_LIMIT_S = 1.0
 """No further forward is timed after this; what was not measured follows from what was."""
+_FAR_AWAY_S = 5.0
+"""A short prompt that takes so long waits for weights that are not in memory, and so does every forward."""
 _CONTEXT = 32
 _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
@@ -139,13 +142,14 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     """Number of tokens -> seconds of a forward of the model: the shortest of a few interleaved ones.
 
     Args:
-        time_limit_s: after this no more is measured. The forward of one token is always timed.
+        time_limit_s: after this no more is measured than the five forwards that are always timed (one, where a prompt
+            takes seconds).
     """
     scratch = TreeModel(model)
     started = perf_counter()
     context = max(min(_CONTEXT, position_limit(model) - 1), 1)
     scratch.prefill(torch.zeros((1, context), dtype=torch.long, device=scratch.device))
-    if perf_counter() - started > time_limit_s:  # a prompt takes no longer than a token: weights come from far away
+    if perf_counter() - started > _FAR_AWAY_S:
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
     for num_timed, width in enumerate(_ORDER):

@@ -95,14 +95,28 @@ class Yield:
 
 
 UNKNOWN_SOURCE = (Yield(tokens=1.5, steps=2.5, nodes=2.5), Yield(tokens=3.0, steps=3.0, nodes=3.0))
-"""What is believed of a source that has never been seen at work: two runs, a poor one and a good one."""
+"""What is believed of a source that nothing is known of: two runs, a poor one and a good one."""
+_AGREEING_TOKENS = 8
+"""That a source which is known to agree drafts at first."""
+
+
+def first_beliefs(agreement: float) -> tuple[Yield, ...]:
+    """What is believed of a source that has never been seen at work, but is known to agree with the target so often."""
+    if not agreement:
+        return UNKNOWN_SOURCE
+    length = _AGREEING_TOKENS
+    return (Yield(tokens=sum(agreement**depth for depth in range(length + 1)), steps=length, nodes=length),)
 
 
 class YieldMemory:
-    """What a source yielded in earlier runs: one `Yield` for each."""
+    """What a source yielded in earlier runs: one `Yield` for each.
 
-    def __init__(self) -> None:
-        self._runs: deque[Yield] = deque(UNKNOWN_SOURCE, maxlen=_REMEMBERED_RUNS)
+    Args:
+        beliefs: runs that it starts from.
+    """
+
+    def __init__(self, beliefs: Sequence[Yield] = UNKNOWN_SOURCE) -> None:
+        self._runs: deque[Yield] = deque(beliefs, maxlen=_REMEMBERED_RUNS)
         self.num_runs = 0
 
     @property

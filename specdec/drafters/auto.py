@@ -16,8 +16,17 @@ import torch
 
 from specdec.control import Plan, RoundControl, affordable, costs_of
 from specdec.devices import num_processes
-from specdec.drafters.auto_sources import LONGEST_LOOKUP, LOOKUP, LookupSource, ModelSource, Outlook, Source
+from specdec.drafters.auto_sources import (
+    LONGEST_DRAFT,
+    LONGEST_LOOKUP,
+    LOOKUP,
+    LookupSource,
+    ModelSource,
+    Outlook,
+    Source,
+)
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.cascade import Cascade
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.quantized_self import QuantizedSelf
 from specdec.errors import UnsupportedOptionError
@@ -45,6 +54,7 @@ class Auto(Drafter):
 
     def __init__(self, *drafters: Drafter):
         self.drafters = drafters
+        self.rewinds = all(drafter.rewinds for drafter in drafters)
 
     def start(self, run: Run) -> DraftSession:
         if run.tree is not None:
@@ -52,8 +62,8 @@ class Auto(Drafter):
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
-        brings_own = not any(isinstance(drafter, QuantizedSelf) for drafter in self.drafters)
-        session = _AutoSession(run, LookupSource(run, lookup), brings_own=brings_own)
+        brings_own = not any(isinstance(drafter, QuantizedSelf | Cascade) for drafter in self.drafters)
+        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
@@ -63,8 +73,8 @@ class Auto(Drafter):
         return session
 
 
-def _own_drafters(run: Run) -> list[Drafter]:
-    """What a target brings along to draft for itself."""
+def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
+    """What a target brings along to draft for itself: its copy, for which the others draft."""
     model, done = run.target.model, prepared(run.target.model)
     is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
     is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
@@ -72,16 +82,21 @@ def _own_drafters(run: Run) -> list[Drafter]:
         return []
     num_bytes = sum(parameter.numel() for parameter in model.parameters())
     has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes
-    return [_quantized_self] if has_room else []
+    if not has_room:
+        return []
+    if not auto.rewinds:
+        return [_quantized_self]
+    return [Cascade(auto, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
 
 
 class _AutoSession(DraftSession):
-    def __init__(self, run: Run, lookup: LookupSource, *, brings_own: bool):
+    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None):
+        """`auto` is given where the target may bring own drafters along."""
         self._run = run
         self._lookup = lookup
         self._models: list[ModelSource] = []
         self._control = RoundControl()
-        self._brings_own = brings_own
+        self._auto = auto
         self._round: _Round | None = None
         self._control_seconds = 0.0
         # what they depend on does not change in a run, and takes long to look up
@@ -112,10 +127,10 @@ class _AutoSession(DraftSession):
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         started = perf_counter()
-        if self._brings_own and max(max_depths) >= _MIN_COPY_TOKENS:
-            self._brings_own = False
-            for drafter in _own_drafters(self._run):
+        if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
+            for drafter in _own_drafters(self._run, self._auto):
                 self.add(drafter)
+            self._auto = None
         outlook = self._look(max_depths)
         offer = self._lookup.plan(outlook)
         plan = self._choose(outlook, offer)
@@ -140,7 +155,7 @@ class _AutoSession(DraftSession):
         return draft
 
     def observe(self, outcome: Outcome) -> None:
-        now, round_ = perf_counter(), self._round
+        now, round_ = perf_counter(), self._round if outcome.is_own or outcome.own else None
         if round_ is not None:
             self._learn(round_, outcome, now)
         for place, source in enumerate(self._sources):
@@ -159,6 +174,10 @@ class _AutoSession(DraftSession):
     def join(self) -> None:
         for source in self._sources:
             source.session.join()
+
+    def rewind(self) -> None:
+        for source in self._sources:
+            source.session.rewind()
 
     def close(self) -> None:
         self._lookup.session.close()
@@ -198,7 +217,7 @@ class _AutoSession(DraftSession):
 
     def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
         outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees
-        if plan.source in (None, LOOKUP) or self._model_of(plan).session.draft_model is not None:
+        if plan.source in (None, LOOKUP) or not self._model_of(plan).session.runs_target:
             outlook.costs.note(outlook.num_rows * (trees.width + 1), now - round_.drafted)
         seconds = now - round_.decided  # measuring costs, which comes before it, is done once
         if plan.source not in (None, LOOKUP):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
-from math import inf
+from math import ceil, inf
 from statistics import mean
 from weakref import WeakKeyDictionary
 
@@ -29,10 +29,12 @@ from specdec.control import (
     YieldAverage,
     YieldMemory,
     costs_of,
+    first_beliefs,
     monotone,
 )
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.growing import GrowingSession
+from specdec.drafters.nested import NestedSession
 from specdec.drafters.prompt_lookup import PromptLookup
 from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
 
@@ -44,11 +46,9 @@ _TRUST_TOKENS = 16.0
 _TRUST_DECAY = 0.98
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
-_LONGEST_DRAFT = 12
-_MOST_NODES = 16
+LONGEST_DRAFT = 16
+_MOST_NODES = LONGEST_DRAFT
 """Of a row, leaves included."""
-_FIRST_DRAFT = 4
-"""Longest draft of a source that no run has seen at work yet; one more token with every round."""
 _HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
 _READING_SHARE = 0.1
@@ -91,20 +91,26 @@ class Trust:
 class _Known:
     """What runs on a target have shown of a drafter."""
 
-    acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
+    acceptance: AcceptanceMemory
+    yields: YieldMemory
     leaves: defaultdict[bool, AcceptanceMemory] = field(
         default_factory=lambda: defaultdict(lambda: AcceptanceMemory(LEAF_EDGES))
     )
     """Of those beside a chain, by whether they were drawn."""
     trust: defaultdict[int, Trust] = field(default_factory=lambda: defaultdict(Trust))
     """In proposals, by rows."""
-    yields: YieldMemory = field(default_factory=YieldMemory)
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
     failures: int = 0
     """Runs in a row in which it was at work and did not pay."""
     seconds_without: float = 0.0
     """Of the runs since then, in which it was not at work."""
+
+    @classmethod
+    def at_first(cls, drafter: Drafter) -> _Known:
+        """Before any run has shown anything."""
+        acceptance = AcceptanceMemory(agreement=drafter.agreement)
+        return cls(acceptance=acceptance, yields=YieldMemory(first_beliefs(drafter.agreement)))
 
     def trial_seconds(self) -> float:
         """What may be lost by beginning with it all the same."""
@@ -118,7 +124,7 @@ known: WeakKeyDictionary[PreTrainedModel, dict[object, _Known]] = WeakKeyDiction
 def known_of(run: Run, drafter: Drafter) -> _Known:
     model = getattr(drafter, "model", None)
     key = type(drafter), None if model is None else id(model)
-    return known.setdefault(run.target.model, {}).setdefault(key, _Known())
+    return known.setdefault(run.target.model, {}).setdefault(key, _Known.at_first(drafter))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +147,11 @@ class Outlook:
     def prices(self, step_seconds: float, longest: int) -> list[float]:
         """Of the tokens of a chain, see `WorthwhileComb`."""
         longest = min(longest, max(self.max_depths))
-        verified = [self.seconds(width) for width in range(1, longest + 1)]
-        return [self.pace * (step_seconds + wider - narrower) for narrower, wider in pairwise(verified)]
+        return [self.pace * step_seconds + price for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
-        """Of the nodes of a tree, see `WorthwhileComb`. Widths have been timed one by one: noise makes no bargains."""
+        """Of the nodes of a tree, see `WorthwhileComb`: the closest ones that do not fall, as differences of widths
+        that are timed and corrected one by one are mostly noise."""
         verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
         prices = [self.pace * (wider - narrower) for narrower, wider in pairwise(verified)]
         return monotone(prices, [1.0] * len(prices))
@@ -285,10 +291,10 @@ class ModelSource(Source):
     def draft(self, outlook: Outlook) -> Draft:
         self._forwards = self.session.num_forwards
         self.reading_seconds = self._reading_seconds(outlook)
-        longest = _LONGEST_DRAFT
-        if not self._known.yields.num_runs:
-            longest = min(longest, _FIRST_DRAFT + self._yields.num_rounds)
-        if isinstance(self.session, GrowingSession):
+        longest = LONGEST_DRAFT
+        if not self._known.yields.num_runs:  # one more token with every round
+            longest = min(longest, ceil(self._known.yields.mean.nodes) + 1 + self._yields.num_rounds)
+        if isinstance(self.session, GrowingSession | NestedSession):
             self.session.policy = WorthwhileComb(
                 prices=outlook.prices(self._step_seconds(outlook), longest),
                 chance=self.acceptance.chance,
@@ -302,8 +308,11 @@ class ModelSource(Source):
         """What became of this source's own draft, which took so long to make."""
         trees, num_rows = draft.trees, outlook.num_rows
         steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
+        if isinstance(self.session, NestedSession):  # its forwards bring several tokens each: tokens are what is timed
+            steps = trees.width
+        is_known = self.has_begun or self.session.draft_model is not None  # a first draft may have to load and to read
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
-        if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
+        if steps and is_known and self.reading_seconds < _READING_SHARE * draft_seconds:
             self._note_step(outlook, (draft_seconds - self.reading_seconds) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
@@ -335,7 +344,7 @@ class ModelSource(Source):
         draft_seconds = expected.steps * self._step_seconds(outlook)
         return Plan(
             source=place,
-            length=_LONGEST_DRAFT,
+            length=LONGEST_DRAFT,
             tokens=expected.tokens * outlook.num_rows,
             seconds=draft_seconds + outlook.seconds(expected.nodes),
         )

@@ -128,6 +128,14 @@ class DraftSession(ABC):
     def observe(self, outcome: Outcome) -> None:
         """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
 
+    def rewind(self) -> None:
+        """Rows of `run.sequences` may have become shorter: forget what has been read past their ends.
+
+        Sessions of drafters that say that they can (`Drafter.rewinds`) are told so where what they took for committed
+        was a draft itself.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rewind()")
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order. `run.sequences` has already done so."""
 
@@ -144,6 +152,13 @@ class DraftSession(ABC):
 
 class Drafter(ABC):
     """Proposes tokens for the target to verify."""
+
+    agreement: float = 0.0
+    """Share of tokens on which it can be taken to agree with any target, however unsure it is of them: where `Auto`
+    begins."""
+
+    rewinds: bool = False
+    """Whether its sessions can take back what they have read (see `DraftSession.rewind`)."""
 
     @abstractmethod
     def start(self, run: Run) -> DraftSession:

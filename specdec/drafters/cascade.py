@@ -22,6 +22,7 @@ from specdec.acceptance import draw
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.follower import Follower
 from specdec.drafters.growing import target_scores
+from specdec.drafters.nested import NestedSession, chains_of
 from specdec.drafters.quantized_self import QuantizedSelf
 from specdec.drafters.small_model import SmallModel
 from specdec.errors import UnsupportedOptionError
@@ -32,8 +33,10 @@ from trees import Chain, Draft, TokenTree, TreeBatch
 class Cascade(Drafter):
     """Drafts chains of a middle model, of which a cheap drafter proposes the first tokens.
 
-    In each round the middle model verifies the cheap drafter's chain or tree in one forward; then it goes on alone
-    until there are `min_tokens`. A call may name `tree=trees.Chain(length)`, which sets both numbers.
+    In each round the middle model verifies the cheap drafter's chain or tree in one forward; then it goes on until
+    there are `min_tokens`: alone, or, as `QuantizedSelf` of a float32 target, with further proposals of a cheap drafter
+    that can take back what it has read (`PromptLookup`, `SmallModel`, `Auto`). A call may name
+    `tree=trees.Chain(length)`, which sets both numbers.
 
     Args:
         cheap: any drafter: `PromptLookup()`, a `SmallModel` still smaller, `EarlyExit()` (of the target).
@@ -72,6 +75,7 @@ class Cascade(Drafter):
         self.middle = SmallModel(middle) if isinstance(middle, PreTrainedModel) else middle
         self.num_tokens = num_tokens
         self.min_tokens = min_tokens
+        self.agreement = self.middle.agreement
 
     def start(self, run: Run) -> DraftSession:
         if run.tree is not None and type(run.tree) is not Chain:
@@ -79,12 +83,15 @@ class Cascade(Drafter):
                 f"Cascade drafts chains, not tree={run.tree!r}: pass trees.Chain(length), or leave the tree out"
             )
         middle = self.middle
-        if isinstance(middle, QuantizedSelf):
-            middle = SmallModel(middle.copy_of(run.target.model))
-        middle.check_fit(run)
         most, least = self.num_tokens, self.min_tokens
         if run.tree is not None:
             most = least = run.tree.length
+        if isinstance(middle, QuantizedSelf):
+            copy = middle.copy_of(run.target.model)
+            if self.cheap.rewinds and middle.shares_cache(run.target.model):
+                return NestedSession(run, copy, self.cheap, most=most, least=least)
+            middle = SmallModel(copy)
+        middle.check_fit(run)
         with ExitStack() as opened:
             cheap = self.cheap.start(replace(run, tree=None))
             opened.callback(cheap.close)
@@ -245,17 +252,10 @@ class _CascadeSession(DraftSession):
 
     def _draft(self, lines: Sequence[_Line], passed: Draft | None) -> Draft:
         """The lines as chains; `passed` is the cheap draft if its nodes have passed layers of the target."""
-        trees = TreeBatch.stack([TokenTree.chain(line.tokens) for line in lines], self._run.device)
         places = None
         if passed is not None:
             places = [_places(passed, row, line) for row, line in enumerate(lines)]
-        if not self._run.sampler.do_sample:
-            return Draft(trees=trees, places=places)
-        q_BTV = torch.zeros((len(lines), trees.num_slots, self._run.vocab_size), device=self._run.device)
-        for row, line in enumerate(lines):
-            if line.q_V:
-                q_BTV[row, : len(line.q_V)] = torch.stack(line.q_V)
-        return Draft(trees=trees, q_BTV=q_BTV, places=places)
+        return chains_of(self._run, [line.tokens for line in lines], [line.q_V for line in lines], places=places)
 
 
 class _Tips(Prefixes):

@@ -104,6 +104,13 @@ class Follower:
             self._model.commit(kept)
             self._cached = [cached + len(slots) for cached, slots in zip(self._cached, kept, strict=True)]
 
+    def rewind(self) -> None:
+        """Forget what the cache holds past the ends of the texts; the newest token is never in it."""
+        if self._cached is not None:
+            lengths = self._run.sequences.lengths
+            self._cached = [min(seen, length - 1) for seen, length in zip(self._cached, lengths, strict=True)]
+            self._model.cache.truncate(self._cached)
+
     def select_rows(self, rows: Sequence[int]) -> None:
         if self._cached is not None:
             self._model.select_rows(rows)

@@ -11,6 +11,8 @@ from trees import Draft, TreeBatch
 class Plain(Drafter):
     """Drafts nothing; every round commits the target's next token."""
 
+    rewinds = True
+
     def start(self, run: Run) -> DraftSession:
         return _PlainSession(run)
 
@@ -22,6 +24,9 @@ class _PlainSession(DraftSession):
         self._run = run
 
     def join(self) -> None:
+        pass
+
+    def rewind(self) -> None:
         pass
 
     def propose(self, max_depths: Sequence[int]) -> Draft:

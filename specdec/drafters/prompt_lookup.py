@@ -47,6 +47,8 @@ class PromptLookup(Drafter):
         ValueError: a number is not positive, or a corpus text is not a sequence of token ids.
     """
 
+    rewinds = True
+
     def __init__(
         self,
         num_tokens: int = 20,
@@ -144,6 +146,9 @@ class LookupSession(DraftSession):
 
     def join(self) -> None:
         self._add(self._run.sequences.tokens[-1])
+
+    def rewind(self) -> None:
+        """What was taken back stays a text to copy from, as one that has been written once."""
 
     def _add(self, tokens: Iterable[int]) -> None:
         self._rows.append(_RowText(SuffixAutomaton()))

@@ -38,6 +38,8 @@ class QuantizedSelf(Drafter):
         ValueError: `num_tokens` is not a positive integer.
     """
 
+    agreement = 0.9
+
     def __init__(self, num_tokens: int = 5):
         self._policy = Chain(num_tokens)
         self._copies: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
@@ -52,10 +54,14 @@ class QuantizedSelf(Drafter):
             self._copies[target] = quantized_copy(target)
         return self._copies[target]
 
+    def shares_cache(self, target: PreTrainedModel) -> bool:
+        """Whether the copy can read the target's keys and values: its own are float32."""
+        return target.dtype == torch.float32
+
     def start(self, run: Run) -> DraftSession:
         target = run.target.model
         copy = self.copy_of(target)
-        if target.dtype != torch.float32:  # the copy computes in float32, and so are its keys and values
+        if not self.shares_cache(target):
             return SmallModel(copy, num_tokens=self._policy.length).start(run)
         return _QuantizedSelfSession(run, copy, run.tree or self._policy)
 

@@ -39,6 +39,8 @@ class SmallModel(Drafter):
         ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 
+    rewinds = True
+
     def __init__(self, model: PreTrainedModel, weights: str | None = None, num_tokens: int = 5):
         self.policy: GrowthPolicy = Chain(num_tokens)
         if weights not in (None, "int8"):
@@ -100,6 +102,9 @@ class _SmallModelSession(GrowingSession):
 
     def join(self) -> None:
         self._follower.join()
+
+    def rewind(self) -> None:
+        self._follower.rewind()
 
     def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
         """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from routers import Segmenter, Signals
+from specdec.acceptance import Accepted
 from specdec.drafters.base import Outcome
-from specdec.loop import Accepted, Committed, DecodingLoop
+from specdec.loop import Committed, DecodingLoop
 from specdec.sequences import Sequences
 from specdec.stopping import Scores, StopChecker
 from specdec.target import TreeModel
