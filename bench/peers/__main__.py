@@ -2,6 +2,7 @@
 
     pip install "specdec-runtime[peers]"
     python -m bench.peers MODEL --draft SMALL --float --max-new-tokens 128 --output bench/results/peers.json
+    python -m bench.peers MODEL --draft SMALL --int8 "" --llama "" --float auto --transformers prompt-lookup,assistant
 
 MODEL and SMALL are folders or `.gguf` files. llama.cpp (through the wheel `xllamacpp`) reads MODEL itself or the file
 `MODEL.gguf` beside the folder, or what --gguf and --draft-gguf name: without one it is reported as not available.
@@ -28,8 +29,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import specdec
-from bench.peers.configurations import drafted_by, llama_configurations, ours, prepared_copy
+from bench.peers.configurations import drafted_by, llama_configurations, prepared_copy, transformers_modes
 from bench.peers.contest import (
     FLOAT,
     INT8,
@@ -41,7 +41,6 @@ from bench.peers.contest import (
 )
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
-from specdec.bench.harness import Method
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.bench.suite import ALL, load_suite
@@ -65,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft-gguf", type=Path, help="what llama.cpp drafts with")
     parser.add_argument("--int8", metavar="METHODS", default=INT8_METHODS, help="%(default)s")
     parser.add_argument("--float", metavar="METHODS", nargs="?", const=FLOAT_METHODS, help="%(const)s")
+    parser.add_argument("--transformers", metavar="METHODS", default=PLAIN, help="plain is always among them")
     parser.add_argument("--llama", metavar="METHODS", default=LLAMA_METHODS, help="%(default)s")
     parser.add_argument("--prompts", type=Path, help="JSON lines; the built-in suite if absent")
     parser.add_argument("--category", action="append", default=[], help="may be given several times")
@@ -79,10 +79,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_methods(arguments: argparse.Namespace) -> None:
     """A typo is found before a model is loaded."""
-    for method in f"{arguments.int8},{arguments.float or PLAIN}".split(","):
+    for method in _listed(arguments.int8) + _listed(arguments.float):
         DrafterSpec.parse(method)
-    for method in arguments.llama.split(","):
-        PeerSpec.parse(f"{LLAMA_CPP}/{method}")
+    for family, methods in ((LLAMA_CPP, arguments.llama), (TRANSFORMERS, arguments.transformers)):
+        for method in _listed(methods):
+            PeerSpec.parse(f"{family}/{method}")
+
+
+def _listed(methods: str | None) -> list[str]:
+    return methods.split(",") if methods else []
 
 
 def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
@@ -103,15 +108,17 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
         target=find_gguf(arguments.gguf, arguments.model),
         draft=find_gguf(arguments.draft_gguf, arguments.draft),
     )
+    configurations = [*transformers_modes(arguments.transformers, model, tokenizer, draft)]
     if draft is not None:
-        specdec.prepare(draft, weights="int8")
-    configurations = [ours(TRANSFORMERS, model, tokenizer, Method(PLAIN, None))]
-    configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
+        draft = kernels.quantized_copy(draft)
+    if arguments.int8:
+        configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
     if arguments.float:
         configurations += drafted_by(FLOAT, arguments.float, prepared_copy(model), tokenizer, draft)
     longest = max(len(task.ids) for task in tasks) + arguments.max_new_tokens
     room = {"num_threads": arguments.threads, "context_length": longest}
-    configurations += llama_configurations(arguments.llama, files, **room)
+    if arguments.llama:
+        configurations += llama_configurations(arguments.llama, files, **room)
     heading = {"model": name, "draft": arguments.draft and Path(arguments.draft).name}
     heading["environment"] = environment(arguments, files)
     return configurations, tasks, heading, model.num_parameters() < SMALL_MODEL_PARAMETERS

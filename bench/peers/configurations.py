@@ -19,7 +19,8 @@ from specdec.bench.equality import Verdict, compare, compare_texts
 from specdec.bench.harness import Harness, Method, Settings
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, llama_lacks
-from specdec.names.methods import DrafterSpec
+from specdec.bench.peers.transformers_modes import OwnGenerate
+from specdec.names.methods import PLAIN, TRANSFORMERS, DrafterSpec
 
 
 def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Configuration:
@@ -34,6 +35,19 @@ def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return compare(model, torch.tensor(task.ids), plain, output, options).verdict
 
     return Configuration(side=side, method=method.name, decode=decode, judge=judge)
+
+
+def transformers_modes(
+    methods: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PreTrainedModel | None
+) -> Iterator[Configuration]:
+    """transformers' own modes, on the weights as it loads them. Plain decoding, the reference, is always among them."""
+    for method in dict.fromkeys((PLAIN, *methods.split(","))):
+        spec = PeerSpec.parse(f"{TRANSFORMERS}/{method}")
+        if spec.needs_draft and draft is None:
+            yield Configuration(side=TRANSFORMERS, method=method, unavailable="no --draft was given")
+        else:
+            peer = OwnGenerate.in_mode(model, spec.mode, draft=draft, **spec.parameters)
+            yield ours(TRANSFORMERS, model, tokenizer, Method(method, peer=peer))
 
 
 def prepared_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -100,7 +100,7 @@ def judge_all(configuration: Configuration, configurations: list[Configuration],
 def is_plain(configuration: Configuration, side: str) -> bool:
     """float32's own reference is transformers."""
     if side in (TRANSFORMERS, FLOAT):
-        return configuration.side == TRANSFORMERS
+        return (configuration.side, configuration.method) == (TRANSFORMERS, PLAIN)
     return (configuration.side, configuration.method) == (side, PLAIN)
 
 
@@ -128,12 +128,33 @@ def spread(samples: list[Sample]) -> float:
 
 
 def ratios(rows: list[Row], is_small: bool) -> list[Ratio]:
-    """The ratios that have a bar, by category and metric; those whose sides were not measured are left out."""
-    return [
+    """The ratios that matter, by category and metric; those whose sides were not measured are left out."""
+    found = [
         ratio
         for category, metric in itertools.product(dict.fromkeys(row.category for row in rows), METRICS)
         for ratio in category_ratios([r for r in rows if r.category == category], category, metric, is_small)
     ]
+    return [*found, *over_categories(found)]
+
+
+def over_categories(found: list[Ratio]) -> Iterator[Ratio]:
+    """Float32 beside whatever mode of transformers is the best in each category: the geometric mean over categories."""
+    for metric in METRICS:
+        each = [
+            ratio.value
+            for ratio in found
+            if (ratio.what, ratio.metric) == ("best float32 / transformers", metric) and ratio.category != ALL
+        ]
+        if each:
+            yield Ratio(
+                what="best float32 / transformers, of each category",
+                category=ALL,
+                metric=metric,
+                value=statistics.geometric_mean(each),
+                bar=2.0,
+                numerator=FLOAT,
+                denominator=TRANSFORMERS,
+            )
 
 
 def category_ratios(rows: list[Row], category: str, metric: str, is_small: bool) -> Iterator[Ratio]:
@@ -151,6 +172,7 @@ def category_ratios(rows: list[Row], category: str, metric: str, is_small: bool)
         ("quantized-self / transformers", quantized, stock, 2.2),
         ("quantized-self / float32 plain", quantized, best(FLOAT, method=PLAIN), None),
         ("best int8 / transformers", best(INT8), stock, None),
+        ("best float32 / transformers", best(FLOAT), stock, None),
     ]
     for what, numerator, denominator, bar in wanted:
         if numerator is not None and denominator is not None:
