@@ -19,8 +19,8 @@
 #define MAX_CHUNKS ((1 << CHUNK_BITS) - 1)
 #define SPIN_NS 300000
 #define STALL_NS 150000          /* waiting longer than this (and than a few chunks take) is a stall */
-#define MIN_ALONE_NS 5000000ll   /* how long to work alone after a stall: doubled by each new one, */
-#define MAX_ALONE_NS 320000000ll /* halved by CALM_JOBS jobs without */
+#define MIN_ALONE_NS 1000000ll   /* how long to work alone after a stall: doubled by each new one, */
+#define MAX_ALONE_NS 10000000ll /* halved by CALM_JOBS jobs without */
 #define CALM_JOBS 500
 
 static struct {
