@@ -7,9 +7,11 @@ so that a busy machine is busy for all of them. `speculative` is lossless token-
 which is what routing has to beat; `draft` is the draft alone. A method and its knob are written `name@value`, with
 `+early`, `+guard` and `+band` for what can be switched on besides:
 
-    arbitrage@RATE (needs --router)   random@RATE   likelihood@RATE   grade@RATE   oracle
+    arbitrage@RATE (needs --router)   random@RATE   likelihood@RATE   regret@RATE   grade@RATE   oracle
 
-`likelihood` is RSD's rule with the target's likelihood as the reward, `grade` SpecReason's. Every result is appended
+`likelihood` is RSD's rule with the target's likelihood as the reward, `grade` SpecReason's; `regret` is what
+`arbitrage` learns to foretell, asked of the target itself. With `--batch-size` several problems are solved at a time,
+which says as much about accuracy in less time; seconds are then a batch's over its size. Every result is appended
 to OUTPUT.jsonl at once, and what stands there is not run again: the same command goes on where it was stopped. The
 report is OUTPUT.md and OUTPUT.png.
 """
@@ -80,7 +82,7 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
         simple: dict[str, Callable[[], Router]] = {
             BASELINE: routers.AlwaysTarget,
             "draft": routers.AlwaysDraft,
-            "oracle": lambda: routers.Oracle(routers.TargetLikelihood()),
+            "oracle": lambda: routers.Oracle(routers.TargetRegret(), threshold=routers.TargetRegret.margin),
         }
         return simple[name]()
     rate = float(value)
@@ -89,6 +91,8 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     options = {"guard": GUARD if "guard" in extras else (), "early": EARLY if "early" in extras else None}
     if name == "likelihood":
         return routers.RewardThreshold(routers.TargetLikelihood(), escalation_rate=rate, **options)
+    if name == "regret":
+        return routers.Arbitrage(routers.Shortfall(routers.TargetRegret()), escalation_rate=rate, **options)
     if name == "grade":
         return routers.SelfScore(escalation_rate=rate, **options)
     if name != "arbitrage" or trained is None:
@@ -105,17 +109,17 @@ def solve(
     tokenizer: object,
     method: str,
     router: Router,
-    index: int,
-    problem: Problem,
+    problems: Mapping[int, Problem],
     max_new_tokens: int,
-) -> Result:
+) -> list[Result]:
+    """Problems by their number, all at once."""
     target, draft = models
-    inputs = encode_problems(tokenizer, [problem])
+    inputs = encode_problems(tokenizer, list(problems.values()))
     started = perf_counter()
     out = specdec.generate(
         target,
         **inputs,
-        drafter=SmallModel(draft, num_tokens=4),
+        drafter=SmallModel(draft, num_tokens=max(1, 4 // len(problems))),
         router=router,
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
@@ -123,32 +127,38 @@ def solve(
         return_dict_in_generate=True,
     )
     seconds = perf_counter() - started
-    text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    steps = out.stats.steps
-    return Result(
-        method=method,
-        problem=index,
-        correct=problem.answer is not None and final_answer(text) == final_answer(problem.answer),
-        seconds=seconds,
-        num_tokens=out.stats.num_new_tokens,
-        num_discarded=sum(step.num_discarded for step in steps),
-        num_steps=len(steps),
-        num_escalated=sum(step.writer == "target" for step in steps),
-        router_seconds=out.stats.router_seconds,
-        tokens_of_draft=sum(step.num_tokens for step in steps if step.writer == "draft"),
-        text=text,
-    )
+    texts = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    results = []
+    for row, ((index, problem), text) in enumerate(zip(problems.items(), texts, strict=True)):
+        steps = [step for step in out.stats.steps if step.row == row]
+        results.append(
+            Result(
+                method=method,
+                problem=index,
+                correct=problem.answer is not None and final_answer(text) == final_answer(problem.answer),
+                seconds=seconds / len(problems),
+                num_tokens=sum(step.num_tokens for step in steps),
+                num_discarded=sum(step.num_discarded for step in steps),
+                num_steps=len(steps),
+                num_escalated=sum(step.writer == "target" for step in steps),
+                router_seconds=out.stats.router_seconds / len(problems),
+                tokens_of_draft=sum(step.num_tokens for step in steps if step.writer == "draft"),
+                text=text,
+            )
+        )
+    return results
 
 
 def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) -> list[Result]:
     """Solve what has not been solved yet."""
     done = [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
     known = {(result.method, result.problem) for result in done}
+    size = arguments.batch_size
     todo = [
-        (index, method)
-        for index in range(len(problems))
-        for method in random.Random(index).sample(arguments.methods, len(arguments.methods))
-        if (method, index) not in known
+        (method, rest)
+        for first in range(0, len(problems), size)
+        for method in random.Random(first).sample(arguments.methods, len(arguments.methods))
+        if (rest := [n for n in range(first, min(first + size, len(problems))) if (method, n) not in known])
     ]
     if not todo:
         return done
@@ -164,15 +174,15 @@ def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) 
     )
     assert draft is not None
     models = (target.model, draft)
-    solve(models, target.tokenizer, "", routers.RandomRouter(0.5), 0, problems[0], 16)  # warm up
+    solve(models, target.tokenizer, "", routers.RandomRouter(0.5), {0: problems[0]}, 16)  # warm up
     with path.open("a") as file:
-        for index, method in todo:
-            budget = arguments.max_new_tokens
-            result = solve(models, target.tokenizer, method, routers_of[method], index, problems[index], budget)
-            file.write(json.dumps(asdict(result)) + "\n")
+        for method, numbers in todo:
+            batch, budget = {number: problems[number] for number in numbers}, arguments.max_new_tokens
+            for result in solve(models, target.tokenizer, method, routers_of[method], batch, budget):
+                file.write(json.dumps(asdict(result)) + "\n")
+                done.append(result)
+                print(f"{result.problem} {method}: {result.seconds:.1f} s, {result.correct}", file=sys.stderr)
             file.flush()
-            done.append(result)
-            print(f"{index} {method}: {result.seconds:.1f} s, {result.correct}", file=sys.stderr)
     return done
 
 
@@ -270,7 +280,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--router", type=Path)
-    parser.add_argument("--max-new-tokens", type=int, default=320)
+    parser.add_argument("--max-new-tokens", type=int, default=448)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

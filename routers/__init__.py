@@ -21,7 +21,7 @@ from routers.policies import (
     ScoringRouter,
     SelfScore,
 )
-from routers.scorers import Shortfall, TargetGrade, TargetLikelihood
+from routers.scorers import Shortfall, TargetGrade, TargetLikelihood, TargetRegret
 from routers.steps import Segmenter, Steps
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ __all__ = [
     "Steps",
     "TargetGrade",
     "TargetLikelihood",
+    "TargetRegret",
     "TargetView",
     "TextRouter",
     "load",

@@ -19,7 +19,8 @@ from routers.steps import Steps
 Writer: TypeAlias = Literal["draft", "target"]
 Need: TypeAlias = Literal["signals", "hidden", "log_probs", "answers"]
 """What a router reads besides texts: the draft's `Signals`, hidden states among them, or the target's answers to
-`TargetView.log_probs` and `TargetView.answers`. Models that run here give all of it, remote ones some or none."""
+`TargetView.log_probs`, `regrets` (both need "log_probs") and `answers`. Models that run here give all of it, remote
+ones some or none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +89,12 @@ class TargetView(Protocol):
         """log p_target of every token of each step, float32 [n]: one verification of all of them.
 
         If the target then writes the step, or the step is kept, nothing of that forward is lost.
+        """
+
+    def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
+        """By how much log p_target of the likeliest token exceeds that of the step's, at every token: float32 [n].
+
+        The same verification as that of `log_probs`. A step that the target has written has no regrets.
         """
 
     def answers(

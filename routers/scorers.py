@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,6 +34,22 @@ class TargetLikelihood:
 
     def rewards(self, steps: Sequence[DraftedStep], target: TargetView) -> list[float]:
         return [float(np.exp(log_probs.mean())) for log_probs in target.log_probs(steps)]
+
+
+class TargetRegret:
+    """A reward: what the step costs the target in likelihood against its own choice at every token, in nats, negative.
+
+    It is an advantage by itself: the target's own greedy step has none, however unsure the target is of it, where its
+    likelihood is low for hard steps, good or bad. A wrong number costs five nats and more, another wording one or two.
+    """
+
+    needs: frozenset[Need] = frozenset({"log_probs"})
+
+    margin: ClassVar[float] = 3.0
+    """Nats above which a step is taken for a worse one, rather than for another wording."""
+
+    def rewards(self, steps: Sequence[DraftedStep], target: TargetView) -> list[float]:
+        return [-float(regrets.sum()) for regrets in target.regrets(steps)]
 
 
 class TargetGrade:

@@ -18,7 +18,17 @@ from typer.testing import CliRunner
 
 import routers
 import specdec
-from routers import Arbitrage, DraftedStep, LightRouter, Signals, Steps, TargetLikelihood, measures
+from routers import (
+    Arbitrage,
+    DraftedStep,
+    LightRouter,
+    Reward,
+    Signals,
+    Steps,
+    TargetLikelihood,
+    TargetRegret,
+    measures,
+)
 from routers.calibration import undo_prior
 from routers.collecting import Collection, StepTuple
 from routers.features import NAMES, features
@@ -231,7 +241,9 @@ def test_features():
 PROBLEMS = [Problem(question=f"How much is {number} and {number}?") for number in range(12)]
 
 
-def collected(folder: Path, problems: list[Problem] = PROBLEMS, plan: dict | None = None) -> Collection:
+def collected(
+    folder: Path, problems: list[Problem] = PROBLEMS, plan: dict | None = None, reward: Reward | None = None
+) -> Collection:
     model = tiny_model("llama")
     collection = Collection(folder, plan or {"a": 1})
     for _ in collect(
@@ -239,7 +251,7 @@ def collected(folder: Path, problems: list[Problem] = PROBLEMS, plan: dict | Non
         with_noise(model, 0.01),
         ByteTokenizer(),
         problems,
-        TargetLikelihood(),
+        reward or TargetLikelihood(),
         collection,
         batch_size=4,
         max_new_tokens=16,
@@ -278,6 +290,21 @@ def test_a_collected_reward_is_the_targets_likelihood(tmp_path: Path):
         log_p = model(ids).logits[0, len(before.encode()) - 1 : -1].log_softmax(-1)
         chosen = log_p.gather(1, ids[0, len(before.encode()) :, None])
         assert reward == pytest.approx(float(chosen.mean().exp()), rel=1e-3)
+
+
+def test_a_collected_regret_is_that_of_the_targets_own_choices(tmp_path: Path):
+    model, tokenizer = tiny_model("llama"), ByteTokenizer()
+    tuples = collected(tmp_path, reward=TargetRegret()).read()
+    assert all(item.target_reward == 0 for item in tuples), "the target's own steps"
+    assert any(item.draft_reward < -0.01 for item in tuples)
+    readable = [item for item in tuples if "\ufffd" not in item.prompt + "".join(item.previous) + item.drafted]
+    assert readable
+    for item in readable:
+        before = item.prompt + "".join(item.previous)
+        ids = tokenizer(before + item.drafted, return_tensors="pt", add_special_tokens=False).input_ids
+        log_p = model(ids).logits[0, len(before.encode()) - 1 : -1].log_softmax(-1)
+        chosen = log_p.gather(1, ids[0, len(before.encode()) :, None])[:, 0]
+        assert item.draft_reward == pytest.approx(float((chosen - log_p.amax(-1)).sum()), abs=1e-3)
 
 
 def test_a_trained_router_at_work(tmp_path: Path):

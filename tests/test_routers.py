@@ -149,6 +149,9 @@ class Target:
     def log_probs(self, steps):
         return [np.log([0.9 if token == ord("b") else 0.1 for token in item.tokens]) for item in steps]
 
+    def regrets(self, steps):
+        return [np.log([1.0 if token == ord("b") else 9.0 for token in item.tokens]) for item in steps]
+
     def answers(self, steps, question, opening, choices):
         assert len(choices) == 10
         return [np.eye(10)[9 if item.text == "b" else 2] for item in steps]
@@ -172,6 +175,12 @@ def test_the_oracle_keeps_the_better_step():
     (decision,) = Oracle(routers.TargetLikelihood()).decide([step("a")], Target())
     assert decision.score == pytest.approx(0.8)
     assert verdicts(Oracle(routers.TargetLikelihood(), threshold=0.85), "a") == [False]
+
+
+def test_the_targets_own_steps_have_no_regrets():
+    assert verdicts(Oracle(routers.TargetRegret()), "a", "b") == [True, False]
+    (decision,) = Oracle(routers.TargetRegret()).decide([step("a")], Target())
+    assert decision.score == pytest.approx(np.log(9))
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"escalation_rate": 0.0}])

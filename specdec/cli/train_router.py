@@ -46,7 +46,7 @@ def train_router(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N problems.")] = None,
     prm: Annotated[
         str | None,
-        typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's likelihood."),
+        typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's regret."),
     ] = None,
     rollouts: Annotated[
         int | None,
@@ -85,10 +85,12 @@ def train_router(
 ) -> None:
     """Collect steps that both models write, and train a router on them: which steps does the target write better?
 
-    Better is what the reward model says, or without one what the target finds likelier; with --rollouts, what more
-    often leads to the right answer (or, where FILE has none, to the answer that most roll-outs agree on). Stopped at
-    any point, the same command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
+    Better is what the reward model says; without one, what the target would rather have written, where it finds the
+    draft's step unlikely (three nats or more against its own choices); with --rollouts, what more often leads to the
+    right answer (or, where FILE has none, to the answer that most roll-outs agree on). Stopped at any point, the same
+    command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
     """
+    from routers import TargetRegret
     from routers.collecting import Collection
     from routers.training import LightRecipe, train_light
     from specdec.routing.collect import INSTRUCTION, read_problems
@@ -97,7 +99,8 @@ def train_router(
         raise UnsupportedOptionError("--rollouts and --prm both say what better means: leave one out")
     if rollout_by not in ("target", "draft"):
         raise UnsupportedOptionError(f"--rollout-by {rollout_by}: it is target or draft")
-    recipe = LightRecipe(kind=kind, hidden=hidden, harm_level=harm_level, seed=seed)
+    margin = TargetRegret.margin if prm is None and rollouts is None else 0.0
+    recipe = LightRecipe(kind=kind, hidden=hidden, margin=margin, harm_level=harm_level, seed=seed)
     _check_scikit_learn()
     problems = read_problems(data)[:limit]
     plan = {
@@ -106,6 +109,7 @@ def train_router(
         "data": data.name,
         "problems": len(problems),
         "prm": prm,
+        "reward": "regret" if prm is None else "prm",
         "weights": weights,
         "max_new_tokens": max_new_tokens,
         "max_step": max_step,
@@ -137,7 +141,10 @@ def _train_text(base: str, collection: "Collection", recipe: "LightRecipe") -> "
             bars.update(task, completed=done, total=total, note=f"loss {loss:.3f}")
 
         return train_text(
-            collection.read(), base, TextRecipe(harm_level=recipe.harm_level, seed=recipe.seed), progress=show
+            collection.read(),
+            base,
+            TextRecipe(margin=recipe.margin, harm_level=recipe.harm_level, seed=recipe.seed),
+            progress=show,
         )
 
 
@@ -167,7 +174,7 @@ def _load(
 
 
 def _collect(collection: "Collection", problems: "Sequence[Problem]", plan: Mapping[str, Any], load: "Load") -> None:
-    from routers import RewardModel, Steps, TargetLikelihood
+    from routers import RewardModel, Steps, TargetRegret
     from specdec.routing.collect import collect
 
     target, draft = load()
@@ -178,7 +185,7 @@ def _collect(collection: "Collection", problems: "Sequence[Problem]", plan: Mapp
             draft,
             target.tokenizer,
             problems,
-            TargetLikelihood() if plan["prm"] is None else RewardModel(plan["prm"], device=target.model.device),
+            TargetRegret() if plan["prm"] is None else RewardModel(plan["prm"], device=target.model.device),
             collection,
             batch_size=plan["batch_size"],
             max_new_tokens=plan["max_new_tokens"],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from routers import DraftedStep
 from specdec.routing.remote import RemoteWriter
-from specdec.routing.writer import StepWriter, log_probs
+from specdec.routing.writer import StepWriter, log_probs, regrets
 
 
 class WriterView:
@@ -60,6 +60,12 @@ class WriterView:
             return [step.signals.log_probs for step in steps]
         logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
         return [log_probs(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+
+    def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
+        if steps and all(self._places[step.row] in self.written for step in steps):
+            return [np.zeros(len(step.tokens), np.float32) for step in steps]
+        logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
+        return [regrets(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
@@ -145,7 +151,12 @@ class RemoteView:
         theirs = [self._places[step.row] in self.written for step in steps]
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
-        return self._each(steps, self._scored)
+        return self._each(steps, lambda step: self._scored(step, self._writer.endpoint.prompt_log_probs))
+
+    def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
+        if steps and all(self._places[step.row] in self.written for step in steps):
+            return [np.zeros(len(step.tokens), np.float32) for step in steps]
+        return self._each(steps, lambda step: self._scored(step, self._writer.endpoint.prompt_regrets))
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
@@ -172,9 +183,8 @@ class RemoteView:
         self._writer.num_requests += len(steps)
         return self._writer.each(lambda index: function(steps[index]), range(len(steps)))
 
-    def _scored(self, step: DraftedStep) -> np.ndarray:
-        endpoint, text = self._writer.endpoint, self._text(step)
-        return np.array(endpoint.prompt_log_probs([*text, *step.tokens], len(step.tokens)), np.float32)
+    def _scored(self, step: DraftedStep, score: Callable[[Sequence[int], int], list[float]]) -> np.ndarray:
+        return np.array(score([*self._text(step), *step.tokens], len(step.tokens)), np.float32)
 
     def _chosen(self, step: DraftedStep, asked: Sequence[int], choices: Sequence[str]) -> np.ndarray:
         prompt = self._writer.prompt([*self._text(step), *step.tokens, *asked])
