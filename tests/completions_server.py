@@ -279,7 +279,8 @@ class Spoken:
 
     def score(self, prompt: list[int]) -> list[Told]:
         log_p_TV = self.log_probs(prompt)
-        later = [Told(token, float(log_p_TV[place, token])) for place, token in enumerate(prompt[1:])]
+        best = [(int(log_p_V.argmax()), float(log_p_V.max())) for log_p_V in log_p_TV]
+        later = [Told(token, float(log_p_TV[place, token]), [best[place]]) for place, token in enumerate(prompt[1:])]
         return [Told(prompt[0], 1.0), *later]  # above 0: there is none
 
     def log_probs(self, ids: Sequence[int]) -> torch.Tensor:

@@ -230,7 +230,7 @@ class Asking(Scripted):
     needs = frozenset({"log_probs", "answers"})
 
     def decide(self, steps, target):
-        self.log_probs = target.log_probs(steps)
+        self.log_probs, self.regrets = target.log_probs(steps), target.regrets(steps)
         self.answers = target.answers(steps, "good?", "it is ", ["\x00", "\x01", "\x02"])
         return super().decide(steps, target)
 
@@ -239,7 +239,7 @@ def test_a_remote_target_answers_as_a_local_one(model, draft, big):
     here, there = Asking(lambda row, index: False), Asking(lambda row, index: False)
     routed(model, draft, here, max_new_tokens=12)
     routed(at(big), draft, there, max_new_tokens=12)
-    for name in ("log_probs", "answers"):
+    for name in ("log_probs", "regrets", "answers"):
         for expected, given in zip(getattr(here, name), getattr(there, name), strict=True):
             if not np.isnan(given).any():  # none of the choices is among the alternatives
                 known = given > 0 if name == "answers" else slice(None)

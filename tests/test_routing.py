@@ -43,7 +43,7 @@ class Asking(Scripted):
     """Puts every question to the target before it decides."""
 
     def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
-        self.log_probs = target.log_probs(steps)
+        self.log_probs, self.regrets = target.log_probs(steps), target.regrets(steps)
         self.answers = target.answers(steps[:2], "good?", "it is ", ["0", "9"])
         return super().decide(steps, target)
 
@@ -245,6 +245,9 @@ def test_signals_are_the_drafts_and_log_probs_the_targets(model, draft):
         log_p = writer(text).logits[0, -num - 1 : -1].log_softmax(-1)
         expected = log_p.gather(1, text[0, -num:, None])[:, 0]
         torch.testing.assert_close(torch.from_numpy(given), expected, atol=1e-4, rtol=1e-4)
+    regrets = log_p.amax(-1) - expected  # the target's
+    torch.testing.assert_close(torch.from_numpy(router.regrets[-1]), regrets, atol=1e-4, rtol=1e-4)
+    assert router.regrets[-1].max() > 0
     p = draft(text).logits[0, -num - 1 : -1].softmax(-1)
     torch.testing.assert_close(
         torch.from_numpy(last.signals.entropies), torch.special.entr(p).sum(-1), atol=1e-3, rtol=0

@@ -231,7 +231,7 @@ class Endpoint:
         Raises:
             EndpointError: as of `stream`, or the endpoint does not give them.
         """
-        return [log_prob for log_prob, _ in self._scored(prompt, num_tokens)]
+        return [token.log_prob for token in self._scored(prompt, num_tokens) if token.log_prob is not None]
 
     def prompt_regrets(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
         """By how much log p of the likeliest token exceeds that of the prompt's, at its last tokens: [num_tokens].
@@ -239,22 +239,25 @@ class Endpoint:
         Raises:
             EndpointError: as of `stream`, or the endpoint does not give them.
         """
-        return [best - log_prob for log_prob, best in self._scored(prompt, num_tokens)]
-
-    def _scored(self, prompt: Sequence[int], num_tokens: int) -> list[tuple[float, float]]:
-        """log p of each of the last tokens, and of the likeliest one there."""
-        if self.prompts == "text":
-            raise EndpointError(self, "a given text is scored on token ids only: pass prompts='ids'")
-        piece = self._complete(list(prompt), 1, {"temperature": 0.0, "echo": True})
-        scored = piece.tokens[len(prompt) - num_tokens : len(prompt)]
-        pairs = [
-            (token.log_prob, max([token.log_prob, *(other.log_prob for other in token.alternatives)]))
+        scored = self._scored(prompt, num_tokens)
+        if not all(token.alternatives for token in scored):
+            raise EndpointError(self, "it names no likelier tokens in place of those of a given text")
+        return [
+            max(0.0, *(other.log_prob - token.log_prob for other in token.alternatives))
             for token in scored
             if token.log_prob is not None
         ]
-        if len(pairs) < num_tokens:
-            raise EndpointError(self, f"it scored {len(pairs)} of {num_tokens} tokens of a given text")
-        return pairs
+
+    def _scored(self, prompt: Sequence[int], num_tokens: int) -> list[WrittenToken]:
+        """The last tokens of a prompt, each with its log p."""
+        if self.prompts == "text":
+            raise EndpointError(self, "a given text is scored on token ids only: pass prompts='ids'")
+        piece = self._complete(list(prompt), 1, {"temperature": 0.0, "echo": True})
+        told = piece.tokens[len(prompt) - num_tokens : len(prompt)]
+        scored = [token for token in told if token.log_prob is not None]
+        if len(scored) < num_tokens:
+            raise EndpointError(self, f"it scored {len(scored)} of {num_tokens} tokens of a given text")
+        return scored
 
     @cached_property
     def _client(self) -> OpenAI:
