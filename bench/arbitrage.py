@@ -11,7 +11,8 @@ which is what routing has to beat; `draft` is the draft alone. A method and its 
 
 `likelihood` is RSD's rule with the target's likelihood as the reward, `grade` SpecReason's; `regret` is what
 `arbitrage` learns to foretell, asked of the target itself. With `--batch-size` several problems are solved at a time,
-which says as much about accuracy in less time; seconds are then a batch's over its size. Every result is appended
+which says as much about accuracy in less time; seconds are then a batch's over its size, and `speculative` and `draft`
+are generated without a router, which writes the same. Every result is appended
 to OUTPUT.jsonl at once, and what stands there is not run again: the same command goes on where it was stopped. The
 report is OUTPUT.md and OUTPUT.png.
 """
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel
 import routers
 import specdec
 from routers import Router
-from specdec.drafters import SmallModel
+from specdec.drafters import Auto, SmallModel
 from specdec.loading import load_pair
 from specdec.routing.collect import Problem, encode_problems, final_answer, read_problems
 
@@ -115,17 +116,15 @@ def solve(
     """Problems by their number, all at once."""
     target, draft = models
     inputs = encode_problems(tokenizer, list(problems.values()))
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     started = perf_counter()
-    out = specdec.generate(
-        target,
-        **inputs,
-        drafter=SmallModel(draft, num_tokens=max(1, 4 // len(problems))),
-        router=router,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
+    if len(problems) > 1 and method == BASELINE:
+        out = specdec.generate(target, **inputs, drafter=Auto(SmallModel(draft)), **options)
+    elif len(problems) > 1 and method == "draft":
+        out = specdec.generate(draft, **inputs, **options)
+    else:
+        drafter = SmallModel(draft, num_tokens=max(1, 4 // len(problems)))
+        out = specdec.generate(target, **inputs, drafter=drafter, router=router, tokenizer=tokenizer, **options)
     seconds = perf_counter() - started
     texts = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     results = []
@@ -137,7 +136,7 @@ def solve(
                 problem=index,
                 correct=problem.answer is not None and final_answer(text) == final_answer(problem.answer),
                 seconds=seconds / len(problems),
-                num_tokens=sum(step.num_tokens for step in steps),
+                num_tokens=len(tokenizer.encode(text, add_special_tokens=False)),
                 num_discarded=sum(step.num_discarded for step in steps),
                 num_steps=len(steps),
                 num_escalated=sum(step.writer == "target" for step in steps),
@@ -228,7 +227,7 @@ def table(results: Sequence[Result], methods: Sequence[str]) -> list[list[str]]:
                 f"{correct.mean():.1%}",
                 f"{low:+.1%} .. {high:+.1%}",
                 against_random(method, columns),
-                f"{sum(r.num_escalated for r in solved) / num_steps:.1%}",
+                f"{sum(r.num_escalated for r in solved) / max(1, num_steps):.1%}",
                 f"{base_seconds.sum() / seconds.sum():.2f} ({slow:.2f} .. {fast:.2f})",
                 f"{np.quantile(seconds, 0.5):.1f} / {np.quantile(seconds, 0.95):.1f}",
                 f"{sum(r.num_tokens for r in solved) / len(solved):.0f}",
