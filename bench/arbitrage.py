@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) 
     size = arguments.batch_size
     todo = [
         (method, rest)
-        for first in range(0, len(problems), size)
+        for first in range(arguments.first, len(problems), size)
         for method in random.Random(first).sample(arguments.methods, len(arguments.methods))
         if (rest := [n for n in range(first, min(first + size, len(problems))) if (method, n) not in known])
     ]
@@ -276,7 +276,8 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("draft")
     parser.add_argument("--problems", type=Path, required=True)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--first", type=int, default=0, help="number of the first problem to solve")
+    parser.add_argument("--limit", type=int, help="number of problems; 0 reports what stands in OUTPUT.jsonl")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--router", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=448)
@@ -287,7 +288,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    problems = read_problems(arguments.problems)[: arguments.limit]
+    problems = read_problems(arguments.problems)
+    if arguments.limit is not None:
+        problems = problems[: arguments.first + arguments.limit]
     for method in arguments.methods:
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
     results = run(arguments, problems, Path(f"{arguments.output}.jsonl"))
