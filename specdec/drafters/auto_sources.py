@@ -310,10 +310,9 @@ class ModelSource(Source):
         steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
         if isinstance(self.session, NestedSession):  # its forwards bring several tokens each: tokens are what is timed
             steps = trees.width
-        is_known = self.has_begun or self.session.draft_model is not None  # a first draft may have to load and to read
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
-        if steps and is_known and self.reading_seconds < _READING_SHARE * draft_seconds:
-            self._note_step(outlook, (draft_seconds - self.reading_seconds) / steps)
+        if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
+            self._step_costs(outlook).note(num_rows, (draft_seconds - self.reading_seconds) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
                 self._learn_comb(row, row.probs, path)
@@ -350,17 +349,15 @@ class ModelSource(Source):
         )
 
     def _step_seconds(self, outlook: Outlook) -> float:
-        costs = self._step_costs(outlook)
-        return _UNKNOWN_STEP * outlook.plain.seconds if costs is None else costs.seconds(outlook.num_rows)
+        return self._step_costs(outlook).seconds(outlook.num_rows)
 
-    def _step_costs(self, outlook: Outlook) -> ForwardCosts | None:
-        return self._costs_of(outlook.num_rows) or self._known.steps.get(outlook.num_rows)
-
-    def _note_step(self, outlook: Outlook, seconds: float) -> None:
-        costs = self._step_costs(outlook)
-        if costs is None:
-            costs = self._known.steps[outlook.num_rows] = ForwardCosts({outlook.num_rows: seconds})
-        costs.note(outlook.num_rows, seconds)
+    def _step_costs(self, outlook: Outlook) -> ForwardCosts:
+        num_rows = outlook.num_rows
+        costs = self._costs_of(num_rows) or self._known.steps.get(num_rows)
+        if costs is None:  # a guess to start from, since the first drafts load, read and measure what they need
+            guess = {num_rows: _UNKNOWN_STEP * outlook.plain.seconds}
+            costs = self._known.steps[num_rows] = ForwardCosts(guess, plain=num_rows)
+        return costs
 
     def _reading_seconds(self, outlook: Outlook) -> float:
         """For what the drafter has to read before it can draft."""
