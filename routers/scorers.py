@@ -39,8 +39,8 @@ class TargetLikelihood:
 class TargetRegret:
     """A reward: what the step costs the target in likelihood against its own choice at every token, in nats, negative.
 
-    It is an advantage by itself: the target's own greedy step has none, however unsure the target is of it, where its
-    likelihood is low for hard steps, good or bad. A wrong number costs five nats and more, another wording one or two.
+    It is an advantage by itself: the target's own greedy step costs nothing, however unsure the target is of it. The
+    likelihood alone is low for hard steps, be they right or wrong.
     """
 
     needs: frozenset[Need] = frozenset({"log_probs"})

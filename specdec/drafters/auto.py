@@ -46,7 +46,8 @@ class Auto(Drafter):
 
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
-            float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows).
+            float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
+            they draft too (`Cascade`).
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
@@ -91,12 +92,12 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
 
 class _AutoSession(DraftSession):
     def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None):
-        """`auto` is given where the target may bring own drafters along."""
         self._run = run
         self._lookup = lookup
         self._models: list[ModelSource] = []
         self._control = RoundControl()
         self._auto = auto
+        """Until the target has been asked for the drafters that it brings along."""
         self._round: _Round | None = None
         self._control_seconds = 0.0
         # what they depend on does not change in a run, and takes long to look up

@@ -2,8 +2,9 @@
  *
  * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
  * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
- * share, not a stall. One that is put aside in the middle of a chunk does cost a stall, so after one of those the
- * caller works alone for a while, longer each time it happens again: on a busy machine two threads are slower than one.
+ * share, not a stall. One that is put aside in the middle of a chunk does cost a stall. Where stalls take much of the
+ * time the caller works alone for a while, longer each time: on a busy machine two threads are slower than one. Where
+ * they are rare (other libraries' workers spin for a moment on their cores), they are put up with.
  * Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep after SPIN_NS without
  * one. After a fork the child starts workers of its own. */
 #include <pthread.h>
@@ -19,9 +20,9 @@
 #define MAX_CHUNKS ((1 << CHUNK_BITS) - 1)
 #define SPIN_NS 300000
 #define STALL_NS 150000          /* waiting longer than this (and than a few chunks take) is a stall */
-#define MIN_ALONE_NS 1000000ll   /* how long to work alone after a stall: doubled by each new one, */
-#define MAX_ALONE_NS 10000000ll /* halved by CALM_JOBS jobs without */
-#define CALM_JOBS 500
+#define RARE 8                   /* a stall is rare after that many times its length without one */
+#define MIN_ALONE_NS 5000000ll   /* how long to work alone after one that is not: doubled by each, */
+#define MAX_ALONE_NS 320000000ll /* halved by each that is */
 
 static struct {
     /* job number (24 bits), chunks in the job (20), next chunk to draw (20): one word, so a draw is one exchange */
@@ -30,8 +31,8 @@ static struct {
     _Alignas(64) chunk_fn fn;
     void *context;
     _Atomic int num_active, num_sleeping; /* threads allowed to work, the caller included; workers asleep */
-    int num_workers, num_calm_jobs;
-    int64_t alone_ns, alone_until; /* set by stalls */
+    int num_workers;
+    int64_t alone_ns, alone_until, together_since; /* set by stalls */
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
 } pool = {.num_active = 1, .sleep_lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -157,15 +158,16 @@ static void wait_for_workers(int num_chunks, int64_t patience_ns) {
             __builtin_ia32_pause();
         if (turn % 64 == 0) stalled = now_ns() - start > patience_ns;
     }
-    if (stalled) {
+    if (!stalled) return;
+    const int64_t now = now_ns();
+    if (start - pool.together_since >= RARE * (now - start)) {
+        pool.alone_ns /= 2;
+    } else {
         pool.alone_ns = pool.alone_ns * 2 < MIN_ALONE_NS ? MIN_ALONE_NS : pool.alone_ns * 2;
         if (pool.alone_ns > MAX_ALONE_NS) pool.alone_ns = MAX_ALONE_NS;
-        pool.alone_until = now_ns() + pool.alone_ns;
-        pool.num_calm_jobs = 0;
-    } else if (++pool.num_calm_jobs == CALM_JOBS) {
-        pool.alone_ns /= 2;
-        pool.num_calm_jobs = 0;
+        pool.alone_until = now + pool.alone_ns;
     }
+    pool.together_since = now > pool.alone_until ? now : pool.alone_until;
 }
 
 void parallel_for(chunk_fn fn, void *context, int num_chunks) {
