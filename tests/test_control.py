@@ -88,10 +88,10 @@ class TestForwardCosts:
     ) -> None:
         clock = iter(0.3 * step for step in range(1000))
         monkeypatch.setattr(costs_module, "perf_counter", lambda: next(clock))
-        assert set(measure_forwards(tiny_model("llama"), time_limit_s=1.0)) == {1, 8, 32}
+        assert set(measure_forwards(tiny_model("llama"), time_limit_s=1.0)) == {1, 8, 16}
 
     def test_measuring_stops_at_its_time_limit(self) -> None:
-        assert set(measure_forwards(tiny_model("llama"), time_limit_s=0.0)) == {1, 8, 32}
+        assert set(measure_forwards(tiny_model("llama"), time_limit_s=0.0)) == {1, 8, 16}
 
     def test_a_model_that_is_loaded_for_every_forward_is_timed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = iter(6.0 * step for step in range(1000))
