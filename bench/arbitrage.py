@@ -121,7 +121,7 @@ def solve(
     if len(problems) > 1 and method == BASELINE:
         out = specdec.generate(target, **inputs, drafter=Auto(SmallModel(draft)), **options)
     elif len(problems) > 1 and method == "draft":
-        out = specdec.generate(draft, **inputs, **options)
+        out = specdec.generate(draft, **inputs, generation_config=target.generation_config, **options)
     else:
         drafter = SmallModel(draft, num_tokens=max(1, 4 // len(problems)))
         out = specdec.generate(target, **inputs, drafter=drafter, router=router, tokenizer=tokenizer, **options)

@@ -13,10 +13,12 @@ import specdec
 from specdec.control import ForwardCosts
 from specdec.drafters import (
     Auto,
+    Cascade,
     Drafter,
     DraftSession,
     EarlyExit,
     Outcome,
+    PromptLookup,
     QuantizedSelf,
     Run,
     SmallModel,
@@ -79,7 +81,11 @@ def test_samples_follow_the_processed_distribution(verify: str) -> None:
     assert_ragged_rows_are_exact(tiny(seed=1), Auto(SmallModel(tiny(seed=2))), verify=verify)
 
 
-@pytest.mark.parametrize("others", [[], [SmallModel(tiny_model("llama", seed=1))]], ids=["alone", "beside a draft"])
+@pytest.mark.parametrize(
+    "others",
+    [[], [SmallModel(tiny_model("llama", seed=1))], [Cascade(PromptLookup(), tiny_model("llama", seed=1))]],
+    ids=["alone", "beside a draft", "beside a cascade"],
+)
 def test_a_target_brings_its_own_int8_copy(others: list[Drafter]) -> None:
     model = tiny_model("llama")
     prompt = random_prompts([9])
@@ -92,7 +98,8 @@ def test_a_target_brings_its_own_int8_copy(others: list[Drafter]) -> None:
 def test_short_runs_and_runs_that_have_their_own_make_no_copy() -> None:
     model = tiny_model("llama")
     speculate(model, random_prompts([9]), Auto(), max_new_tokens=8)
-    speculate(model, random_prompts([9]), Auto(QuantizedSelf()), max_new_tokens=NUM_NEW)
+    for own in (QuantizedSelf(), Cascade(PromptLookup(), QuantizedSelf())):
+        speculate(model, random_prompts([9]), Auto(own), max_new_tokens=NUM_NEW)
     assert not auto._quantized_self.has_copy(model)
 
 

@@ -100,6 +100,16 @@ def test_a_cheap_drafter_that_takes_back_is_asked_again() -> None:
     assert out.stats.num_batch_rounds == -(-(NUM_NEW - 1) // 8)
 
 
+@pytest.mark.parametrize("cascade", ["copy with lookup", "copy with a small model", "copy with auto"])
+def test_copies_follow_processors_that_look_at_prefixes(cascade: str) -> None:
+    model = early_model("llama")
+    options = {"max_new_tokens": NUM_NEW, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "pad_token_id": 0}
+    plain = model.generate(**RAGGED, **options, do_sample=False)
+    out = speculate(model, RAGGED, CASCADES[cascade](model), **options)
+    assert_same_tokens(model, plain, out.sequences, RAGGED["attention_mask"], **options)
+    assert out.stats.num_accepted > 0
+
+
 def test_a_copy_stops_where_the_next_token_is_not_worth_its_price() -> None:
     policy = WorthwhileComb(prices=[0.5, 0.5, 0.5], chance=lambda prob: prob, next_chance=0.9)
     assert policy.goes_on([[0.8]])
@@ -243,6 +253,11 @@ def test_samples_after_a_copy(cascade: type[Cascade], verify: str) -> None:
     cheap = SmallModel(tiny(seed=2), num_tokens=1)
     drafter = cascade(cheap, StandIn(tiny(seed=3)), num_tokens=3, min_tokens=1 if cascade is Stopping else 2)
     assert_ragged_rows_are_exact(tiny(seed=1), drafter, verify=verify)
+
+
+def test_samples_after_a_copy_for_which_auto_drafts() -> None:
+    drafter = Cascade(Auto(SmallModel(tiny(seed=2), num_tokens=1)), StandIn(tiny(seed=3)), num_tokens=3, min_tokens=2)
+    assert_ragged_rows_are_exact(tiny(seed=1), drafter)
 
 
 def test_samples_after_an_exit() -> None:

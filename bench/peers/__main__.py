@@ -108,7 +108,7 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
         target=find_gguf(arguments.gguf, arguments.model),
         draft=find_gguf(arguments.draft_gguf, arguments.draft),
     )
-    configurations = [*transformers_modes(arguments.transformers, model, tokenizer, draft)]
+    configurations = [*transformers_modes(_listed(arguments.transformers), model, tokenizer, draft)]
     if draft is not None:
         draft = kernels.quantized_copy(draft)
     if arguments.int8:

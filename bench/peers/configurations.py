@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,10 +38,10 @@ def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def transformers_modes(
-    methods: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PreTrainedModel | None
+    methods: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: PreTrainedModel | None
 ) -> Iterator[Configuration]:
     """transformers' own modes, on the weights as it loads them. Plain decoding, the reference, is always among them."""
-    for method in dict.fromkeys((PLAIN, *methods.split(","))):
+    for method in dict.fromkeys((PLAIN, *methods)):
         spec = PeerSpec.parse(f"{TRANSFORMERS}/{method}")
         if spec.needs_draft and draft is None:
             yield Configuration(side=TRANSFORMERS, method=method, unavailable="no --draft was given")

@@ -308,8 +308,8 @@ class ModelSource(Source):
         """What became of this source's own draft, which took so long to make."""
         trees, num_rows = draft.trees, outlook.num_rows
         steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
-        if isinstance(self.session, NestedSession):  # its forwards bring several tokens each: tokens are what is timed
-            steps = trees.width
+        if isinstance(self.session, NestedSession):
+            steps = trees.width  # its forwards bring several tokens each, so tokens are what is timed
         self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
         if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
             self._step_costs(outlook).note(num_rows, (draft_seconds - self.reading_seconds) / steps)

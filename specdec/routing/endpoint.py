@@ -225,31 +225,12 @@ class Endpoint:
         piece = self._complete(prompt, self.num_alternatives(prompt), {"temperature": 0.0})
         return piece.tokens[0].alternatives if piece.tokens else ()
 
-    def prompt_log_probs(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
-        """log p of each of the last tokens of a prompt: float [num_tokens].
+    def scored_prompt(self, prompt: Sequence[int], num_tokens: int) -> list[WrittenToken]:
+        """The last tokens of a prompt, each with its log p and the likeliest one in its place.
 
         Raises:
             EndpointError: as of `stream`, or the endpoint does not give them.
         """
-        return [token.log_prob for token in self._scored(prompt, num_tokens) if token.log_prob is not None]
-
-    def prompt_regrets(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
-        """By how much log p of the likeliest token exceeds that of the prompt's, at its last tokens: [num_tokens].
-
-        Raises:
-            EndpointError: as of `stream`, or the endpoint does not give them.
-        """
-        scored = self._scored(prompt, num_tokens)
-        if not all(token.alternatives for token in scored):
-            raise EndpointError(self, "it names no likelier tokens in place of those of a given text")
-        return [
-            max(0.0, *(other.log_prob - token.log_prob for other in token.alternatives))
-            for token in scored
-            if token.log_prob is not None
-        ]
-
-    def _scored(self, prompt: Sequence[int], num_tokens: int) -> list[WrittenToken]:
-        """The last tokens of a prompt, each with its log p."""
         if self.prompts == "text":
             raise EndpointError(self, "a given text is scored on token ids only: pass prompts='ids'")
         piece = self._complete(list(prompt), 1, {"temperature": 0.0, "echo": True})
@@ -315,7 +296,7 @@ class Endpoint:
             return False
         tried = prompt if len(prompt) > 1 else prompt * 2  # nothing is known of a text's first token
         try:
-            self.prompt_log_probs(tried, len(tried) - 1)
+            self.scored_prompt(tried, len(tried) - 1)
         except EndpointError as error:
             if _is_refusal(error) or error.__cause__ is None:
                 return False

@@ -8,11 +8,14 @@ from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from routers import DraftedStep
+from specdec.errors import EndpointError
+from specdec.routing.endpoint import WrittenToken
 from specdec.routing.remote import RemoteWriter
-from specdec.routing.writer import StepWriter, log_probs, regrets
+from specdec.routing.writer import StepWriter
 
 
 class WriterView:
@@ -59,13 +62,13 @@ class WriterView:
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
         logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [log_probs(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+        return [_log_probs(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
         if steps and all(self._places[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
         logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [regrets(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+        return [_regrets(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
@@ -151,12 +154,12 @@ class RemoteView:
         theirs = [self._places[step.row] in self.written for step in steps]
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
-        return self._each(steps, lambda step: self._scored(step, self._writer.endpoint.prompt_log_probs))
+        return self._each(steps, lambda step: np.array([token.log_prob for token in self._scored(step)], np.float32))
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
         if steps and all(self._places[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
-        return self._each(steps, lambda step: self._scored(step, self._writer.endpoint.prompt_regrets))
+        return self._each(steps, self._regrets)
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
@@ -183,8 +186,16 @@ class RemoteView:
         self._writer.num_requests += len(steps)
         return self._writer.each(lambda index: function(steps[index]), range(len(steps)))
 
-    def _scored(self, step: DraftedStep, score: Callable[[Sequence[int], int], list[float]]) -> np.ndarray:
-        return np.array(score([*self._text(step), *step.tokens], len(step.tokens)), np.float32)
+    def _scored(self, step: DraftedStep) -> list[WrittenToken]:
+        return self._writer.endpoint.scored_prompt([*self._text(step), *step.tokens], len(step.tokens))
+
+    def _regrets(self, step: DraftedStep) -> np.ndarray:
+        scored = self._scored(step)
+        if not all(token.alternatives for token in scored):
+            raise EndpointError(self._writer.endpoint, "it names no likelier tokens in place of those of a given text")
+        best = [max(other.log_prob for other in token.alternatives) for token in scored]
+        own = np.array([token.log_prob for token in scored], np.float32)
+        return np.maximum(np.array(best, np.float32) - own, 0)
 
     def _chosen(self, step: DraftedStep, asked: Sequence[int], choices: Sequence[str]) -> np.ndarray:
         prompt = self._writer.prompt([*self._text(step), *step.tokens, *asked])
@@ -195,3 +206,15 @@ class RemoteView:
 
     def _text(self, step: DraftedStep) -> list[int]:
         return [*step.prompt, *(token for previous in step.previous for token in previous)]
+
+
+def _log_probs(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:
+    """log p of each token at its slot: float32 [T]."""
+    chosen_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
+    return logits_TV.float().log_softmax(-1).gather(1, chosen_T1)[:, 0].cpu().numpy()
+
+
+def _regrets(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:
+    """By how much log p of the likeliest token exceeds that of the given one, at each slot: float32 [T]."""
+    chosen_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
+    return (logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]).float().cpu().numpy()

@@ -386,18 +386,6 @@ class _TokenSignals:
     hidden: np.ndarray | None
 
 
-def log_probs(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:
-    """log p of each token at its slot: float32 [T]."""
-    chosen_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
-    return logits_TV.float().log_softmax(-1).gather(1, chosen_T1)[:, 0].cpu().numpy()
-
-
-def regrets(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:
-    """By how much log p of the likeliest token exceeds that of the given one, at each slot: float32 [T]."""
-    chosen_T1 = torch.tensor(tokens, device=logits_TV.device).unsqueeze(1)
-    return (logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]).float().cpu().numpy()
-
-
 def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:
     width = max(map(len, rows))
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
