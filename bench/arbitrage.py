@@ -123,7 +123,7 @@ def solve(
     elif len(problems) > 1 and method == "draft":
         out = specdec.generate(draft, **inputs, generation_config=target.generation_config, **options)
     else:
-        drafter = SmallModel(draft, num_tokens=max(1, 4 // len(problems)))
+        drafter = SmallModel(draft, num_tokens=4)
         out = specdec.generate(target, **inputs, drafter=drafter, router=router, tokenizer=tokenizer, **options)
     seconds = perf_counter() - started
     texts = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -138,12 +138,15 @@ class Router(ABC):
         steps: what counts as a step.
         peek: number of drafted tokens after which `decide_early` is asked (0: before anything is drafted); None
             leaves that out.
+        judges_together: whether steps wait to be judged until the draft has written one in every row that is its: for
+            routers that have the target write, which is cheaper for many rows at once.
         needs: what it cannot decide without. Hidden states, and the signals of a remote draft, are there only where
             they are named; where a model cannot give what is named, the call is refused.
     """
 
     steps: Steps = Steps()
     peek: int | None = None
+    judges_together: bool = False
     needs: frozenset[Need] = frozenset()
 
     @abstractmethod

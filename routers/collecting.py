@@ -65,6 +65,8 @@ class Collector(Router):
         keeps_hidden: whether to keep hidden states.
     """
 
+    judges_together = True
+
     def __init__(
         self,
         reward: Reward,

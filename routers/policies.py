@@ -252,6 +252,8 @@ class Oracle(Router):
         threshold: advantage above which the target's step is kept (Maheswaran et al. 2025, theorem B.1).
     """
 
+    judges_together = True
+
     def __init__(self, reward: Reward, *, threshold: float = 0.0, steps: Steps = _STEPS):
         self.reward, self.threshold, self.steps = reward, threshold, steps
         self.needs = needs_of(reward)

@@ -208,6 +208,22 @@ class TreeCache(Cache):
             if layer.is_initialized:
                 layer.keys[row], layer.values[row] = 0, 0
 
+    def part(self, rows: Sequence[int], room: int) -> TreeCache:
+        """A cache of these rows alone: copies, with room for so many slots more."""
+        assert self.tail == 0, "parts are made between rounds"
+        part = TreeCache(len(self.layers), 0)
+        part.lengths = [self.lengths[row] for row in rows]
+        for own, layer in zip(part.layers, self.layers, strict=True):
+            if layer.is_initialized:
+                own.copy_rows(layer, rows, room)
+        return part
+
+    def take_tail(self, part: TreeCache, rows: Sequence[int]) -> None:
+        """Make the tail of a part the tail of its rows; that of all others means nothing."""
+        count = part.tail
+        for layer, own in zip(self.layers, part.layers, strict=True):
+            layer.take_tail(own, rows, count)
+
     def row_states(self, row: int) -> RowStates:
         """Copies of a row's committed states."""
         return [(keys.clone(), values.clone()) for keys, values in self.row_views(row)]
@@ -305,6 +321,26 @@ class _TreeLayer(CacheLayerMixin):
         elif count > self._capacity:
             self._resize(len(self.keys), max(count, self._capacity + self._capacity // 2))
         self.keys[row, :, :count], self.values[row, :, :count] = key_states, value_states
+
+    def copy_rows(self, other: _TreeLayer, rows: Sequence[int], room: int) -> None:
+        """Begin with these rows of another layer, with room for so many slots more."""
+        self._capacity = max(self._cache.lengths) + room
+        like = [buffer[:1, :, :1].expand(len(rows), -1, -1, -1) for buffer in (other.keys, other.values)]
+        self.lazy_initialization(*like)
+        for place, (row, length) in enumerate(zip(rows, self._cache.lengths, strict=True)):
+            self.keys[place, :, :length] = other.keys[row, :, :length]
+            self.values[place, :, :length] = other.values[row, :, :length]
+
+    def take_tail(self, other: _TreeLayer, rows: Sequence[int], count: int) -> None:
+        """Copy what another layer, of these rows alone, has after their committed slots."""
+        lengths = self._cache.lengths
+        if max(lengths) + count > self._capacity:
+            self._resize(len(self.keys), max(max(lengths) + count, self._capacity + self._capacity // 2))
+        for place, row in enumerate(rows):
+            tail = slice(lengths[row], lengths[row] + count)
+            self.keys[row, :, tail] = other.keys[place, :, tail]
+            self.values[row, :, tail] = other.values[place, :, tail]
+        self.tail = count
 
     def move(self, rows: Any, sources: Any, targets: Any) -> None:
         """Copy slots; rows, sources and targets index together."""

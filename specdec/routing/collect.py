@@ -16,8 +16,6 @@ from specdec.drafters import SmallModel
 from specdec.generation import generate
 from specdec.prompting import encode_chats, encode_texts, has_chat_template, user_turn
 
-_FORWARD_TOKENS = 16
-"""Of a round of the target, about: wider ones cost more than what they verify is worth."""
 INSTRUCTION = (
     "Solve the problem step by step. Put a blank line between steps, and end with the final answer as \\boxed{answer}."
 )
@@ -100,7 +98,6 @@ def collect(
     instruction: str = INSTRUCTION,
 ) -> Iterator[int]:
     """Fill a collection; what is there already is not written again. Yields the number of problems done."""
-    num_tokens = min(4, max(1, _FORWARD_TOKENS // batch_size - 1))
     for part, first in enumerate(range(0, len(problems), batch_size)):
         batch = problems[first : first + batch_size]
         if not collection.has(part):
@@ -108,7 +105,7 @@ def collect(
             generate(
                 target,
                 **encode_problems(tokenizer, batch, instruction),
-                drafter=SmallModel(draft, num_tokens=num_tokens),
+                drafter=SmallModel(draft, num_tokens=4),
                 router=router,
                 tokenizer=tokenizer,
                 max_new_tokens=max_new_tokens,

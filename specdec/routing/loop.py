@@ -1,13 +1,16 @@
 """The loop of steps: the draft writes one, the router decides, and where it says so the target writes it.
 
-Two writers, each a decoding loop of its own, hold the same text. `docs/routing.md` walks through a step.
+Two writers, each a decoding loop of its own, hold the same text. The rows of a batch do not wait for each other: while
+the target writes in some, the draft goes on in others. `docs/routing.md` walks through a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from time import perf_counter
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from routers import Decision, DraftedStep, Router
 from routers.base import Writer
@@ -22,6 +25,49 @@ from specdec.streaming import StreamFeed
 
 AnyWriter: TypeAlias = StepWriter | RemoteWriter
 View: TypeAlias = WriterView | RemoteView
+
+
+class Phase(Enum):
+    """Where a row's step stands."""
+
+    NEW = auto()
+    """Nothing has been written."""
+    GLIMPSE = auto()
+    """The draft writes the first tokens, at which the router looks."""
+    DRAFT = auto()
+    """The draft writes."""
+    TARGET = auto()
+    """The target writes."""
+
+
+@dataclass(kw_only=True)
+class _Turn:
+    """A row's step in the making.
+
+    Args:
+        decision: once it has fallen; the draft may still have to write what is kept.
+        drafted: what the draft wrote, once it is the target's turn.
+    """
+
+    phase: Phase = Phase.NEW
+    started: float = field(default_factory=perf_counter)
+    decision: Decision | None = None
+    drafted: Sequence[int] = ()
+
+
+class _Finished(NamedTuple):
+    """A step that is to be committed.
+
+    Args:
+        drafted: what the draft wrote in its place.
+        in_vain: what was written besides, perhaps the beginning of the step itself.
+    """
+
+    decision: Decision
+    tokens: Sequence[int]
+    drafted: Sequence[int]
+    in_vain: Sequence[int]
+    is_last: bool
 
 
 class StepLoop:
@@ -58,13 +104,16 @@ class StepLoop:
         self._prompts = [list(tokens) for tokens in target.sequences.tokens]
         self._steps: list[list[Sequence[int]]] = [[] for _ in range(num_rows)]
         self._writers: list[list[Writer]] = [[] for _ in range(num_rows)]
+        self._turns = [_Turn() for _ in range(num_rows)]
+        self._is_local = isinstance(draft, StepWriter) and isinstance(target, StepWriter)
         self._lost: Writer | None = None
         """Whose endpoint has failed for good: the other one goes on alone."""
 
     def run(self) -> None:
         """Write until every row has stopped."""
         while len(self.target.sequences):
-            self.step()
+            self._attend()
+            self._round()
         if self.feed is not None:
             self.feed.end()
         self._finish()
@@ -87,49 +136,79 @@ class StepLoop:
         self.draft.close()
         self.target.close()
 
-    def step(self) -> None:
-        """One step of every unfinished row."""
-        started = perf_counter()
-        rows = range(len(self.target.sequences))
-        texts = [list(tokens) for tokens in self.target.sequences.tokens]
-        decisions = self._draft_steps(rows)
-        drafted = [self._drafted(row) for row in rows]
-        view = self._view()
-        decisions |= self._decide({row: drafted[row] for row in rows if row not in decisions}, view)
-        view.settle({row: drafted[row].tokens for row in rows if not decisions[row].escalate})
-        escalated = [row for row in rows if decisions[row].escalate and row not in view.written]
-        for row in self._escalate({row: drafted[row].tokens for row in escalated}):
-            decisions[row], drafted[row] = self._alone(), self._drafted(row)
-        theirs = [self.target.step_tokens(row) for row in rows]
-        steps = [theirs[row] if decisions[row].escalate else drafted[row].tokens for row in rows]
-        their_last = [self.target.stop.steps[row].is_last for row in rows]
-        last = [their_last[row] if decisions[row].escalate else drafted[row].is_last for row in rows]
-        for row in rows:
-            in_vain = theirs[row] if row in view.written and not decisions[row].escalate else drafted[row].tokens
-            self._note(row, decisions[row], in_vain, steps[row], perf_counter() - started)
-        num_drafted = [num_shared(drafted[row].tokens, steps[row]) for row in rows]
-        self._commit({row: [*texts[row], *steps[row]] for row in rows}, steps, num_drafted, last)
-
-    def _draft_steps(self, rows: Sequence[int]) -> dict[int, Decision]:
-        """Let the draft write every row's step; returns what was decided early."""
-        if self._lost == "draft":
-            return dict.fromkeys(rows, self._alone())
+    def _round(self) -> None:
+        """Somebody writes a little more, in every row where it is their turn."""
+        drafting, writing = self.draft.stop.writing, self.target.stop.writing
+        if not drafting and not writing:
+            return
+        # the draft helps the target, and takes its own rows along; servers are asked for as many rows as there will be
+        writer = self.target if writing and (self._is_local or not drafting) else self.draft
         try:
-            return self._draft_until_decided(rows)
+            writer.round()
         except EndpointError as error:
             self._lose(error)
-            return dict.fromkeys(rows, self._alone())
 
-    def _draft_until_decided(self, rows: Sequence[int]) -> dict[int, Decision]:
-        longest = self.router.steps.max_tokens
-        early: dict[int, Decision] = {}
-        if self.router.peek is not None and self._lost is None:
-            self.draft.write(dict.fromkeys(rows, min(self.router.peek, longest)))
-            decisions = self.router.decide_early([self._drafted(row) for row in rows])
-            early = {row: decision for row, decision in zip(rows, decisions, strict=True) if decision is not None}
-        relieved = {row for row, decision in early.items() if decision.escalate}
-        self.draft.write({row: longest for row in rows if row not in relieved})
-        return early
+    def _attend(self) -> None:
+        """See to every row that does not write, until all of them do or have stopped."""
+        attend = {
+            Phase.NEW: self._begin,
+            Phase.GLIMPSE: self._glimpse,
+            Phase.DRAFT: self._judge,
+            Phase.TARGET: self._take,
+        }
+        while pausing := next((found for phase in attend if (found := (phase, self._pausing(phase)))[1]), None):
+            phase, rows = pausing
+            attend[phase](rows)
+
+    def _pausing(self, phase: Phase) -> list[int]:
+        if phase is Phase.DRAFT and self.router.judges_together and self.draft.stop.writing:
+            return []
+        steps = (self.target if phase is Phase.TARGET else self.draft).stop.steps
+        return [row for row, turn in enumerate(self._turns) if turn.phase is phase and not steps[row].writing]
+
+    def _begin(self, rows: Sequence[int]) -> None:
+        """A step begins."""
+        if self._lost == "draft":
+            self._escalate(dict.fromkeys(rows, self._alone()), {})
+        elif self.router.peek is None or self._lost is not None:
+            self._let_draft(rows)
+        else:
+            for row in rows:
+                self._turns[row].phase = Phase.GLIMPSE
+            self.draft.begin(dict.fromkeys(rows, min(self.router.peek, self._longest)))
+
+    def _glimpse(self, rows: Sequence[int]) -> None:
+        """The draft has written the first tokens: the router looks."""
+        decisions: dict[int, Decision | None] = dict.fromkeys(rows)
+        if self._lost is None:
+            decisions.update(zip(rows, self.router.decide_early([self._drafted(row) for row in rows]), strict=True))
+        for row, decision in decisions.items():
+            self._turns[row].decision = decision
+        escalated = {row: decision for row, decision in decisions.items() if decision is not None and decision.escalate}
+        self._let_draft([row for row in rows if row not in escalated])
+        self._escalate(escalated, {row: self.draft.step_tokens(row) for row in escalated})
+
+    def _let_draft(self, rows: Sequence[int]) -> None:
+        """The draft writes these rows' steps."""
+        for row in rows:
+            self._turns[row].phase = Phase.DRAFT
+        self.draft.begin(dict.fromkeys(rows, self._longest))
+
+    def _judge(self, rows: Sequence[int]) -> None:
+        """The draft has written a step: the router decides."""
+        drafted = {row: self._drafted(row) for row in rows}
+        view = self._view()
+        decisions = {row: decision for row in rows if (decision := self._turns[row].decision) is not None}
+        decisions |= self._decide({row: step for row, step in drafted.items() if row not in decisions}, view)
+        kept = {row: step for row, step in drafted.items() if not decisions[row].escalate}
+        view.settle({row: step.tokens for row, step in kept.items()})
+        escalated = [row for row in rows if row not in kept]
+        self._escalate({row: decisions[row] for row in escalated}, {row: drafted[row].tokens for row in escalated})
+        finished = {}
+        for row, step in kept.items():
+            in_vain = self.target.step_tokens(row) if row in view.written else step.tokens
+            finished[row] = _Finished(decisions[row], step.tokens, step.tokens, in_vain, step.is_last)
+        self._commit(finished)
 
     def _decide(self, drafted: Mapping[int, DraftedStep], view: View) -> dict[int, Decision]:
         if not drafted:
@@ -145,67 +224,95 @@ class StepLoop:
         self.stats.router_seconds += perf_counter() - started - view.seconds
         return dict(zip(drafted, decisions, strict=True))
 
-    def _escalate(self, drafts: Mapping[int, Sequence[int]]) -> list[int]:
-        """Let the target write these rows' steps; returns the rows of which it was lost before it wrote anything."""
-        try:
-            self._let_write(drafts)
-        except EndpointError as error:
-            self._lose(error)
-            begun = [row for row in drafts if self.target.step_tokens(row) or self.target.stop.steps[row].is_last]
-            left = [row for row in drafts if row not in begun]
-            self.draft.write(dict.fromkeys(left, self.router.steps.max_tokens))
-            return left
-        return []
+    def _escalate(self, decisions: Mapping[int, Decision], drafts: Mapping[int, Sequence[int]]) -> None:
+        """The target writes these rows' steps, unless it has for the router."""
+        for row, decision in decisions.items():
+            turn = self._turns[row]
+            turn.phase, turn.decision, turn.drafted = Phase.TARGET, decision, drafts.get(row, ())
+        self._hand_over({row: drafts.get(row, ()) for row in decisions})
+
+    def _hand_over(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """The target goes on with these rows' steps; what the draft wrote is its first token-level draft."""
+        self.target.adopt({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
+        self.target.begin(dict.fromkeys(drafts, self._longest))
+
+    def _let_write(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """The target writes these rows' steps now: the router has asked for them."""
+        self._hand_over(drafts)
+        self.target.write(dict.fromkeys(drafts, self._longest))
+
+    def _take(self, rows: Sequence[int]) -> None:
+        """The target has written a step."""
+        finished = {}
+        for row in rows:
+            turn = self._turns[row]
+            assert turn.decision is not None
+            tokens, is_last = self.target.step_tokens(row), self.target.stop.steps[row].is_last
+            finished[row] = _Finished(turn.decision, tokens, turn.drafted, turn.drafted, is_last)
+        self._commit(finished)
 
     def _lose(self, error: EndpointError) -> None:
         """Go on without an endpoint that has failed for good, if it allows that and the other writer is there."""
         if self._lost is not None or error.endpoint.on_failure == "raise":
             raise error
-        self._lost = "draft" if error.endpoint is self.draft.endpoint else "target"
+        turns = list(enumerate(self._turns))
+        if error.endpoint is self.draft.endpoint:
+            self._lost = "draft"
+            drafts = {
+                row: self.draft.step_tokens(row) for row, turn in turns if turn.phase in (Phase.GLIMPSE, Phase.DRAFT)
+            }
+            self._escalate(dict.fromkeys(drafts, self._alone()), drafts)
+            return
+        self._lost = "target"
+        for step in self.target.stop.steps:
+            step.writing = False
+        begun = [bool(self.target.step_tokens(row)) or step.is_last for row, step in enumerate(self.target.stop.steps)]
+        left = [row for row, turn in turns if turn.phase is Phase.TARGET and not begun[row]]
+        for row in left:
+            self._turns[row].decision = self._alone()
+        self._let_draft(left)
 
     def _alone(self) -> Decision:
         return Decision(escalate=self._lost == "draft", reason=f"{self._lost} lost")
 
-    def _let_write(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Let the target write these rows' steps; what the draft wrote is its first token-level draft."""
-        self.target.suggest({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
-        self.target.write(dict.fromkeys(drafts, self.router.steps.max_tokens))
-
-    def _commit(
-        self,
-        texts: Mapping[int, Sequence[int]],
-        steps: Sequence[Sequence[int]],
-        num_drafted: Sequence[int],
-        last: Sequence[bool],
-    ) -> None:
-        """Bring both writers to the same text, pass it on, and let the rows go that have stopped.
-
-        Args:
-            num_drafted: how many of a step's first tokens are the draft's as it wrote them.
-        """
+    def _commit(self, finished: Mapping[int, _Finished]) -> None:
+        """Bring both writers to the same text, pass it on, and let the rows go that have stopped."""
+        if not finished:
+            return
+        texts = {}
+        for row, step in finished.items():
+            self._note(row, step.decision, step.in_vain, step.tokens)
+            texts[row] = [*self.target.sequences.tokens[row][: self.target.stop.steps[row].start], *step.tokens]
+            self._turns[row] = _Turn()
         for writer in (self.draft, self.target):
             writer.sync(texts)
-            writer.begin_steps()
-        self.stats.note_tokens(sum(map(len, steps)), perf_counter() - self._started)
-        rows = self.target.sequences.rows
+            writer.begin_steps(texts)
+        steps = list(finished.values())
+        self.stats.note_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
+        places = [self.target.sequences.rows[row] for row in finished]
         if self.feed is not None:
-            self.feed.put_round(rows, steps, num_drafted)
-        for index, (row, tokens, is_last) in enumerate(zip(rows, steps, last, strict=True)):
-            self._steps[row].append(tokens)
+            shared = [num_shared(step.drafted, step.tokens) for step in steps]
+            self.feed.put_round(places, [step.tokens for step in steps], shared)
+        for row, place, step in zip(finished, places, steps, strict=True):
+            self._steps[place].append(step.tokens)
             if self.feed is not None:
-                self.feed.put(row, tokens, is_last)
-            if is_last:
-                self.recorder.finish(row, self.target.sequences.prefix(index), None, index)
+                self.feed.put(place, step.tokens, step.is_last)
+            if step.is_last:
+                self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
         if self.feed is not None:
             self.feed.flush()
-        stay = [index for index, is_last in enumerate(last) if not is_last]
-        if len(stay) < len(last):
+        gone = {row for row, step in finished.items() if step.is_last}
+        if gone:
+            stay = [row for row in range(len(self._turns)) if row not in gone]
             self.draft.select_rows(stay)
             self.target.select_rows(stay)
+            self._turns = [self._turns[row] for row in stay]
 
-    def _note(
-        self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int], seconds: float = 0.0
-    ) -> None:
+    @property
+    def _longest(self) -> int:
+        return self.router.steps.max_tokens
+
+    def _note(self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int]) -> None:
         """Record a step.
 
         Args:
@@ -222,7 +329,7 @@ class StepLoop:
                 reason=decision.reason,
                 num_tokens=len(step),
                 num_discarded=len(in_vain) - num_shared(in_vain, step),
-                seconds=seconds,
+                seconds=perf_counter() - self._turns[row].started,
             )
         )
 

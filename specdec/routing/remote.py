@@ -167,19 +167,25 @@ class RemoteWriter:
         self._scored: list[list[WrittenToken]] = [[] for _ in sequences.rows]
         self._tokenizing, self._over = Lock(), Event()
 
-    def suggest(self, drafts: Mapping[int, Sequence[int]]) -> None:
+    def adopt(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """A server cannot be given a draft: it writes its own words."""
 
     def write(self, limits: Mapping[int, int]) -> None:
-        """As `StepWriter.write`; rows are written at once.
+        """As `StepWriter.write`, all rows at once.
 
         Raises:
             EndpointError: the endpoint has failed for good; what it had written until then stands.
         """
+        self.begin(limits)
+        self.round()
+
+    def begin(self, limits: Mapping[int, int]) -> None:
+        """As `StepWriter.begin`; one round is enough."""
         for row, limit in limits.items():
-            step = self.stop.steps[row]
-            step.limit = limit
-            step.writing = not step.is_over and len(self.step_tokens(row)) < limit
+            self.stop.go_on(row, len(self.step_tokens(row)), limit)
+
+    def round(self) -> None:
+        """Write every row that writes up to its pause; raises as `write`."""
         answers = {
             row: _Answer(
                 known=self.sequences.tokens[row],
@@ -187,8 +193,7 @@ class RemoteWriter:
                 vocab_size=self._vocab_size,
                 seed=self._draw_seed() if self._sampler.do_sample else None,
             )
-            for row, step in enumerate(self.stop.steps)
-            if step.writing
+            for row in self.stop.writing
         }
         if not answers:
             return
@@ -222,10 +227,11 @@ class RemoteWriter:
                 self.stop.steps[row].is_over = self.stop.steps[row].is_last = False
                 self._scored[row] = []
 
-    def begin_steps(self) -> None:
-        """Every row's next step begins at its end."""
-        self.stop.begin_steps(self.sequences.tokens)
-        self._scored = [[] for _ in self._scored]
+    def begin_steps(self, rows: Iterable[int]) -> None:
+        """The next step of these rows begins at their end."""
+        for row in rows:
+            self.stop.begin_step(row, self.sequences.tokens[row])
+            self._scored[row] = []
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""

@@ -44,7 +44,7 @@ class WriterView:
         self._token_of = token_of
         self._write = write
         self._weighed: dict[int, Sequence[int]] = {}
-        self._logits_BTV: Tensor | None = None
+        self._logits_of: dict[int, Tensor] = {}
         self.written: set[int] = set()
         """Rows whose step the target has written."""
 
@@ -61,23 +61,23 @@ class WriterView:
         theirs = [self._places[step.row] in self.written for step in steps]
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
-        logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_log_probs(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
+        return [_log_probs(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
         if steps and all(self._places[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
-        logits_BTV = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_regrets(logits_BTV[self._places[step.row], : len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
+        return [_regrets(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
     ) -> list[np.ndarray]:
         asked, ids = self._ask(question, opening), [self._token_of(choice) for choice in choices]
         chains = {self._places[step.row]: [*step.tokens, *asked] for step in steps}
-        logits_BTV = self._weigh(chains)
+        logits_of = self._weigh(chains)
         rows = [self._places[step.row] for step in steps]
-        return [logits_BTV[row, len(chains[row]), ids].float().softmax(-1).cpu().numpy() for row in rows]
+        return [logits_of[row][len(chains[row]), ids].float().softmax(-1).cpu().numpy() for row in rows]
 
     def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
         started = perf_counter()
@@ -101,22 +101,22 @@ class WriterView:
             for row, step in zip(rows, steps, strict=True)
         ]
 
-    def _weigh(self, chains: Mapping[int, Sequence[int]]) -> Tensor:
-        """Logits of these chains; a forward unless they have just been weighed."""
+    def _weigh(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """row -> logits [T, V] of its chain; a forward unless they have just been weighed."""
         known = all(
             row in self._weighed and list(self._weighed[row][: len(chain)]) == list(chain)
             for row, chain in chains.items()
         )
-        if not known or self._logits_BTV is None:
+        if not known:
             started = perf_counter()
             self._writer.discard()
             self._weighed = dict(chains)
-            self._logits_BTV = self._writer.weigh(chains)
+            self._logits_of = self._writer.weigh(chains)
             self.seconds += perf_counter() - started
-        return self._logits_BTV
+        return self._logits_of
 
     def _forget(self) -> None:
-        self._weighed, self._logits_BTV = {}, None
+        self._weighed, self._logits_of = {}, {}
 
 
 class RemoteView:

@@ -2,18 +2,18 @@
 
 Two of them make a routed run: the draft's and the target's. Each holds the text on its own (`Sequences`), with a cache
 that may lag behind it: what the other one wrote is read in the same forward that needs it. `sync` takes back what was
-written in vain. Rows that pause take part in a batch's forwards with one token that is dropped again.
+written in vain. Rows write steps of their own, from where they stand; a forward is of those that write.
 
-Shape legend: B rows, T slots, L lead, V vocabulary, C channels.
+Shape legend: B rows, R rows that write, T slots, V vocabulary, C channels.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +21,21 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from routers import Segmenter, Signals
-from specdec.acceptance import Accepted
+from specdec.acceptance import Accepted, to_host
 from specdec.drafters.base import Outcome
 from specdec.loop import Committed, DecodingLoop
+from specdec.sampling import Prefixes
 from specdec.sequences import Sequences
 from specdec.stopping import Scores, StopChecker
 from specdec.target import TreeModel
 from trees import Draft, TreeBatch
 
 _LONGEST_LEAD = 256
-"""Tokens of all rows that are read together with a draft; before more than that the model catches up, in such parts."""
+"""Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
+_CHEAP_WIDTH = 16
+"""A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
+token that is dropped again: copying the states of those that write costs more. On CPUs several rows draft no further.
+"""
 
 
 @dataclass(kw_only=True)
@@ -66,12 +71,22 @@ class StepStop(StopChecker):
         self.steps = [_RowStep(start=length) for length in lengths]
         self._segmenter = segmenter
 
-    def begin_steps(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Every row's next step begins at its end."""
-        self.steps = [
-            _RowStep(start=len(row), in_fence=self._segmenter.in_fence_after(row[step.start :], step.in_fence))
-            for step, row in zip(self.steps, tokens, strict=True)
-        ]
+    @property
+    def writing(self) -> list[int]:
+        """The rows that write now."""
+        return [row for row, step in enumerate(self.steps) if step.writing]
+
+    def begin_step(self, row: int, tokens: Sequence[int]) -> None:
+        """A row's next step begins at the end of its tokens."""
+        step = self.steps[row]
+        in_fence = self._segmenter.in_fence_after(tokens[step.start :], step.in_fence)
+        self.steps[row] = _RowStep(start=len(tokens), in_fence=in_fence)
+
+    def go_on(self, row: int, num_written: int, limit: int) -> None:
+        """Let a row write until its step, of which some tokens stand there, is over or has so many."""
+        step = self.steps[row]
+        step.limit = limit
+        step.writing = not step.is_over and num_written < limit
 
     def ends(self, row: int, written: Sequence[int], new: Sequence[int]) -> bool:
         """Whether a row's step, of which some tokens are written, comes to its end in new ones."""
@@ -127,12 +142,16 @@ class StepWriter(DecodingLoop):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._leads: list[int] = []
-        self._weighed: tuple[Draft, Tensor] | None = None
-        self._suggested: dict[int, list[int]] = {}
+        self._weighed: _Weighed | None = None
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
         self._has_read = False
         if self.wants_hidden:
             self.target.keep_states({self.target.num_layers})
+
+    @property
+    def device(self) -> torch.device:
+        """Of the text."""
+        return self.sequences.device
 
     @property
     def num_forwards(self) -> int:
@@ -143,22 +162,29 @@ class StepWriter(DecodingLoop):
         """The run is over."""
         self.session.close()
 
-    def suggest(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Tokens to verify next in these rows, whatever their number, instead of what the session proposes."""
-        self._suggested = {row: list(tokens) for row, tokens in drafts.items() if tokens}
+    def adopt(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Commit of these drafts what the model would have written, and its own token after that."""
+        chains = {row: tokens[: self._room(row)] for row, tokens in drafts.items()}
+        if chains := {row: tokens for row, tokens in chains.items() if tokens}:
+            self.weigh(chains)
+            self.settle({})
 
     def write(self, limits: Mapping[int, int]) -> None:
         """Go on with these rows' steps until each is over or has the given number of tokens.
 
+        Other rows that are writing go on as well, as far as these take.
+
         Args:
             limits: row -> tokens of the step, those that stand there included.
         """
-        for row, limit in limits.items():
-            step = self.stop.steps[row]
-            step.limit = limit
-            step.writing = not step.is_over and len(self.step_tokens(row)) < limit
-        while any(step.writing for step in self.stop.steps):
+        self.begin(limits)
+        while any(self.stop.steps[row].writing for row in limits):
             self.round()
+
+    def begin(self, limits: Mapping[int, int]) -> None:
+        """As `write`, round by round: until none of the rows writes, call `round`."""
+        for row, limit in limits.items():
+            self.stop.go_on(row, len(self.step_tokens(row)), limit)
 
     def step_tokens(self, row: int) -> list[int]:
         """What stands in a row's step."""
@@ -188,37 +214,37 @@ class StepWriter(DecodingLoop):
             self.target.cache.truncate([length - max(1, len(tokens)) for length, tokens in lengths])
         self.session.observe(Outcome(paths=[[]] * len(appended), tokens=appended, is_own=False))
 
-    def begin_steps(self) -> None:
-        """Every row's next step begins at its end."""
-        self.stop.begin_steps(self.sequences.tokens)
+    def begin_steps(self, rows: Iterable[int]) -> None:
+        """The next step of these rows begins at their end."""
+        for row in rows:
+            self.stop.begin_step(row, self.sequences.tokens[row])
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self.sequences.select_rows(rows)
         self.stop.select_rows(rows)
         self._signals = [self._signals[row] for row in rows]
-        self._suggested = {}
         self.session.select_rows(rows)
         if self._has_read and rows:
             self.target.select_rows(rows)
 
-    def weigh(self, chains: Mapping[int, Sequence[int]]) -> Tensor:
-        """Verify chains without committing any of them: `settle` does, or `discard`.
+    def weigh(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Verify chains without committing any of them: `settle` does, or `discard`. Rows that write wait meanwhile.
 
         Args:
             chains: row -> tokens that could follow the row's.
 
         Returns:
-            Logits [B, 1 + longest, V] after each row's root and each of its tokens.
+            row -> logits [T, V] after its root and each of its tokens.
         """
         assert self._weighed is None
-        for row in chains:
-            self.stop.steps[row].writing = True
-        tokens = [list(chains.get(row, ())) for row in range(len(self.sequences))]
-        draft = Draft(trees=_chains(tokens, self.sequences.device))
-        logits_BTV = self.verify(draft)
-        self._weighed = draft, logits_BTV
-        return logits_BTV
+        waiting = self.stop.writing
+        for row, step in enumerate(self.stop.steps):
+            step.writing = row in chains
+        draft = Draft(trees=_chains([list(chains.get(row, ())) for row in range(len(self.sequences))], self.device))
+        logits_RTV = self.verify(draft)
+        self._weighed = _Weighed(draft, logits_RTV, waiting)
+        return dict(zip(self.stop.writing, logits_RTV, strict=True))
 
     def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
         """Commit what was weighed.
@@ -228,78 +254,71 @@ class StepWriter(DecodingLoop):
                 stand, as far as the chain agrees with them, and one more.
         """
         assert self._weighed is not None
-        draft, logits_BTV = self._weighed
+        draft, logits_RTV, waiting = self._weighed
         self._weighed = None
-        accepted = self.accept(draft, logits_BTV)
+        accepted = self.accept(draft, logits_RTV)
         for row, tokens in kept.items():
             accepted.candidates[row] = list(tokens)
             accepted.paths[row] = list(range(len(tokens) - 1))
             self._signals[row] = [*self._signals[row][: len(self.sequences.tokens[row])], *[None] * len(tokens)]
-        for step in self.stop.steps:
-            step.limit = sys.maxsize
+        for row in self.stop.writing:
+            self.stop.steps[row].limit = sys.maxsize
         self.commit(draft, accepted)
-        for step in self.stop.steps:
-            step.writing = False
+        self._resume(waiting)
 
     def discard(self) -> None:
         """Forget what was weighed."""
         if self._weighed is not None:
-            self._weighed = None
+            waiting, self._weighed = self._weighed.waiting, None
             self.target.forget_tail()
-            for step in self.stop.steps:
-                step.writing = False
+            self._resume(waiting)
 
     def verify(self, draft: Draft) -> Tensor:
-        """Logits [B, T, V] after the root and every node, read together with what the cache does not hold yet."""
+        """Logits [R, T, V] of the rows that write, after the root and every node, read together with what the cache
+        does not hold yet."""
         started = perf_counter()
         self._read_prompts()
         self._catch_up()
-        lead = [self._unread(row) if step.writing else [] for row, step in enumerate(self.stop.steps)]
-        self._leads = [len(tokens) for tokens in lead]
-        chains = [draft.trees.row(row).tokens for row in range(draft.trees.num_rows)]
-        tokens = [[*lead[row], self._root(row), *chain] for row, chain in enumerate(chains)]
-        logits_BTV = self._forward(tokens)
+        rows = self.stop.writing
+        leads = {row: self._unread(row) for row in rows}
+        self._leads = [len(leads.get(row, ())) for row in range(len(self.sequences))]
+        logits_RTV = self._forward({row: [*leads[row], self._root(row), *draft.trees.row(row).tokens] for row in rows})
         if any(self._leads):
-            first_B1 = torch.tensor(self._leads, device=logits_BTV.device).unsqueeze(1)
-            slots_BT = (first_B1 + torch.arange(draft.trees.num_slots, device=first_B1.device)).clamp_max(
-                logits_BTV.shape[1] - 1
+            first_R1 = torch.tensor([self._leads[row] for row in rows], device=logits_RTV.device).unsqueeze(1)
+            slots_RT = (first_R1 + torch.arange(draft.trees.num_slots, device=first_R1.device)).clamp_max(
+                logits_RTV.shape[1] - 1
             )
-            logits_BTV = logits_BTV[torch.arange(len(tokens), device=first_B1.device).unsqueeze(1), slots_BT]
+            logits_RTV = logits_RTV[torch.arange(len(rows), device=first_R1.device).unsqueeze(1), slots_RT]
         self.stats.verify_seconds += perf_counter() - started
-        return logits_BTV
+        return logits_RTV
 
-    def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
-        accepted = super().accept(draft, logits_BTV)
-        for row, step in enumerate(self.stop.steps):
-            if not step.writing:
-                accepted.paths[row].clear()
-                accepted.candidates[row].clear()
-                continue
-            tokens, slots = accepted.candidates[row], [0, *(node + 1 for node in accepted.paths[row])]
+    def accept(self, draft: Draft, logits_RTV: Tensor) -> Accepted:
+        """What the model keeps of the chain of each row that writes, and the token after it; nothing in other rows."""
+        rows = self.stop.writing
+        part = Draft(trees=_chains([draft.trees.row(row).tokens for row in rows], self.device))
+        prefixes = Prefixes(self.sequences.part(rows), part.trees, range(part.trees.num_slots))
+        scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
+        found = to_host(part.trees, self.sampler.accept(scores_RTV, part))
+        accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
+        for place, row in enumerate(rows):
+            path, tokens = found.paths[place], found.candidates[place]
+            accepted.paths[row], accepted.candidates[row] = path, tokens
             signals: list[_TokenSignals | None] = [None] * len(tokens)
             if self.wants_signals:
-                signals = [*self._signals_of(logits_BTV[row, slots], tokens, row, slots)]
+                slots = [0, *(node + 1 for node in path)]
+                signals = [*self._signals_of(logits_RTV[place, slots], tokens, row, slots)]
             self._signals[row].extend(signals)
         return accepted
 
-    def propose(self) -> Draft:
-        """What was suggested, and in the other rows what the session proposes."""
-        started, rooms = perf_counter(), self._max_depths()
-        suggested = {row: tokens[: rooms[row]] for row, tokens in self._suggested.items()}
-        self._suggested = {}
-        draft = self.session.propose([0 if row in suggested else room for row, room in enumerate(rooms)])
-        assert draft.trees.is_chain, "steps are chains"
-        if suggested:
-            chains = [suggested.get(row, draft.trees.row(row).tokens) for row in range(len(rooms))]
-            draft = Draft(trees=_chains(chains, self.sequences.device))
-        self.stats.draft_seconds += perf_counter() - started
-        return draft
-
     def _max_depths(self) -> list[int]:
-        return [
-            max(0, min(self.stop.max_length - 1, self.context_length) - length) if step.writing else 0
-            for length, step in zip(self.sequences.lengths, self.stop.steps, strict=True)
-        ]
+        most, writing = sys.maxsize, self.stop.writing
+        if len(writing) > 1 and self.target.device.type == "cpu":
+            most = max(1, _CHEAP_WIDTH // len(writing) - 1)
+        return [min(most, self._room(row)) if row in writing else 0 for row in range(len(self.sequences))]
+
+    def _room(self, row: int) -> int:
+        """Drafted tokens of a row that can be committed and have a position."""
+        return max(0, min(self.stop.max_length - 1, self.context_length) - self.sequences.lengths[row])
 
     def _commit_cache(self, paths: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         kept = [
@@ -310,7 +329,7 @@ class StepWriter(DecodingLoop):
 
     def _report(self, committed: Committed) -> None:
         trees, paths, tokens, _ = committed
-        busy = [row for row, step in enumerate(self.stop.steps) if step.writing]
+        busy = self.stop.writing
         self.stats.note_round(
             [self.sequences.rows[row] for row in busy],
             [trees.sizes[row] for row in busy],
@@ -325,6 +344,11 @@ class StepWriter(DecodingLoop):
         """Rows that have come to a pause stay."""
         for step, pauses in zip(self.stop.steps, stopped, strict=True):
             step.writing = step.writing and not pauses
+
+    def _resume(self, waiting: Sequence[int]) -> None:
+        """Only the rows that have waited write."""
+        for row, step in enumerate(self.stop.steps):
+            step.writing = row in waiting
 
     def _read_prompts(self) -> None:
         if not self._has_read:
@@ -343,26 +367,40 @@ class StepWriter(DecodingLoop):
         return int(self.sequences.prefix(row)[place])
 
     def _catch_up(self) -> None:
-        """Read what is too long to be read with a draft."""
-        while True:
-            lead = [self._unread(row) if step.writing else [] for row, step in enumerate(self.stop.steps)]
-            part = max(1, _LONGEST_LEAD // len(lead))
-            if max(map(len, lead)) <= part:
-                return
-            tokens = [row[:part] or [self._root(index)] for index, row in enumerate(lead)]
-            self._forward(tokens)
-            self.target.commit([range(len(row[:part])) for row in lead])
+        """Read what is too long to be read with a draft: where several rows write, each row's on its own."""
+        rows = self.stop.writing
+        longest = _LONGEST_LEAD if len(rows) == 1 else _CHEAP_WIDTH
+        for row in rows:
+            while len(lead := self._unread(row)) > longest:
+                part = lead[:_LONGEST_LEAD]
+                self._forward({row: part})
+                self.target.commit([range(len(part) if index == row else 0) for index in range(len(self.sequences))])
 
-    def _forward(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B, longest, V] after every token, over the target's vocabulary; the tokens become the tail."""
-        readable = [[min(token, self.target.vocab_size - 1) for token in row] for row in tokens]
+    def _forward(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits [R, longest, V] after every token of some rows, over the target's vocabulary.
+
+        The tokens become their tail. Hidden states that are kept are of these rows too.
+        """
+        num_rows, rows, longest = len(self.sequences), list(tokens), max(map(len, tokens.values()))
+        if len(rows) < num_rows and num_rows * longest > _CHEAP_WIDTH:
+            with self.target.only(rows, longest):
+                logits_RTV = self._read([tokens[row] for row in rows])
+        else:
+            logits_RTV = self._read([tokens.get(row) or [self._root(row)] for row in range(num_rows)])
+            if len(rows) < num_rows:
+                logits_RTV = logits_RTV[rows]
+                self.target.states = {depth: states[rows] for depth, states in self.target.states.items()}
+        missing = self.vocab_size - logits_RTV.shape[-1]
+        if missing:
+            logits_RTV = torch.nn.functional.pad(logits_RTV, (0, missing), value=-torch.inf)
+        return logits_RTV.to(self.device)
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [rows, longest, V]."""
+        readable = [[min(token, self.target.vocab_size - 1) for token in row] for row in rows]
         batch = _chains(readable, self.target.device)
         trees = TreeBatch.chains(batch.tokens_BN[:, 1:], [size - 1 for size in batch.sizes])
-        logits_BTV = self.target.verify(trees, batch.tokens_BN[:, :1])
-        missing = self.vocab_size - logits_BTV.shape[-1]
-        if missing:
-            logits_BTV = torch.nn.functional.pad(logits_BTV, (0, missing), value=-torch.inf)
-        return logits_BTV.to(self.sequences.device)
+        return self.target.verify(trees, batch.tokens_BN[:, :1])
 
     def _signals_of(
         self, logits_TV: Tensor, tokens: Sequence[int], row: int, slots: Sequence[int]
@@ -375,9 +413,17 @@ class StepWriter(DecodingLoop):
         columns = torch.stack([chosen_T, entropy_T, top_T2[:, 0] - top_T2[:, 1]], 1).tolist()
         hidden = [None] * len(tokens)
         if self.wants_hidden:
-            states_TC = self.target.states[self.target.num_layers][row]
+            states_TC = self.target.states[self.target.num_layers][self.stop.writing.index(row)]
             hidden = list(states_TC[[self._leads[row] + slot for slot in slots]].float().cpu().numpy())
         return [_TokenSignals(tuple(values), state) for values, state in zip(columns, hidden, strict=True)]
+
+
+class _Weighed(NamedTuple):
+    """Chains that have been verified and not committed; the rows that were writing wait."""
+
+    draft: Draft
+    logits_RTV: Tensor
+    waiting: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
