@@ -21,7 +21,7 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx2", "avx512"])
+@pytest.fixture(params=["avx2", "avx512", "amx"])
 def library(request):
     best = native.library().instruction_set
     try:

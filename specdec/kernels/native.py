@@ -121,7 +121,7 @@ class Library:
     """The native functions, typed. Callers pass contiguous float32 CPU tensors unless said otherwise."""
 
     def __init__(self, path: Path, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avx512" or None for the best. The choice is the process's, not the object's."""
+        """`instruction_set`: "avx2", "avx512", "amx", or None for the best. The whole process gets it."""
         self._dll = ctypes.CDLL(str(path))
         self._dll.specdec_select.restype = ctypes.c_char_p
         self._dll.specdec_packed_bytes.restype = _Int

@@ -37,6 +37,8 @@ from trees import Chain
 
 _COPIED = PromptLookup(num_tokens=4, min_match=3)
 """Speeds a writer's own writing up; short, because a wrong copy costs a wider forward."""
+_WIDEST_COPY, _WIDEST_DRAFT = 8, 16
+"""See `StepWriter.widest`. What is copied is right less often than what the draft has written."""
 _TURN = "\x01"
 """Stands for the text of a turn while the chat template is looked at."""
 
@@ -191,6 +193,7 @@ class Routing:
             started=call.started,
             prefill=_prefill(call, {} if is_draft else call.others),
             vocab_size=run.vocab_size,
+            widest=_WIDEST_COPY if is_draft else _WIDEST_DRAFT,
             wants_signals=is_draft,
             wants_hidden=wants_hidden,
         )

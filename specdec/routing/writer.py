@@ -34,8 +34,7 @@ _LONGEST_LEAD = 256
 """Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
 _CHEAP_WIDTH = 16
 """A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
-token that is dropped again: copying the states of those that write costs more. On CPUs several rows draft no further.
-"""
+token that is dropped again: copying the states of those that write costs more."""
 
 
 @dataclass(kw_only=True)
@@ -128,12 +127,14 @@ class StepWriter(DecodingLoop):
         steps: takes the place of `stop`.
         prefill: reads the prompts of the caller's rows of these indices; called when the model is first needed.
         vocab_size: of the distributions that it writes from: the target's.
+        widest: tokens of a forward in which several rows write; on CPUs their drafts are cut to that.
         wants_signals: whether to keep `Signals` of what it writes; with `wants_hidden` hidden states too.
     """
 
     stop: StepStop
     prefill: Callable[[TreeModel, Sequence[int]], None]
     vocab_size: int
+    widest: int
     num_requests: ClassVar[int] = 0
     endpoint: ClassVar[None] = None
     wants_signals: bool = False
@@ -313,7 +314,7 @@ class StepWriter(DecodingLoop):
     def _max_depths(self) -> list[int]:
         most, writing = sys.maxsize, self.stop.writing
         if len(writing) > 1 and self.target.device.type == "cpu":
-            most = max(1, _CHEAP_WIDTH // len(writing) - 1)
+            most = max(0, self.widest // len(writing) - 1)
         return [min(most, self._room(row)) if row in writing else 0 for row in range(len(self.sequences))]
 
     def _room(self, row: int) -> int:
@@ -405,12 +406,7 @@ class StepWriter(DecodingLoop):
     def _signals_of(
         self, logits_TV: Tensor, tokens: Sequence[int], row: int, slots: Sequence[int]
     ) -> list[_TokenSignals]:
-        log_p_TV = logits_TV.float().log_softmax(-1)
-        p_TV = log_p_TV.exp()
-        top_T2 = p_TV.topk(2, -1).values
-        chosen_T = log_p_TV.gather(1, torch.tensor(tokens, device=log_p_TV.device).unsqueeze(1))[:, 0]
-        entropy_T = torch.special.entr(p_TV).sum(-1)
-        columns = torch.stack([chosen_T, entropy_T, top_T2[:, 0] - top_T2[:, 1]], 1).tolist()
+        columns = _thoughts(logits_TV.float(), torch.tensor(tokens, device=logits_TV.device)).tolist()
         hidden = [None] * len(tokens)
         if self.wants_hidden:
             states_TC = self.target.states[self.target.num_layers][self.stop.writing.index(row)]
@@ -430,6 +426,18 @@ class _Weighed(NamedTuple):
 class _TokenSignals:
     values: tuple[float, ...]
     hidden: np.ndarray | None
+
+
+def _thoughts(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
+    """Of each token log p, entropy and margin, [T, 3], in one pass of exponentials."""
+    best_T1, likeliest_T1 = logits_TV.max(-1, keepdim=True)
+    below_TV = (logits_TV - best_T1).clamp_min(-1e4)  # 0 * -inf is no number
+    weights_TV = below_TV.exp()
+    total_T = weights_TV.sum(-1)
+    entropy_T = total_T.log() - (weights_TV * below_TV).sum(-1) / total_T
+    log_p_T = below_TV.gather(1, tokens_T.unsqueeze(1))[:, 0] - total_T.log()
+    second_T = weights_TV.scatter_(1, likeliest_T1, 0).amax(-1)
+    return torch.stack([log_p_T, entropy_T, (1 - second_T) / total_T], 1)
 
 
 def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:

@@ -8,6 +8,7 @@
 
 #define GROUP 64           /* inputs that share a quantisation scale within a row */
 #define TILE 8             /* rows that pass over a strip of weights together */
+#define WIDE_TILE 16       /* the same where the processor has tiles (AMX) and there are rows enough to fill them */
 #define STRIP 64           /* outputs that are computed between two looks at the pool */
 #define CHUNK_BYTES 131072 /* weights per chunk of work: large enough for the prefetcher, small enough to balance */
 
@@ -119,6 +120,11 @@ typedef struct {
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx512;
+
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX /* the compiler knows it, and the system can be asked for its registers */
+extern const Kernels kernels_amx;
+#endif
 
 /* Runs fn(context, 0..num_chunks-1), in any order and on any thread; returns when all are done. */
 typedef void (*chunk_fn)(void *context, int chunk);

@@ -1,5 +1,5 @@
 /* A decoder layer in two calls, with the cache update between them: norm, q/k/v and rotation; then attention, output
- * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c and avx512.c include
+ * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c, avx512.c and amx.c include
  * this file after choosing a vocabulary. */
 
 #include "rows.h"
@@ -107,11 +107,14 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
     Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
     if (w->scale) {
         quantized->rows = rows;
+        quantized->tile = tile_of(rows);
         quantized->k = w->k;
         quantized->groups = (w->k + GROUP - 1) / GROUP;
-        quantized->q = take((size_t)(rows * quantized->groups * GROUP));
-        quantized->scales = take((size_t)(rows * quantized->groups) * sizeof(float));
-        quantized->totals = take((size_t)(rows * quantized->groups) * sizeof(int32_t));
+        const int64_t room = quantized->tile == TILE ? rows : (rows + WIDE_TILE - 1) / WIDE_TILE * WIDE_TILE;
+        quantized->q = take((size_t)(room * quantized->groups * GROUP));
+        quantized->scales = take((size_t)(room * quantized->groups) * sizeof(float));
+        quantized->totals = take((size_t)(room * quantized->groups) * sizeof(int32_t));
+        if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
     if (norm || w->scale) parallel_for(row_chunk, &r, (int)rows);

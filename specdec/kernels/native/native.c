@@ -1,12 +1,26 @@
 /* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
  *
- * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI): no torch headers, so any C compiler builds it in
+ * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
  * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
  * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
 #include "common.h"
+
+#ifdef HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether the processor has int8 tiles and the system lets this process use them (Linux keeps them back until asked). */
+static int can_use_amx(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILES = 1 << 24, INT8_TILES = 1 << 25 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8_TILES) &&
+           !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -21,6 +35,10 @@ EXPORT const char *specdec_select(const char *name) {
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && (!name || !strcmp(name, "avx512")))
         best = &kernels_avx512;
+#ifdef HAS_AMX
+    if (best == &kernels_avx512 && !name && can_use_amx()) best = &kernels_amx;
+    if (name && !strcmp(name, "amx") && __builtin_cpu_supports("avx512vnni") && can_use_amx()) best = &kernels_amx;
+#endif
     if (best) kernels = best;
     return best ? best->name : NULL;
 }

@@ -6,12 +6,13 @@
  *
  * float32 weights stay as torch stores them, [n][k].
  * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
- * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], with a float scale and
- * an integer sum per (group, row). Sums are exact integers within a group; groups are added in float32, in order. */
+ * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], or in wide ones of
+ * always 16 (rows that are not there have scale 0), as [k/64][16][64]; with a float scale and an integer sum per (group,
+ * row). Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way. */
 
-/* Where rows go after they are quantised: tiles of TILE rows, each with room for `groups` groups. */
+/* Where rows go after they are quantised: tiles of TILE or WIDE_TILE rows, each with room for `groups` groups. */
 typedef struct {
-    int64_t rows, k, groups;
+    int64_t rows, k, groups, tile;
     int8_t *q;
     float *scales;
     int32_t *totals;
@@ -27,10 +28,20 @@ typedef struct {
     const float *residual; /* NULL or [rows][n], added to the result */
 } Product;
 
+/* Rows that go over a strip of int8 weights together, of so many. */
+static int64_t tile_of(int64_t rows) {
+#ifdef FEWEST_WIDE_ROWS
+    if (rows >= FEWEST_WIDE_ROWS) return WIDE_TILE;
+#endif
+    (void)rows;
+    return TILE;
+}
+
 INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
-    const int64_t tile = row / TILE, first = tile * TILE;
-    const int rows = (int)(to->rows - first < TILE ? to->rows - first : TILE), m = (int)(row - first);
-    quantize_row(x, to->k, to->groups, rows, to->q + first * to->groups * GROUP + 4 * m,
+    const int64_t first = row / to->tile * to->tile, left = to->tile == TILE ? to->rows - first : WIDE_TILE;
+    const int rows = (int)(left < to->tile ? left : to->tile), m = (int)(row - first);
+    const int step = to->tile == TILE ? 4 * rows : 4, place = to->tile == TILE ? 4 * m : GROUP * m;
+    quantize_row(x, to->k, to->groups, rows, step, to->q + first * to->groups * GROUP + place,
                  to->scales + first * to->groups + m, to->totals + first * to->groups + m);
 }
 
@@ -63,6 +74,30 @@ INLINE void int8_tile(const int blocks, const int rows, const Product *p, int64_
         for (int m = 0; m < rows; m++) finish(p, first_row + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
     }
 }
+
+#ifdef FEWEST_WIDE_ROWS
+/* int8: the four blocks of 16 outputs of a strip, against the wide tile that begins with a row. */
+INLINE void int8_wide_tile(const Product *p, int64_t block, int64_t row) {
+    const int64_t groups = p->quantized->groups, block_bytes = groups * GROUP * 16, left = p->matrix->n - block * 16;
+    const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
+    float sums[WIDE_TILE * STRIP] __attribute__((aligned(64)));
+    for (int b = 0; b < 4; b++) {
+        const int8_t *next = row ? NULL : w + (b + 4) * block_bytes; /* later rows find theirs in the cache */
+        dot_tiles(w + b * block_bytes, next, p->quantized->q + row * groups * GROUP,
+                  p->quantized->scales + row * groups, groups, sums + 16 * b);
+    }
+    for (int64_t m = 0; m < WIDE_TILE && row + m < p->rows; m++)
+        finish(p, row + m, block * 16, left < STRIP ? left : STRIP, sums + m * STRIP);
+}
+
+/* Outputs [n, end) of an int8 product over wide tiles. */
+TARGET static void wide_outputs(const Product *p, int64_t n, int64_t end) {
+    _tile_loadconfig(&all_tiles);
+    for (; n < end; n += STRIP)
+        for (int64_t row = 0; row < p->rows; row += WIDE_TILE) int8_wide_tile(p, n / 16, row);
+    _tile_release();
+}
+#endif
 
 /* The inputs beyond the last whole vector. */
 TARGET static __attribute__((noinline)) float tail_product(const float *w, const float *x, int64_t count) {
@@ -106,6 +141,12 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
         }
 #define UP_TO_4(M) M(1) M(2) M(3) M(4)
 #define UP_TO_8(M) UP_TO_4(M) M(5) M(6) M(7) M(8)
+#ifdef FEWEST_WIDE_ROWS
+    if (p->matrix->scale && p->quantized->tile == WIDE_TILE) {
+        wide_outputs(p, n, end);
+        return;
+    }
+#endif
     if (p->matrix->scale) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;

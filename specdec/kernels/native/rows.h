@@ -46,8 +46,9 @@ INLINE void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
 }
 
 /* Symmetric quantisation of one row, 64 inputs at a time: x[64g + i] ~ scales[g] * q[64g + i], q in -127..127. Writes
- * the row's place in a tile of `rows` interleaved rows (see product.h); inputs from k up to `groups` * 64 are zero. */
-INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, int8_t *q, float *scales,
+ * the row's place in a tile of `rows` rows (see product.h), every four inputs `step` bytes after the last four of their
+ * group; inputs from k up to `groups` * 64 are zero. */
+INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, int step, int8_t *q, float *scales,
                          int32_t *totals) {
     for (int64_t g = 0; g < groups; g++) {
         float padded[GROUP];
@@ -67,7 +68,7 @@ INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, in
             total = vi_add(total, v);
             store_bytes(bytes + i, v);
         }
-        for (int i = 0; i < GROUP / 4; i++) memcpy(q + (g * (GROUP / 4) + i) * rows * 4, bytes + 4 * i, 4);
+        for (int i = 0; i < GROUP / 4; i++) memcpy(q + g * GROUP * rows + i * step, bytes + 4 * i, 4);
         scales[g * rows] = largest / 127.0f;
         totals[g * rows] = vi_sum(total);
     }

@@ -1,6 +1,9 @@
 /* The vector vocabulary of the kernels, 16 floats wide (AVX-512 F/BW/VL + VNNI). Same names as simd_avx2.h. */
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
+#ifndef ALSO /* what the processor has besides */
+#define ALSO
+#endif
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
 
