@@ -5,7 +5,7 @@
 The problems are solved one by one, each by every method in turn (in an order that changes), greedily, in one process;
 so that a busy machine is busy for all of them. `speculative` is lossless token-level speculation by the same draft,
 which is what routing has to beat; `draft` is the draft alone. A method and its knob are written `name@value`, with
-`+early`, `+guard` and `+band` for what can be switched on besides:
+`+early`, `+guard` and `+band` for what can be switched on besides, and `/N` for steps of N tokens at most:
 
     arbitrage@RATE (needs --router)   random@RATE   likelihood@RATE   regret@RATE   grade@RATE   oracle
 
@@ -77,6 +77,7 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     Raises:
         ValueError: it names none.
     """
+    method, _, longest = method.partition("/")
     name, *extras = method.split("+")
     name, _, value = name.partition("@")
     if name in (BASELINE, "draft", "oracle"):
@@ -87,9 +88,10 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
         }
         return simple[name]()
     rate = float(value)
-    if name == "random":
-        return routers.RandomRouter(rate, seed=seed)
     options = {"guard": GUARD if "guard" in extras else (), "early": EARLY if "early" in extras else None}
+    options["steps"] = routers.Steps(max_tokens=int(longest)) if longest else routers.Steps()
+    if name == "random":
+        return routers.RandomRouter(rate, seed=seed, steps=options["steps"])
     if name == "likelihood":
         return routers.RewardThreshold(routers.TargetLikelihood(), escalation_rate=rate, **options)
     if name == "regret":
@@ -199,7 +201,8 @@ def speedup_interval(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tup
 
 def against_random(method: str, columns: Mapping[str, Sequence[Result]]) -> str:
     """What a method gains over random routing at its rate: 95 % interval of the difference in accuracy, paired."""
-    control = columns.get(f"random@{method.partition('@')[2].partition('+')[0]}")
+    _, _, knob = method.partition("@")
+    control = columns.get(f"random@{knob.partition('+')[0]}")
     if control is None or method.startswith("random"):
         return ""
     gains = [float(ours.correct) - theirs.correct for ours, theirs in zip(columns[method], control, strict=True)]

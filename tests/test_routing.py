@@ -139,6 +139,35 @@ def test_early_escalation(model, draft, peek: int):
     assert {step.writer for step in out.stats.steps} == {"draft", "target"}
 
 
+def test_rows_do_not_wait_for_each_other(model, draft):
+    """While the target writes in one row, the draft goes on in the others, and costs the target no forwards."""
+    out = routed(model, draft, Scripted(lambda row, index: row == 0))
+    rows = [step.row for step in out.stats.steps]
+    leads = [rows[:end].count(1) - rows[:end].count(0) for end in range(len(rows))]
+    assert max(leads) > 1, "in step they would be one step apart at most"
+    check_writers(model, draft, out)
+    alone = {name: value[:1] for name, value in PROMPTS.items()}
+    forwards = routed(model, draft, Scripted(lambda row, index: True), alone).stats.target_forwards
+    assert out.stats.target_forwards <= forwards + 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_steps_can_be_judged_together(model, draft, together: bool):
+    """A router that has the target write sees a step of every row at once."""
+    sizes = []
+
+    class Counting(Comparing):
+        judges_together = together
+
+        def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
+            sizes.append(len(steps))
+            return super().decide(steps, target)
+
+    out = routed(model, draft, Counting(alternating))
+    check_writers(model, draft, out)
+    assert (max(sizes) == 4) is together
+
+
 def test_a_long_stretch_by_one_writer(model, draft):
     """What the other one has written is read when it is needed, in parts if it is long."""
     out = routed(model, draft, Scripted(lambda row, index: index >= 12), max_new_tokens=180)

@@ -139,3 +139,30 @@ def test_plain_step_of_equal_rows_needs_no_mask() -> None:
     _, inputs = verify(target, [TokenTree.chain([])] * 2)
     assert inputs["attention_mask"] is None
     assert inputs["position_ids"].tolist() == [[4], [4]]
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("rows", [[2], [0, 3], [1, 2, 3]])
+def test_rows_that_are_read_alone_are_read_as_in_the_batch(family: str, rows: list[int]) -> None:
+    """Same logits, and a tail that can be committed and gone on from; the other rows stay as they were."""
+    lengths, tree = ([5, 2, 7, 4], [3, 1, 2, 4]), TokenTree.chain([7, 3, 8])
+    target, apart = prefilled(MODELS[family], *lengths), prefilled(MODELS[family], *lengths)
+    expected, _ = verify(target, [tree] * 4)
+    with apart.only(rows, 4):
+        logits, _ = verify(apart, [tree] * len(rows))
+    torch.testing.assert_close(logits, expected[rows])
+    for model in (target, apart):
+        model.commit([range(3) if row in rows else () for row in range(4)])
+        model.cache.check_integrity()
+    (later, _), (expected_later, _) = (verify(model, [tree] * 4, root=4) for model in (apart, target))
+    torch.testing.assert_close(later, expected_later)
+
+
+def test_a_forward_of_some_rows_that_breaks_off_leaves_the_batch_as_it_was() -> None:
+    target = prefilled(MODELS["llama"], [5, 2], [3, 1])
+    whole, lengths = target.cache, [*target.cache.lengths]
+    with pytest.raises(KeyboardInterrupt), target.only([1], 4):
+        raise KeyboardInterrupt
+    assert target.cache is whole
+    assert whole.lengths == lengths
+    assert whole.tail == 0

@@ -156,8 +156,8 @@ class StepLoop:
             Phase.DRAFT: self._judge,
             Phase.TARGET: self._take,
         }
-        while pausing := next((found for phase in attend if (found := (phase, self._pausing(phase)))[1]), None):
-            phase, rows = pausing
+        while pausing := {phase: rows for phase in attend if (rows := self._pausing(phase))}:
+            phase, rows = next(iter(pausing.items()))
             attend[phase](rows)
 
     def _pausing(self, phase: Phase) -> list[int]:

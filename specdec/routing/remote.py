@@ -25,7 +25,7 @@ from routers import Signals
 from specdec.drafters.translation import BROKEN, continuation, decode_from, encode_inside
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.endpoint import Endpoint, Piece, Prompt, WrittenToken
-from specdec.routing.writer import StepStop
+from specdec.routing.stop import StepStop
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stats import DecodingStats

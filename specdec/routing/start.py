@@ -27,7 +27,8 @@ from specdec.routing.endpoint import Endpoint
 from specdec.routing.loop import AnyWriter, StepLoop
 from specdec.routing.remote import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
-from specdec.routing.writer import StepStop, StepWriter
+from specdec.routing.stop import StepStop
+from specdec.routing.writer import StepWriter
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stopping import StopChecker
