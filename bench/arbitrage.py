@@ -210,12 +210,12 @@ def against_random(method: str, columns: Mapping[str, Sequence[Result]]) -> str:
     return f"{low:+.1%} .. {high:+.1%}"
 
 
-def table(results: Sequence[Result], methods: Sequence[str]) -> list[list[str]]:
+def table(results: Sequence[Result], methods: Sequence[str], baseline: str) -> list[list[str]]:
     """A row a method, over the problems that all of them have solved."""
     by_method = {method: {r.problem: r for r in results if r.method == method} for method in methods}
     common = sorted(set.intersection(*(set(solved) for solved in by_method.values())))
     columns = {method: [solved[index] for index in common] for method, solved in by_method.items()}
-    base = columns.get(BASELINE, columns[methods[0]])
+    base = columns[baseline]
     base_correct, base_seconds = (np.array([getattr(r, name) for r in base], float) for name in ("correct", "seconds"))
     rows = []
     for method, solved in columns.items():
@@ -246,16 +246,16 @@ HEADINGS = (
         "method",
         "problems",
         "accuracy",
-        "less baseline's, 95 %",
+        "less {baseline}'s, 95 %",
         "less random's, 95 %",
         "steps by the target",
-        "speed over baseline, 95 %",
+        "speed over {baseline}, 95 %",
     ),
     *("s, p50 / p95", "tokens", "discarded", "router's time"),
 )
 
 
-def draw(rows: Sequence[Sequence[str]], path: Path) -> None:
+def draw(rows: Sequence[Sequence[str]], baseline: str, path: Path) -> None:
     """Accuracy over latency and over escalation."""
     import matplotlib
 
@@ -268,7 +268,7 @@ def draw(rows: Sequence[Sequence[str]], path: Path) -> None:
         for axes, value in zip(panels, (1 / float(row[6].split()[0]), float(row[5].rstrip("%"))), strict=True):
             axes.plot(value, accuracy, "o")
             axes.annotate(row[0], (value, accuracy), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    panels[0].set_xlabel("time, over that of lossless token-level speculation")
+    panels[0].set_xlabel(f"time, over that of {baseline}")
     panels[1].set_xlabel("steps by the target, %")
     panels[0].set_ylabel("accuracy, %")
     figure.savefig(path, dpi=150)
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first problem to solve")
     parser.add_argument("--limit", type=int, help="number of problems; 0 reports what stands in OUTPUT.jsonl")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--baseline", default=BASELINE, help="one of the methods, with which the others are compared")
     parser.add_argument("--router", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=448)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -294,15 +295,18 @@ def main() -> None:
     problems = read_problems(arguments.problems)
     if arguments.limit is not None:
         problems = problems[: arguments.first + arguments.limit]
+    if arguments.baseline not in arguments.methods:
+        parser.error(f"--baseline {arguments.baseline} is none of the methods")
     for method in arguments.methods:
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
     results = run(arguments, problems, Path(f"{arguments.output}.jsonl"))
-    rows = table(results, arguments.methods)
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+    rows = table(results, arguments.methods, arguments.baseline)
+    headings = [heading.format(baseline=arguments.baseline) for heading in HEADINGS]
+    lines = [headings, ["---"] * len(headings), *rows]
     text = "\n".join(f"| {' | '.join(row)} |" for row in lines)
     command = shlex.join(["python", "-m", "bench.arbitrage", *sys.argv[1:]])
     Path(f"{arguments.output}.md").write_text(f"`{command}`\n\n{text}\n")
-    draw(rows, Path(f"{arguments.output}.png"))
+    draw(rows, arguments.baseline, Path(f"{arguments.output}.png"))
     print(text)
 
 

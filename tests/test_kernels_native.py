@@ -67,6 +67,18 @@ def test_a_row_is_bit_identical_in_every_company(library):
             assert torch.equal(library.linear(matrix, x_MK[rows]), whole_MN[rows])
 
 
+def test_tiles_say_to_the_bit_what_vectors_say(library):
+    """Whatever product a processor takes for wide forwards, the tokens stay the same."""
+    matrix, x_MK = Int8Linear(nn.Linear(1000, 130)).matrix(), torch.randn(40, 1000)
+    own = [library.linear(matrix, x_MK[:num_rows]) for num_rows in (1, 8, 9, 16, 17, 40)]
+    if library.select(None) == "avx2":
+        pytest.skip("this processor has vectors of one kind only")
+    library.select("avx512")
+    vectors_MN = library.linear(matrix, x_MK)
+    for out_MN in own:
+        torch.testing.assert_close(out_MN, vectors_MN[: len(out_MN)], rtol=0, atol=0)
+
+
 def test_torch_int8_rows_are_bit_identical_too(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     x_MK, linear = torch.randn(64, 192), Int8Linear(nn.Linear(192, 200))
