@@ -300,16 +300,19 @@ def test_answers_are_the_targets_next_token(model, draft):
     torch.testing.assert_close(torch.from_numpy(router.answers[0]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_hidden_states_are_those_that_the_last_token_was_chosen_from(model, draft):
-    router, prompts = Scripted(alternating), random_prompts([9])
+@pytest.mark.parametrize("lengths", [[9], [9, 4, 12]], ids=["one row", "rows that leave one by one"])
+def test_hidden_states_are_those_that_the_last_token_was_chosen_from(model, draft, lengths: list[int]):
+    router, prompts = Scripted(lambda row, index: index % 3 == row), random_prompts(lengths)
     router.needs = frozenset({"hidden"})
     out = routed(model, draft, router, prompts)
     check_writers(model, draft, out, prompts)
-    last = router.seen[-1]
-    text = torch.tensor([[*last.prompt, *(token for step in last.previous for token in step), *last.tokens]])
-    hidden = torch.from_numpy(last.signals.hidden)
-    logits = draft.lm_head(draft.model.norm(hidden))
-    torch.testing.assert_close(logits, draft(text).logits[0, -2], atol=1e-3, rtol=1e-3)
+    assert {step.row for step in router.seen} == set(range(len(lengths)))
+    for step in router.seen:
+        text = torch.tensor(
+            [[*step.prompt, *(token for previous in step.previous for token in previous), *step.tokens]]
+        )
+        logits = draft.lm_head(draft.model.norm(torch.from_numpy(step.signals.hidden)))
+        torch.testing.assert_close(logits, draft(text).logits[0, -2], atol=1e-3, rtol=1e-3)
 
 
 class FirstToken(Router):

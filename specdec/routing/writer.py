@@ -143,6 +143,7 @@ class StepWriter(DecodingLoop):
         self._signals = [self._signals[row] for row in rows]
         self.session.select_rows(rows)
         if self._has_read and rows:
+            self.target.states = {}  # of the rows of the last forward, not of all
             self.target.select_rows(rows)
 
     def weigh(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
