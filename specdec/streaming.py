@@ -21,7 +21,7 @@ class RoundStreamer(BaseStreamer):
         """Take what a round has committed; called before `put` passes it on. The prefill counts as a round.
 
         Args:
-            rows: index in the caller's batch of every row that was unfinished before this round.
+            rows: index in the caller's batch of every row that has new tokens.
             tokens: for each of these rows its new tokens, at least one.
             num_accepted: for each of these rows how many of its first new tokens were drafted and accepted; the one
                 that may follow is the target's own. 0 after the prefill.
