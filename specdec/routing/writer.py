@@ -26,7 +26,7 @@ from specdec.loop import Committed, DecodingLoop
 from specdec.routing.stop import StepStop
 from specdec.sampling import Prefixes
 from specdec.target import TreeModel
-from trees import Draft, TreeBatch
+from trees import Draft, TokenTree, TreeBatch
 
 _LONGEST_LEAD = 256
 """Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
@@ -213,8 +213,11 @@ class StepWriter(DecodingLoop):
     def accept(self, draft: Draft, logits_RTV: Tensor) -> Accepted:
         """What the model keeps of the chain of each row that writes, and the token after it; nothing in other rows."""
         rows = self.stop.writing
-        part = Draft(trees=_chains([draft.trees.row(row).tokens for row in rows], self.device))
-        prefixes = Prefixes(self.sequences.part(rows), part.trees, range(part.trees.num_slots))
+        part, sequences = draft, self.sequences
+        if len(rows) < len(sequences):
+            part = Draft(trees=_chains([draft.trees.row(row).tokens for row in rows], self.device))
+            sequences = sequences.part(rows)
+        prefixes = Prefixes(sequences, part.trees, range(part.trees.num_slots))
         scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
         found = to_host(part.trees, self.sampler.accept(scores_RTV, part))
         accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
@@ -358,7 +361,4 @@ def _thoughts(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
 
 
 def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:
-    width = max(map(len, rows))
-    padded = [[*row, *[0] * (width - len(row))] for row in rows]
-    tokens_BN = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
-    return TreeBatch.chains(tokens_BN, [len(row) for row in rows])
+    return TreeBatch.stack([TokenTree.chain(row) for row in rows], device)
