@@ -1,7 +1,7 @@
 """The two linears: exact int8, and float32 for a handful of rows.
 
-*Exact* means that a row's result is bit-identical whatever else is in the batch: rows are quantised on their own and
-summed in integers. Shape letters: M rows, K inputs, N outputs.
+*Exact* means that a row's result is bit-identical whatever else is in the batch: each row is taken on its own and summed
+in a fixed order. Shape letters: M rows, K inputs, N outputs.
 """
 
 import functools
@@ -18,11 +18,16 @@ from specdec.kernels import native
 
 
 class Int8Linear(nn.Module):
-    """An `nn.Linear` with int8 weights (one scale per output) and rows quantised as they come. Inference only.
+    """An `nn.Linear` with int8 weights (one scale per output). Inference only.
 
-    Natively, rows are 8 bits with a scale per 64 inputs. In torch, whose int8 product takes 7 bits and one scale, each
-    row goes in as two 7-bit halves (weights are read once for both) and is 13 bits exact.
+    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs), or stay float32 where `weight_only`. A
+    quantised row jumps by a whole step when a rounding before it moves a value over the edge of one, so rows may be
+    quantised only where nothing before them rounds differently in another company: `prepare` decides. In torch, whose
+    int8 product takes 7 bits and one scale, each row goes in as three 7-bit parts (weights are read once for all) and
+    is 20 bits exact: a jump is then as small as a rounding.
     """
+
+    weight_only = False
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -50,7 +55,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_MK = x.detach().reshape(-1, self.in_features).float().contiguous()
         if self.library:
-            out_MN = self.library.linear(self.matrix(), x_MK)
+            out_MN = self.library.linear(self.matrix(), x_MK, weight_only=self.weight_only)
         else:
             assert self.prepacked is not None
             out_MN = _torch_int8_linear(x_MK, self.prepacked)
@@ -58,7 +63,7 @@ class Int8Linear(nn.Module):
         return out_MN.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
-        kind = "native" if self.library else "torch"
+        kind = "torch" if not self.library else "native, weight-only" if self.weight_only else "native"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Int8Linear":
@@ -75,14 +80,16 @@ def _torch_pack(weight_NK: torch.Tensor) -> torch.ScriptObject:
 
 
 def _torch_int8_linear(x_MK: torch.Tensor, prepacked: torch.ScriptObject) -> torch.Tensor:
-    """x ~ scale * (64 * high + low), both halves within the 7 bits that AVX2's 16-bit pair sums can take."""
-    scale_M1 = (x_MK.abs().amax(dim=1, keepdim=True) / 4000).clamp_min(torch.finfo(torch.float32).tiny)
+    """x ~ scale * (4096 * high + 64 * middle + low), each within the 7 bits that AVX2's 16-bit pair sums can take."""
+    scale_M1 = (x_MK.abs().amax(dim=1, keepdim=True) / 256_000).clamp_min(torch.finfo(torch.float32).tiny)
     steps_MK = (x_MK / scale_M1).round()
-    high_MK = (steps_MK / 64).round()
-    halves_2MK = torch.cat([high_MK, steps_MK - 64 * high_MK])
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(halves_2MK, 1.0, 64, prepacked)
-    high_MN, low_MN = product.chunk(2)
-    return (64 * high_MN + low_MN) * scale_M1
+    high_MK = (steps_MK / 4096).round()
+    rest_MK = steps_MK - 4096 * high_MK
+    middle_MK = (rest_MK / 64).round()
+    parts_3MK = torch.cat([high_MK, middle_MK, rest_MK - 64 * middle_MK])
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(parts_3MK, 1.0, 64, prepacked)
+    high_MN, middle_MN, low_MN = product.chunk(3)
+    return (4096 * high_MN + (64 * middle_MN + low_MN)) * scale_M1
 
 
 # ---- float32 ----

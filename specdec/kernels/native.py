@@ -132,7 +132,7 @@ class Library:
             "select": (ctypes.c_char_p,),
             "packed_bytes": (_Int, _Int),
             "pack": (_Pointer, _Int, _Int, _Pointer, _Pointer, num_threads),
-            "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, _Pointer, num_threads),
+            "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, ctypes.c_int, _Pointer, num_threads),
             "attend": (attention, num_threads),
             "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
             "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
@@ -172,9 +172,11 @@ class Library:
         self._dll.specdec_pack(weight_NK.data_ptr(), n, k, *addresses, torch.get_num_threads())
         return packed, scale_N
 
-    def linear(self, matrix: Matrix, x_MK: torch.Tensor) -> torch.Tensor:
+    def linear(self, matrix: Matrix, x_MK: torch.Tensor, *, weight_only: bool = False) -> torch.Tensor:
+        """[M, N]. `weight_only`: of an int8 matrix; the rows are not quantised."""
         out_MN = torch.empty(x_MK.shape[0], matrix.n)
-        self._dll.specdec_linear(matrix, x_MK.data_ptr(), x_MK.shape[0], out_MN.data_ptr(), torch.get_num_threads())
+        addresses = x_MK.data_ptr(), x_MK.shape[0], weight_only, out_MN.data_ptr()
+        self._dll.specdec_linear(matrix, *addresses, torch.get_num_threads())
         return out_MN
 
     def attend(self, query_BTHD: torch.Tensor, attention: Attention) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
@@ -21,11 +22,15 @@ _MARK = "_specdec_prepared"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepared:
-    """What prepare() did to a model; kept on the model."""
+    """What prepare() did to a model; kept on the model.
+
+    activations: "float", or "int8" where the rows of int8 products are quantised too.
+    """
 
     weights: str | None
     num_linears: int
     num_lean_layers: int
+    activations: str = "float"
 
 
 def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
@@ -34,13 +39,21 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
         weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
         `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float. The float weights are then
-        gone, what remains becomes float32, and `unprepare` refuses.
+        gone, what remains becomes float32, and `unprepare` refuses. Activations are quantised too, for more speed, where
+        all of the model is native and a token's logits are the same bits whatever else is in its forward (the layout
+        of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
+        beside others gets the logits that it gets alone, up to rounding.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
     Idempotent. Change no weights between prepare() and unprepare().
     Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
     on the CPU ("int8") or has no `nn.Linear`.
     """
+    return _prepare(model, weights, compile, must_be_exact=True)
+
+
+def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
+    """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding."""
     if weights not in (None, "int8"):
         raise UnsupportedOptionError(f"weights={weights!r} is not known: use None (float) or 'int8'")
     if compile:
@@ -59,14 +72,21 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
     num_layers = _to_lean_layers(model) if native.library() else 0
-    setattr(model, _MARK, Prepared(weights, num_linears, num_layers))
+    activations = "float"
+    if weights == "int8" and native.library():
+        if must_be_exact and not rows_are_independent(model):
+            _to_weight_only(model)
+            num_layers = 0
+        else:
+            activations = "int8"
+    setattr(model, _MARK, Prepared(weights, num_linears, num_layers, activations))
     return model
 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
-    """Does to a module that works beside a model what `prepare` has done to the model, if anything."""
+    """Does to a drafting module beside a model what `prepare` has done to the model, if anything."""
     done = prepared(model)
-    return part if done is None else prepare(part, done.weights)
+    return part if done is None else _prepare(part, done.weights, must_be_exact=False)
 
 
 def prepared(model: nn.Module) -> Prepared | None:
@@ -95,9 +115,10 @@ def unprepare(model: Model) -> Model:
 
 def quantized_copy(model: Model) -> Model:
     """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it
-    costs only the int8 weights: a quarter of the float ones."""
+    costs only the int8 weights: a quarter of the float ones. The copy is a draft, which may be wrong: its activations are
+    always quantised."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return prepare(copy.deepcopy(model, shared), "int8")
+    return _prepare(copy.deepcopy(model, shared), "int8", must_be_exact=False)
 
 
 def _to_int8(model: nn.Module) -> int:
@@ -141,6 +162,37 @@ def _to_small_batch(model: nn.Module) -> int:
         for linear in group:
             linear.__dict__["forward"] = small_batch_forward(linear, choices)
     return len(linears)
+
+
+@torch.no_grad()
+def rows_are_independent(model: nn.Module) -> bool:
+    """Whether the logits of a token are the same bits whatever else is in its forward.
+
+    All int8 products must lie in native layers or be the LM head, and a forward of four tokens must say what four
+    forwards of one say.
+    """
+    lean = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), LeanForward)]
+    inside = {id(part) for layer in lean for part in layer.modules()}
+    inside.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
+    if not lean or any(isinstance(part, Int8Linear) and id(part) not in inside for part in model.modules()):
+        return False
+    config: Any = model.config
+    input_ids = torch.arange(1, 9).unsqueeze(0) * 7919 % config.get_text_config(decoder=True).vocab_size
+    past = DynamicCache(config=config)
+    model(input_ids[:, :4], past_key_values=past, use_cache=True)
+    ahead = copy.deepcopy(past)
+    expected = model(input_ids[:, 4:], past_key_values=ahead, use_cache=True).logits
+    steps = [model(input_ids[:, i : i + 1], past_key_values=past, use_cache=True).logits for i in range(4, 8)]
+    return torch.equal(torch.cat(steps, 1), expected)
+
+
+def _to_weight_only(model: nn.Module) -> None:
+    """Activations stay float32; the native layers, which quantise them, are given up."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.weight_only = True
+        elif isinstance(module.__dict__.get("forward"), LeanForward):
+            del module.__dict__["forward"]
 
 
 def _to_lean_layers(model: nn.Module) -> int:

@@ -104,7 +104,7 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*pack)(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale);
-    void (*linear)(const Matrix *w, const float *x, int64_t rows, float *out);
+    void (*linear)(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out);
     void (*attend)(Attention *a);
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);

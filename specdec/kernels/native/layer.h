@@ -121,9 +121,15 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
     return norm ? r.normed : x;
 }
 
-static void linear(const Matrix *w, const float *x, int64_t rows, float *out) {
+/* `weight_only`: the weights are int8, and the rows stay float32. */
+static void linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out) {
     Quantized quantized;
     Products all = {.count = 1};
+    if (weight_only) {
+        all.products[0] = (Product){w, x, NULL, rows, out, NULL};
+        multiply(&all);
+        return;
+    }
     const float *ready = ready_rows(w, x, NULL, 0, rows, &quantized);
     all.products[0] = (Product){w, ready, &quantized, rows, out, NULL};
     multiply(&all);

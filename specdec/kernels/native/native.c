@@ -59,9 +59,9 @@ EXPORT void specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, f
     end_call();
 }
 
-EXPORT void specdec_linear(const Matrix *w, const float *x, int64_t rows, float *out, int num_threads) {
+EXPORT void specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out, int num_threads) {
     begin_call(num_threads);
-    kernels->linear(w, x, rows, out);
+    kernels->linear(w, x, rows, weight_only, out);
     end_call();
 }
 

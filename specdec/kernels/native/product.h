@@ -8,7 +8,9 @@
  * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
  * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], or in wide ones of
  * always 16 (rows that are not there have scale 0), as [k/64][16][64]; with a float scale and an integer sum per (group,
- * row). Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way. */
+ * row). Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way.
+ * Weight-only products read the same packed weights and leave the rows in float32: a rounding upstream then stays a
+ * rounding, where it could tip a quantised row to the next step. */
 
 /* Where rows go after they are quantised: tiles of TILE or WIDE_TILE rows, each with room for `groups` groups. */
 typedef struct {
@@ -21,8 +23,8 @@ typedef struct {
 /* What becomes of a product: out = product * scale + bias (+ residual). */
 typedef struct {
     const Matrix *matrix;
-    const float *x;             /* [rows][k], for float32 weights */
-    const Quantized *quantized; /* for int8 weights */
+    const float *x;             /* [rows][k], for float32 weights and weight-only products */
+    const Quantized *quantized; /* for int8 weights, NULL if weight-only; not read with float32 weights */
     int64_t rows;
     float *out;
     const float *residual; /* NULL or [rows][n], added to the result */
@@ -133,6 +135,51 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
     }
 }
 
+/* Weight-only: `blocks` blocks of 16 outputs from block `block` on, against `rows` rows in float32. Every output is one
+ * chain of additions over the inputs, in order. */
+INLINE void weight_only_tile(const int blocks, const int rows, const Product *p, int64_t block, int64_t first_row) {
+    enum { PARTS = 16 / VL };
+    const int64_t k = p->matrix->k, block_bytes = (k + GROUP - 1) / GROUP * GROUP * 16;
+    const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
+    const float *x = p->x + first_row * k;
+    VF acc[4][4][PARTS];
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++)
+            for (int h = 0; h < PARTS; h++) acc[b][m][h] = vf_zero();
+    for (int64_t at = 0; at < k; at += 4) {
+        const int64_t left = k - at;
+        VI bytes[4][PARTS];
+        for (int b = 0; b < blocks; b++)
+            for (int h = 0; h < PARTS; h++) {
+                const int8_t *weights = w + b * block_bytes + 16 * at + 4 * VL * h;
+                bytes[b][h] = vi_load(weights);
+                prefetch_l2(weights + 4 * block_bytes);
+            }
+#define WEIGHT_ONLY_INPUT(j)                                                               \
+    if (j < left) {                                                                        \
+        VF row[4];                                                                         \
+        for (int m = 0; m < rows; m++) row[m] = vf_set1(x[m * k + at + j]);                \
+        for (int b = 0; b < blocks; b++)                                                   \
+            for (int h = 0; h < PARTS; h++) {                                              \
+                const VF weight = vf_from_int(vi_byte(bytes[b][h], j));                    \
+                for (int m = 0; m < rows; m++) acc[b][m][h] = vf_fma(weight, row[m], acc[b][m][h]); \
+            }                                                                              \
+    }
+        WEIGHT_ONLY_INPUT(0)
+        WEIGHT_ONLY_INPUT(1)
+        WEIGHT_ONLY_INPUT(2)
+        WEIGHT_ONLY_INPUT(3)
+    }
+    for (int b = 0; b < blocks; b++) {
+        const int64_t n = (block + b) * 16, left = p->matrix->n - n;
+        for (int m = 0; m < rows; m++) {
+            float sums[16] __attribute__((aligned(64)));
+            for (int h = 0; h < PARTS; h++) vf_store(sums + VL * h, acc[b][m][h]);
+            finish(p, first_row + m, n, left < 16 ? left : 16, sums);
+        }
+    }
+}
+
 /* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
 TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define EACH_TILE(size, CASES)                                                                               \
@@ -142,12 +189,21 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define UP_TO_4(M) M(1) M(2) M(3) M(4)
 #define UP_TO_8(M) UP_TO_4(M) M(5) M(6) M(7) M(8)
 #ifdef FEWEST_WIDE_ROWS
-    if (p->matrix->scale && p->quantized->tile == WIDE_TILE) {
+    if (p->matrix->scale && p->quantized && p->quantized->tile == WIDE_TILE) {
         wide_outputs(p, n, end);
         return;
     }
 #endif
-    if (p->matrix->scale) {
+    if (p->matrix->scale && !p->quantized) {
+        for (; n < end; n += STRIP) {
+            const int64_t block = n / 16;
+#define WEIGHT_ONLY_STRIP(r) \
+    case r:                  \
+        for (int part = 0; part < 4; part += WEIGHT_ONLY_BLOCKS(r)) weight_only_tile(WEIGHT_ONLY_BLOCKS(r), r, p, block + part, row); \
+        break;
+            EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP))
+        }
+    } else if (p->matrix->scale) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
 #define INT8_STRIP(r)                                                                      \

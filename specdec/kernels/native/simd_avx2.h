@@ -3,6 +3,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
+#define WEIGHT_ONLY_BLOCKS(rows) ((rows) <= 2 ? 2 : 1) /* blocks of 16 outputs whose sums do */
 
 #define VF __m256
 #define VI __m256i
@@ -26,6 +27,7 @@
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_set1 _mm256_set1_epi32
 #define vi_add _mm256_add_epi32
+#define vi_byte(v, j) _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
 
 INLINE float vf_sum(VF v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -6,6 +6,7 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
+#define WEIGHT_ONLY_BLOCKS(rows) 4 /* blocks of 16 outputs whose sums do */
 
 #define VF __m512
 #define VI __m512i
@@ -31,6 +32,7 @@
 #define vi_load(p) _mm512_loadu_si512((const void *)(p))
 #define vi_set1 _mm512_set1_epi32
 #define vi_add _mm512_add_epi32
+#define vi_byte(v, j) _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
 #define vi_sum _mm512_reduce_add_epi32
 
 /* v * 2^n for integral n held as floats. */
