@@ -1,0 +1,104 @@
+"""Speculation on an int8-prepared model says what the int8 model itself says, whatever its layers look like.
+
+Gemma 3 in int8 once gave another text in five of twelve prompts as soon as anything was drafted: its attention rounds
+differently for four tokens than for one, and quantised activations turned a difference of 4e-7 into one of 1.4.
+"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import specdec
+from specdec.drafters import PromptLookup, SmallModel
+from specdec.kernels import native
+from specdec.kernels.linear import Int8Linear
+from specdec.kernels.prepare import prepared
+from specdec.testing import tiny_model
+
+FOREIGN_LAYERS = ("gemma3_text", "phi3", "olmo2", "gpt_neox", "cohere2")
+NATIVE_LAYERS = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.describe())
+
+
+def ragged():
+    ids = torch.randint(1, 250, (3, 24), generator=torch.Generator().manual_seed(0))
+    ids[0, 12:] = ids[0, :12]  # something for prompt lookup to find
+    mask = torch.ones_like(ids)
+    for row, num_padded in ((1, 15), (2, 4)):
+        ids[row, :num_padded], mask[row, :num_padded] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def gap_between_widths(model):
+    """The largest difference between the logits of four tokens together and of the same tokens one by one."""
+    ids, past, ahead = ragged()["input_ids"][:1], DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for cache in (past, ahead):
+            model(ids[:, :20], past_key_values=cache)
+        together = model(ids[:, 20:], past_key_values=ahead).logits
+        steps = [model(ids[:, i : i + 1], past_key_values=past).logits for i in range(20, 24)]
+    return (together - torch.cat(steps, 1)).abs().max().item()
+
+
+@pytest.mark.parametrize("family", FOREIGN_LAYERS)
+def test_four_tokens_together_differ_from_four_alone_by_rounding_only(family):
+    model = specdec.prepare(tiny_model(family), weights="int8")
+    assert prepared(model).activations == "float"
+    assert gap_between_widths(model) < 1e-4
+
+
+def test_the_same_without_native_kernels(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert gap_between_widths(specdec.prepare(tiny_model("gemma3_text"), weights="int8")) < 1e-4
+
+
+@needs_native
+def test_native_models_keep_quantised_activations_because_their_rows_are_bit_identical():
+    model = specdec.prepare(tiny_model("llama", **NATIVE_LAYERS), weights="int8")
+    assert prepared(model).activations == "int8"
+    assert prepared(model).num_lean_layers == 2
+    assert gap_between_widths(model) == 0
+
+
+@needs_native
+def test_one_foreign_product_is_enough_to_keep_all_activations_float():
+    model = tiny_model("llama", **NATIVE_LAYERS)
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    specdec.prepare(model, weights="int8")
+    assert prepared(model).activations == "float"
+    assert prepared(model).num_lean_layers == 0
+    assert all(part.weight_only for part in model.modules() if isinstance(part, Int8Linear))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3", "llama"])
+@pytest.mark.parametrize("drafter", [PromptLookup, lambda: SmallModel(tiny_model("llama", seed=5))], ids=["lookup", "small"])
+def test_greedy_output_is_the_int8_models_own(family, drafter):
+    model = specdec.prepare(tiny_model(family), weights="int8")
+    settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": 1.1, "pad_token_id": 0}
+    expected = model.generate(**ragged(), **settings)
+    assert torch.equal(specdec.generate(model, **ragged(), **settings, drafter=drafter()), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 1), (17, 70), (130, 201)])
+def test_weight_only_products_are_right_and_the_same_bits_in_every_company(instruction_set, n, k):
+    library, best = native.library(), native.library().instruction_set
+    try:
+        library.select(instruction_set)
+    except OSError as error:
+        pytest.skip(str(error))
+    try:
+        linear, x_MK = nn.Linear(k, n), torch.randn(23, k, generator=torch.Generator().manual_seed(1))
+        matrix = (int8 := Int8Linear(linear)).matrix()
+        steps_NK = (linear.weight / int8.scale[:, None]).round()
+        expected_MN = x_MK @ (steps_NK * int8.scale[:, None]).T + linear.bias
+        whole_MN = library.linear(matrix, x_MK, weight_only=True)
+        torch.testing.assert_close(whole_MN, expected_MN, rtol=1e-5, atol=1e-5)
+        for num_rows in (1, 2, 3, 4, 5, 9, 16):
+            part_MN = library.linear(matrix, x_MK[7 : 7 + num_rows].contiguous(), weight_only=True)
+            assert torch.equal(part_MN, whole_MN[7 : 7 + num_rows])
+    finally:
+        library.select(best)
