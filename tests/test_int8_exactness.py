@@ -73,7 +73,7 @@ def test_one_foreign_product_is_enough_to_keep_all_activations_float():
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3", "llama"])
-@pytest.mark.parametrize("drafter", [PromptLookup, lambda: SmallModel(tiny_model("llama", seed=5))], ids=["lookup", "small"])
+@pytest.mark.parametrize("drafter", [PromptLookup, lambda: SmallModel(tiny_model("llama", seed=5))])
 def test_greedy_output_is_the_int8_models_own(family, drafter):
     model = specdec.prepare(tiny_model(family), weights="int8")
     settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": 1.1, "pad_token_id": 0}

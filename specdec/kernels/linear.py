@@ -1,7 +1,7 @@
 """The two linears: exact int8, and float32 for a handful of rows.
 
-*Exact* means that a row's result is bit-identical whatever else is in the batch: each row is taken on its own and summed
-in a fixed order. Shape letters: M rows, K inputs, N outputs.
+*Exact* means that a row's result is bit-identical whatever else is in the batch: each row is taken on its own and
+summed in a fixed order. Shape letters: M rows, K inputs, N outputs.
 """
 
 import functools
@@ -20,8 +20,8 @@ from specdec.kernels import native
 class Int8Linear(nn.Module):
     """An `nn.Linear` with int8 weights (one scale per output). Inference only.
 
-    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs), or stay float32 where `weight_only`. A
-    quantised row jumps by a whole step when a rounding before it moves a value over the edge of one, so rows may be
+    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs), or stay float32 where `weight_only`.
+    A quantised row jumps by a whole step when a rounding before it moves a value over the edge of one, so rows may be
     quantised only where nothing before them rounds differently in another company: `prepare` decides. In torch, whose
     int8 product takes 7 bits and one scale, each row goes in as three 7-bit parts (weights are read once for all) and
     is 20 bits exact: a jump is then as small as a rounding.

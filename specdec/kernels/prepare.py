@@ -39,9 +39,9 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
         weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
         `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float. The float weights are then
-        gone, what remains becomes float32, and `unprepare` refuses. Activations are quantised too, for more speed, where
-        all of the model is native and a token's logits are the same bits whatever else is in its forward (the layout
-        of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
+        gone, what remains becomes float32, and `unprepare` refuses. Activations are quantised too, for more speed,
+        where all of the model is native and a token's logits are the same bits whatever else is in its forward (the
+        layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
         beside others gets the logits that it gets alone, up to rounding.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
@@ -115,7 +115,7 @@ def unprepare(model: Model) -> Model:
 
 def quantized_copy(model: Model) -> Model:
     """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it
-    costs only the int8 weights: a quarter of the float ones. The copy is a draft, which may be wrong: its activations are
+    costs only the int8 weights: a quarter of the float ones. It is a draft, and may be wrong: its activations are
     always quantised."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return _prepare(copy.deepcopy(model, shared), "int8", must_be_exact=False)
