@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
-from specdec import mixed_acceptance
 from specdec.acceptance import Acceptance, HostAcceptance, draw, follow, topdown, traversal, walk
 from specdec.errors import NumericalError
 from specdec.sequences import Sequences
@@ -101,7 +100,6 @@ class Sampler:
         self.do_sample = do_sample
         self.generator = generator
         self._verify = {"topdown": topdown, "traversal": traversal}[verify]
-        self._verify_merged = {"topdown": mixed_acceptance.topdown, "traversal": mixed_acceptance.traversal}[verify]
         self._warpers = [processor for processor in processors if type(processor) in _POINTWISE]
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
         self._row_wise = all(_is_row_wise(processor) for processor in processors)
@@ -141,8 +139,7 @@ class Sampler:
         if not draft.is_drawn:
             _refuse_unless(bool(scores_BTV.amax(-1).isfinite().all()))
             return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
-        verify = self._verify if draft.parts is None else self._verify_merged
-        accepted = verify(draft, scores_BTV, self.generator)
+        accepted = self._verify(draft, scores_BTV, self.generator)
         if isinstance(accepted, HostAcceptance):
             _refuse_unless(accepted.has_next)
             return accepted

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec import acceptance
-from specdec.acceptance import Acceptance, draw, topdown, walk
+from specdec.acceptance import Acceptance, coins, draw, topdown, walk
 from tests.enumeration import ToyModel, grow
 from tests.goodness import assert_drawn_from
 from trees import ROOT, Draft, Fixed, TokenTree, TreeBatch
@@ -242,7 +241,7 @@ def test_a_generator_reproduces_and_leaves_the_global_one_alone(name: str):
 
 def test_a_device_that_is_not_asked_finds_the_same(monkeypatch: pytest.MonkeyPatch):
     """On a GPU no loop ends early."""
-    monkeypatch.setattr(acceptance, "_none", lambda mask: False)
+    monkeypatch.setattr(coins, "none", lambda mask: False)
     tree = TREES["bush"]
     p, q = (random_distributions(len(tree) + 1, 4, seed=seed) for seed in (58, 108))
     accepted = topdown(Draft(trees=repeated(tree), q_BTV=as_batch(q)), as_scores(p), torch.Generator().manual_seed(5))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec import DraftError, UnsupportedOptionError, acceptance
+from specdec.acceptance import coins as coins_module
 from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
 from specdec.drafters.base import DraftSession, Run
 from specdec.drafters.nested import NestedSession
@@ -172,8 +173,8 @@ def middle_stage(
         texts = [(), *(tuple(tree.tokens[ancestor] for ancestor in tree.path(node)) for node in range(len(tree)))]
         p_TV = torch.stack([middle.probs(text) for text in texts])
         with pytest.MonkeyPatch.context() as coin_patch:
-            coin_patch.setattr(acceptance, "_throw", coins.throw)
-            coin_patch.setattr(acceptance, "_draw_one", coins.draw_one)
+            coin_patch.setattr(coins_module, "bernoulli", coins.throw)
+            coin_patch.setattr(coins_module, "sample", coins.draw_one)
             accepted = acceptance.topdown(Draft(trees=batch, q_BTV=q_BTV), p_TV.log().expand(num_rows, -1, -1))
         for (path, _), weight, last_V in zip(outcomes_of(accepted), coins.weight_B, coins.last_BV, strict=True):
             for token, mass in enumerate((prob * weight * last_V).tolist()):

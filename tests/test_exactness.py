@@ -2,8 +2,8 @@
 
 A target p and a draft q over a small vocabulary depend on the whole prefix. For each sequence of draws that a grower
 can make (`trees.urn.draw_index` is scripted), and each outcome of the coins of the verification
-(`specdec.acceptance._throw` is scripted; all of them are rows of one batch), we have the committed tokens and the exact
-distribution of the last one. Continued with p they must be distributed as p^L, to the precision of float64.
+(`specdec.acceptance.coins.bernoulli` is scripted; all of them are rows of one batch), we have the committed tokens and
+the exact distribution of the last one. Continued with p they must be distributed as p^L, to the precision of float64.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 import trees.urn
 from specdec import acceptance
+from specdec.acceptance import coins as coins_module
 from tests.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import TREES, as_batch, as_scores, outcomes_of, random_distributions, repeated
@@ -140,8 +141,8 @@ def committed_texts(
 ) -> tuple[Tensor, Tensor]:
     """For each drafted tree the distribution of the text, [trees, V^L], and the expected number of accepted nodes."""
     coins = Enumeration.of(rows)
-    monkeypatch.setattr(acceptance, "_throw", coins.throw)
-    monkeypatch.setattr(acceptance, "_draw_one", coins.draw_one)
+    monkeypatch.setattr(coins_module, "bernoulli", coins.throw)
+    monkeypatch.setattr(coins_module, "sample", coins.draw_one)
     batch = TreeBatch.stack(coins.tree_of_row)
     q_of = {id(tree): _pad(q_TV, batch.num_slots) for tree, q_TV in zip(rows, q, strict=True)}
     p_of = {id(tree): _pad(torch.stack([*map(target.probs, prefixes(tree))]), batch.num_slots) for tree in rows}
@@ -385,8 +386,8 @@ def test_verification_of_any_tree_follows_the_oracles(case: tuple):
         batch = TreeBatch.stack(coins.tree_of_row)
         draft = Draft(trees=batch, q_BTV=q_TV.expand(num_rows, -1, -1))
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(acceptance, "_throw", coins.throw)
-            monkeypatch.setattr(acceptance, "_draw_one", coins.draw_one)
+            monkeypatch.setattr(coins_module, "bernoulli", coins.throw)
+            monkeypatch.setattr(coins_module, "sample", coins.draw_one)
             accepted = VERIFIERS[verify](draft, p_TV.log().expand(num_rows, -1, -1))
         found: Counter = Counter()
         for (path, _), weight, last_V in zip(outcomes_of(accepted), coins.weight_B, coins.last_BV, strict=True):

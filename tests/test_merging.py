@@ -11,14 +11,15 @@ from torch import Tensor
 
 import trees.layered
 import trees.urn
-from specdec import acceptance, mixed_acceptance
+from specdec import acceptance
+from specdec.acceptance import coins as coins_module
 from tests.enumeration import EXACT, LENGTH, MAX_DEPTH, Script, ToyModel, grow, prefixes
 from tests.test_acceptance import outcomes_of
 from tests.test_exactness import CAUGHT, Enumeration, distributions
 from trees import ROOT, Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch, merge
 from trees.merging import flattened
 
-VERIFIERS = {"topdown": mixed_acceptance.topdown, "traversal": mixed_acceptance.traversal}
+VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 
 
 @dataclass
@@ -87,9 +88,9 @@ def total_variation(
     p_of = [torch.stack([*map(target.probs, prefixes(tree))]) for tree in merged_rows]
     for row, number in enumerate(numbers):
         p_BTV[row, : len(p_of[number])] = p_of[number]
-    monkeypatch.setattr(acceptance, "_throw", coins.throw)
-    monkeypatch.setattr(acceptance, "_draw_one", coins.draw_one)
-    accepted = (VERIFIERS[verify] if draft.parts is not None else getattr(acceptance, verify))(draft, p_BTV.log())
+    monkeypatch.setattr(coins_module, "bernoulli", coins.throw)
+    monkeypatch.setattr(coins_module, "sample", coins.draw_one)
+    accepted = VERIFIERS[verify](draft, p_BTV.log())
     prob_B = torch.tensor([mixes[number][0] for number in numbers], dtype=torch.float64) * coins.weight_B
     texts, num_accepted = torch.zeros(target.vocab_size**LENGTH, dtype=torch.float64), 0.0
     groups: dict[tuple[int, ...], Tensor] = {}

@@ -1,7 +1,7 @@
 """Several drafts in one tree: shared prefixes are one path, and every source keeps the q that it drew from.
 
 A node that two sources propose is one node for the target and the caches, and two tests for the verification
-(`specdec.mixed_acceptance`). Which nodes of a drawn source a budget leaves out depends on nothing but what was drawn
+(`specdec.acceptance.families`). Which nodes of a drawn source a budget leaves out depends on nothing but what was drawn
 before them, in the order of drawing, and on sources before this one: anything else is biased.
 """
 

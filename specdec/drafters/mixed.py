@@ -17,7 +17,7 @@ class Mixed(Drafter):
 
     Shared prefixes are verified once. With sampling each token is tested with the q that its drafter drew it from,
     drafters in the order given but `EarlyExit` last, as it leaves its work in the target's cache
-    (`specdec.mixed_acceptance`). Each drafter's cache follows what was accepted of its own nodes. A `tree` that the
+    (`specdec.acceptance.families`). Each drafter's cache follows what was accepted of its own nodes. A `tree` that the
     call names is every drafter's.
 
     Args:

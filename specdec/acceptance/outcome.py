@@ -1,0 +1,102 @@
+"""What a verification has found: the accepted path of every row, and the token after it.
+
+Shape legend: B rows, D depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trees import TreeBatch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Acceptance:
+    """The outcome of a verification.
+
+    Args:
+        path_BD: int64 accepted node indices from the root down; entries past the row's count are not meaningful.
+        counts_B: int64 number of accepted nodes.
+        next_B: int64 the token after the path: the bonus if the path ends in a leaf, else the correction. -1 where
+            it was noticed that the target's scores are no numbers.
+    """
+
+    path_BD: Tensor
+    counts_B: Tensor
+    next_B: Tensor
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a token after every path."""
+        return bool((self.next_B >= 0).all())
+
+    @property
+    def last_B(self) -> Tensor:
+        """int64 slot at which the path ends."""
+        slots_BT = torch.nn.functional.pad(self.path_BD + 1, (1, 0))
+        return slots_BT.gather(1, self.counts_B[:, None])[:, 0]
+
+
+class HostAcceptance(Acceptance):
+    """One that was found on the host; its tensors are made when they are asked for.
+
+    Attributes:
+        paths: accepted nodes of each row.
+        following: the tokens after them.
+    """
+
+    paths: list[list[int]]
+    following: list[int]
+
+    def __init__(self, paths: list[list[int]], following: list[int], device: torch.device):
+        vars(self).update(paths=paths, following=following, _device=device)
+
+    @property
+    def has_next(self) -> bool:
+        return min(self.following) >= 0
+
+    @cached_property
+    def path_BD(self) -> Tensor:
+        depth = max(map(len, self.paths))
+        padded = [[*path, *[0] * (depth - len(path))] for path in self.paths]
+        return self._tensor(padded).view(len(padded), depth)
+
+    @cached_property
+    def counts_B(self) -> Tensor:
+        return self._tensor([len(path) for path in self.paths])
+
+    @cached_property
+    def next_B(self) -> Tensor:
+        return self._tensor(self.following)
+
+    def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=vars(self)["_device"])
+
+
+class Accepted(NamedTuple):
+    """For each row the accepted nodes, and its candidate tokens: theirs, then the next one."""
+
+    paths: list[list[int]]
+    candidates: list[list[int]]
+
+
+def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
+    """The outcome of a verification on the host, in one copy at most."""
+    if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
+        found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
+        candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]
+        return Accepted(acceptance.paths, candidates)
+    path_BD = acceptance.path_BD
+    token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
+    heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)
+    depth = path_BD.shape[1]
+    paths, candidates = [], []
+    for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
+        paths.append(rest[:count])
+        candidates.append([*rest[depth : depth + count], next_token])
+    return Accepted(paths, candidates)
