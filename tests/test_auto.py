@@ -83,8 +83,11 @@ def test_samples_follow_the_processed_distribution(verify: str) -> None:
 
 @pytest.mark.parametrize(
     "others",
-    [[], [SmallModel(tiny_model("llama", seed=1))], [Cascade(PromptLookup(), tiny_model("llama", seed=1))]],
-    ids=["alone", "beside a draft", "beside a cascade"],
+    [
+        [],
+        [SmallModel(tiny_model("llama", seed=1))],
+    ],
+    ids=["alone", "beside a draft"],
 )
 def test_a_target_brings_its_own_int8_copy(others: list[Drafter]) -> None:
     model = tiny_model("llama")

@@ -21,7 +21,6 @@ from specdec.bench.equality import TIE_BOUND
 from specdec.control.costs import measure_forwards
 from specdec.drafters import (
     Auto,
-    Cascade,
     Drafter,
     EarlyExit,
     ForeignModel,
@@ -89,7 +88,6 @@ DRAFTERS: dict[str, Callable[[torch.dtype], Drafter]] = {
     "early exit, DEL": lambda _: EarlyExit(objective="tokens-per-layer"),
     "mixed": lambda dtype: Mixed([PromptLookup(), SmallModel(draft(dtype))]),
     "mixed, with an exit": lambda _: Mixed([PromptLookup(), EarlyExit(2)]),
-    "cascade": lambda dtype: Cascade(PromptLookup(), draft(dtype)),
     "auto": lambda _: Auto(),
     "auto, with a draft model": lambda dtype: Auto(SmallModel(draft(dtype))),
     "foreign model": lambda dtype: ForeignModel(draft(dtype), ByteTokenizer(), ByteTokenizer()),
@@ -167,7 +165,7 @@ def test_sampling_follows_the_generator(policy: GrowthPolicy, verify: str) -> No
 
 
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
-@pytest.mark.parametrize("name", ["small model", "mixed", "cascade", "early exit", "foreign model"])
+@pytest.mark.parametrize("name", ["small model", "mixed", "early exit", "foreign model"])
 def test_samples_have_the_targets_distribution(name: str, verify: str) -> None:
     """Of the second new token, which a draft was verified for; false alarm: `tests.goodness.FALSE_ALARM`."""
     model, num_rows = target(), 1500
@@ -216,7 +214,6 @@ def test_prompts_on_the_cpu_are_moved() -> None:
 WITH_A_MODEL: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "small model": SmallModel,
     "tree": SmallModel,
-    "cascade": lambda small: Cascade(PromptLookup(), small),
     "foreign model": lambda small: ForeignModel(small, ByteTokenizer(), ByteTokenizer()),
     "mixed": lambda small: Mixed([PromptLookup(), SmallModel(small)]),
     "auto": lambda small: Auto(SmallModel(small)),

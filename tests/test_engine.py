@@ -409,7 +409,6 @@ def test_a_round_that_breaks_ends_its_rows_only():
     "make",
     [
         lambda model: Mixed([PromptLookup(), SmallModel(model)]),
-        lambda model: Cascade(PromptLookup(), model),
         lambda model: EarlyExit(exit_layer=1),
         lambda model: ForeignModel(model, TOKENIZER, TOKENIZER),
         lambda model: Auto(EarlyExit(exit_layer=1)),

@@ -94,6 +94,7 @@ class Watched(Drafter):
         self.drafter = drafter
         self.bombs = bombs or {}
         self.num_opened = self.num_closed = 0
+        self.rewinds = drafter.rewinds
 
     def start(self, run: Run) -> DraftSession:
         self.touch("start")
@@ -109,6 +110,9 @@ class _WatchedSession(DraftSession):
     def __init__(self, drafter: Watched, session: DraftSession):
         self.drafter = drafter
         self.session = session
+
+    def rewind(self) -> None:
+        self.session.rewind()
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         self.drafter.touch("propose")

@@ -63,7 +63,7 @@ class Auto(Drafter):
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
-        brings_own = not any(map(_holds_a_copy, self.drafters))
+        brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in self.drafters)
         session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None)
         try:
             for drafter in self.drafters:
@@ -72,10 +72,6 @@ class Auto(Drafter):
             session.close()
             raise
         return session
-
-
-def _holds_a_copy(drafter: Drafter) -> bool:
-    return isinstance(drafter.middle if isinstance(drafter, Cascade) else drafter, QuantizedSelf)
 
 
 def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:

@@ -85,12 +85,7 @@ class NestedSession(DraftSession):
                 self._round(limits, max_depths)
         finally:
             self._copy.cache.truncate(lengths)
-        return chains_of(
-            self._run,
-            [line.tokens for line in self._lines],
-            [line.q_V for line in self._lines],
-            probs=[line.probs for line in self._lines],
-        )
+        return self._chains()
 
     def observe(self, outcome: Outcome) -> None:
         lines, self._lines = self._lines or [_Line() for _ in outcome.tokens], []
@@ -160,29 +155,14 @@ class NestedSession(DraftSession):
         if self._run.sampler.do_sample:
             line.q_V.extend(q_nV)
 
-
-def chains_of(
-    run: Run,
-    tokens: Sequence[Sequence[int]],
-    q_V: Sequence[Sequence[Tensor]],
-    *,
-    probs: Sequence[Sequence[float]] | None = None,
-    places: Sequence[Sequence[int]] | None = None,
-) -> Draft:
-    """A chain for each row, drawn where the run samples.
-
-    Args:
-        q_V: what each token was drawn from; empty where the run is greedy.
-        probs: of each token, if they are known.
-        places: see `Draft`.
-    """
-    known: Sequence[Sequence[float] | None] = [None] * len(tokens) if probs is None else probs
-    chains = [TokenTree.chain(own, probs=own_probs) for own, own_probs in zip(tokens, known, strict=True)]
-    trees = TreeBatch.stack(chains, run.device)
-    if not run.sampler.do_sample:
-        return Draft(trees=trees, places=places)
-    q_BTV = torch.zeros((len(tokens), trees.num_slots, run.vocab_size), device=run.device)
-    for row, own_V in enumerate(q_V):
-        if own_V:
-            q_BTV[row, : len(own_V)] = torch.stack(list(own_V))
-    return Draft(trees=trees, q_BTV=q_BTV, places=places)
+    def _chains(self) -> Draft:
+        """The lines as chains, drawn where the run samples."""
+        run = self._run
+        trees = TreeBatch.stack([TokenTree.chain(line.tokens, probs=line.probs) for line in self._lines], run.device)
+        if not run.sampler.do_sample:
+            return Draft(trees=trees)
+        q_BTV = torch.zeros((trees.num_rows, trees.num_slots, run.vocab_size), device=run.device)
+        for row, line in enumerate(self._lines):
+            if line.q_V:
+                q_BTV[row, : len(line.q_V)] = torch.stack(line.q_V)
+        return Draft(trees=trees, q_BTV=q_BTV)

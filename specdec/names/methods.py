@@ -105,7 +105,6 @@ _KINDS = {
     CASCADE: _Kind(
         class_name="Cascade",
         parameters={"num_tokens": WHOLE, "min_tokens": WHOLE},
-        needs_draft=True,
         trees=("chain",),
         before=PROMPT_LOOKUP,
     ),
