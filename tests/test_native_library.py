@@ -310,7 +310,7 @@ def test_building_is_said(machine, real, caplog):
 
 def test_importing_builds_and_says_nothing(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    code = "import specdec.kernels, specdec.engine"
+    code = "import specdec.kernels"
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, list(tmp_path.iterdir())) == (0, "", [])
     assert "kernels" not in run.stderr

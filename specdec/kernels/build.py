@@ -150,7 +150,11 @@ def _build(compiler: str, open_file: Callable[[Path], Opened]) -> Opened:
             return open_file(_keep(built, _name(compiler)))
         except OSError as error:
             opened = open_file(built)  # stays in memory when the folder goes
-            _log.warning("the native kernels cannot be kept, so every process builds its own (seconds): %s", error)
+            _log.warning(
+                "the native kernels cannot be kept, so every process builds its own, which takes seconds: %s; let "
+                "XDG_CACHE_HOME name a folder that only you can write",
+                error,
+            )
             return opened
 
 
