@@ -5,7 +5,7 @@ layer.py        a decoder layer in two native calls, checked against the origina
 linear.py       the two linears: exact int8, and float32 for small batches
 naive.py        what each kernel computes, in plain torch: the oracle of the tests
 draws.py        draws from scores; growth.py: trees grown; verification.py: trees verified; slots.py: cache slots moved
-native.py       builds, loads and calls the C library in native/; torch does the work where there is none
+native.py       loads and calls the C library in native/, which build.py builds; torch does the work where there is none
 threads.py      calibrate_threads()
 """
 

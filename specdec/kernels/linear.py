@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from specdec.errors import UnsupportedOptionError
 from specdec.kernels import native
 
 
@@ -90,6 +91,21 @@ def _torch_int8_linear(x_MK: torch.Tensor, prepacked: torch.ScriptObject) -> tor
     product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(parts_3MK, 1.0, 64, prepacked)
     high_MN, middle_MN, low_MN = product.chunk(3)
     return (4096 * high_MN + (64 * middle_MN + low_MN)) * scale_M1
+
+
+@functools.cache
+def check_int8() -> None:
+    """Raises UnsupportedOptionError where neither the native library nor torch has an int8 product."""
+    if native.library():
+        return
+    try:
+        _torch_int8_linear(torch.ones(1, 64), _torch_pack(torch.ones(16, 64)))
+    except (RuntimeError, AttributeError) as error:
+        trouble = str(error).strip().partition("\n")[0]
+        raise UnsupportedOptionError(
+            f"weights='int8' has no product on this machine: leave it out. Torch has none (its trial: {trouble}), "
+            f"and the native kernels are missing: {native.describe()}"
+        ) from error
 
 
 # ---- float32 ----

@@ -1,4 +1,4 @@
-"""The C library in native/: built once per machine with the system's compiler, called on tensors' memory.
+"""The C library in native/, called on tensors' memory; build.py builds it.
 
 Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on a
 processor without AVX2, and torch then does the work. `describe()` says which it is and why.
@@ -6,26 +6,26 @@ processor without AVX2, and torch then does the work. `describe()` says which it
 
 import ctypes
 import functools
-import hashlib
+import itertools
+import logging
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-SOURCES = Path(__file__).parent / "native"
-FLAGS = (
-    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno"),  # a sum is rounded the same way wherever it is inlined
-)
+from specdec.kernels import build
+
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
 MAX_INT8_ROWS = 1024  # torch has no better product for int8, and what it rounds otherwise shows in the tokens
 
+_log = logging.getLogger("specdec")
+
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
+_OUT_OF_MEMORY = -2  # see common.h
 
 
 class Matrix(ctypes.Structure):
@@ -117,44 +117,119 @@ class Verification(ctypes.Structure):
     )
 
 
-class Library:
-    """The native functions, typed. Callers pass contiguous float32 CPU tensors unless said otherwise."""
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Matrix, Layer, Attention, Urn, Taken),
+    *(TreeSettings, NextLayer, FinishedTree, Visibility, Verification),
+)
 
-    def __init__(self, path: Path, instruction_set: str | None = None) -> None:
+
+def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
+    """What ctypes asks of the result of each call that may need memory."""
+    if result == _OUT_OF_MEMORY or result is None:
+        raise MemoryError(f"no memory left for {function.__name__}: use shorter prompts or fewer rows at a time")
+    return result
+
+
+class _Function(NamedTuple):
+    arguments: tuple[type, ...]
+    result: type | None = None
+    needs_memory: bool = False
+
+
+_Threads = ctypes.c_int
+_FUNCTIONS = {
+    "select": _Function((ctypes.c_char_p,), ctypes.c_char_p),
+    "layout": _Function((_Int, _Pointer), ctypes.c_char_p),
+    "fail_allocation_after": _Function((_Int,)),
+    "packed_bytes": _Function((_Int, _Int), _Int),
+    "pack": _Function((_Pointer, _Int, _Int, _Pointer, _Pointer, _Threads), _Int, True),
+    "linear": _Function((ctypes.POINTER(Matrix), _Pointer, _Int, ctypes.c_int, _Pointer, _Threads), _Int, True),
+    "attend": _Function((ctypes.POINTER(Attention), _Threads), _Int, True),
+    "attention_inputs": _Function((ctypes.POINTER(Layer), _Pointer, _Int, *(_Pointer,) * 5, _Threads), _Int, True),
+    "attention_and_mlp": _Function(
+        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), _Pointer, _Pointer, _Threads), _Int, True
+    ),
+    "take": _Function((ctypes.POINTER(Urn), _Pointer, _Int, ctypes.POINTER(Taken), _Int, *(_Pointer,) * 3), _Int, True),
+    "new_tree": _Function((ctypes.POINTER(TreeSettings),), _Pointer, True),
+    "free_tree": _Function((_Pointer,)),
+    "grow_tree": _Function((_Pointer, _Pointer, _Pointer, _Int), _Int, True),
+    "write_layer": _Function((_Pointer, _Int, _Int, ctypes.POINTER(NextLayer))),
+    "finish_tree": _Function((_Pointer, ctypes.POINTER(FinishedTree)), _Int, True),
+    "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), _Int, True),
+    "write_mask": _Function((ctypes.POINTER(Visibility),)),
+    "move": _Function((_Pointer, _Pointer, _Int, _Int, _Pointer, _Pointer, _Int)),
+}
+"""By name in C, without `specdec_`."""
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The file with its functions typed.
+
+    Raises:
+        OSError: it is no library, not ours, or lays structures out otherwise than this module.
+    """
+    dll = ctypes.CDLL(str(path))
+    for name, (arguments, result, needs_memory) in _FUNCTIONS.items():
+        try:
+            function = getattr(dll, f"specdec_{name}")
+        except AttributeError as error:
+            raise OSError(f"{path} is not specdec's library: it has no specdec_{name}") from error
+        function.argtypes, function.restype = arguments, result
+        if needs_memory:
+            function.errcheck = _check_status
+    different = dict(_layout_in_python().items() ^ _layout_in_c(dll).items())
+    if different:
+        raise OSError(f"{path} and native.py disagree about the layout of {', '.join(sorted(different))}")
+    return dll
+
+
+def _layout_in_c(dll: ctypes.CDLL) -> dict[str, tuple[int, int]]:
+    """Offset and size of every structure and field that both know."""
+    layout: dict[str, tuple[int, int]] = {}
+    numbers = (_Int * 2)()
+    for i in itertools.count():
+        name = dll.specdec_layout(i, numbers)
+        if name is None:
+            break
+        layout[name.decode()] = (numbers[0], numbers[1])
+    return layout
+
+
+def _layout_in_python() -> dict[str, tuple[int, int]]:
+    layout = {"num_blocks": (0, num_blocks(1 << 20))}
+    for structure in STRUCTURES:
+        layout[structure.__name__] = (0, ctypes.sizeof(structure))
+        for name, *_ in structure._fields_:
+            field = getattr(structure, name)
+            layout[f"{structure.__name__}.{name}"] = (field.offset, field.size)
+    return layout
+
+
+class Library:
+    """The native functions. Callers pass contiguous float32 CPU tensors unless said otherwise.
+
+    Those that need memory raise MemoryError where there is none. The next call works; a tree can then only be freed.
+    """
+
+    attention_inputs: Callable[..., int]
+    attention_and_mlp: Callable[..., int]
+    take: Callable[..., int]
+    verify: Callable[..., int]
+    new_tree: Callable[..., int]
+    free_tree: Callable[..., None]
+    grow_tree: Callable[..., int]
+    write_layer: Callable[..., None]
+    finish_tree: Callable[..., int]
+    write_mask: Callable[..., None]
+    move: Callable[..., None]
+    fail_allocation_after: Callable[[int], None]
+    """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
+
+    def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
         """`instruction_set`: "avx2", "avx512", "amx", or None for the best. The whole process gets it."""
-        self._dll = ctypes.CDLL(str(path))
-        self._dll.specdec_select.restype = ctypes.c_char_p
-        self._dll.specdec_packed_bytes.restype = _Int
-        self._dll.specdec_new_tree.restype = _Pointer
-        self._dll.specdec_grow_tree.restype = self._dll.specdec_finish_tree.restype = _Int
-        layer, attention, num_threads = ctypes.POINTER(Layer), ctypes.POINTER(Attention), ctypes.c_int
-        signatures: dict[str, Sequence[type]] = {
-            "select": (ctypes.c_char_p,),
-            "packed_bytes": (_Int, _Int),
-            "pack": (_Pointer, _Int, _Int, _Pointer, _Pointer, num_threads),
-            "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, ctypes.c_int, _Pointer, num_threads),
-            "attend": (attention, num_threads),
-            "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
-            "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
-            "take": (ctypes.POINTER(Urn), _Pointer, _Int, ctypes.POINTER(Taken), _Int, *(_Pointer,) * 3),
-            "new_tree": (ctypes.POINTER(TreeSettings),),
-            "free_tree": (_Pointer,),
-            "grow_tree": (_Pointer, _Pointer, _Pointer, _Int),
-            "write_layer": (_Pointer, _Int, _Int, ctypes.POINTER(NextLayer)),
-            "finish_tree": (_Pointer, ctypes.POINTER(FinishedTree)),
-            "verify": (ctypes.POINTER(Verification), ctypes.c_int),
-            "write_mask": (ctypes.POINTER(Visibility),),
-            "move": (_Pointer, _Pointer, _Int, _Int, _Pointer, _Pointer, _Int),
-        }
-        for name, arguments in signatures.items():
-            getattr(self._dll, f"specdec_{name}").argtypes = arguments
-        self.attention_inputs = self._dll.specdec_attention_inputs
-        self.attention_and_mlp = self._dll.specdec_attention_and_mlp
-        self.take, self.verify = self._dll.specdec_take, self._dll.specdec_verify
-        self.new_tree, self.free_tree = self._dll.specdec_new_tree, self._dll.specdec_free_tree
-        self.grow_tree, self.write_layer = self._dll.specdec_grow_tree, self._dll.specdec_write_layer
-        self.finish_tree, self.move = self._dll.specdec_finish_tree, self._dll.specdec_move
-        self.write_mask = self._dll.specdec_write_mask
+        self._dll = dll
+        for name in Library.__annotations__:
+            setattr(self, name, getattr(dll, f"specdec_{name}"))
         self.instruction_set = self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:
@@ -231,19 +306,37 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+_loading = threading.Lock()
+
+
 @functools.cache
 def library() -> Library | None:
-    """The library, built if need be; None where torch has to do. Takes seconds once per machine, then milliseconds."""
-    loaded = _load()
-    return loaded if isinstance(loaded, Library) else None
+    """The library, built if need be; None where torch has to do, which is said once. Takes seconds once per machine,
+    then milliseconds."""
+    with _loading:
+        return _announced()
 
 
 def describe() -> str:
     """One line for people: which kernels are in use here, and why."""
-    loaded = _load()
+    with _loading:
+        loaded = _load()
     if isinstance(loaded, Library):
         return f"native kernels ({loaded.instruction_set})"
     return f"torch kernels, no native ones: {loaded}"
+
+
+@functools.cache
+def _announced() -> Library | None:
+    loaded = _load()
+    if isinstance(loaded, Library):
+        return loaded
+    _log.warning(
+        "specdec works with torch's kernels here: rounds are slower, Auto drafts without an int8 copy of the model, "
+        "and rows are not rounded alike in every batch. The native kernels are missing: %s",
+        loaded,
+    )
+    return None
 
 
 @functools.cache
@@ -251,29 +344,6 @@ def _load() -> Library | str:
     if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
         return f"they are for x86-64 on Linux and macOS, this is {platform.machine()} on {platform.system()}"
     try:
-        return Library(_build())
-    except (OSError, subprocess.SubprocessError) as error:
+        return Library(build.load(open_library))
+    except OSError as error:
         return str(error)
-
-
-def _build() -> Path:
-    """The path of the built library; the file's name changes with sources, flags and compiler."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise OSError("no C compiler found (cc, gcc or clang); install one and the kernels will be built")
-    files = sorted(SOURCES.glob("*.[ch]"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    digest = hashlib.sha256(b"\0".join([version, " ".join(FLAGS).encode(), *(f.read_bytes() for f in files)]))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
-    target = folder / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / "kernels.so"
-            units = [str(f) for f in files if f.suffix == ".c"]
-            command = [compiler, *FLAGS, "-o", str(built), *units, "-lm"]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if run.returncode:
-                raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
-            built.replace(target)  # atomic: another process sees no file or a whole one
-    return target

@@ -13,7 +13,7 @@ from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.layer import LeanForward, Once, agrees, contiguous, fits
-from specdec.kernels.linear import Int8Linear, calibrate, is_plain, small_batch_forward
+from specdec.kernels.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -125,6 +125,7 @@ def _to_int8(model: nn.Module) -> int:
     """Replaces the linears one by one, so that at most one is held in both forms."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnsupportedModelError("weights='int8' is for models on the CPU; move it there first")
+    check_int8()
     replaced: dict[nn.Module, Int8Linear] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

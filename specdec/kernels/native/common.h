@@ -2,6 +2,7 @@
 #ifndef SPECDEC_COMMON_H
 #define SPECDEC_COMMON_H
 
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,6 +12,13 @@
 #define WIDE_TILE 16       /* the same where the processor has tiles (AMX) and there are rows enough to fill them */
 #define STRIP 64           /* outputs that are computed between two looks at the pool */
 #define CHUNK_BYTES 131072 /* weights per chunk of work: large enough for the prefetcher, small enough to balance */
+#define OUT_OF_MEMORY (-2) /* what an entry point returns that found no memory; Python raises MemoryError */
+
+#define BLOCK 256 /* tokens whose weights are known as a sum; a token is found in its block */
+#define NUM_BLOCKS(vocab) (((vocab) + BLOCK - 1) / BLOCK)
+#define PADDED_BLOCKS(vocab) ((NUM_BLOCKS(vocab) + 15) / 16 * 16) /* whole vectors, whatever their width */
+
+/* The structures from here to Verification are described in native.py too; layout.c lets it compare. */
 
 /* float32 weights [n][k] (scale NULL), or packed int8 ones with a scale per output. */
 typedef struct {
@@ -112,7 +120,7 @@ typedef struct {
     void (*take_from)(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     GrowingTree *(*new_tree)(const TreeSettings *settings);
-    void (*free_tree)(GrowingTree *t);
+    void (*free_tree)(GrowingTree *t); /* all that may be done with a tree that ran out of memory */
     int64_t (*grow_tree)(GrowingTree *t, const float *x, const double *coins, int64_t num_coins);
     void (*write_layer)(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out);
     int64_t (*finish_tree)(const GrowingTree *t, FinishedTree *out);
@@ -131,12 +139,20 @@ typedef void (*chunk_fn)(void *context, int chunk);
 void parallel_for(chunk_fn fn, void *context, int num_chunks);
 int num_active_threads(void);
 
-/* Scratch memory, 64-byte aligned, until the running call ends. */
+/* Scratch memory, 64-byte aligned, until the running call ends. Where there is none it does not return: it jumps to
+ * `memory_ran_out`, and the call ends. So it is for the calling thread between two jobs, never for a chunk of one, and
+ * whoever takes scratch memory holds nothing else that has to be given back. */
 void *take(size_t bytes);
+extern jmp_buf memory_ran_out;
 
 /* Everything between these two is one call: it owns the pool and the scratch memory of the process. */
 void begin_call(int num_threads);
 void end_call(void);
+
+/* malloc and realloc, NULL where there is no memory: what can be made to fail (specdec_fail_allocation_after). */
+void *allocate(size_t bytes);
+void *reallocate(void *memory, size_t bytes);
+void fail_allocation_after(int64_t count);
 
 /* Ahead of use; any address will do, also one that does not exist. */
 #define prefetch_l1(p) __builtin_prefetch((const void *)(p), 0, 3)

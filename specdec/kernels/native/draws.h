@@ -1,9 +1,6 @@
 /* Tokens drawn from distributions that are given by their scores, and the verification of the trees they make. One
  * thread, one pass over a row of scores for each question; what trees.Urn and specdec.acceptance do with torch. */
 
-#define BLOCK 256 /* tokens whose weights are known as a sum; a token is found in its block */
-#define NUM_BLOCKS(vocab) (((vocab) + BLOCK - 1) / BLOCK)
-#define PADDED_BLOCKS(vocab) ((NUM_BLOCKS(vocab) + 15) / 16 * 16) /* whole vectors, whatever their width */
 #define AHEAD 8 /* blocks fetched before they are read: the processor's own fetching stops at every page */
 
 /* Copies a block of scores; -inf past the vocabulary and for the tokens that are out. */

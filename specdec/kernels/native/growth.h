@@ -25,46 +25,61 @@ struct GrowingTree {
     TreeSettings settings;
     double guess;
     int64_t num_slots, num_offers, num_values, num_waiting, num_tickets, num_places, num_layers;
-    int64_t slot_room, offer_room, waiting_room;
+    int64_t slot_room, offer_room, waiting_room, scored_room, gone_room;
     GrowingSlot *slots;
     Offer *offers;    /* a heap, the greatest value on top */
     double *values;   /* a heap of the greatest values so far, the least of them on top */
     int64_t *waiting; /* slots that are to be scored next */
+    int64_t *scored;  /* those that have just been scored */
+    int64_t *gone;    /* tokens of a slot's children, for a moment */
     Chunk *chunks;
 };
 
-static void *make_room(void *items, int64_t *room, int64_t needed, size_t size) {
-    if (needed <= *room) return items;
-    *room = 2 * needed > 256 ? 2 * needed : 256;
-    return realloc(items, (size_t)*room * size);
+/* Whether an array has room for `needed` items; one that has not grows. Without memory for that it stays as it was. */
+#define HAS_ROOM(items, room, needed) ((needed) <= (room) || grow_array(&(items), &(room), needed, sizeof *(items)))
+
+static int grow_array(void *items, int64_t *room, int64_t needed, size_t size) {
+    const int64_t new_room = 2 * needed > 256 ? 2 * needed : 256;
+    void *old, *new; /* copied, because `items` points to pointers of any type */
+    memcpy(&old, items, sizeof old);
+    if (!(new = reallocate(old, (size_t)new_room * size))) return 0;
+    memcpy(items, &new, sizeof new);
+    *room = new_room;
+    return 1;
 }
 
+/* Whether there is room for a step: one more child of a slot that has `num_children`, two offers, a slot that waits. */
+static int has_room(GrowingTree *t, int64_t num_children) {
+    return HAS_ROOM(t->slots, t->slot_room, t->num_slots + 1) && HAS_ROOM(t->offers, t->offer_room, t->num_offers + 2) &&
+           HAS_ROOM(t->waiting, t->waiting_room, t->num_waiting + 1) && HAS_ROOM(t->gone, t->gone_room, num_children + 1);
+}
+
+/* This and what follows add to arrays that have room: see has_room(). */
 static GrowingSlot *add_slot(GrowingTree *t) {
-    t->slots = make_room(t->slots, &t->slot_room, t->num_slots + 1, sizeof(GrowingSlot));
     GrowingSlot *slot = t->slots + t->num_slots++;
     *slot = (GrowingSlot){.place = -1, .left = 1};
     return slot;
 }
 
 static void wait_for_scores(GrowingTree *t, int64_t slot) {
-    t->waiting = make_room(t->waiting, &t->waiting_room, t->num_waiting + 1, sizeof(int64_t));
     t->waiting[t->num_waiting++] = slot;
-}
-
-static GrowingTree *new_tree(const TreeSettings *settings) {
-    GrowingTree *t = calloc(1, sizeof(GrowingTree));
-    t->settings = *settings;
-    t->guess = settings->guess;
-    t->values = malloc((size_t)settings->limit * sizeof(double));
-    GrowingSlot *root = add_slot(t);
-    root->value = root->reach = root->bound = 1;
-    wait_for_scores(t, 0);
-    return t;
 }
 
 static void free_tree(GrowingTree *t) {
     for (Chunk *chunk = t->chunks, *next; chunk; chunk = next) next = chunk->next, free(chunk);
-    free(t->slots), free(t->offers), free(t->values), free(t->waiting), free(t);
+    free(t->slots), free(t->offers), free(t->values), free(t->waiting), free(t->scored), free(t->gone), free(t);
+}
+
+static GrowingTree *new_tree(const TreeSettings *settings) {
+    GrowingTree *t = allocate(sizeof(GrowingTree));
+    if (!t) return NULL;
+    *t = (GrowingTree){.settings = *settings, .guess = settings->guess};
+    t->values = allocate((size_t)(settings->limit + 1) * sizeof(double));
+    if (!t->values || !has_room(t, 0)) return free_tree(t), NULL;
+    GrowingSlot *root = add_slot(t);
+    root->value = root->reach = root->bound = 1;
+    wait_for_scores(t, 0);
+    return t;
 }
 
 static int is_before(const Offer *a, const Offer *b) {
@@ -72,7 +87,6 @@ static int is_before(const Offer *a, const Offer *b) {
 }
 
 static void offer(GrowingTree *t, int64_t slot, double value) {
-    t->offers = make_room(t->offers, &t->offer_room, t->num_offers + 1, sizeof(Offer));
     const Offer new = {value, t->num_tickets++, slot};
     int64_t at = t->num_offers++;
     for (; at && is_before(&new, t->offers + (at - 1) / 2); at = (at - 1) / 2) t->offers[at] = t->offers[(at - 1) / 2];
@@ -122,24 +136,26 @@ static TARGET double next_value(const GrowingTree *t, const GrowingSlot *s) {
     return s->reach * mass < s->bound ? s->reach * mass : s->bound;
 }
 
-/* Reads the scores after a slot. */
-static TARGET void score_slot(GrowingTree *t, int64_t slot, const float *x) {
+/* Reads the scores after a slot; whether there was memory for it. */
+static TARGET int score_slot(GrowingTree *t, int64_t slot, const float *x) {
     const int64_t vocab = t->settings.vocab, padded = PADDED_BLOCKS(vocab);
     const size_t peaks_bytes = (size_t)(2 * padded) * sizeof(float);
-    Chunk *chunk = malloc(sizeof(Chunk) + peaks_bytes + (t->settings.sample ? (size_t)padded * sizeof(double) : 0));
+    Chunk *chunk = allocate(sizeof(Chunk) + peaks_bytes + (t->settings.sample ? (size_t)padded * sizeof(double) : 0));
+    if (!chunk) return 0;
     chunk->next = t->chunks, t->chunks = chunk;
     GrowingSlot *s = t->slots + slot;
     float *shares = (s->peaks = (float *)(chunk + 1)) + padded;
     s->urn = (UrnRow){x, s->peaks, shares, scan_row(x, vocab, s->peaks, shares), vocab};
     s->weights = (double *)(shares + padded);
     for (int64_t b = 0; t->settings.sample && b < padded; b++) s->weights[b] = shares[b];
+    return 1;
 }
 
 /* A slot's next child; 0 if there is none. */
-static TARGET int64_t take_child(GrowingTree *t, int64_t slot, const double **coins, int64_t *gone) {
+static TARGET int64_t take_child(GrowingTree *t, int64_t slot, const double **coins) {
     GrowingSlot *s = t->slots + slot;
     const double value = next_value(t, s);
-    int64_t num_gone = 0;
+    int64_t num_gone = 0, *gone = t->gone;
     for (int64_t child = s->last_child; child; child = t->slots[child].elder) gone[num_gone++] = t->slots[child].token;
     const int64_t token = t->settings.sample ? draw_token(&s->urn, gone, num_gone, *(*coins)++, s->weights)
                                              : best_token(&s->urn, gone, num_gone, s->peaks);
@@ -147,7 +163,6 @@ static TARGET int64_t take_child(GrowingTree *t, int64_t slot, const double **co
     if (!(prob > 0)) return 0;
     const int64_t number = t->num_slots;
     GrowingSlot *child = add_slot(t);
-    s = t->slots + slot;
     child->token = token, child->parent = slot, child->depth = s->depth + 1, child->elder = s->last_child;
     child->prob = prob, child->value = value, child->reach = s->reach * prob;
     child->bound = value < child->reach ? value : child->reach;
@@ -156,27 +171,28 @@ static TARGET int64_t take_child(GrowingTree *t, int64_t slot, const double **co
     return number;
 }
 
-/* Gives slots the children that the shape wants, one coin each; those that shall have children too wait. */
-static TARGET void fill_shape(GrowingTree *t, const int64_t *slots, int64_t num_slots, const double *coins) {
+/* Gives slots the children that the shape wants, one coin each; those that shall have children too wait. Returns
+ * whether there was memory for it. */
+static TARGET int fill_shape(GrowingTree *t, const int64_t *slots, int64_t num_slots, const double *coins) {
     const TreeSettings *all = &t->settings;
-    int64_t *gone = malloc((size_t)(all->limit + 1) * sizeof(int64_t));
     for (int64_t i = 0; i < num_slots; i++) {
         const int64_t spot = t->slots[slots[i]].spot;
         for (int64_t k = all->starts[spot]; k < all->starts[spot + 1]; k++) {
-            const int64_t child = take_child(t, slots[i], &coins, gone), here = all->spots[k];
+            if (!has_room(t, t->slots[slots[i]].num_children)) return 0;
+            const int64_t child = take_child(t, slots[i], &coins), here = all->spots[k];
             if (!child) break;
             t->slots[child].spot = here;
             if (all->starts[here] < all->starts[here + 1] && t->slots[child].depth < all->max_depth)
                 wait_for_scores(t, child);
         }
     }
-    free(gone);
+    return 1;
 }
 
-/* Takes offers, the best first. Returns the number of slots that wait for their scores, -1 where coins are wanting. */
+/* Takes offers, the best first. Returns the number of slots that wait for their scores, -1 where coins are wanting
+ * (or OUT_OF_MEMORY). */
 static TARGET int64_t collect(GrowingTree *t, const double *coins, int64_t num_coins) {
     const double *end = coins + num_coins;
-    int64_t gone_room = 0, *gone = NULL;
     while (t->num_offers) {
         const Offer best = t->offers[0];
         if (!wants(t, best.value)) break;
@@ -184,40 +200,48 @@ static TARGET int64_t collect(GrowingTree *t, const double *coins, int64_t num_c
             if (t->num_waiting) break;
             t->guess = best.value / 2;
         }
+        if (!has_room(t, t->slots[best.slot].num_children)) return OUT_OF_MEMORY;
         if (!t->slots[best.slot].urn.x) {
             drop_best_offer(t);
             wait_for_scores(t, best.slot);
             continue;
         }
-        if (t->settings.sample && coins == end) return free(gone), -1;
+        if (t->settings.sample && coins == end) return -1;
         drop_best_offer(t);
-        gone = make_room(gone, &gone_room, t->slots[best.slot].num_children + 1, sizeof(int64_t));
-        const int64_t child = take_child(t, best.slot, &coins, gone);
+        const int64_t child = take_child(t, best.slot, &coins);
         if (!child) continue;
         note_value(t, t->slots[child].value);
         offer(t, best.slot, next_value(t, t->slots + best.slot));
         if (t->slots[child].depth < t->settings.max_depth) offer(t, child, t->slots[child].bound);
     }
-    free(gone);
     return t->num_waiting;
+}
+
+/* The slots that waited have been scored: others may wait from now on. */
+static void close_layer(GrowingTree *t) {
+    int64_t *scored = t->waiting, room = t->waiting_room;
+    t->waiting = t->scored, t->waiting_room = t->scored_room;
+    t->scored = scored, t->scored_room = room;
+    t->num_waiting = 0, t->num_layers++;
 }
 
 /* Grows a layer, given the scores after the slots that wait, or goes on with more coins (x is NULL). See collect(). */
 static TARGET int64_t grow_tree(GrowingTree *t, const float *x, const double *coins, int64_t num_coins) {
     const int64_t num_scored = x ? t->num_waiting : 0;
-    int64_t *scored = malloc((size_t)(num_scored + 1) * sizeof(int64_t));
     for (int64_t i = 0; i < num_scored; i++) {
-        GrowingSlot *s = t->slots + (scored[i] = t->waiting[i]);
+        GrowingSlot *s = t->slots + t->waiting[i];
         s->layer = t->num_layers, s->column = i;
-        if (t->settings.starts || wants(t, s->bound)) score_slot(t, scored[i], x + i * t->settings.vocab);
+        if (!t->settings.starts && !wants(t, s->bound)) continue;
+        if (!score_slot(t, t->waiting[i], x + i * t->settings.vocab)) return OUT_OF_MEMORY;
     }
-    if (x) t->num_waiting = 0, t->num_layers++;
-    if (t->settings.starts) fill_shape(t, scored, num_scored, coins);
+    if (x) close_layer(t);
+    if (t->settings.starts && !fill_shape(t, t->scored, num_scored, coins)) return OUT_OF_MEMORY;
     for (int64_t i = 0; i < num_scored && !t->settings.starts; i++) {
-        const GrowingSlot *s = t->slots + scored[i];
-        if (s->urn.x) offer(t, scored[i], next_value(t, s));
+        const GrowingSlot *s = t->slots + t->scored[i];
+        if (!s->urn.x) continue;
+        if (!has_room(t, 0)) return OUT_OF_MEMORY;
+        offer(t, t->scored[i], next_value(t, s));
     }
-    free(scored);
     return collect(t, coins, num_coins);
 }
 
@@ -243,13 +267,16 @@ static void write_layer(GrowingTree *t, int64_t width, int64_t spare, const Next
 
 static int by_value(const void *a, const void *b) { return is_before(a, b) ? -1 : 1; }
 
-/* Writes the nodes that stay, depth first, first children first; returns their number, the settings' limit at most. */
+/* Writes the nodes that stay, depth first, first children first; returns their number, the settings' limit at most, or
+ * OUT_OF_MEMORY. */
 static int64_t finish_tree(const GrowingTree *t, FinishedTree *out) {
     const int64_t num_nodes = t->num_slots - 1;
     const int64_t num_kept = num_nodes < t->settings.limit ? num_nodes : t->settings.limit;
-    Offer *order = malloc((size_t)(num_nodes + 1) * sizeof(Offer));
-    int64_t *links = calloc((size_t)(4 * t->num_slots), sizeof(int64_t));
-    int64_t *is_kept = links, *number = links + t->num_slots, *open = links + 2 * t->num_slots;
+    const size_t links_bytes = (size_t)(3 * t->num_slots) * sizeof(int64_t);
+    Offer *order = allocate((size_t)num_nodes * sizeof(Offer) + links_bytes);
+    if (!order) return OUT_OF_MEMORY;
+    int64_t *is_kept = (int64_t *)(order + num_nodes), *number = is_kept + t->num_slots, *open = number + t->num_slots;
+    memset(is_kept, 0, links_bytes);
     for (int64_t i = 0; i < num_nodes; i++) order[i] = (Offer){t->slots[i + 1].value, i, i + 1};
     qsort(order, (size_t)num_nodes, sizeof(Offer), by_value);
     for (int64_t i = 0; i < num_kept; i++) is_kept[order[i].slot] = 1;
@@ -270,6 +297,6 @@ static int64_t finish_tree(const GrowingTree *t, FinishedTree *out) {
         for (int64_t child = s->last_child; child; child = t->slots[child].elder)
             if (is_kept[child]) open[num_open++] = child; /* the first child lies on top */
     }
-    free(order), free(links);
+    free(order);
     return written;
 }

@@ -2,7 +2,9 @@
  *
  * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
  * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
- * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed. */
+ * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed.
+ *
+ * What needs memory returns OUT_OF_MEMORY (new_tree: NULL) where there is none, and the next call works. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
@@ -26,6 +28,20 @@ static int can_use_amx(void) {
 
 static const Kernels *kernels;
 
+/* One call that works with scratch memory: returns 0, or OUT_OF_MEMORY from wherever take() found none. */
+#define CALL(num_threads, work)      \
+    begin_call(num_threads);         \
+    if (_setjmp(memory_ran_out)) {   \
+        end_call();                  \
+        return OUT_OF_MEMORY;        \
+    }                                \
+    kernels->work;                   \
+    end_call();                      \
+    return 0
+
+/* The n-th request for memory from now on fails, once (n counts from 0; negative: none does): for tests. */
+EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n); }
+
 /* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
 EXPORT const char *specdec_select(const char *name) {
     __builtin_cpu_init();
@@ -48,51 +64,40 @@ EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k) {
 }
 
 /* w [n][k] -> packed int8 (layout in product.h) and one scale per output: w ~ scale * q, q in -127..127. */
-EXPORT void specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale, int num_threads) {
+EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale, int num_threads) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k);
     const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
     if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
 #endif
-    begin_call(num_threads);
-    kernels->pack(w, n, k, packed, scale);
-    end_call();
+    CALL(num_threads, pack(w, n, k, packed, scale));
 }
 
-EXPORT void specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out, int num_threads) {
-    begin_call(num_threads);
-    kernels->linear(w, x, rows, weight_only, out);
-    end_call();
+EXPORT int64_t specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out,
+                              int num_threads) {
+    CALL(num_threads, linear(w, x, rows, weight_only, out));
 }
 
-EXPORT void specdec_attend(Attention *a, int num_threads) {
-    begin_call(num_threads);
-    kernels->attend(a);
-    end_call();
+EXPORT int64_t specdec_attend(Attention *a, int num_threads) {
+    CALL(num_threads, attend(a));
 }
 
-EXPORT void specdec_attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin,
+EXPORT int64_t specdec_attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin,
                                      float *q, float *k, float *v, int num_threads) {
-    begin_call(num_threads);
-    kernels->attention_inputs(l, x, rows, cos, sin, q, k, v);
-    end_call();
+    CALL(num_threads, attention_inputs(l, x, rows, cos, sin, q, k, v));
 }
 
-EXPORT void specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
-    begin_call(num_threads);
-    kernels->attention_and_mlp(l, a, x, out);
-    end_call();
+EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
+    CALL(num_threads, attention_and_mlp(l, a, x, out));
 }
 
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
-EXPORT void specdec_take(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+EXPORT int64_t specdec_take(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                          const double *coins, int64_t *tokens, double *probs) {
-    begin_call(1);
-    kernels->take_from(u, slots, num_slots, taken, count, coins, tokens, probs);
-    end_call();
+    CALL(1, take_from(u, slots, num_slots, taken, count, coins, tokens, probs));
 }
 
-/* Trees of the nodes of the greatest values: see growth.h. */
+/* Trees of the nodes of the greatest values: see growth.h. NULL: there is no memory for one. */
 EXPORT GrowingTree *specdec_new_tree(const TreeSettings *settings) { return kernels->new_tree(settings); }
 
 EXPORT void specdec_free_tree(GrowingTree *t) { kernels->free_tree(t); }
@@ -108,10 +113,8 @@ EXPORT void specdec_write_layer(GrowingTree *t, int64_t width, int64_t spare, co
 EXPORT int64_t specdec_finish_tree(const GrowingTree *t, FinishedTree *out) { return kernels->finish_tree(t, out); }
 
 /* Verifies a drafted tree: 0 walks to the greatest scores, 1 is topdown, 2 is traversal (see acceptance.py). */
-EXPORT void specdec_verify(Verification *v, int rule) {
-    begin_call(1);
-    kernels->verify(v, rule);
-    end_call();
+EXPORT int64_t specdec_verify(Verification *v, int rule) {
+    CALL(1, verify(v, rule));
 }
 
 EXPORT void specdec_write_mask(const Visibility *v) {

@@ -98,28 +98,60 @@ static void forget_workers(void) {
     pthread_mutex_init(&call_lock, NULL);
 }
 
+/* How many requests for memory are granted before one is refused, for tests; negative: all are. */
+static _Atomic int64_t requests_left = -1;
+
+void fail_allocation_after(int64_t count) { atomic_store(&requests_left, count); }
+
+static int is_refused(void) {
+    return atomic_load_explicit(&requests_left, memory_order_relaxed) >= 0 && atomic_fetch_sub(&requests_left, 1) == 0;
+}
+
+void *allocate(size_t bytes) { return is_refused() ? NULL : malloc(bytes); }
+
+void *reallocate(void *memory, size_t bytes) { return is_refused() ? NULL : realloc(memory, bytes); }
+
+/* What the running call took beyond the scratch memory that was there; 64 bytes before the memory itself. */
+typedef struct Extra {
+    _Alignas(64) struct Extra *next;
+} Extra;
+
 /* Scratch memory of the running call: released as a whole when the next call begins. */
 static struct {
     char *memory;
     size_t size, used, wanted;
-    void *extra[64];
-    int num_extra;
+    Extra *extra;
 } scratch;
 
+jmp_buf memory_ran_out;
+
+static void release_extra(void) {
+    for (Extra *next; scratch.extra; scratch.extra = next) next = scratch.extra->next, free(scratch.extra);
+}
+
+/* Ends the running call. The next one begins with the memory of the last that went well. */
+static _Noreturn void give_up(void) {
+    release_extra();
+    scratch.wanted = 0;
+    _longjmp(memory_ran_out, 1);
+}
+
 void *take(size_t bytes) {
+    if (bytes > SIZE_MAX / 4 || is_refused()) give_up();
     bytes = (bytes + 127) & ~(size_t)63;
     scratch.wanted += bytes;
     if (scratch.used + bytes <= scratch.size) {
         scratch.used += bytes;
         return scratch.memory + scratch.used - bytes;
     }
-    void *memory = aligned_alloc(64, bytes);
-    if (!memory || scratch.num_extra == 64) abort();
-    return scratch.extra[scratch.num_extra++] = memory;
+    Extra *extra = aligned_alloc(64, sizeof(Extra) + bytes);
+    if (!extra) give_up();
+    extra->next = scratch.extra, scratch.extra = extra;
+    return extra + 1;
 }
 
 static void reset_scratch(void) {
-    while (scratch.num_extra) free(scratch.extra[--scratch.num_extra]);
+    release_extra();
     if (scratch.wanted > scratch.size) {
         free(scratch.memory);
         scratch.size = scratch.wanted + scratch.wanted / 4;
