@@ -20,7 +20,10 @@ class ServerOptions:
         max_new_tokens: of a reply.
         max_choices: of an answer: `n`, times the number of prompts.
         timeout: seconds in which an answer must be complete, the time in the queue included.
-        body_timeout: seconds in which the body of a request must have arrived.
+        header_timeout: seconds in which the head of a request must have arrived, from the beginning of a connection or,
+            on one that has been used, from its first byte.
+        body_timeout: seconds in which the whole body of a request must have arrived.
+        write_timeout: seconds in which a client must have read on, once its answer has filled the buffers.
         grace: seconds that answers get to finish once the server is told to stop.
 
     Raises:
@@ -35,14 +38,16 @@ class ServerOptions:
     max_new_tokens: int = 4096
     max_choices: int = 8
     timeout: float = 600.0
+    header_timeout: float = 10.0
     body_timeout: float = 30.0
+    write_timeout: float = 30.0
     grace: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_new_tokens", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a positive number, got {getattr(self, name)}")
-        for name in ("timeout", "body_timeout", "grace"):
+        for name in ("timeout", "header_timeout", "body_timeout", "write_timeout", "grace"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")
