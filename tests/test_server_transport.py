@@ -325,6 +325,28 @@ def test_one_request_behind_many_of_another_address():
 
 
 @pytest.mark.parametrize(
+    ("proxy", "clients"),
+    [("127.0.0.1", ["192.0.2.7", "192.0.2.8"]), ("127.0.0.9", ["127.0.0.1"] * 2), (None, ["127.0.0.1"] * 2)],
+)
+def test_a_proxy_is_believed_and_nobody_else(proxy: str | None, clients: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own setting
+    seen: list[str] = []
+    with running(MODEL, proxy=proxy) as served:
+        submit = served.engine.submit
+        monkeypatch.setattr(served.engine, "submit", lambda request: (seen.append(request.client), submit(request))[1])
+        for told in ("192.0.2.7", "10.9.9.9, 192.0.2.8"):  # what a client sends, a proxy leaves before its own word
+            served.http.post(
+                PATH, content=chat(), headers={"Content-Type": "application/json", "X-Forwarded-For": told}
+            )
+    assert seen == clients
+
+
+def test_a_proxy_that_is_no_address():
+    with pytest.raises(ValueError, match="proxy is the address that a reverse proxy connects from"):
+        ServerOptions(proxy="*")
+
+
+@pytest.mark.parametrize(
     ("host", "client"),
     [
         ("192.0.2.7", "192.0.2.7"),

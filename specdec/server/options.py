@@ -16,6 +16,8 @@ class ServerOptions:
     Args:
         api_key: asked of every client; None asks nobody.
         allows_no_key: whether to listen beyond this machine without a key.
+        proxy: the address of a reverse proxy whose X-Forwarded-For is believed: clients take turns by address. None
+            believes nobody's.
         max_body_bytes: of a request.
         max_new_tokens: of a reply.
         max_choices: of an answer: `n`, times the number of prompts.
@@ -34,6 +36,7 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = None
     allows_no_key: bool = False
+    proxy: str | None = None
     max_body_bytes: int = 1 << 20
     max_new_tokens: int = 4096
     max_choices: int = 8
@@ -51,6 +54,8 @@ class ServerOptions:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")
+        if self.proxy is not None:
+            _check_address(self.proxy)
         if self.api_key is not None:
             _check_key(self.api_key)
         elif not self.allows_no_key and not is_loopback(self.host):
@@ -68,6 +73,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_address(proxy: str) -> None:
+    try:
+        ipaddress.ip_address(proxy)
+    except ValueError:
+        raise ValueError(
+            f"proxy is the address that a reverse proxy connects from, 127.0.0.1 for example, got {proxy!r}"
+        ) from None
 
 
 def _check_key(key: str) -> None:

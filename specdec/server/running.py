@@ -68,7 +68,8 @@ class Server(uvicorn.Server):
                 host=options.host,
                 port=options.port,
                 http=cast("type[asyncio.Protocol]", partial(Connection, options=options)),
-                proxy_headers=False,  # a client could name any address, and gain turns
+                proxy_headers=options.proxy is not None,  # others could name any address, and gain turns
+                forwarded_allow_ips=options.proxy or [],
                 ws="none",
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=int(options.grace) + _BACKSTOP_SECONDS,
