@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -11,7 +12,35 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from specdec.server.options import ServerOptions
 
 LEAST_READ_BYTES = 1 << 16
-"""What a client must read in `write_timeout`, or all that is there."""
+"""What a client that is behind must read in `write_timeout`."""
+
+
+class Lag:
+    """Seconds for which a client was behind, since it has read the last `LEAST_READ_BYTES` of what waited for it.
+
+    One that reads a little now and then is not in time: it would hold its connection for hours.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self.seconds = 0.0
+        self._clock = clock
+        self._num_read = 0
+        self._since, self._num_waiting = 0.0, 0
+
+    def begin(self, num_waiting: int) -> None:
+        """So many bytes wait."""
+        self._since, self._num_waiting = self._clock(), num_waiting
+
+    def update(self, num_waiting: int) -> None:
+        """So many still do."""
+        self.seconds += self._clock() - self._since
+        self._num_read += self._num_waiting - num_waiting
+        if self._num_read >= LEAST_READ_BYTES:
+            self.seconds, self._num_read = 0.0, 0
+        self.begin(num_waiting)
 
 
 class Connection(H11Protocol):
@@ -26,6 +55,7 @@ class Connection(H11Protocol):
         self._options = options
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._lag = Lag(self.loop.time)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         transport.set_write_buffer_limits(high=0)  # told of all that the socket does not take at once
@@ -43,10 +73,12 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_writing()
+        self._lag.begin(self.transport.get_write_buffer_size())
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
+        self._lag.update(0)
         super().resume_writing()
 
     def on_response_complete(self) -> None:
@@ -67,16 +99,16 @@ class Connection(H11Protocol):
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(self._options.header_timeout, self._close)
 
-    def _watch_writing(self) -> None:
-        waiting = self.transport.get_write_buffer_size()
+    def _watch_reader(self) -> None:
+        left = max(0.0, self._options.write_timeout - self._lag.seconds)
+        self._write_timer = self.loop.call_later(left, self._check_reader)
 
-        def check() -> None:
-            if self.transport.get_write_buffer_size() > waiting - LEAST_READ_BYTES:
-                self.transport.abort()
-            else:
-                self._watch_writing()
-
-        self._write_timer = self.loop.call_later(self._options.write_timeout, check)
+    def _check_reader(self) -> None:
+        self._lag.update(self.transport.get_write_buffer_size())
+        if self._lag.seconds < self._options.write_timeout:
+            self._watch_reader()
+        else:
+            self.transport.abort()
 
     def _close(self) -> None:
         if not self.transport.is_closing():

@@ -25,7 +25,7 @@ class ServerOptions:
         header_timeout: seconds in which the head of a request must have arrived, from the beginning of a connection or,
             on one that has been used, from its first byte.
         body_timeout: seconds in which the whole body of a request must have arrived.
-        write_timeout: seconds in which a client must have read on, once its answer has filled the buffers.
+        write_timeout: seconds in which a client must read 64 KiB, or all that there is, once the buffers are full.
         grace: seconds that answers get to finish once the server is told to stop.
 
     Raises:
