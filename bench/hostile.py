@@ -112,7 +112,7 @@ class Kind:
 
 
 KINDS = {
-    "schema-bomb": Kind(act=schema_bomb, allowed=frozenset({"400", "429", LEFT})),
+    "schema-bomb": Kind(act=schema_bomb, allowed=frozenset({"400", "429", "504", LEFT})),
     "slow-body": Kind(act=slow_body, allowed=frozenset({"408", LEFT})),
     "leave": Kind(act=leave, allowed=frozenset({"200", "429", LEFT})),
     "huge-prompt": Kind(act=huge_prompt, allowed=frozenset({"400", "429", LEFT})),
