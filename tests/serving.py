@@ -51,13 +51,21 @@ class Running:
 
 @contextmanager
 def running(
-    model: PreTrainedModel, *, name: str = NAME, engine_options: dict[str, Any] | None = None, **options: Any
+    model: PreTrainedModel,
+    *,
+    name: str = NAME,
+    engine_options: dict[str, Any] | None = None,
+    send_buffer: int | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
+    """`send_buffer`: bytes that the kernel keeps for a client that does not read, a few megabytes if absent."""
     engine = Engine(model, **{"drafter": PromptLookup(), **(engine_options or {})})
     runner = EngineThread(engine)
     service = make_service(LoadedModel(model, TOKENIZER, name), engine, runner, ServerOptions(**options))
     server = Server(service, on_stop=lambda: runner.close(timeout=0))
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

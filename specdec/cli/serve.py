@@ -59,6 +59,15 @@ def serve(
             rich_help_panel=_ACCESS,
         ),
     ] = False,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            "--proxy",
+            metavar="ADDRESS",
+            help="A reverse proxy's; its X-Forwarded-For tells clients apart, who take turns.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
     max_rows: Annotated[
         int, typer.Option("--max-rows", min=1, help="Requests decoded at once.", rich_help_panel=_LIMITS)
     ] = 16,
@@ -111,6 +120,7 @@ def serve(
         port=port,
         api_key=api_key,
         allows_no_key=no_api_key,
+        proxy=proxy,
         max_body_bytes=max_body,
         max_new_tokens=max_new_tokens,
         max_choices=max_choices,

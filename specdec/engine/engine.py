@@ -22,6 +22,7 @@ from specdec.drafters import Drafter, Run
 from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
+from specdec.engine.queue import TurnQueue
 from specdec.engine.request import FinishReason, Generation, Request
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.generation import as_drafter
@@ -45,7 +46,7 @@ class Engine:
         drafter: a `specdec.drafters` instance, a smaller model of the same tokenizer, None or "auto".
         tokenizer: needed for stop strings only.
         max_rows: requests that are decoded at once.
-        max_waiting: requests that may wait besides.
+        max_waiting: requests that may wait besides; where `Request.client` differs, clients take turns.
         max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. Rows are padded to the
             longest: n of them take n times what the one that may get longest needs. None takes half of the memory that
             is free now.
@@ -87,7 +88,7 @@ class Engine:
         self._drafter = as_drafter(drafter)
         self._reader = TreeModel(model)
         self._prefixes = PrefixCache(self.max_cached_tokens)
-        self._waiting: deque[Member] = deque()
+        self._waiting = TurnQueue(max_waiting)
         self._admitted: deque[Member] = deque()
         self._num_read: int | None = None
         """Of the first admitted request's prompt; None before it has begun."""
@@ -117,7 +118,7 @@ class Engine:
             UnsupportedOptionError: an option that is not possible here; it says what to use instead.
             ValueError: a wrong argument.
         """
-        if self.num_waiting >= self.max_waiting:
+        if not self._waiting.has_room(request.client):
             raise CapacityError(
                 f"{self.num_waiting} requests wait, and no more may (max_waiting={self.max_waiting}): try again later"
             )
@@ -216,13 +217,13 @@ class Engine:
         return len(members) * max((member.need for member in members), default=0)
 
     def _admit(self) -> None:
-        """Let requests in, in the order of their arrival, while there is memory; shared prefixes make room."""
+        """Let requests in, as their turns come, while there is memory; shared prefixes make room."""
         while self._waiting and self.num_rows < self.max_rows:
-            reserved = self._reserved([*self._admitted_members, self._waiting[0]])
+            reserved = self._reserved([*self._admitted_members, self._waiting.first])
             if reserved > self.max_cached_tokens:
                 return
             self._prefixes.shrink(self.max_cached_tokens - reserved)
-            self._admitted.append(self._waiting.popleft())
+            self._admitted.append(self._waiting.pop())
 
     def _read_prompts(self) -> None:
         """Read a chunk's worth of tokens, and let those join whose prompt has been read."""

@@ -24,6 +24,8 @@ class Request:
         logits_processor: the request's own, a grammar for example. They are called with one row, [1, L] and [1, V],
             and must be functions of their arguments: they also see prefixes that are drafted and then dropped.
         stopping_criteria: the request's own, called with one row.
+        client: whose request it is. While more requests wait than there are rows, clients take turns; of one client the
+            order is that of arrival.
         num_logprobs: None for none; k: of every committed token its log-probability, and the k likeliest.
         on_tokens: called with the new tokens, in the engine's thread, after every round that committed some.
         on_finish: called in the engine's thread, exactly once, when nothing more comes.
@@ -34,6 +36,7 @@ class Request:
     seed: int | None = None
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    client: str = ""
     num_logprobs: int | None = None
     on_tokens: Callable[[Sequence[int]], None] | None = None
     on_finish: Callable[[Generation], None] | None = None

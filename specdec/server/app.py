@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from specdec import __version__
 from specdec.server.answers import ChatForm, CompletionForm, Form, event_stream, whole_answer
 from specdec.server.errors import ApiError, ErrorBody, from_validation
-from specdec.server.gate import Gate
+from specdec.server.gate import Gate, client_of
 from specdec.server.jobs import Job
 from specdec.server.protocol import (
     ChatCompletion,
@@ -90,13 +90,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**_ERRORS, **stream})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Reply to a conversation."""
-        job = await service.start_chat(body)
+        job = await service.start_chat(body, client_of(request.scope))
         return await _answer(request, job, ChatForm(service.model_name, service.speller), body)
 
     @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        job = await service.start_completion(body)
+        job = await service.start_completion(body, client_of(request.scope))
         return await _answer(request, job, CompletionForm(service.model_name, service.speller), body)
 
     @app.get("/v1/models")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hmac
-from asyncio import timeout
+import ipaddress
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
-from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from specdec.server.body import Body, announced_too_large, two_lengths
 from specdec.server.errors import ApiError
 from specdec.server.options import ServerOptions, is_loopback
 
@@ -40,16 +40,26 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        body = Body(receive, max_bytes=self._max_body_bytes, timeout=self._body_timeout)
+
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._note(scope["path"], message["status"])
+            elif not message.get("more_body", False) and not body.is_complete:
+                await send({**message, "more_body": True})  # the whole answer, but not its end
+                await body.discard()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await refusal.response()(scope, receive, send_and_note)
-            return
-        await self._app(scope, self._limited(receive), send_and_note)
+        refusal = self._bad_length(scope) or self._refusal(scope)
+        app = self._app if refusal is None else refusal.response()
+        await app(scope, body.receive, send_and_note)
+
+    def _bad_length(self, scope: Scope) -> ApiError | None:
+        lengths = _values(scope, b"content-length")
+        if lengths and _values(scope, b"transfer-encoding"):
+            return two_lengths()
+        return announced_too_large(lengths, self._max_body_bytes)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self._checks_host and not is_loopback(_host_of(_values(scope, b"host"))):
@@ -74,34 +84,20 @@ class Gate:
             headers={"WWW-Authenticate": "Bearer"},
         )
 
-    def _limited(self, receive: Receive) -> Receive:
-        """A body must arrive in time, and be no larger than is allowed; what comes after it may take for ever."""
-        is_complete, num_bytes = False, 0
 
-        async def receive_within_limits() -> Message:
-            nonlocal is_complete, num_bytes
-            if is_complete:
-                return await receive()
-            try:
-                async with timeout(self._body_timeout):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(
-                    HTTPStatus.REQUEST_TIMEOUT,
-                    f"the body did not arrive within {self._body_timeout:g} s",
-                    headers={"Connection": "close"},
-                ) from None
-            is_complete = not message.get("more_body", False)
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                    f"the body is too large: at most {self._max_body_bytes} bytes are allowed",
-                    headers={"Connection": "close"},
-                )
-            return message
+def client_of(scope: Scope) -> str:
+    """Who asks, where clients take turns: an address, of IPv6 a network of /64, whose addresses one host can all have.
 
-        return receive_within_limits
+    It is never what a client says of itself (a header, `user` of a body): that would be as many turns as it likes.
+    """
+    host = scope["client"][0] if scope.get("client") else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
 
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:

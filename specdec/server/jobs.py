@@ -101,6 +101,7 @@ class Job:
 
     Args:
         stop: stop strings.
+        client: whose it is, for taking turns.
         loop: in which its parts are awaited.
         started: when the request arrived, by `time.perf_counter`.
         timeout: seconds from then until the answer must be complete.
@@ -114,6 +115,7 @@ class Job:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         *,
+        client: str,
         loop: asyncio.AbstractEventLoop,
         started: float,
         timeout: float,
@@ -123,6 +125,7 @@ class Job:
         self.first_token_at: float | None = None
         self._runner = runner
         self._plans = plans
+        self._client = client
         self._timeout = timeout
         self._on_end = on_end
         self._choices = [_Choice(index, plan, tokenizer, stop) for index, plan in enumerate(plans)]
@@ -154,6 +157,7 @@ class Job:
                 prompt=plan.prompt,
                 config=plan.config,
                 seed=plan.seed,
+                client=self._client,
                 logits_processor=plan.logits_processor,
                 stopping_criteria=plan.stopping_criteria,
                 num_logprobs=plan.num_logprobs,

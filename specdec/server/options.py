@@ -16,11 +16,16 @@ class ServerOptions:
     Args:
         api_key: asked of every client; None asks nobody.
         allows_no_key: whether to listen beyond this machine without a key.
+        proxy: the address of a reverse proxy whose X-Forwarded-For is believed: clients take turns by address. None
+            believes nobody's.
         max_body_bytes: of a request.
         max_new_tokens: of a reply.
         max_choices: of an answer: `n`, times the number of prompts.
         timeout: seconds in which an answer must be complete, the time in the queue included.
-        body_timeout: seconds in which the body of a request must have arrived.
+        header_timeout: seconds in which the head of a request must have arrived, from the beginning of a connection or,
+            on one that has been used, from its first byte.
+        body_timeout: seconds in which the whole body of a request must have arrived.
+        write_timeout: seconds in which a client must read 64 KiB, or all that there is, once the buffers are full.
         grace: seconds that answers get to finish once the server is told to stop.
 
     Raises:
@@ -31,21 +36,26 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = None
     allows_no_key: bool = False
+    proxy: str | None = None
     max_body_bytes: int = 1 << 20
     max_new_tokens: int = 4096
     max_choices: int = 8
     timeout: float = 600.0
+    header_timeout: float = 10.0
     body_timeout: float = 30.0
+    write_timeout: float = 30.0
     grace: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_new_tokens", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a positive number, got {getattr(self, name)}")
-        for name in ("timeout", "body_timeout", "grace"):
+        for name in ("timeout", "header_timeout", "body_timeout", "write_timeout", "grace"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")
+        if self.proxy is not None:
+            _check_address(self.proxy)
         if self.api_key is not None:
             _check_key(self.api_key)
         elif not self.allows_no_key and not is_loopback(self.host):
@@ -63,6 +73,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_address(proxy: str) -> None:
+    try:
+        ipaddress.ip_address(proxy)
+    except ValueError:
+        raise ValueError(
+            f"proxy is the address that a reverse proxy connects from, 127.0.0.1 for example, got {proxy!r}"
+        ) from None
 
 
 def _check_key(key: str) -> None:

@@ -7,7 +7,8 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
@@ -15,6 +16,7 @@ from specdec.compatibility import position_limit, rotation_limit
 from specdec.engine import Engine, EngineThread
 from specdec.server.answers import TokenSpeller
 from specdec.server.app import create_app
+from specdec.server.connection import Connection
 from specdec.server.grammar import Grammars
 from specdec.server.options import ServerOptions
 from specdec.server.planning import ModelFacts, Planner
@@ -65,7 +67,9 @@ class Server(uvicorn.Server):
                 create_app(service, on_stop=on_stop),
                 host=options.host,
                 port=options.port,
-                http="h11",
+                http=cast("type[asyncio.Protocol]", partial(Connection, options=options)),
+                proxy_headers=options.proxy is not None,  # others could name any address, and gain turns
+                forwarded_allow_ips=options.proxy or [],
                 ws="none",
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=int(options.grace) + _BACKSTOP_SECONDS,

@@ -63,11 +63,11 @@ class Service:
                 code="model_not_found",
             )
 
-    async def start_chat(self, body: ChatRequest) -> Job:
-        return await self._start(body, self._planner.plan_chat)
+    async def start_chat(self, body: ChatRequest, client: str) -> Job:
+        return await self._start(body, self._planner.plan_chat, client)
 
-    async def start_completion(self, body: CompletionRequest) -> Job:
-        return await self._start(body, self._planner.plan_completion)
+    async def start_completion(self, body: CompletionRequest, client: str) -> Job:
+        return await self._start(body, self._planner.plan_completion, client)
 
     def close(self) -> None:
         """Take nothing more. What is under way goes on."""
@@ -78,8 +78,8 @@ class Service:
         for job in list(self._jobs):
             job.cancel(closing())
 
-    async def _start(self, body: Body, plan: Callable[[Body], Sequence[ChoicePlan]]) -> Job:
-        """Plan and submit. The caller closes the job."""
+    async def _start(self, body: Body, plan: Callable[[Body], Sequence[ChoicePlan]], client: str) -> Job:
+        """Plan and submit for a client. The caller closes the job."""
         if self.is_closing:
             raise closing()
         self.check_model(body.model)
@@ -91,6 +91,7 @@ class Service:
                 plan(body),
                 self._facts.tokenizer,
                 body.stops,
+                client=client,
                 loop=loop,
                 started=started,
                 timeout=self.options.timeout,

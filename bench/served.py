@@ -1,0 +1,69 @@
+"""A server in a process of its own, that can be looked at."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+import psutil
+
+START_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A server; `process` and `log_file` only of one that can be looked at."""
+
+    url: str
+    process: psutil.Process | None
+    log_file: Path | None
+
+    def memory_mib(self) -> float | None:
+        return None if self.process is None else self.process.memory_info().rss / 2**20
+
+    def num_tracebacks(self) -> int:
+        return 0 if self.log_file is None else self.log_file.read_text(errors="replace").count("Traceback")
+
+
+@contextmanager
+def server(arguments: argparse.Namespace) -> Iterator[Served]:
+    """The one at --url, or one of our own, in a process of its own."""
+    if arguments.url is not None:
+        process = None if arguments.pid is None else psutil.Process(arguments.pid)
+        yield Served(url=arguments.url.rstrip("/").removesuffix("/v1"), process=process, log_file=None)
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "SPECDEC_API_KEY"}
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder, "log")
+        # a file: a server whose log nobody reads would wait
+        with log_file.open("w") as out, subprocess.Popen(_command(arguments), stderr=out, env=environment) as process:
+            try:
+                url = _announced(process, log_file)
+                yield Served(url=url, process=psutil.Process(process.pid), log_file=log_file)
+            finally:
+                process.terminate()
+
+
+def _command(arguments: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-c", "from specdec.cli import main; main()", "serve", arguments.model, "--port", "0"]
+    command += ["--weights", arguments.weights, "--drafter", arguments.drafter, "--threads", str(arguments.threads)]
+    command += ["--max-rows", str(arguments.max_rows), "--max-waiting", str(max(256, 2 * arguments.clients))]
+    return [*command, "--max-cached-tokens", str(arguments.max_cached_tokens)]
+
+
+def _announced(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    deadline = monotonic() + START_SECONDS
+    while monotonic() < deadline and process.poll() is None:
+        for line in log_file.read_text(errors="replace").splitlines():
+            if " at http" in line:
+                return line.rpartition(" at ")[2].strip().removesuffix("/v1")
+        sleep(0.1)
+    raise RuntimeError(f"the server has not started:\n{log_file.read_text(errors='replace')}")

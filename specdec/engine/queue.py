@@ -1,0 +1,72 @@
+"""Requests that wait for a row: clients take turns, so that one request does not wait behind two hundred of another."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from specdec.engine.members import Member
+
+
+class TurnQueue:
+    """Takes one request of each client in turn, the oldest first; of a single client that is first in, first out.
+
+    A client that comes anew, or has had its turn, is behind all others that wait. Every operation takes constant time.
+    Requests may be appended in another thread than the one that takes them.
+
+    Args:
+        max_length: requests that may wait. A named client of which none waits still gets one place in a full queue, so
+            that no client can keep the others out; twice as many never wait.
+    """
+
+    def __init__(self, max_length: int):
+        self._max_length = max_length
+        self._length = 0
+        self._clients: OrderedDict[str, OrderedDict[Member, None]] = OrderedDict()
+        """Of each client, in the order of their turns, what waits, the oldest first."""
+        self._changing = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, member: Member) -> bool:
+        return member in self._clients.get(_client(member), ())
+
+    @property
+    def first(self) -> Member:
+        """Whose turn it is; nothing that is appended changes it."""
+        with self._changing:
+            return next(iter(next(iter(self._clients.values()))))
+
+    def has_room(self, client: str) -> bool:
+        """Whether one more request of a client may wait."""
+        if self._length < self._max_length:
+            return True
+        return bool(client) and client not in self._clients and self._length < 2 * self._max_length
+
+    def append(self, member: Member) -> None:
+        with self._changing:
+            self._clients.setdefault(_client(member), OrderedDict())[member] = None
+            self._length += 1
+
+    def pop(self) -> Member:
+        """Take the first; its client is the last in turn."""
+        first = self.first
+        self.remove(first)
+        with self._changing:
+            if _client(first) in self._clients:
+                self._clients.move_to_end(_client(first))
+        return first
+
+    def remove(self, member: Member) -> None:
+        """Take one out of turn; its client keeps its place. `KeyError`: it does not wait."""
+        with self._changing:
+            of_client = self._clients[_client(member)]
+            del of_client[member]
+            self._length -= 1
+            if not of_client:
+                del self._clients[_client(member)]
+
+
+def _client(member: Member) -> str:
+    return member.generation.request.client
