@@ -1,12 +1,18 @@
 """What every command shares: the model options, the console for people, and errors as one line."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Annotated, ParamSpec, TypeVar
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 
 from specdec.errors import SpecdecError
 
@@ -16,6 +22,8 @@ R = TypeVar("R")
 USER_ERROR = 2
 INTERRUPTED = 130
 """What shells report of a program that Ctrl-C has ended."""
+BROKEN_PIPE = 141
+"""What shells report of a program whose reader has gone."""
 
 MODEL_PANEL = "Model and machine"
 ModelOption = Annotated[
@@ -48,20 +56,113 @@ TrustRemoteCodeOption = Annotated[
     ),
 ]
 
-err_console = Console(stderr=True)
+
+class _ErrConsole(Console):
+    """A console that falls silent where nobody reads it, or its disk is full: the work is no worse for that."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except OSError:
+            self.quiet = True
+            _silence(sys.stderr)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would close stdout and exit
+
+
+err_console = _ErrConsole(stderr=True)
 """Progress, logs and errors: stdout belongs to the command's result."""
 
 
 def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn an error that the user can act on into one red line on stderr and exit code 2."""
+    """Turn an error that the user can act on into one red line on stderr and exit code 2.
+
+    If it is that nobody reads stdout any more (`| head -1`), the command ends without a word, as other programs do.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
-        except (SpecdecError, ValueError) as error:
-            message = " ".join(str(error).split())
-            err_console.print(Text(f"error: {message}", style="red"), soft_wrap=True)
+            try:
+                return command(*args, **kwargs)
+            finally:
+                _flush_stdout()
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich has met it, and closed stdout
+                raise typer.Exit(BROKEN_PIPE) from None
+            raise
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _has_lost_reader(sys.stdout):
+                _silence(sys.stdout)
+                raise typer.Exit(BROKEN_PIPE) from None
+            if (message := _message(error)) is None:
+                raise
+            err_console.print(Text(f"error: {' '.join(message.split())}", style="red"), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
 
     return wrapper
+
+
+@contextlib.contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Name the file that an error is about, where it does not itself: of a full disk only the reason is known.
+
+    Raises:
+        OSError: with a `filename`.
+        SpecdecError: the library that writes tensors has failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+    except SafetensorError as error:
+        raise SpecdecError(f"cannot write {file}: {error}") from error
+
+
+def _flush_stdout() -> None:
+    """Now rather than when the interpreter ends, where a failure is no longer told."""
+    if sys.stdout is None:
+        return
+    try:
+        with naming("the standard output"):
+            sys.stdout.flush()
+    except OSError:
+        if not _has_lost_reader(sys.stdout):
+            _silence(sys.stdout)
+        raise
+
+
+def _silence(stream: TextIO) -> None:
+    """Let what is left in a stream's buffer go nowhere: the interpreter would try again to write it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream, 0)  # an error is reported in any case
+    return bool(poll.poll(0))
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell of an error; None if it is a bug, of which the traceback is to be seen."""
+    if isinstance(error, (SpecdecError, ValueError)):
+        return str(error)
+    if isinstance(error, OSError):
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
+    if _is_out_of_memory(error):
+        reason = f" ({error})" if str(error) else ""
+        return f"out of memory{reason}: fewer rows, a shorter prompt, a smaller model or --weights int8 take less"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or as torch tells it of a CPU."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
