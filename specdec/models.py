@@ -173,7 +173,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
     for name in _SIZES:
         size = getattr(config, name, None)
         if isinstance(size, int) and size < 1:
-            raise ValueError(f"its configuration has {name}={size}, which is at least 1")
+            raise ValueError(f"{name} is at least 1, and its configuration has {size}")
 
 
 @contextlib.contextmanager

@@ -3,11 +3,10 @@
 import contextlib
 import functools
 import os
-import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
+from typing import Annotated, Any, ParamSpec, TextIO, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -24,6 +23,7 @@ INTERRUPTED = 130
 """What shells report of a program that Ctrl-C has ended."""
 BROKEN_PIPE = 141
 """What shells report of a program whose reader has gone."""
+_STDOUT = "the standard output"
 
 MODEL_PANEL = "Model and machine"
 ModelOption = Annotated[
@@ -84,22 +84,16 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            try:
+            with _named_stdout():
                 return command(*args, **kwargs)
-            finally:
-                _flush_stdout()
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):  # rich has met it, and closed stdout
                 raise typer.Exit(BROKEN_PIPE) from None
             raise
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and _has_lost_reader(sys.stdout):
-                _silence(sys.stdout)
-                raise typer.Exit(BROKEN_PIPE) from None
-            if (message := _message(error)) is None:
+            if (code := _tell(error)) is None:
                 raise
-            err_console.print(Text(f"error: {' '.join(message.split())}", style="red"), soft_wrap=True)
-            raise typer.Exit(USER_ERROR) from None
+            raise typer.Exit(code) from None
 
     return wrapper
 
@@ -121,17 +115,36 @@ def naming(file: Path | str) -> Iterator[None]:
         raise SpecdecError(f"cannot write {file}: {error}") from error
 
 
-def _flush_stdout() -> None:
-    """Now rather than when the interpreter ends, where a failure is no longer told."""
+class _NamedStdout:
+    """`sys.stdout`, whose errors say that they are its own."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with naming(_STDOUT):
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with naming(_STDOUT):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _named_stdout() -> Iterator[None]:
+    """Name stdout in errors; and write all of it before the interpreter ends, where a failure is no longer told."""
     if sys.stdout is None:
+        yield
         return
-    try:
-        with naming("the standard output"):
-            sys.stdout.flush()
-    except OSError:
-        if not _has_lost_reader(sys.stdout):
-            _silence(sys.stdout)
-        raise
+    stdout = cast(TextIO, _NamedStdout(sys.stdout))
+    with contextlib.redirect_stdout(stdout):
+        try:
+            yield
+        finally:
+            stdout.flush()
 
 
 def _silence(stream: TextIO) -> None:
@@ -140,11 +153,17 @@ def _silence(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _has_lost_reader(stream: TextIO) -> bool:
-    """Whether a stream is a pipe whose other end is closed."""
-    poll = select.poll()
-    poll.register(stream, 0)  # an error is reported in any case
-    return bool(poll.poll(0))
+def _tell(error: Exception) -> int | None:
+    """Say what an error means, unless nobody is there to read it; returns the exit code, None for a bug."""
+    if isinstance(error, OSError) and error.filename == _STDOUT:
+        _silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+    message = _message(error)
+    if message is None:
+        return None
+    err_console.print(Text(f"error: {' '.join(message.split())}", style="red"), soft_wrap=True)
+    return USER_ERROR
 
 
 def _message(error: Exception) -> str | None:
