@@ -160,7 +160,7 @@ class Worker:
     def _check_length(self, text: str) -> None:
         """Refuse a text that is far too long: encoding megabytes takes minutes, in which no other line is begun.
 
-        Counts piece by piece, up to twice what would fit: where a text is cut, pieces have some tokens more.
+        Counts piece by piece, up to twice what would fit: where it is cut, a text has some tokens more.
         """
         if len(text) <= _LONG * self._num_positions:
             return
