@@ -244,7 +244,7 @@ def _check_input_ids(input_ids: Any, vocab_size: int) -> None:
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids are a tensor (return_tensors='pt'), got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids are int64 or int32 token ids, got {input_ids.dtype}")
+        raise ValueError(f"input_ids are int64 token ids, got {input_ids.dtype}")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids are [rows, tokens], got shape {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
