@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +34,15 @@ from specdec.errors import ModelError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SOURCES = "a hub id, a folder written by save_pretrained(), a .gguf file, or 'demo'"
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -135,6 +145,7 @@ class _Checkpoint:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.location, use_safetensors=True, output_loading_info=True, **options
             )
+            _check_sizes(model.config)
         if missing := sorted(info["missing_keys"]):
             raise ModelError(
                 f"the model {self.name} lacks {len(missing)} of its weights, {missing[0]} among them. {self.remedy}"
@@ -147,12 +158,22 @@ class _Checkpoint:
         if not files:
             return
         config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
+        _check_sizes(config)
         num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 num_tensors += len(tensors.keys())
         if num_layers > num_tensors:
             raise ValueError(f"config.json asks for {num_layers} layers, and the files hold {num_tensors} tensors")
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Some that are not above zero make a model without layers, or one that fails at its first forward."""
+    config = config.get_text_config(decoder=True)
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{name} is at least 1, and its configuration has {size}")
 
 
 @contextlib.contextmanager

@@ -44,8 +44,8 @@ _REFUSED_SETTINGS = {
     "output_attentions": "attention weights of drafted tokens are not kept; call model.generate()",
     "output_hidden_states": "hidden states of drafted tokens are not kept; call model.generate()",
     "prompt_lookup_num_tokens": "pass drafter=specdec.drafters.PromptLookup(num_tokens=...)",
-    "assistant_early_exit": "pass a drafter=; early exit is not part of this version",
-    "use_mtp": "pass a drafter=; multi-token prediction heads are not part of this version",
+    "assistant_early_exit": "pass drafter=specdec.drafters.EarlyExit(exit_layer=...)",
+    "use_mtp": "no drafter runs multi-token prediction heads; leave it out, or call model.generate()",
     "dola_layers": "DoLa is another decoding method; call model.generate()",
     "token_healing": "heal the prompt first (model.heal_tokens), then pass it",
     "guidance_scale": "guidance runs a second model pass a token; call model.generate()",
@@ -237,7 +237,7 @@ def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
                 "the last token of a row is masked: prompts are padded to the left (tokenizer.padding_side = 'left')"
             )
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("attention_mask holds something else than 0 and 1")
+            raise ValueError("attention_mask holds something else than 0 and 1: pass 1 for tokens, 0 for padding")
 
 
 def _check_input_ids(input_ids: Any, vocab_size: int) -> None:
@@ -252,7 +252,9 @@ def _check_input_ids(input_ids: Any, vocab_size: int) -> None:
     lowest, highest = int(input_ids.min()), int(input_ids.max())
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
+        raise ValueError(
+            f"token id {wrong} is outside the model's vocabulary of {vocab_size}: encode with its own tokenizer"
+        )
 
 
 def _check_cache(cache: Any) -> None:

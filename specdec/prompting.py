@@ -35,16 +35,21 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Me
 
     Raises `ValueError` if the template refuses a conversation (some know no system role).
     """
+    return encode_rendered(tokenizer, [render_chat(tokenizer, messages) for messages in conversations])
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """A conversation as the chat template writes it, up to where the reply begins, for `encode_rendered`.
+
+    Raises `ValueError` if the template refuses it (some know no system role).
+    """
     from jinja2 import TemplateError
 
     try:
-        texts = [
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-    return _encode(tokenizer, texts, add_special_tokens=False)
+    return text
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:

@@ -32,7 +32,7 @@ NUM_LINES = 40
 
 def line_of(document: object, number: int = 1) -> Line:
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return Line(number, text, 0)
+    return Line(number, text, 0, "")
 
 
 # lines

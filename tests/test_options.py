@@ -121,7 +121,7 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
     "DoLa": ({"dola_layers": "high"}, UnsupportedOptionError, "DoLa is another decoding method"),
     "an assistant": (lambda model: {"assistant_model": model}, UnsupportedOptionError, "pass it as drafter="),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, UnsupportedOptionError, "specdec.drafters.PromptLookup("),
-    "early exit": ({"assistant_early_exit": 1}, UnsupportedOptionError, "assistant_early_exit=1 is not possible"),
+    "early exit": ({"assistant_early_exit": 1}, UnsupportedOptionError, "specdec.drafters.EarlyExit("),
     "prediction heads": ({"use_mtp": True}, UnsupportedOptionError, "use_mtp=True is not possible"),
     "no cache": ({"use_cache": False}, UnsupportedOptionError, "verified on a cache"),
     "a static cache by name": ({"cache_implementation": "static"}, UnsupportedOptionError, "'static'"),

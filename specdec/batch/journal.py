@@ -10,10 +10,12 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -22,6 +24,25 @@ from specdec.errors import BatchError
 
 _SYNC_SECONDS = 1.0
 """A killed process loses nothing that is written; a machine that loses power, what was written in this time."""
+_MAX_REASON = 1000
+"""Characters of a reason: some repeat the value that is wrong, which may be long."""
+
+
+def errors_path(output: Path) -> Path:
+    """Where the lines of `output` that cannot be answered go."""
+    return output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
+
+
+@contextmanager
+def told(path: Path, done: str) -> Iterator[None]:
+    """Tell why a file cannot be `done` ("read" or "written") as a BatchError, and that nothing is lost by it."""
+    try:
+        yield
+    except OSError as error:
+        raise BatchError(
+            f"{path} cannot be {done}: {error.strerror or error}. What was answered before is kept: once this is "
+            "mended, the same command goes on from there"
+        ) from error
 
 
 class Journal:
@@ -34,24 +55,25 @@ class Journal:
         settings: digest of everything besides the line that its answer depends on.
 
     Raises:
-        BatchError: the files hold something else than results, those of other settings, or another process is
-            writing them.
+        BatchError: the files hold something else than results, those of other settings, cannot be read and written,
+            or another process is writing them. Every method says so too when a disk is full.
     """
 
     def __init__(self, output: Path, settings: str):
         self.output = output
-        self.errors = output.with_name(output.name.removesuffix(".jsonl") + ".errors.jsonl")
+        self.errors = errors_path(output)
         self.num_done = 0
         """Lines that earlier runs have finished."""
+        for path in (self.output, self.errors):
+            _check_is_file(path)
         self._settings = settings
         self._digests = array("Q")
         self._lock = FileLock(output.with_name(f".{output.name}.lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise BatchError(f"another process is writing {output}: wait for it, or give another output") from error
-        except OSError as error:
-            raise BatchError(f"{output} cannot be written: {error.strerror}") from error
+        with told(output, "written"):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise BatchError(f"another process is writing {output}: wait for it, or give another output") from error
         try:
             self._results, self._failures = _File(self.output), _File(self.errors)
             for file in (self._results, self._failures):
@@ -67,9 +89,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._results.close()
-        self._failures.close()
-        self._lock.release()
+        with ExitStack() as stack:
+            stack.callback(self._lock.release)
+            stack.callback(self._failures.close)
+            stack.callback(self._results.close)
 
     def has(self, line: Line) -> bool:
         """Whether a line is done.
@@ -91,7 +114,7 @@ class Journal:
 
     def write_error(self, line: Line, reason: str) -> None:
         """Why there is none."""
-        self._failures.append(self._document(line, {"error": reason}))
+        self._failures.append(self._document(line, {"error": _shortened(reason)}))
 
     def sync(self) -> None:
         """What is written survives a loss of power."""
@@ -115,14 +138,14 @@ class _File:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._synced = 0.0
 
     def read(self, settings: str) -> Iterator[tuple[int, int]]:
         """Line numbers and digests of what is there; a line of ours without an end is cut off, and no other."""
         if not self.path.exists():
             return
-        with self._opened("r+b") as file:
+        with told(self.path, "read and written"), self.path.open("r+b") as file:
             end = 0
             for place, text in enumerate(file, start=1):
                 if text.endswith(b"\n") or not _is_begun(text):
@@ -131,29 +154,27 @@ class _File:
             file.truncate(end)
 
     def append(self, document: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._file = self._opened("ab")
-        self._file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        text = json.dumps(document, ensure_ascii=False).encode() + b"\n"
+        with told(self.path, "written"):
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)  # a buffer would write again what could not be written
+            while text:
+                text = text[self._file.write(text) :]
         if monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with told(self.path, "written"):
+                os.fsync(self._file.fileno())
             self._synced = monotonic()
 
     def close(self) -> None:
-        if self._file is not None:
-            self.sync()
-            self._file.close()
+        file = self._file
+        if file is not None:
+            with told(self.path, "written"), file:
+                self.sync()
             self._file = None
-
-    def _opened(self, mode: Literal["r+b", "ab"]) -> BinaryIO:
-        try:
-            return open(self.path, mode)
-        except OSError as error:
-            raise BatchError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def _entry(self, text: bytes, place: int, settings: str) -> tuple[int, int]:
         try:
@@ -169,6 +190,19 @@ class _File:
                 "output"
             )
         return number, digest
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise a BatchError for a folder, a device or a pipe: none can be read again to go on where a job was."""
+    with told(path, "read"):
+        if path.exists() and not path.is_file():
+            raise BatchError(
+                f"{path} is no file, and cannot say later which lines are done: give the name of a file as the output"
+            )
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}... ({len(reason)} characters)"
 
 
 def _is_begun(text: bytes) -> bool:

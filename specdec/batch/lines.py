@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from numbers import Real
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -14,33 +16,55 @@ from specdec.prompting import Message
 
 LineId: TypeAlias = str | int
 
+MAX_LINE_BYTES = 16 << 20
+"""More than a million tokens, however they are spelt. A longer line is not kept in memory, and not answered."""
+_MAX_STOP_CHARACTERS = 1000
+"""Of a stop text: looking for one costs time for each of its characters and each token of the vocabulary."""
+
 
 class Line(NamedTuple):
     """A line as it stands in the file.
 
     Args:
         number: from 1 on, empty lines counted.
-        text: without its end.
+        text: without its end; None if it is longer than `MAX_LINE_BYTES`, or not needed any more.
         end: bytes of the file up to its end.
+        digest: 16 hexadecimal digits by which a line is known again.
     """
 
     number: int
-    text: bytes
+    text: bytes | None
     end: int
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits by which a line is known again."""
-        return hashlib.blake2b(self.text, digest_size=8).hexdigest()
+    digest: str
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """The lines of a file that are not empty, one at a time."""
-    end = 0
-    for number, text in enumerate(file, start=1):
-        end += len(text)
+    """The lines of a file that are not empty, one at a time; a byte order mark at the beginning is passed over."""
+    for number in count(1):
+        text = file.readline(MAX_LINE_BYTES + 1)
+        if not text:
+            return
+        if len(text) > MAX_LINE_BYTES and not text.endswith(b"\n"):
+            digest = _skip(file, text)
+            yield Line(number, None, file.tell(), digest)
+            continue
+        if number == 1:
+            text = text.removeprefix(codecs.BOM_UTF8)
         if stripped := text.strip():
-            yield Line(number, stripped, end)
+            yield Line(number, stripped, file.tell(), _new_digest(stripped).hexdigest())
+
+
+def _skip(file: BinaryIO, beginning: bytes) -> str:
+    """Pass over the rest of a line, a piece at a time; returns the digest of all of it."""
+    digest, piece = _new_digest(beginning), beginning
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(1 << 20)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _new_digest(text: bytes) -> hashlib.blake2b:
+    return hashlib.blake2b(text, digest_size=8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +110,8 @@ class Settings:
                 _check_int(name, getattr(self, name), lowest=0)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop is a text or a list of texts, none of them empty, got {list(self.stop)!r}")
+        if (longest := max(map(len, self.stop), default=0)) > _MAX_STOP_CHARACTERS:
+            raise ValueError(f"a stop text has at most {_MAX_STOP_CHARACTERS} characters, got {longest}")
         if self.system is not None and not isinstance(self.system, str):
             raise ValueError(f"system is a text, got {self.system!r}")
         for name in _OF_SAMPLING:
@@ -174,8 +200,10 @@ def parse(line: Line, defaults: Settings) -> Job:
     """Read a line.
 
     Raises:
-        BatchError: it is no JSON, lacks a prompt, or has fields or values that are not known.
+        BatchError: it is too long, no JSON, lacks a prompt, or has fields or values that are not known.
     """
+    if line.text is None:
+        raise BatchError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: shorten it, or answer it by other means")
     return job_of(_decode(line.text), line.number, defaults)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from specdec.batch.journal import Journal
-from specdec.batch.lines import Job, Line, Settings, parse, read_lines
+from specdec.batch.journal import Journal, errors_path, told
+from specdec.batch.lines import Job, Line, LineId, Settings, parse, read_lines
 from specdec.batch.worker import Answer, Pending
 from specdec.errors import BatchError
 
@@ -97,16 +97,15 @@ def run_batch(
         on_progress: called whenever lines were finished.
 
     Raises:
-        BatchError: the output belongs to something else, or the input has changed since.
-        ValueError: the input cannot be read.
+        BatchError: the output belongs to something else, the input has changed since, or a file cannot be read or
+            written (a full disk). What is written stays, and the same call goes on from there.
+        ValueError: there is no such input.
+        WorkerError: the model has failed.
     """
-    if not source.is_file():
-        raise ValueError(f"there is no file {source}")
-    if output.exists() and output.samefile(source):
-        raise ValueError(f"{source} is the input, and cannot be the output too: give another one")
+    _check_input(source, output)
     progress = BatchProgress(num_bytes=source.stat().st_size)
-    with Journal(output, settings.digest(made_with)) as journal, source.open("rb") as file:
-        todo = _todo(read_lines(file), journal, progress)
+    with Journal(output, settings.digest(made_with)) as journal:
+        todo = _todo(_lines_of(source), journal, progress)
         first = next(todo, None)
         if first is not None:
             pool = make_pool()
@@ -115,6 +114,21 @@ def run_batch(
             finally:
                 pool.close()
     return progress
+
+
+def _check_input(source: Path, output: Path) -> None:
+    if not source.exists():
+        raise ValueError(f"there is no file {source}")
+    if not source.is_file():
+        raise ValueError(f"{source} is no file, so that a job could not read it again to go on where it was: give one")
+    for path in (output, errors_path(output)):
+        if path.exists() and path.samefile(source):
+            raise ValueError(f"{source} is the input, and cannot be written to as well: give another output")
+
+
+def _lines_of(source: Path) -> Iterator[Line]:
+    with told(source, "read"), source.open("rb") as file:
+        yield from read_lines(file)
 
 
 def _todo(lines: Iterator[Line], journal: Journal, progress: BatchProgress) -> Iterator[Line]:
@@ -129,6 +143,18 @@ def _todo(lines: Iterator[Line], journal: Journal, progress: BatchProgress) -> I
             f"{journal.output} holds {journal.num_done} lines and the input has only {progress.num_skipped} of them: "
             "it has changed since. Give another output"
         )
+
+
+class _Taken(NamedTuple):
+    """A line in hand, without its text, and what has become of it."""
+
+    line: Line
+    id: LineId | None
+    outcome: Pending | Answer
+
+    @property
+    def answer(self) -> Answer | None:
+        return self.outcome if isinstance(self.outcome, Answer) else self.outcome.answer
 
 
 class _Run:
@@ -147,7 +173,7 @@ class _Run:
         self._settings = settings
         self._progress = progress
         self._on_progress = on_progress
-        self._window: deque[tuple[Line, Pending | BatchError]] = deque()
+        self._window: deque[_Taken] = deque()
         self._started = perf_counter()
 
     def through(self, first: Line, todo: Iterator[Line]) -> None:
@@ -163,43 +189,43 @@ class _Run:
         return bool(self._window)
 
     def _take(self, line: Line) -> None:
+        own_id: LineId | None = None
+        outcome: Pending | Answer
         try:
-            self._window.append((line, self._pool.begin(parse(line, self._settings))))
+            job = parse(line, self._settings)
         except BatchError as error:
-            self._window.append((line, error))
+            outcome = Answer(text=None, finish_reason="error", error=str(error))
+        else:
+            pending, own_id = self._pool.begin(job), job.id
+            outcome = pending.answer or pending  # what is refused at once may be long: its job is let go
+        self._window.append(_Taken(line._replace(text=None), own_id, outcome))
 
     def _write_finished(self) -> bool:
         """Write the lines at the head of the window that are finished; whether there were any."""
         num_written = 0
-        while self._window and _is_finished(self._window[0][1]):
-            self._write(*self._window.popleft())
+        while self._window and (answer := self._window[0].answer) is not None:
+            taken = self._window.popleft()
+            self._write(taken.line, taken.id, answer)
             num_written += 1
         if num_written:
             self._progress.seconds = perf_counter() - self._started
             self._on_progress(self._progress)
         return bool(num_written)
 
-    def _write(self, line: Line, outcome: Pending | BatchError) -> None:
+    def _write(self, line: Line, own_id: LineId | None, answer: Answer) -> None:
         progress = self._progress
-        answer = None if isinstance(outcome, BatchError) else outcome.answer
-        if answer is None or answer.error is not None:
-            reason = str(outcome) if answer is None else answer.error
-            self._journal.write_error(line, reason or "no reason")
+        if answer.error is not None:
+            self._journal.write_error(line, answer.error)
             progress.num_errors += 1
         else:
-            assert isinstance(outcome, Pending)
-            self._journal.write(line, _result(outcome.job, answer))
+            self._journal.write(line, _result(own_id, answer))
             progress.num_lines += 1
             progress.note(answer)
         progress.end = max(progress.end, line.end)
 
 
-def _is_finished(outcome: Pending | BatchError) -> bool:
-    return isinstance(outcome, BatchError) or outcome.answer is not None
-
-
-def _result(job: Job, answer: Answer) -> dict[str, Any]:
-    own = {} if job.id is None else {"id": job.id}
+def _result(own_id: LineId | None, answer: Answer) -> dict[str, Any]:
+    own = {} if own_id is None else {"id": own_id}
     return {
         **own,
         "text": answer.text,

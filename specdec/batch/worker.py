@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.lines import Job
+from specdec.compatibility import position_limit
 from specdec.control.capacity import RowTimer, best_rows
 from specdec.drafters import Drafter
 from specdec.engine import Engine, EngineThread, Generation, Request
 from specdec.errors import SpecdecError, WorkerError
-from specdec.prompting import encode_chats, encode_texts, has_chat_template, user_turn
+from specdec.prompting import encode_rendered, encode_texts, has_chat_template, render_chat, user_turn
 
 CHUNKS_IN_HAND = 2
 """Calls of `answer` at the same time: while the last jobs of one are finished, those of the next have begun."""
 _WINDOW = 4
 """Jobs in hand for each row: while a long answer holds up those after it, the other rows have something to do."""
+_LONG = 16
+"""Characters for each position of the model, from which on a text is counted before it is encoded as a whole."""
+_PIECE = 1 << 14
+"""Characters that are counted at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +81,7 @@ class Worker:
         self.max_rows = best_rows(RowTimer(model).seconds) if max_rows is None else max_rows
         self.window = _WINDOW * self.max_rows
         self._tokenizer = tokenizer
+        self._num_positions = position_limit(model)
         self._news = threading.Event()
         self._failure: Exception | None = None
         engine = Engine(
@@ -137,18 +143,36 @@ class Worker:
 
     def _encode(self, job: Job) -> list[int]:
         conversation, system = job.conversation, job.settings.system
-        has_template = has_chat_template(self._tokenizer)
-        if not isinstance(conversation, str):
-            if not has_template:
-                raise ValueError("this model has no chat template for messages: give a prompt")
-            encoding = encode_chats(self._tokenizer, [conversation])
-        elif has_template and not job.settings.raw:
-            encoding = encode_chats(self._tokenizer, [user_turn(conversation, system)])
-        elif system is not None:
-            raise ValueError("a system prompt is part of a chat template, and there is none here")
+        is_text, has_template = isinstance(conversation, str), has_chat_template(self._tokenizer)
+        if is_text and (job.settings.raw or not has_template):
+            if system is not None:
+                raise ValueError("a system prompt is part of a chat template, and there is none here")
+            text, encode = conversation, encode_texts
+        elif has_template:
+            messages = user_turn(conversation, system) if isinstance(conversation, str) else conversation
+            text, encode = render_chat(self._tokenizer, messages), encode_rendered
         else:
-            encoding = encode_texts(self._tokenizer, [conversation])
-        return encoding["input_ids"][0].tolist()
+            raise ValueError("this model has no chat template for messages: give a prompt")
+        assert isinstance(text, str)
+        self._check_length(text)
+        return encode(self._tokenizer, [text])["input_ids"][0].tolist()
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is far too long: encoding megabytes takes minutes, in which no other line is begun.
+
+        Counts piece by piece, up to twice what would fit: where it is cut, a text has some tokens more.
+        """
+        if len(text) <= _LONG * self._num_positions:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE):
+            piece = text[start : start + _PIECE]
+            num_tokens += len(self._tokenizer(piece, add_special_tokens=False)["input_ids"])
+            if num_tokens > 2 * self._num_positions:
+                raise ValueError(
+                    f"the prompt has more than {2 * self._num_positions} tokens but the model has "
+                    f"{self._num_positions} positions: shorten it"
+                )
 
     def _finish(self, pending: Pending, generation: Generation) -> None:
         """In the engine's thread: note the answer, or what keeps all answers from being made."""
@@ -164,7 +188,7 @@ class Worker:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise WorkerError(f"the model has stopped: {self._failure}") from self._failure
+            raise WorkerError(f"the model has stopped: {_reason(self._failure)}") from self._failure
 
     def _answer(self, generation: Generation) -> Answer:
         stats = generation.stats
@@ -180,4 +204,8 @@ class Worker:
 
 
 def _failure(error: Exception) -> Answer:
-    return Answer(text=None, finish_reason="error", error=" ".join(str(error).split()) or type(error).__name__)
+    return Answer(text=None, finish_reason="error", error=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 
-from specdec.cli.common import err_console
+from specdec.cli.common import err_console, naming
 
 if TYPE_CHECKING:
     from specdec.bench.document import Document
@@ -47,14 +47,18 @@ class BenchOutput:
         if self.trace is not None:
             from specdec.bench.report import trace
 
-            self.trace.write_text("".join(f"{json.dumps(choice)}\n" for choice in trace(results)), encoding="utf-8")
+            text = "".join(f"{json.dumps(choice)}\n" for choice in trace(results))
+            with naming(self.trace):
+                self.trace.write_text(text, encoding="utf-8")
         if self.output is not None:
             text = _text(document, _FORMATS_OF_ENDINGS[self.output.suffix])
-            self.output.write_text(f"{text}\n", encoding="utf-8")
+            with naming(self.output):
+                self.output.write_text(f"{text}\n", encoding="utf-8")
         if self.plot is not None:
             from specdec.bench.plots import draw
 
-            draw(document, results, self.plot)
+            with naming(self.plot):
+                draw(document, results, self.plot)
         if self.format == TABLE:
             _print_table(document)
         else:

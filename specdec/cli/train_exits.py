@@ -15,6 +15,7 @@ from specdec.cli.common import (
     TrustRemoteCodeOption,
     err_console,
     friendly_errors,
+    naming,
 )
 
 if TYPE_CHECKING:
@@ -113,13 +114,16 @@ def train_exits(
         whole = FullTraining(
             target.model, source, out, epochs=epochs, seed=seed, length=length, num_rows=rows or NUM_ROWS
         )
-        _show(whole, ["loss {:.3f}", "of exits {:.3f}"])
-        whole.finish(target.tokenizer)
+        with naming(out):
+            _show(whole, ["loss {:.3f}", "of exits {:.3f}"])
+            whole.finish(target.tokenizer)
         return
     recipe = Recipe(epochs=epochs, seed=seed, **given)
     training = ExitTraining(target.model, source, recipe, out, length=length, num_rows=rows or NUM_ROWS)
-    _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
-    Console().print(_table(training.finish(), f"{target.name}: exits on held-out text, written to {out}"))
+    with naming(out):
+        _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
+        report = training.finish()
+    Console().print(_table(report, f"{target.name}: exits on held-out text, written to {out}"))
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import DeviceOption, DtypeOption, ThreadsOption, err_console, friendly_errors
+from specdec.cli.common import DeviceOption, DtypeOption, ThreadsOption, err_console, friendly_errors, naming
 from specdec.cli.options import MaxNewTokensOption, WeightsOption
 from specdec.errors import UnsupportedOptionError
 
@@ -120,13 +120,14 @@ def train_router(
     collection = Collection(out / "collected", plan)
     num_parts = -(-len(problems) // batch_size)
     load = cache(lambda: _load(plan, dtype=dtype, device=device, threads=threads))
-    if not all(collection.has(part) for part in range(num_parts)):
-        _collect(collection, problems, plan, load)
-    if rollouts is not None:
-        plan |= {"rollouts": rollouts, "rollout_by": rollout_by, "rollout_tokens": rollout_tokens}
-        collection = _roll_out(collection, problems, Collection(out / "rollouts", plan), plan, load)
-    router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
-    router.save(out)
+    with naming(out):
+        if not all(collection.has(part) for part in range(num_parts)):
+            _collect(collection, problems, plan, load)
+        if rollouts is not None:
+            plan |= {"rollouts": rollouts, "rollout_by": rollout_by, "rollout_tokens": rollout_tokens}
+            collection = _roll_out(collection, problems, Collection(out / "rollouts", plan), plan, load)
+        router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
+        router.save(out)
     assert router.report is not None
     Console().print(_table(router.report, f"held-out steps; router written to {out}"))
 
