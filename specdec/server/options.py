@@ -21,6 +21,7 @@ class ServerOptions:
         max_choices: of an answer: `n`, times the number of prompts.
         timeout: seconds in which an answer must be complete, the time in the queue included.
         body_timeout: seconds in which the body of a request must have arrived.
+        planning_timeout: seconds in which its chat template must have been rendered, and its grammar compiled.
         grace: seconds that answers get to finish once the server is told to stop.
 
     Raises:
@@ -36,13 +37,14 @@ class ServerOptions:
     max_choices: int = 8
     timeout: float = 600.0
     body_timeout: float = 30.0
+    planning_timeout: float = 10.0
     grace: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_new_tokens", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a positive number, got {getattr(self, name)}")
-        for name in ("timeout", "body_timeout", "grace"):
+        for name in ("timeout", "body_timeout", "planning_timeout", "grace"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")
