@@ -51,11 +51,16 @@ class Running:
 
 @contextmanager
 def running(
-    model: PreTrainedModel, *, name: str = NAME, engine_options: dict[str, Any] | None = None, **options: Any
+    model: PreTrainedModel,
+    *,
+    name: str = NAME,
+    tokenizer: ByteTokenizer = TOKENIZER,
+    engine_options: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     engine = Engine(model, **{"drafter": PromptLookup(), **(engine_options or {})})
     runner = EngineThread(engine)
-    service = make_service(LoadedModel(model, TOKENIZER, name), engine, runner, ServerOptions(**options))
+    service = make_service(LoadedModel(model, tokenizer, name), engine, runner, ServerOptions(**options))
     server = Server(service, on_stop=lambda: runner.close(timeout=0))
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

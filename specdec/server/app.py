@@ -46,7 +46,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The body did not arrive in time.",
         413: "The body is too large.",
         429: "The queue is full: come again after Retry-After seconds.",
-        503: "The server is shutting down.",
+        500: "An error of the server, or of the model's chat template.",
+        503: "The server is shutting down, or overloaded.",
         504: "The answer was not finished in time.",
     }.items()
 }

@@ -85,6 +85,10 @@ class Metrics:
     def note_answer(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
 
+    def note_unfinished(self) -> None:
+        """Count a request that ended early."""
+        self._unfinished.inc()
+
     def note_job(self, job: Job) -> None:
         """Count what a job has done, once it is closed."""
         now = perf_counter()
@@ -97,7 +101,7 @@ class Metrics:
             self._drafted.inc(stats.drafted)
             self._accepted.inc(stats.accepted)
         if not job.is_complete:
-            self._unfinished.inc()
+            self.note_unfinished()
         if job.first_token_at is not None:
             self._first_token.observe(job.first_token_at - job.started)
             longest = max(len(generation.tokens) for generation in job.generations)

@@ -164,7 +164,7 @@ class _Sampling(_Asked):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
     prompt_cache_key: Text | None = Effectless
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(
         None, description=f"{Beyond}divides the scores of tokens of prompt and reply (negative ones are multiplied)."
     )
     response_format: ResponseFormat | None = None

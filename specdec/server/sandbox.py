@@ -26,8 +26,9 @@ from specdec.server.sandbox_worker import CPU_SECONDS, MEMORY_BYTES
 
 _log = logging.getLogger("specdec.server")
 
-_NUM_PROCESSES = 2
-"""For templates, and as many for grammars: neither waits for the other."""
+_NUM_RENDERING = 4
+_NUM_COMPILING = 2
+"""Processes: templates never wait for grammars. There are no more than have been needed at once."""
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _MAX_KEPT = 128
@@ -66,8 +67,8 @@ class Sandbox:
 
     def __init__(self, tokenizer: str | None, eos_ids: Sequence[int], *, seconds: float, max_waiting: int):
         self._forks = _Forks({"tokenizer": tokenizer, "eos_ids": list(eos_ids)})
-        self._templates = _Lane(self._forks, seconds, max_waiting=sys.maxsize)
-        self._grammars = _Lane(self._forks, seconds, max_waiting=max_waiting)
+        self._templates = _Lane(self._forks, _NUM_RENDERING, seconds, max_waiting=sys.maxsize)
+        self._grammars = _Lane(self._forks, _NUM_COMPILING, seconds, max_waiting=max_waiting)
         self._kept: OrderedDict[bytes, Answer] = OrderedDict()
 
     async def render(
@@ -116,12 +117,12 @@ _BUSY = Answer(kind="busy", text="")
 class _Lane:
     """Processes for one kind of task, and those who wait for them in the order of their arrival."""
 
-    def __init__(self, forks: _Forks, seconds: float, *, max_waiting: int):
+    def __init__(self, forks: _Forks, num_processes: int, seconds: float, *, max_waiting: int):
         self._forks = forks
         self._seconds = seconds
         self._max_waiting = max_waiting
         self._num_waiting = 0
-        self._free = asyncio.Semaphore(_NUM_PROCESSES)
+        self._free = asyncio.Semaphore(num_processes)
         self._idle: list[_Process] = []
 
     @contextlib.asynccontextmanager

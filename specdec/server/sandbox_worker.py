@@ -20,7 +20,7 @@ CPU_SECONDS = 1.0
 """For one task: a hundred times what large ordinary ones take."""
 MEMORY_BYTES = 512 << 20
 """On top of what the process has at its start."""
-_GRAMMAR_NICENESS = 10
+_GRAMMAR_NICENESS = 5
 _LENGTH_BYTES = 4
 
 Answer = dict[str, str]

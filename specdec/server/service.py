@@ -80,8 +80,10 @@ class Service:
             async with asyncio.timeout(self.options.timeout):
                 return await self._submit(body, await self._preprocessor.prepare(body), started)
         except TimeoutError:
+            self.metrics.note_unfinished()
             raise too_late(self.options.timeout) from None
         except asyncio.CancelledError:
+            self.metrics.note_unfinished()
             if self._is_over:
                 raise closing() from None
             raise
