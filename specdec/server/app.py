@@ -62,6 +62,7 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.warm_up()
         yield
         await asyncio.to_thread(on_stop)
         await service.release()

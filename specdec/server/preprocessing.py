@@ -56,6 +56,10 @@ class Preprocessor:
         self._quick = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="specdec-planner")
         self._slow = ThreadPoolExecutor(_NUM_SLOW_THREADS, thread_name_prefix="specdec-slow-planner")
 
+    async def warm_up(self) -> None:
+        """Wait for the first process: what it takes to load is no part of anybody's time."""
+        await self._sandbox.warm_up()
+
     async def prepare(self, body: ChatRequest | CompletionRequest) -> Preprocessed:
         """What the planner needs of a request. Raises `ApiError` for what cannot be done."""
         self._planner.check(body)

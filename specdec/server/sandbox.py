@@ -71,6 +71,11 @@ class Sandbox:
         self._grammars = _Lane(self._forks, _NUM_COMPILING, seconds, max_waiting=max_waiting)
         self._kept: OrderedDict[bytes, Answer] = OrderedDict()
 
+    async def warm_up(self) -> None:
+        """Have a process for each kind of task."""
+        await self._templates.warm_up()
+        await self._grammars.warm_up()
+
     async def render(
         self, template: str, messages: Any, special_tokens: Mapping[str, Any], *, max_characters: int
     ) -> Answer:
@@ -141,12 +146,15 @@ class _Lane:
         finally:
             self._free.release()
 
+    async def warm_up(self) -> None:
+        process = await self._process()
+        if process is not None:
+            self._idle.append(process)
+
     async def ask(self, task: Any) -> Answer:
         """Have a task done, in the caller's turn. One that is cancelled is killed."""
-        try:
-            process = self._idle.pop() if self._idle else await self._forks.fork()
-        except (OSError, EOFError, TimeoutError):
-            _log.exception("the processes for chat templates and grammars cannot be started")
+        process = await self._process()
+        if process is None:
             return Answer(kind="broken", text="")
         answer = None
         try:
@@ -161,6 +169,14 @@ class _Lane:
     def close(self) -> None:
         while self._idle:
             self._idle.pop().writer.close()
+
+    async def _process(self) -> _Process | None:
+        """An idle one or a new one; None if none can be started."""
+        try:
+            return self._idle.pop() if self._idle else await self._forks.fork()
+        except (OSError, EOFError, TimeoutError):
+            _log.exception("the processes for chat templates and grammars cannot be started")
+            return None
 
     async def _outcome(self, process: _Process, task: Any) -> Answer:
         try:

@@ -63,6 +63,10 @@ class Service:
                 code="model_not_found",
             )
 
+    async def warm_up(self) -> None:
+        """Wait until requests can be planned without delay."""
+        await self._preprocessor.warm_up()
+
     async def start(self, body: ChatRequest | CompletionRequest) -> Job:
         """Plan and submit, in a task of its own. The caller closes the job; one that is cancelled leaves none.
 
