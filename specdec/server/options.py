@@ -37,7 +37,7 @@ class ServerOptions:
     max_choices: int = 8
     timeout: float = 600.0
     body_timeout: float = 30.0
-    planning_timeout: float = 15.0
+    planning_timeout: float = 30.0
     grace: float = 10.0
 
     def __post_init__(self) -> None:
