@@ -33,7 +33,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Bat
 def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]]) -> BatchEncoding:
     """Conversations through the chat template, up to where the reply begins: [B, P], left-padded.
 
-    Raises `ValueError` if the template refuses a conversation (some know no system role).
+    Raises `ValueError` if the template refuses a conversation (some know no system role), or has an error.
     """
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages) for messages in conversations])
 
@@ -41,15 +41,24 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Me
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """A conversation as the chat template writes it, up to where the reply begins, for `encode_rendered`.
 
-    Raises `ValueError` if the template refuses it (some know no system role).
+    Raises `ValueError` if the template refuses the conversation, or has an error.
     """
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
-    return text
+        raise ValueError(template_refusal(str(error))) from error
+    except Exception as error:  # a template is a program, and fails like one
+        raise ValueError(template_failure(f"{type(error).__name__}: {error}")) from error
+
+
+def template_refusal(reason: str) -> str:
+    return f"the model's chat template refuses this conversation: {reason}"
+
+
+def template_failure(reason: str) -> str:
+    return f"the model's chat template fails on this conversation ({reason}): the template has an error"
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:

@@ -54,6 +54,7 @@ def running(
     model: PreTrainedModel,
     *,
     name: str = NAME,
+    tokenizer: ByteTokenizer = TOKENIZER,
     engine_options: dict[str, Any] | None = None,
     send_buffer: int | None = None,
     **options: Any,
@@ -61,7 +62,7 @@ def running(
     """`send_buffer`: bytes that the kernel keeps for a client that does not read, a few megabytes if absent."""
     engine = Engine(model, **{"drafter": PromptLookup(), **(engine_options or {})})
     runner = EngineThread(engine)
-    service = make_service(LoadedModel(model, TOKENIZER, name), engine, runner, ServerOptions(**options))
+    service = make_service(LoadedModel(model, tokenizer, name), engine, runner, ServerOptions(**options))
     server = Server(service, on_stop=lambda: runner.close(timeout=0))
     listener = socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:  # connections inherit it

@@ -5,6 +5,7 @@ protocol.py     what is asked and answered, as classes; errors.py: answers that 
 gate.py         API key, Host header, slow bodies, before anything else is done
 app.py          routes
 service.py      what a request goes through: planned, submitted, known until it is closed
+preprocessing.py  templates, tokens and grammars of a request; sandbox.py, sandbox_worker.py: those that may never end
 planning.py     from a request of the API to requests of the engine: what can be refused is refused there
 processors.py   penalties; grammar.py: JSON schemas
 jobs.py         generations under way, from the engine's thread into the event loop

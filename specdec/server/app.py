@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +30,8 @@ from specdec.server.protocol import (
 )
 from specdec.server.service import Service
 
+_T = TypeVar("_T")
+
 _CLIENT_CLOSED = 499
 """What nginx calls an answer that nobody was there to read."""
 
@@ -44,7 +46,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The body did not arrive in time.",
         413: "The body is too large.",
         429: "The queue is full: come again after Retry-After seconds.",
-        503: "The server is shutting down.",
+        500: "An error of the server, or of the model's chat template.",
+        503: "The server is shutting down, or overloaded.",
         504: "The answer was not finished in time.",
     }.items()
 }
@@ -59,8 +62,10 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.warm_up()
         yield
         await asyncio.to_thread(on_stop)
+        await service.release()
 
     app = FastAPI(
         title="specdec",
@@ -90,14 +95,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**_ERRORS, **stream})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Reply to a conversation."""
-        job = await service.start_chat(body, client_of(request.scope))
-        return await _answer(request, job, ChatForm(service.model_name, service.speller), body)
+        return await _answer(request, service, ChatForm(service.model_name, service.speller), body)
 
     @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        job = await service.start_completion(body, client_of(request.scope))
-        return await _answer(request, job, CompletionForm(service.model_name, service.speller), body)
+        return await _answer(request, service, CompletionForm(service.model_name, service.speller), body)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -121,24 +124,33 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _answer(request: Request, job: Job, form: Form, body: ChatRequest | CompletionRequest) -> Response:
+async def _answer(request: Request, service: Service, form: Form, body: ChatRequest | CompletionRequest) -> Response:
     num_choices = body.n or 1
+    job = await _unless_client_leaves(request, service.start(body, client_of(request.scope)))
+    if job is None:
+        return Response(status_code=_CLIENT_CLOSED)
     if body.stream:
         events = event_stream(job, form, num_choices, includes_usage=body.includes_usage)
         return _EventStream(job, events)
     try:
-        answer = asyncio.ensure_future(whole_answer(job, form, num_choices))
-        leaving = asyncio.ensure_future(_client_leaves(request))
-        try:
-            await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                return Response(status_code=_CLIENT_CLOSED)
-            return Response((await answer).model_dump_json(), media_type="application/json")
-        finally:
-            answer.cancel()
-            leaving.cancel()
+        answer = await _unless_client_leaves(request, whole_answer(job, form, num_choices))
+        if answer is None:
+            return Response(status_code=_CLIENT_CLOSED)
+        return Response(answer.model_dump_json(), media_type="application/json")
     finally:
         job.close()
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What comes of it; None if it was cancelled because nobody waits for it any more."""
+    doing = asyncio.create_task(work)
+    leaving = asyncio.create_task(_client_leaves(request))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await doing if doing.done() else None
+    finally:
+        doing.cancel()
+        leaving.cancel()
 
 
 async def _client_leaves(request: Request) -> None:

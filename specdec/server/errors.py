@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from specdec.server.protocol import UNSUPPORTED
+from specdec.server.protocol import NO_EFFECT, UNSUPPORTED
 
 
 class ErrorDetail(BaseModel):
@@ -71,6 +72,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
+def queue_full(message: str) -> ApiError:
+    """429: too many requests wait."""
+    return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code="queue_full", headers={"Retry-After": "1"})
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 of what pydantic says about a body."""
     first = errors[0]
@@ -97,7 +103,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def _unknown(parent: str, name: str) -> ApiError:
     path = f"{parent}.{name}" if parent else name
     if name in UNSUPPORTED:
-        return invalid(f"{path} is not supported by this server: leave it out", path, "unsupported_parameter")
+        idle = " or ".join(json.dumps(value) for value in NO_EFFECT.get(name, ()))
+        advice = f"leave it out, or say {idle}" if idle else "leave it out"
+        return invalid(f"{path} is not supported by this server: {advice}", path, "unsupported_parameter")
     return invalid(f"{path} is no parameter of this request: check its spelling", path, "unknown_parameter")
 
 

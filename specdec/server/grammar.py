@@ -9,28 +9,58 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 _MAX_KEPT = 32
 """Prefixes whose state is kept, of a round's trees: a draft model asks about them first, then the target. A state takes
 about 120 bytes for each byte of the document."""
 _MAX_STEPS = 32
 """How far back a known beginning of a prefix is looked for; beyond it, all is consumed again."""
-_WHITESPACE = r"[\x20\x0A]{1,24}"
-"""Between the parts of a document: enough to indent, too little to go on for ever."""
+OVERRIDES: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A]{1,24}"}
+"""How llguidance reads a schema. Between the parts of a document: enough to indent, too little to go on for ever."""
+_LIMITS = LLParserLimits(verbose_errors=False)
+"""llguidance's own: a mask takes tens of milliseconds at most, a grammar about 15 MB. They do not bound `compile`."""
+_MAX_REASON = 500
 ANY_OBJECT = {"type": "object"}
 """The schema of `response_format` "json_object"."""
 
 
 class GrammarError(ValueError):
     """A grammar that cannot be used, or that became too complex while a reply was written."""
+
+
+def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer as the JSON of the `tokenizers` library. Raises `ValueError` if it is none of that library."""
+    backend = copy(getattr(tokenizer, "backend_tokenizer", None))
+    if not tokenizer.is_fast or backend is None:
+        raise ValueError("only tokenizers of the `tokenizers` library can follow a grammar")
+    backend.no_padding()
+    backend.no_truncation()
+    return backend.to_str()
+
+
+def as_document(schema: dict[str, Any] | bool) -> str:
+    """A schema as JSON; the order of its properties is that of the reply."""
+    return json.dumps(schema)
+
+
+def refusal(reason: str) -> str:
+    """What is said about a schema that llguidance refuses, with what to do about it where that is known."""
+    shown = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
+    advice = ""
+    if reason.startswith("Unable to determine if regex is empty"):
+        advice = "several patterns (or a pattern and a length) for one text are too much: leave one of them. "
+    return f"this JSON schema cannot be followed: {advice}{shown}"
 
 
 class Grammars:
@@ -46,33 +76,36 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]):
         if not eos_ids:
             raise ValueError("no token ends a reply")
-        self._eos_ids = list(eos_ids)
-        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=self._eos_ids)
+        self.tokenizer_json = serialized(tokenizer)
+        self.eos_ids = list(eos_ids)
+        self._tokenizer = LLTokenizer(self.tokenizer_json, eos_token=self.eos_ids)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for; nothing, if the tokenizer does not know it."""
         return self._tokenizer.decode_bytes([token]) if token < self._tokenizer.vocab_size else b""
 
     def compile(self, schema: dict[str, Any] | bool) -> str:
-        """A grammar that allows the documents of a JSON schema.
+        """A grammar that allows the documents of a JSON schema that is trusted: some take for ever (see `sandbox`).
 
         Raises:
             GrammarError: says what is wrong with the schema, or which keyword is not known here.
         """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(as_document(schema), overrides=OVERRIDES)
             problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as error:  # RecursionError is none: the body's parser refuses such depths before
             problem = str(error)
         if problem:
-            raise GrammarError(f"this JSON schema cannot be followed: {problem}")
+            raise GrammarError(refusal(problem))
         return grammar
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """A grammar of `compile` at its beginning. Takes as long as `compile`, and lets other threads run."""
+        return _checked(LLMatcher(self._tokenizer, grammar, limits=_LIMITS))
 
     def processor(self, grammar: str, prompt_length: int) -> GrammarProcessor:
         """What allows a reply to follow a grammar of `compile`, and nothing else."""
-        return GrammarProcessor(LLMatcher(self._tokenizer, grammar), prompt_length)
+        return GrammarProcessor(self.matcher(grammar), prompt_length)
 
 
 class GrammarProcessor(LogitsProcessor):

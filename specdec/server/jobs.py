@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from specdec.errors import CapacityError, UnsupportedOptionError
-from specdec.server.errors import ApiError, invalid
+from specdec.server.errors import ApiError, invalid, queue_full
 from specdec.server.planning import ChoicePlan
 from specdec.text import TextStream
 
@@ -195,7 +195,7 @@ class Job:
                 async with asyncio.timeout_at(deadline):
                     index, event = await self._events.get()
             except TimeoutError:
-                raise self._too_late() from None
+                raise too_late(self._timeout) from None
             part = self._take(index, event)
             if part is not None:
                 yield part
@@ -204,14 +204,6 @@ class Job:
         for generation in self.generations:
             if not generation.is_finished:
                 self._runner.cancel(generation)
-
-    def _too_late(self) -> ApiError:
-        return ApiError(
-            HTTPStatus.GATEWAY_TIMEOUT,
-            f"the reply was not finished within {self._timeout:g} s and was cancelled: ask for fewer tokens",
-            code="timeout",
-            headers={"x-should-retry": "false"},
-        )
 
     def _take(self, index: int, event: Sequence[int] | Generation) -> Part | None:
         choice = self._choices[index]
@@ -241,7 +233,7 @@ class Job:
 def _refusal(error: Exception) -> ApiError:
     """What a client is told if the engine does not take a request."""
     if isinstance(error, CapacityError):
-        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", headers={"Retry-After": "1"})
+        return queue_full(str(error))
     if isinstance(error, ValueError):
         return invalid(str(error))
     return closing()
@@ -253,6 +245,16 @@ def _failure(error: Exception | None) -> ApiError:
         return invalid(str(error))
     _log.error("a generation failed", exc_info=error)
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the generation failed; the server's log says why")
+
+
+def too_late(timeout: float) -> ApiError:
+    """504 of a request that has had its time, in seconds."""
+    return ApiError(
+        HTTPStatus.GATEWAY_TIMEOUT,
+        f"the reply was not finished within {timeout:g} s and was cancelled: ask for fewer tokens",
+        code="timeout",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def closing() -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,11 +27,21 @@ class EngineLoad(Protocol):
     @property
     def num_cached_tokens(self) -> int: ...
 
+    @property
+    def max_rows(self) -> int: ...
+
+    @property
+    def max_waiting(self) -> int: ...
+
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Counters of one server, in a registry of its own.
 
-    def __init__(self, engine: EngineLoad):
+    Args:
+        num_planned: requests that are being planned.
+    """
+
+    def __init__(self, engine: EngineLoad, num_planned: Callable[[], int]):
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "specdec_requests_total",
@@ -64,6 +75,7 @@ class Metrics:
             registry=registry,
         )
         for name, meaning, read in (
+            ("specdec_planning", "Requests that are rendered, tokenized and compiled, or wait for it.", num_planned),
             ("specdec_rows", "Requests that are being decoded.", lambda: engine.num_rows),
             ("specdec_queue_length", "Requests that wait.", lambda: engine.num_waiting),
             ("specdec_cached_tokens", "Slots of key/value memory in use.", lambda: engine.num_cached_tokens),
@@ -72,6 +84,10 @@ class Metrics:
 
     def note_answer(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
+
+    def note_unfinished(self) -> None:
+        """Count a request that ended early."""
+        self._unfinished.inc()
 
     def note_job(self, job: Job) -> None:
         """Count what a job has done, once it is closed."""
@@ -85,7 +101,7 @@ class Metrics:
             self._drafted.inc(stats.drafted)
             self._accepted.inc(stats.accepted)
         if not job.is_complete:
-            self._unfinished.inc()
+            self.note_unfinished()
         if job.first_token_at is not None:
             self._first_token.observe(job.first_token_at - job.started)
             longest = max(len(generation.tokens) for generation in job.generations)

@@ -26,6 +26,7 @@ class ServerOptions:
             on one that has been used, from its first byte.
         body_timeout: seconds in which the whole body of a request must have arrived.
         write_timeout: seconds in which a client must read 64 KiB, or all that there is, once the buffers are full.
+        planning_timeout: seconds in which its chat template must have been rendered, and its grammar compiled.
         grace: seconds that answers get to finish once the server is told to stop.
 
     Raises:
@@ -44,13 +45,14 @@ class ServerOptions:
     header_timeout: float = 10.0
     body_timeout: float = 30.0
     write_timeout: float = 30.0
+    planning_timeout: float = 30.0
     grace: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_new_tokens", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is a positive number, got {getattr(self, name)}")
-        for name in ("timeout", "header_timeout", "body_timeout", "write_timeout", "grace"):
+        for name in ("timeout", "header_timeout", "body_timeout", "write_timeout", "planning_timeout", "grace"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace"):
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")

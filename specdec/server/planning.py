@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from specdec.prompting import encode_chats, encode_texts, has_chat_template
-from specdec.server.errors import invalid
+from specdec.prompting import encode_rendered, encode_texts, has_chat_template
+from specdec.server.errors import ApiError, invalid
 from specdec.server.processors import RepetitionPenalties
-from specdec.server.protocol import ChatRequest, CompletionRequest, ResponseFormat
+from specdec.server.protocol import ChatRequest, CompletionRequest
 from specdec.text import StopAtText
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
     from specdec.server.grammar import Grammars
 
 LEAST_TEMPERATURE = 1e-4
@@ -55,6 +59,9 @@ class ChoicePlan:
 class Planner:
     """Checks requests against the model and the limits of the server. Raises `ApiError` for what cannot be done.
 
+    It may be used by several threads. What it does takes as long as the tokenizer does, and that is bounded: a text of
+    more characters than could ever fit is refused unread.
+
     Args:
         grammars: None if replies cannot be held to JSON.
         max_new_tokens: of a reply, at most; also the limit of one that names none.
@@ -63,75 +70,95 @@ class Planner:
 
     def __init__(self, facts: ModelFacts, grammars: Grammars | None, *, max_new_tokens: int, max_choices: int):
         self.facts = facts
-        self._grammars = grammars
+        self.grammars = grammars
+        self.max_characters = facts.context_length * max(map(len, facts.tokenizer.get_vocab()))
+        """Of a prompt: no text of more can have so few tokens as the model takes."""
         self._max_new_tokens = max_new_tokens
         self._max_choices = max_choices
+        # encoding changes nothing in a tokenizer of the `tokenizers` library; what others do is not known
+        self._encoding = nullcontext() if facts.tokenizer.is_fast else Lock()
 
-    def plan_chat(self, body: ChatRequest) -> list[ChoicePlan]:
-        """One plan for each choice, in order. Takes as long as the tokenizer does."""
-        return self._plan(body, [self._encode_chat(body)])
-
-    def plan_completion(self, body: CompletionRequest) -> list[ChoicePlan]:
-        """The same; with several prompts, `n` choices of the first come first."""
-        if not body.prompts:
+    def check(self, body: ChatRequest | CompletionRequest) -> None:
+        """Refuse what can be seen at a glance."""
+        num_prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+        if not num_prompts:
             raise invalid("prompt is an empty list: give at least one prompt", "prompt")
-        return self._plan(body, [self._encode_prompt(prompt) for prompt in body.prompts])
-
-    def _plan(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[ChoicePlan]:
-        num_choices = body.n or 1
-        if num_choices * len(prompts) > self._max_choices:
+        num_choices = (body.n or 1) * num_prompts
+        if num_choices > self._max_choices:
             raise invalid(
-                f"{num_choices * len(prompts)} choices are asked for (n for each prompt); this server gives at most "
+                f"{num_choices} choices are asked for (n for each prompt); this server gives at most "
                 f"{self._max_choices} in one answer",
                 "n",
             )
-        grammar = self._grammar(body.response_format)
+        if isinstance(body, ChatRequest) and not has_chat_template(self.facts.tokenizer):
+            raise invalid(
+                f"{self.facts.name} has no chat template, so it cannot hold a conversation: use /v1/completions",
+                "messages",
+            )
+
+    def messages(self, body: ChatRequest) -> list[dict[str, str]]:
+        """As chat templates know them."""
+        return [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            for message in body.messages
+        ]
+
+    def encode(self, body: ChatRequest | CompletionRequest, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """The tokens of the prompts of a request (of a rendered conversation), which leave room for the reply."""
+        encoded = []
+        for prompt in prompts:
+            ids = self._encode(body, prompt) if isinstance(prompt, str) else self._known(prompt)
+            if not ids:
+                param = _prompt_of(body)
+                raise invalid(f"{param} has no tokens: give the model something to continue", param)
+            self._num_new_tokens(body, len(ids))
+            encoded.append(ids)
+        return encoded
+
+    def plan(
+        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], matcher: LLMatcher | None
+    ) -> list[ChoicePlan]:
+        """One plan for each choice, in order; with several prompts, `n` choices of the first come first.
+
+        Args:
+            matcher: what the replies are held to.
+        """
         return [
             ChoicePlan(
                 prompt=prompt,
                 config=self._config(body, self._num_new_tokens(body, len(prompt))),
                 seed=None if body.seed is None else _nth_seed(body.seed, place),
-                logits_processor=self._processors(body, grammar, len(prompt)),
+                logits_processor=self._processors(body, matcher, len(prompt)),
                 stopping_criteria=self._criteria(body, len(prompt)),
                 num_logprobs=body.num_logprobs,
             )
             for prompt in prompts
-            for place in range(num_choices)
+            for place in range(body.n or 1)
         ]
 
-    def _encode_chat(self, body: ChatRequest) -> list[int]:
-        tokenizer = self.facts.tokenizer
-        if not has_chat_template(tokenizer):
-            raise invalid(
-                f"{self.facts.name} has no chat template, so it cannot hold a conversation: use /v1/completions",
-                "messages",
-            )
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in body.messages
-        ]
-        try:
-            ids: list[int] = encode_chats(tokenizer, [messages])["input_ids"][0].tolist()
-        except ValueError as error:
-            raise invalid(str(error), "messages") from error
-        return self._checked(ids, "messages")
+    def too_long(self, body: ChatRequest | CompletionRequest, num_characters: int) -> ApiError:
+        """What is said of a text that has not even been read."""
+        return invalid(
+            f"a prompt and its reply can have {self.facts.context_length} tokens here, which a text of "
+            f"{num_characters} characters exceeds",
+            _prompt_of(body),
+            "context_length_exceeded",
+        )
 
-    def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids: list[int] = encode_texts(self.facts.tokenizer, [prompt])["input_ids"][0].long().tolist()
-            return self._checked(ids, "prompt")
+    def _encode(self, body: ChatRequest | CompletionRequest, text: str) -> list[int]:
+        if len(text) > self.max_characters:
+            raise self.too_long(body, len(text))
+        encode = encode_rendered if isinstance(body, ChatRequest) else encode_texts
+        with self._encoding:
+            return encode(self.facts.tokenizer, [text])["input_ids"][0].long().tolist()
+
+    def _known(self, prompt: list[int]) -> list[int]:
         for token in prompt:
             if token >= self.facts.vocab_size:
                 raise invalid(f"there is no token {token}: the vocabulary has {self.facts.vocab_size}", "prompt")
-        return self._checked(prompt, "prompt")
-
-    def _checked(self, ids: list[int], param: str) -> list[int]:
-        if not ids:
-            raise invalid(f"{param} has no tokens: give the model something to continue", param)
-        return ids
+        return prompt
 
     def _num_new_tokens(self, body: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> int:
-        param = "messages" if isinstance(body, ChatRequest) else "prompt"
         context, limit = self.facts.context_length, body.limit
         room = context - num_prompt_tokens
         if room < (limit or 1):
@@ -139,7 +166,7 @@ class Planner:
             raise invalid(
                 f"a prompt and its reply can have {context} tokens here, which a prompt of {num_prompt_tokens}{asked} "
                 "exceeds",
-                param,
+                _prompt_of(body),
                 "context_length_exceeded",
             )
         if limit is None:
@@ -163,7 +190,10 @@ class Planner:
                 )
             options["temperature"] = temperature
             options["top_p"] = _first(body.top_p, own.top_p, 1.0)
-            options["top_k"] = _first(body.top_k, own.top_k, 0)
+            options["top_k"] = _first(body.num_likeliest, own.top_k, 0)
+            options["min_p"] = _first(body.min_p, own.min_p, 0.0)
+        if body.repetition_penalty is not None:
+            options["repetition_penalty"] = body.repetition_penalty
         if body.logit_bias:
             options["sequence_bias"] = [[[token], bias] for token, bias in self._biases(body.logit_bias).items()]
         if self.facts.eos_ids:
@@ -178,7 +208,7 @@ class Planner:
         return biases
 
     def _processors(
-        self, body: ChatRequest | CompletionRequest, grammar: str | None, prompt_length: int
+        self, body: ChatRequest | CompletionRequest, matcher: LLMatcher | None, prompt_length: int
     ) -> LogitsProcessorList:
         processors = LogitsProcessorList()
         if body.presence_penalty or body.frequency_penalty:
@@ -189,9 +219,10 @@ class Planner:
                     prompt_length=prompt_length,
                 )
             )
-        if grammar is not None:
-            assert self._grammars is not None
-            processors.append(self._grammars.processor(grammar, prompt_length))
+        if matcher is not None:
+            from specdec.server.grammar import GrammarProcessor
+
+            processors.append(GrammarProcessor(matcher, prompt_length))
         return processors
 
     def _criteria(self, body: ChatRequest | CompletionRequest, prompt_length: int) -> StoppingCriteriaList:
@@ -199,20 +230,9 @@ class Planner:
             return StoppingCriteriaList()
         return StoppingCriteriaList([StopAtText(self.facts.tokenizer, body.stops, prompt_length)])
 
-    def _grammar(self, wanted: ResponseFormat | None) -> str | None:
-        if wanted is None or wanted.type == "text":
-            return None
-        from specdec.server.grammar import ANY_OBJECT, GrammarError
 
-        if self._grammars is None:
-            raise invalid(
-                f"{self.facts.name} cannot be held to JSON: no token ends its replies, or its tokenizer is slow",
-                "response_format",
-            )
-        try:
-            return self._grammars.compile(ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.schema_)
-        except GrammarError as error:
-            raise invalid(str(error), "response_format", "invalid_schema") from error
+def _prompt_of(body: ChatRequest | CompletionRequest) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
 
 
 def _first(*values: Any) -> Any:

@@ -8,30 +8,66 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 UNSUPPORTED = frozenset(
     (
-        *("audio", "best_of", "echo", "function_call", "functions", "metadata", "modalities", "moderation"),
-        *("parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort"),
-        *("safety_identifier", "service_tier", "store", "suffix", "tool_choice", "tools", "verbosity"),
+        *("audio", "best_of", "echo", "function_call", "functions", "modalities", "moderation"),
+        *("parallel_tool_calls", "prediction", "prompt_cache_retention", "reasoning_effort"),
+        *("service_tier", "store", "suffix", "tool_choice", "tools", "verbosity"),
         *("web_search_options", "annotations", "name", "refusal", "tool_calls", "tool_call_id"),
         "include_obfuscation",
     )
 )
 """Parameters of OpenAI's API that are not supported: refused unless they ask for nothing (null, false, empty)."""
 
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "tool_choice": ("none", "auto"),
+    "verbosity": ("medium",),
+}
+"""Values of these that ask for nothing either: what is done anyway, and what matters only where there are tools."""
+
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1024
 MAX_SCHEMA_BYTES = 1 << 16
+MAX_PARAMETERS = 256
+MAX_BIASES = 1024
 _MAX_WHOLE = 2**31 - 1
 
 
 def _is_text(value: str) -> str:
     """JSON can also spell halves of characters, which have no UTF-8 form."""
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("a half of a surrogate pair is no character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a half of a surrogate pair is no character") from None
     return value
+
+
+def _check_size(most: int) -> BeforeValidator:
+    """Refuse a large object before anything is said about each of its members."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"it has {len(value)} members, at most {most} are allowed")
+        return value
+
+    return BeforeValidator(check)
 
 
 Text = Annotated[str, AfterValidator(_is_text)]
@@ -40,6 +76,13 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Length = Annotated[int, Field(ge=1, le=_MAX_WHOLE)]
+Biases = Annotated[dict[TokenKey, Bias], _check_size(MAX_BIASES)]
+Metadata = Annotated[
+    dict[Annotated[Text, StringConstraints(max_length=64)], Annotated[Text, StringConstraints(max_length=512)]],
+    _check_size(16),
+]
+Effectless = Field(None, description="Has no effect.")
+Beyond = "Beyond OpenAI's API: "
 
 
 class _Asked(BaseModel):
@@ -52,8 +95,16 @@ class _Asked(BaseModel):
     def _without_what_asks_for_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        absent = {name for name in UNSUPPORTED - cls.model_fields.keys() if name in values and not values[name]}
-        return {name: value for name, value in values.items() if name not in absent}
+        if len(values) > MAX_PARAMETERS:
+            raise ValueError(f"an object has {len(values)} members: there are not that many parameters")
+        known = cls.model_fields.keys()
+        return {name: value for name, value in values.items() if name in known or not _asks_for_nothing(name, value)}
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    if name not in UNSUPPORTED:
+        return False
+    return not value or any(type(value) is type(idle) and value == idle for idle in NO_EFFECT.get(name, ()))
 
 
 class TextPart(_Asked):
@@ -63,7 +114,7 @@ class TextPart(_Asked):
 
 class Message(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -104,25 +155,41 @@ class _Sampling(_Asked):
 
     model: Text
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Biases | None = None
     max_tokens: Length | None = None
+    metadata: Metadata | None = Effectless
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description=f"{Beyond}draw from tokens at least so likely, as a share of the likeliest one's probability."
+    )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
+    prompt_cache_key: Text | None = Effectless
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(
+        None, description=f"{Beyond}divides the scores of tokens of prompt and reply (negative ones are multiplied)."
+    )
     response_format: ResponseFormat | None = None
+    safety_identifier: Text | None = Effectless
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k: Length | None = Field(None, description="Beyond OpenAI's API: draw from so many of the likeliest tokens.")
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_WHOLE)] | None = Field(
+        None, description=f"{Beyond}draw from so many of the likeliest tokens; 0 and -1: from all."
+    )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    user: Text | None = Field(None, description="Has no effect.")
+    user: Text | None = Effectless
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.includes_usage and not self.stream:
             raise ValueError("stream_options are for streams: set stream to true, or leave them out")
         return self
+
+    @property
+    def num_likeliest(self) -> int | None:
+        """Of `top_k`, as transformers has it: 0 is all."""
+        return None if self.top_k is None else max(self.top_k, 0)
 
     @property
     def stops(self) -> list[str]:
@@ -134,14 +201,14 @@ class _Sampling(_Asked):
 
 
 class ChatRequest(_Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     max_completion_tokens: Length | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set it to true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit: give only one")
@@ -157,12 +224,13 @@ class ChatRequest(_Sampling):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Token = Annotated[int, Field(ge=0, le=_MAX_WHOLE)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_WHOLE)]], Field(fail_fast=True)]
 
 
 class CompletionRequest(_Sampling):
-    prompt: Text | list[Text] | list[Token] | list[list[Token]]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | Literal[False] | None = None
 
     @property
     def limit(self) -> int:
@@ -170,7 +238,7 @@ class CompletionRequest(_Sampling):
 
     @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return None if self.logprobs is False else self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from http import HTTPStatus
 from time import perf_counter, time
-from typing import TypeVar
+from typing import Any
 
 from specdec.server.answers import TokenSpeller
-from specdec.server.errors import ApiError
-from specdec.server.jobs import Job, Runner, closing
+from specdec.server.errors import ApiError, queue_full
+from specdec.server.jobs import Job, Runner, closing, too_late
 from specdec.server.metrics import EngineLoad, Metrics
 from specdec.server.options import ServerOptions
-from specdec.server.planning import ChoicePlan, ModelFacts, Planner
+from specdec.server.planning import ModelFacts, Planner
+from specdec.server.preprocessing import Preprocessed, Preprocessor
 from specdec.server.protocol import ChatRequest, CompletionRequest, ModelCard
-
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
 class Service:
@@ -38,16 +36,18 @@ class Service:
         options: ServerOptions,
     ):
         self.options = options
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, lambda: len(self._planning))
         self.speller = speller
         self.is_closing = False
+        self._is_over = False
         self.card = ModelCard(id=facts.name, created=int(time()))
         self._facts = facts
         self._planner = planner
         self._runner = runner
+        self._engine = engine
         self._jobs: set[Job] = set()
-        # one thread: tokenizers and grammars of one model do not have to be thread-safe, and the loop never waits
-        self._thinking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="specdec-planner")
+        self._planning: dict[asyncio.Task[Any], str] = {}
+        self._preprocessor = Preprocessor(planner, seconds=options.planning_timeout, max_waiting=engine.max_waiting)
 
     @property
     def model_name(self) -> str:
@@ -63,11 +63,36 @@ class Service:
                 code="model_not_found",
             )
 
-    async def start_chat(self, body: ChatRequest, client: str) -> Job:
-        return await self._start(body, self._planner.plan_chat, client)
+    async def warm_up(self) -> None:
+        """Wait until requests can be planned without delay."""
+        await self._preprocessor.warm_up()
 
-    async def start_completion(self, body: CompletionRequest, client: str) -> Job:
-        return await self._start(body, self._planner.plan_completion, client)
+    async def start(self, body: ChatRequest | CompletionRequest, client: str) -> Job:
+        """Plan and submit, in a task of its own. The caller closes the job; one that is cancelled leaves none.
+
+        Raises:
+            ApiError: the request cannot be answered, too many wait, or time was up.
+        """
+        if self.is_closing:
+            raise closing()
+        self.check_model(body.model)
+        self._check_room(client)
+        started, task = perf_counter(), asyncio.current_task()
+        assert task is not None
+        self._planning[task] = client
+        try:
+            async with asyncio.timeout(self.options.timeout):
+                return await self._submit(body, await self._preprocessor.prepare(body), client, started)
+        except TimeoutError:
+            self.metrics.note_unfinished()
+            raise too_late(self.options.timeout) from None
+        except asyncio.CancelledError:
+            self.metrics.note_unfinished()
+            if self._is_over:
+                raise closing() from None
+            raise
+        finally:
+            del self._planning[task]
 
     def close(self) -> None:
         """Take nothing more. What is under way goes on."""
@@ -75,20 +100,36 @@ class Service:
 
     def cancel_all(self) -> None:
         """End what is under way."""
+        self._is_over = True
+        for task in list(self._planning):
+            task.cancel()
         for job in list(self._jobs):
             job.cancel(closing())
 
-    async def _start(self, body: Body, plan: Callable[[Body], Sequence[ChoicePlan]], client: str) -> Job:
-        """Plan and submit for a client. The caller closes the job."""
-        if self.is_closing:
-            raise closing()
-        self.check_model(body.model)
-        loop, started = asyncio.get_running_loop(), perf_counter()
+    async def release(self) -> None:
+        """Give back what is held besides; nothing can be started any more."""
+        await self._preprocessor.close()
+
+    def _check_room(self, client: str) -> None:
+        """Those that are being planned wait too, if there is no row for them. See `TurnQueue` for who may still wait."""
+        engine, num_planned = self._engine, len(self._planning)
+        most = engine.max_waiting + max(0, engine.max_rows - engine.num_rows)
+        num_waiting = num_planned + engine.num_waiting
+        has_one = client in self._planning.values()
+        if num_waiting >= (most if has_one else 2 * most):
+            raise queue_full(
+                f"{num_waiting} requests wait, and no more may (max_waiting={engine.max_waiting}): try again later"
+            )
+
+    async def _submit(
+        self, body: ChatRequest | CompletionRequest, asked: Preprocessed, client: str, started: float
+    ) -> Job:
+        loop = asyncio.get_running_loop()
 
         def submit() -> Job:
             job = Job(
                 self._runner,
-                plan(body),
+                self._planner.plan(body, asked.prompts, asked.matcher),
                 self._facts.tokenizer,
                 body.stops,
                 client=client,
@@ -100,10 +141,20 @@ class Service:
             job.submit()
             return job
 
-        job = await loop.run_in_executor(self._thinking, submit)
+        submitting = self._preprocessor.submit(submit)
+        try:
+            job = await asyncio.wrap_future(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_close_job)  # it may be too late to stop it
+            raise
         self._jobs.add(job)
         return job
 
     def _forget(self, job: Job) -> None:
         self._jobs.discard(job)
         self.metrics.note_job(job)
+
+
+def _close_job(submitting: Future[Job]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().close()
