@@ -111,7 +111,7 @@ class Service:
         await self._preprocessor.close()
 
     def _check_room(self, client: str) -> None:
-        """Those that are being planned wait too, where there is no row for them; who may still wait: see `TurnQueue`."""
+        """Those that are planned wait too, where there is no row for them. Who may still wait: see `TurnQueue`."""
         engine, num_planned = self._engine, len(self._planning)
         most = engine.max_waiting + max(0, engine.max_rows - engine.num_rows)
         num_waiting = num_planned + engine.num_waiting
