@@ -37,7 +37,7 @@ def check_conversion(convert: Convert) -> None:
         converted = convert(torch.zeros(1))
         where = f"{str(converted.dtype).removeprefix('torch.')} on {converted.device.type}"
     except (RuntimeError, AssertionError) as error:  # a device that is not there
-        raise UnsupportedOptionError(_stays(f"a conversion ({error})")) from error
+        raise UnsupportedOptionError(_stays(f"what was asked for ({error})")) from error
     if where != "float32 on cpu":
         raise UnsupportedOptionError(_stays(where))
 

@@ -43,7 +43,7 @@ def read_by_others(model: nn.Module) -> set[nn.Linear]:
         _try(model)
         read = {module for module in linears if "_is_read" in module.__dict__}
         called = {module for module in linears if "_is_called" in module.__dict__}
-    return read | {module for module in _named_in_source(model, linears - called)}
+    return read | set(_named_in_source(model, linears - called))
 
 
 @contextmanager
