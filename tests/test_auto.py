@@ -23,9 +23,10 @@ from specdec.drafters import (
     Run,
     SmallModel,
     auto,
+    auto_knowledge,
     auto_sources,
 )
-from specdec.drafters.auto_sources import Trust
+from specdec.drafters.auto_knowledge import Trust
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -49,9 +50,9 @@ def set_costs(monkeypatch: pytest.MonkeyPatch, costs_of: Callable[[object], Forw
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What other tests have shown of a drafter is no part of this one."""
-    auto_sources.known.clear()
+    auto_knowledge.known.clear()
     yield
-    auto_sources.known.clear()
+    auto_knowledge.known.clear()
 
 
 @pytest.fixture

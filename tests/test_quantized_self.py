@@ -44,11 +44,11 @@ def test_the_target_keeps_its_float_weights(model):
 
 
 def test_the_copy_is_made_once(model, monkeypatch):
-    from specdec.drafters import quantized_self
+    from specdec.drafters import int8_copy
 
     made = []
-    original = quantized_self.quantized_copy
-    monkeypatch.setattr(quantized_self, "quantized_copy", lambda target: made.append(target) or original(target))
+    original = int8_copy.quantized_copy
+    monkeypatch.setattr(int8_copy, "quantized_copy", lambda target: made.append(target) or original(target))
     drafter = QuantizedSelf(num_tokens=2)
     assert not made
     for _ in range(3):

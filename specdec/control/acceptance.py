@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from operator import mul
+from threading import Lock
 
 CHAIN_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LEAF_EDGES = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -22,6 +23,8 @@ _MEMORY_LIMIT = 2000.0
 """Tokens of a bin after which earlier ones fade."""
 _RUN_DECAY = 0.98
 """What a token of this run still counts for after another of its bin."""
+_counting = Lock()
+"""Runs of several threads share what they have learned."""
 
 
 class AcceptanceMemory:
@@ -42,16 +45,19 @@ class AcceptanceMemory:
     @property
     def chances(self) -> list[float]:
         """For each bin, not falling."""
-        seen = [count + _PRIOR_TOKENS for count in self.seen]
-        accepted = (count + _PRIOR_TOKENS * belief for count, belief in zip(self.accepted, self._beliefs, strict=True))
+        with _counting:
+            counts = list(zip(self.seen, self.accepted, self._beliefs, strict=True))
+        seen = [count + _PRIOR_TOKENS for count, _, _ in counts]
+        accepted = [count + _PRIOR_TOKENS * belief for _, count, belief in counts]
         return monotone([a / s for a, s in zip(accepted, seen, strict=True)], seen)
 
     def note(self, bin_: int, accepted: bool) -> None:
-        if self.seen[bin_] >= _MEMORY_LIMIT:
-            self.seen[bin_] *= 0.5
-            self.accepted[bin_] *= 0.5
-        self.seen[bin_] += 1
-        self.accepted[bin_] += accepted
+        with _counting:
+            if self.seen[bin_] >= _MEMORY_LIMIT:
+                self.seen[bin_] *= 0.5
+                self.accepted[bin_] *= 0.5
+            self.seen[bin_] += 1
+            self.accepted[bin_] += accepted
 
 
 class AcceptanceModel:

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from statistics import median
+from threading import Lock, RLock
 from time import perf_counter
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.compatibility import position_limit
-from specdec.kernels import prepared
+from specdec.kernels.changes import structure_of
 from specdec.target import TreeModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -37,10 +38,13 @@ _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
 _MIN_OWN = 3
 """Rounds of a width before its own correction counts."""
+_noting = Lock()
 
 
 class ForwardCosts:
     """Seconds of a round's forward and of what comes with it, by the number of tokens of all rows.
+
+    Several threads may read it and note rounds.
 
     Args:
         seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
@@ -79,7 +83,10 @@ class ForwardCosts:
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
-        ratio, octave = seconds / self.measured(num_tokens), _octave(num_tokens)
+        with _noting:
+            self._note(seconds / self.measured(num_tokens), _octave(num_tokens))
+
+    def _note(self, ratio: float, octave: int) -> None:
         if octave == self._plain or octave in self._corrections:
             self._drifts.append(ratio / self._corrections.get(octave, 1.0))
             self.drift = median(self._drifts)
@@ -88,7 +95,8 @@ class ForwardCosts:
             own.append(ratio / self.drift)
             if len(own) >= _MIN_OWN:
                 self._corrections[octave] = median(own)
-                self._ceilings[octave] = self.measured(1 << octave) * self._corrections[octave]
+                ceiling = self.measured(1 << octave) * self._corrections[octave]
+                self._ceilings = {**self._ceilings, octave: ceiling}  # another thread may be reading the old ones
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
@@ -104,22 +112,25 @@ def _octave(num_tokens: int) -> int:
     return (num_tokens - 1).bit_length()
 
 
+_measuring = RLock()
 _known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ForwardCosts]] = WeakKeyDictionary()
 
 
 def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     """The costs of a model's forwards, measured when they are first asked for.
 
-    They hold for the model as it is prepared now, its device and dtype, the number of threads, and the size of the
-    batch up to a factor of two (each has corrections of its own).
+    They hold for the model as it is prepared now and the modules that it consists of, its device and dtype, the number
+    of threads, and the size of the batch up to a factor of two (each has corrections of its own). Threads that ask at
+    the same time wait for one measurement.
     """
-    if not costs_are_known(model):
-        remember_costs(model, measure_forwards(model))
-    key, known = _state(model), _known[model]
-    sized = (*key, _octave(num_rows))
-    if sized not in known:
-        known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
-    return known[sized]
+    with _measuring:
+        key, known = _state(model), _known.setdefault(model, {})
+        if key not in known:
+            known[key] = ForwardCosts(measure_forwards(model))
+        sized = (*key, _octave(num_rows))
+        if sized not in known:
+            known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
+        return known[sized]
 
 
 def costs_are_known(model: PreTrainedModel) -> bool:
@@ -134,7 +145,7 @@ def remember_costs(model: PreTrainedModel, seconds: Mapping[int, float]) -> None
 
 def _state(model: PreTrainedModel) -> tuple[object, ...]:
     """What the costs depend on."""
-    return prepared(model), model.device, model.dtype, torch.get_num_threads()
+    return structure_of(model), model.device, model.dtype, torch.get_num_threads()
 
 
 @torch.no_grad()

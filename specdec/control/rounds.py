@@ -9,9 +9,10 @@ Seconds are wall time, tokens are those of all rows of the batch.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 _PACE_DECAY = 0.95
 """What a round still counts for after another."""
@@ -33,6 +34,7 @@ _GUARD_SHARE, _GUARD_ROUNDS = 0.02, 4.0
 """So much of the time, and the time of so many plain rounds, may be lost before speculation is switched off."""
 _GUARD_BANK = 10.0
 """Plain rounds whose time may have been gained before: that much may be lost again."""
+_adding = Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class YieldMemory:
     """
 
     def __init__(self, beliefs: Sequence[Yield] = UNKNOWN_SOURCE) -> None:
-        self._runs: deque[Yield] = deque(beliefs, maxlen=_REMEMBERED_RUNS)
+        self._runs = tuple(beliefs)
         self.num_runs = 0
 
     @property
@@ -128,8 +130,9 @@ class YieldMemory:
         return mean_yield(self._runs)
 
     def add(self, run: Yield) -> None:
-        self._runs.append(run)
-        self.num_runs += 1
+        with _adding:  # what another thread is reading stays as it is
+            self._runs = (*self._runs, run)[-_REMEMBERED_RUNS:]
+            self.num_runs += 1
 
 
 def mean_yield(yields: Iterable[Yield]) -> Yield:

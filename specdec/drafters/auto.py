@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import methodcaller
 from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from specdec.control import Plan, RoundControl, affordable, costs_of
 from specdec.devices import num_processes
@@ -27,14 +29,18 @@ from specdec.drafters.auto_sources import (
 )
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.cascade import Cascade
+from specdec.drafters.dropped import drop, is_dropped, take_back
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.quantized_self import QuantizedSelf
-from specdec.errors import UnsupportedOptionError
+from specdec.errors import SpecdecError, UnsupportedOptionError
 from specdec.kernels import native, prepared
 from trees import Draft, TreeBatch
 
 _MIN_COPY_TOKENS = 32
 """Shorter runs are not worth making an int8 copy of the target for."""
+
+_REMAKING_SHARE = 0.2
+"""Of the time of a run may go into making the copy again, of a model that has changed since the last one."""
 
 _quantized_self = QuantizedSelf()
 
@@ -42,7 +48,9 @@ _quantized_self = QuantizedSelf()
 class Auto(Drafter):
     """Chooses among drafters, every round, what makes the most tokens per second; plain decoding is always a choice.
 
-    Costs are measured at the first call for a model and corrected by every round. Lossless, as all its drafters are.
+    Costs are measured at the first call for a model and corrected by every round. Lossless, as all its drafters are. A
+    drafter that raises is dropped with a warning, and the call goes on with the others: so do later calls, until
+    `reset`. What it has learned is shared by all calls for a model, also of several threads.
 
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
@@ -51,11 +59,17 @@ class Auto(Drafter):
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
+        SpecdecError: at the call, what a drafter that was named says of a target that it does not fit.
     """
 
     def __init__(self, *drafters: Drafter):
         self.drafters = drafters
         self.rewinds = all(drafter.rewinds for drafter in drafters)
+
+    def reset(self) -> None:
+        """Take drafters back that were dropped because they had raised."""
+        for drafter in (*self.drafters, _quantized_self):
+            take_back(drafter)
 
     def start(self, run: Run) -> DraftSession:
         if run.tree is not None:
@@ -79,7 +93,7 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
     model, done = run.target.model, prepared(run.target.model)
     is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
     is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
-    if not is_here or not is_float or not native.library():
+    if not is_here or not is_float or not native.library() or is_dropped(model, _quantized_self):
         return []
     num_bytes = sum(parameter.numel() for parameter in model.parameters())
     has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes
@@ -88,6 +102,16 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
     if not auto.rewinds:
         return [_quantized_self]
     return [Cascade(auto, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
+
+
+def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
+    """Whether a copy is at hand, or making it again pays for a model that keeps changing.
+
+    Args:
+        seconds_left: that plain decoding of the run would take, for the most tokens that it may make.
+    """
+    is_quick = _quantized_self.copy_seconds(model) <= _REMAKING_SHARE * seconds_left
+    return is_quick or _quantized_self.has_copy(model)
 
 
 class _AutoSession(DraftSession):
@@ -104,7 +128,23 @@ class _AutoSession(DraftSession):
         self._costs_of = cache(lambda num_rows: costs_of(run.target.model, num_rows))
 
     def add(self, drafter: Drafter) -> None:
-        self._models.append(ModelSource(self._run, drafter))
+        """Start a drafter that the caller has named, unless it has been dropped.
+
+        Raises:
+            SpecdecError: it does not fit the target or the call.
+        """
+        self._add(drafter, drafter, SpecdecError)
+
+    def _add(self, drafter: Drafter, root: Drafter, tells: type[Exception] | tuple[()] = ()) -> None:
+        target = self._run.target.model
+        if is_dropped(target, root):
+            return
+        try:
+            self._models.append(ModelSource(self._run, drafter, root))
+        except tells:
+            raise
+        except Exception as error:
+            drop(target, root, error)
 
     @property
     def num_forwards(self) -> int:
@@ -128,22 +168,20 @@ class _AutoSession(DraftSession):
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         started = perf_counter()
-        if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
-            for drafter in _own_drafters(self._run, self._auto):
-                self.add(drafter)
-            self._auto = None
         outlook = self._look(max_depths)
+        if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
+            if _pays(self._run.target.model, max(max_depths) * outlook.plain.seconds):
+                for drafter in _own_drafters(self._run, self._auto):
+                    self._add(drafter, _quantized_self)
+            self._auto = None
         offer = self._lookup.plan(outlook)
         plan = self._choose(outlook, offer)
         decided = perf_counter()
-        if plan.source is None:
-            draft = Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        elif plan.source == LOOKUP:
-            draft = self._lookup.draft(plan.length)
-        else:
-            pace = affordable(outlook.pace, [outlook.plain, plan])
-            draft = self._model_of(plan).draft(replace(outlook, pace=pace))
         self._control_seconds += decided - started
+        draft = self._draft(plan, outlook)
+        if draft is None:
+            plan, decided = outlook.plain, perf_counter()
+            draft = Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
         self._round = _Round(
             outlook=outlook,
             offer=offer,
@@ -155,18 +193,30 @@ class _AutoSession(DraftSession):
         )
         return draft
 
+    def _draft(self, plan: Plan, outlook: Outlook) -> Draft | None:
+        """None: nothing is drafted, or the drafter has raised."""
+        if plan.source is None:
+            return None
+        if plan.source == LOOKUP:
+            return self._lookup.draft(plan.length)
+        source, pace = self._model_of(plan), affordable(outlook.pace, [outlook.plain, plan])
+        draft = source.attempt(ModelSource.draft, replace(outlook, pace=pace))
+        if source.is_gone:
+            self._run.target.forget_tail()  # it may have left its work there
+        return draft
+
     def observe(self, outcome: Outcome) -> None:
         now, round_ = perf_counter(), self._round if outcome.is_own or outcome.own else None
         if round_ is not None:
             self._learn(round_, outcome, now)
         for place, source in enumerate(self._sources):
             is_own = round_ is None or round_.plan.source in (None, place)  # a draft without nodes is part of any
-            source.session.observe(outcome if is_own else outcome.of_another())
+            source.tell(methodcaller("observe", outcome if is_own else outcome.of_another()))
         self._control_seconds += perf_counter() - now
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for source in self._sources:
-            source.session.select_rows(rows)
+            source.tell(methodcaller("select_rows", rows))
 
     @property
     def takes_rows(self) -> bool:  # type: ignore[override]
@@ -174,11 +224,11 @@ class _AutoSession(DraftSession):
 
     def join(self) -> None:
         for source in self._sources:
-            source.session.join()
+            source.tell(methodcaller("join"))
 
     def rewind(self) -> None:
         for source in self._sources:
-            source.session.rewind()
+            source.tell(methodcaller("rewind"))
 
     def close(self) -> None:
         self._lookup.session.close()
@@ -205,14 +255,16 @@ class _AutoSession(DraftSession):
         plans = [] if offer is None else [offer]
         trials = []
         for place, source in enumerate(self._models, start=LOOKUP + 1):
-            plan = source.plan(place, outlook)
+            plan = source.attempt(ModelSource.plan, place, outlook)
             if plan is not None:
                 plans.append(plan)
                 if source.has_begun:
                     trials.append(plan)
         best = self._control.choose(outlook.plain, plans, trials)
         for place, source in enumerate(self._models, start=LOOKUP + 1):
-            if best.source in (None, LOOKUP) and (trial := source.trial(place, best, outlook)):
+            if best.source not in (None, LOOKUP):
+                break
+            if trial := source.attempt(ModelSource.trial, place, best, outlook):
                 return trial
         return best
 

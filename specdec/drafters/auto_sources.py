@@ -8,42 +8,39 @@ Shape legend: B rows, W width (drafted tokens of the longest row).
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
 from math import ceil, inf
 from statistics import mean
-from weakref import WeakKeyDictionary
-
-from transformers import PreTrainedModel
+from typing import Concatenate, ParamSpec, TypeVar
 
 from specdec.control import (
-    LEAF_EDGES,
-    AcceptanceMemory,
     AcceptanceModel,
     ForwardCosts,
     Plan,
     Yield,
     YieldAverage,
-    YieldMemory,
     costs_of,
-    first_beliefs,
     monotone,
 )
+from specdec.drafters.auto_knowledge import known_of
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.dropped import drop, is_the_callers
 from specdec.drafters.growing import GrowingSession
 from specdec.drafters.nested import NestedSession
+from specdec.drafters.plain import Plain
 from specdec.drafters.prompt_lookup import PromptLookup
 from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOOKUP = 0
 """The place of prompt lookup among the sources of a run."""
 LONGEST_LOOKUP = 24
-_TRUST_TOKENS = 16.0
-"""Tokens that full trust in proposals is worth at first."""
-_TRUST_DECAY = 0.98
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
 LONGEST_DRAFT = 16
@@ -55,76 +52,8 @@ _READING_SHARE = 0.1
 """Of a draft's time: where reading took more, what the steps took is not known, as reading is only estimated."""
 _TRIAL_ROUNDS = 3
 """Rounds that it takes to know that a drafter does not pay in this run."""
-_TRIAL_SHARE = 0.04
-"""Of the time of the runs without a drafter may go into trying it again; halved for each run in a row in
-which it did not pay."""
-_MOST_FAILURES = 5
 _UNKNOWN_STEP = 0.2
 """Of a plain round, for a step of a drafter that has never been timed."""
-
-
-@dataclass(eq=False)
-class Trust:
-    """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
-
-    Where nothing is chosen, it goes back to full trust bit by bit.
-    """
-
-    promised: float = _TRUST_TOKENS
-    kept: float = _TRUST_TOKENS
-
-    @property
-    def share(self) -> float:
-        return min(self.kept / self.promised, 1.0)
-
-    def note(self, promised: float, kept: float) -> None:
-        """Drafted tokens of a round that were expected to be accepted, and that were."""
-        self.promised = _TRUST_DECAY * self.promised + promised
-        self.kept = _TRUST_DECAY * self.kept + kept
-
-    def passed_over(self) -> None:
-        self.promised += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.promised)
-        self.kept += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.kept)
-
-
-@dataclass(eq=False)
-class _Known:
-    """What runs on a target have shown of a drafter."""
-
-    acceptance: AcceptanceMemory
-    yields: YieldMemory
-    leaves: defaultdict[bool, AcceptanceMemory] = field(
-        default_factory=lambda: defaultdict(lambda: AcceptanceMemory(LEAF_EDGES))
-    )
-    """Of those beside a chain, by whether they were drawn."""
-    trust: defaultdict[int, Trust] = field(default_factory=lambda: defaultdict(Trust))
-    """In proposals, by rows."""
-    steps: dict[int, ForwardCosts] = field(default_factory=dict)
-    """Of drafters without a model of their own, by rows."""
-    failures: int = 0
-    """Runs in a row in which it was at work and did not pay."""
-    seconds_without: float = 0.0
-    """Of the runs since then, in which it was not at work."""
-
-    @classmethod
-    def at_first(cls, drafter: Drafter) -> _Known:
-        """Before any run has shown anything."""
-        acceptance = AcceptanceMemory(agreement=drafter.agreement)
-        return cls(acceptance=acceptance, yields=YieldMemory(first_beliefs(drafter.agreement)))
-
-    def trial_seconds(self) -> float:
-        """What may be lost by beginning with it all the same."""
-        return _TRIAL_SHARE * self.seconds_without / 2 ** min(self.failures, _MOST_FAILURES)
-
-
-known: WeakKeyDictionary[PreTrainedModel, dict[object, _Known]] = WeakKeyDictionary()
-"""By target, and by the kind of drafter and its model."""
-
-
-def known_of(run: Run, drafter: Drafter) -> _Known:
-    model = getattr(drafter, "model", None)
-    key = type(drafter), None if model is None else id(model)
-    return known.setdefault(run.target.model, {}).setdefault(key, _Known.at_first(drafter))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +96,10 @@ class Source:
         self._known = known_of(run, drafter)
         self.acceptance = AcceptanceModel(self._known.acceptance)
 
+    def tell(self, news: Callable[[DraftSession], None]) -> None:
+        """Have the session take note of something."""
+        news(self.session)
+
 
 class LookupSource(Source):
     """Proposals that take no forward are made every round: looked at, cut to what they are worth, and learned from also
@@ -181,7 +114,7 @@ class LookupSource(Source):
         """The length at which proposals are worth most; None if there is none."""
         self._chains = self._lookup.trees(outlook.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
-        trust = self._known.trust[outlook.num_rows]
+        trust = self._known.trust_in(outlook.num_rows)
         best, most, tokens = 0, -inf, outlook.plain.tokens
         best_tokens = best_seconds = 0.0
         for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
@@ -209,7 +142,7 @@ class LookupSource(Source):
             drafted: the plan, if these were what was drafted.
         """
         num_rows = len(outcome.tokens)
-        trust = self._known.trust[num_rows]
+        trust = self._known.trust_in(num_rows)
         if drafted is None:
             trust.passed_over()
         else:
@@ -232,14 +165,18 @@ class LookupSource(Source):
 class ModelSource(Source):
     """A drafter that takes time: what its rounds yield is known from its rounds only."""
 
-    def __init__(self, run: Run, drafter: Drafter):
+    def __init__(self, run: Run, drafter: Drafter, root: Drafter | None = None):
+        """root: which the drafter was made of for this run; None for itself."""
         super().__init__(run, drafter, drafter.start(run))
-        self.leaves = AcceptanceModel(self._known.leaves[run.sampler.do_sample])
+        self._root = root or drafter
+        self.leaves = AcceptanceModel(self._known.leaves_when(run.sampler.do_sample))
         self._costs_of = cache(partial(_costs_of_draft, self.session))
         self._yields = YieldAverage(self._known.yields)
         self._forwards = 0
         self._pays = False
         self._is_on_trial = False
+        self.is_gone = False
+        """It has raised, and does not draft any more."""
         self.reading_seconds = 0.0
         """Of the last draft, as expected: an expense for the rounds to come."""
 
@@ -329,13 +266,37 @@ class ModelSource(Source):
                 self.leaves.note(confidence, leaf in path)
                 elders.append(probs[leaf])
 
+    def attempt(self, step: Callable[Concatenate[ModelSource, P], T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What one of the methods returns; None where the drafter raises, or has done so before.
+
+        The errors of the call's own processors come out as they are.
+        """
+        if self.is_gone:
+            return None
+        try:
+            return step(self, *args, **kwargs)
+        except Exception as error:
+            if is_the_callers(error):
+                raise
+            self._give_up(error)
+            return None
+
+    def tell(self, news: Callable[[DraftSession], None]) -> None:
+        self.attempt(Source.tell, news)
+
+    def _give_up(self, error: Exception) -> None:
+        """Nothing is asked of the drafter's session any more."""
+        self.is_gone = True
+        drop(self._run.target.model, self._root, error)
+        with suppress(Exception):  # it is broken, and one error has been told
+            self.session.close()
+        self.session = Plain().start(self._run)
+
     def close(self, elapsed_seconds: float) -> None:
         """The run is over, after so much time."""
-        known = self._known
-        if self.has_begun:
-            known.seconds_without, known.failures = 0.0, 0 if self._pays else known.failures + 1
-        else:
-            known.seconds_without += elapsed_seconds
+        if self.is_gone:
+            return
+        self._known.note_run(self._pays if self.has_begun else None, elapsed_seconds)
         self._yields.close()
         self.session.close()
 
@@ -356,7 +317,7 @@ class ModelSource(Source):
         costs = self._costs_of(num_rows) or self._known.steps.get(num_rows)
         if costs is None:  # a guess to start from, since the first drafts load, read and measure what they need
             guess = {num_rows: _UNKNOWN_STEP * outlook.plain.seconds}
-            costs = self._known.steps[num_rows] = ForwardCosts(guess, plain=num_rows)
+            costs = self._known.steps.setdefault(num_rows, ForwardCosts(guess, plain=num_rows))
         return costs
 
     def _reading_seconds(self, outlook: Outlook) -> float:

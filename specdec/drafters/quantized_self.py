@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.base import Drafter, DraftSession, Run
 from specdec.drafters.growing import GrowingSession
+from specdec.drafters.int8_copy import Int8Copy
 from specdec.drafters.small_model import SmallModel
-from specdec.kernels import quantized_copy
 from specdec.target import TreeModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 
 class QuantizedSelf(Drafter):
-    """Drafts with an int8 copy of the target, made at the first call and kept as long as the drafter.
+    """Drafts with an int8 copy of the target, made at the first call and kept as long as the drafter. A call that finds
+    the target's weights or adapters changed makes the copy again.
 
     The copy shares embeddings and norms with the target, and its cache if that is float32; it adds a quarter of the
     memory of the linears. It agrees with the target on most tokens, and pays where its forward is several times cheaper
@@ -42,17 +43,19 @@ class QuantizedSelf(Drafter):
 
     def __init__(self, num_tokens: int = 5):
         self._policy = Chain(num_tokens)
-        self._copies: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[PreTrainedModel, Int8Copy] = WeakKeyDictionary()
 
     def has_copy(self, target: PreTrainedModel) -> bool:
-        """Whether the copy has been made."""
-        return target in self._copies
+        """Whether there is a copy of the target as it is now."""
+        return target in self._copies and self._copies[target].is_current
 
     def copy_of(self, target: PreTrainedModel) -> PreTrainedModel:
-        """The copy, which is made if there is none yet."""
-        if not self.has_copy(target):
-            self._copies[target] = quantized_copy(target)
-        return self._copies[target]
+        """The copy, which is made if there is none yet, and made again if the target has changed."""
+        return self._copies.setdefault(target, Int8Copy(target)).current()
+
+    def copy_seconds(self, target: PreTrainedModel) -> float:
+        """That making the copy took, the last time; 0 if there has been none."""
+        return self._copies[target].seconds if target in self._copies else 0.0
 
     def shares_cache(self, target: PreTrainedModel) -> bool:
         """Whether the copy can read the target's keys and values: its own are float32."""

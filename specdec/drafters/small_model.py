@@ -18,8 +18,8 @@ from specdec.compatibility import check_model
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.follower import Follower
 from specdec.drafters.growing import GrowingSession
+from specdec.drafters.int8_copy import Int8Copy
 from specdec.errors import DraftError
-from specdec.kernels import quantized_copy
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
@@ -31,7 +31,8 @@ class SmallModel(Drafter):
 
     Args:
         model: a decoder-only model with the target's tokenizer.
-        weights: "int8" drafts with an int8 copy of it (CPU); None with the model as it is.
+        weights: "int8" drafts with an int8 copy of it (CPU), made again if it changes between two calls; None with the
+            model as it is.
         num_tokens: length of the chain that it drafts, unless the call names a tree.
 
     Raises:
@@ -46,7 +47,15 @@ class SmallModel(Drafter):
         if weights not in (None, "int8"):
             raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
         check_model(model)
-        self.model = model if weights is None else quantized_copy(model)
+        self._model: PreTrainedModel | Int8Copy = model
+        if weights is not None:
+            self._model = Int8Copy(model)
+            self._model.current()  # made at once, as the original may be let go
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """That drafts."""
+        return self._model.current() if isinstance(self._model, Int8Copy) else self._model
 
     def start(self, run: Run) -> DraftSession:
         self.check_fit(run)

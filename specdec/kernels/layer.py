@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from specdec.kernels import native
-from specdec.kernels.linear import NATIVE, Int8Linear, float_matrix, is_plain
+from specdec.kernels.linear import NATIVE, Int8Linear, float_linear, float_matrix, is_plain
 
 DecoderLayer: TypeAlias = Any  # a transformers decoder layer: attributes as in `_LAYER`, `_ATTENTION`, `_MLP`
 Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [B or 1, T, D]
@@ -35,17 +35,59 @@ def fits(layer: DecoderLayer) -> bool:
     attn = layer.self_attn
     if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
         return False
+    if not all(map(_is_native, _linears(layer))):
+        return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
     has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
     multiples_of_16 = (attn.q_proj.in_features, layer.mlp.gate_proj.out_features)
     has_sizes = attn.head_dim % 32 == 0 and attn.head_dim <= 256 and not any(n % 16 for n in multiples_of_16)
     has_norms = all(hasattr(norm, "variance_epsilon") and is_plain(norm.weight) for norm in norms)
-    return has_silu and has_sizes and has_norms and all(map(_is_native, _linears(layer)))
+    return has_silu and has_sizes and has_norms
+
+
+class _Places:
+    """The modules and tensors whose addresses a layer's calls are given, to see whether they are still those.
+
+    A cast and back, `share_memory`, `weight.data = ...` or an adapter around a linear would leave the addresses behind.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        norms = [(layer, "input_layernorm"), (layer, "post_attention_layernorm")]
+        norms += [(attn, name) for name in sorted(_HEAD_NORMS) if hasattr(attn, name)]
+        linears = [(attn, name) for name in sorted(_ATTENTION)] + [(mlp, name) for name in sorted(_MLP - {"act_fn"})]
+        links = [(layer, "self_attn"), (layer, "mlp"), *norms, *linears]
+        self._modules = [(parent._modules, name) for parent, name in links]
+        self._tensors = [store for parent, name in (*norms, *linears) for store in _stores(getattr(parent, name))]
+        self._found = self._parts()
+        self._addresses = self._now()
+
+    def _parts(self) -> list[Any]:
+        return [store.get(name) for store, name in self._modules]
+
+    def _now(self) -> list[int | None]:
+        return [native.address(store.get(name)) for store, name in self._tensors]
+
+    def hold_the_same(self) -> bool:
+        """Whether the modules are still those that were compared with the layer's own forward."""
+        return self._parts() == self._found
+
+    def have_moved(self) -> bool:
+        return self._now() != self._addresses
+
+
+def _stores(module: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a module holds its tensors. An int8 linear's are moved together or not at all."""
+    if isinstance(module, Int8Linear):
+        return [(module._buffers, "packed")]
+    names = ["weight", *["bias"] * (module._parameters.get("bias") is not None)]
+    return [(module._parameters, name) for name in names]
 
 
 class _Constants(NamedTuple):
     """What a layer's calls need and no call changes."""
 
+    places: _Places
     layer: native.Layer
     layer_idx: int
     scale: float
@@ -103,13 +145,16 @@ class LeanForward:
         position_embeddings: Rotation | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if position_embeddings is None or not self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
+        constants = None
+        if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
+            constants = self._prepare()
+        if constants is None or position_embeddings is None:
             kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
         library = native.library()
         assert library is not None
-        constants, num_threads = self._constants or self._prepare(), torch.get_num_threads()
+        num_threads = torch.get_num_threads()
         x_BTC = hidden_states.contiguous()
         B, T, _ = x_BTC.shape
         query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
@@ -149,7 +194,16 @@ class LeanForward:
             and not any(value and name not in _HARMLESS for name, value in kwargs.items())
         )
 
-    def _prepare(self) -> _Constants:
+    def _prepare(self) -> _Constants | None:
+        """None where the layer is not what it was when it was recognised, or the kernels are not here."""
+        constants = self._constants
+        if constants is not None and not constants.places.hold_the_same():
+            return None
+        if constants is None or constants.places.have_moved():
+            constants = self._constants = self._find() if native.library() and fits(self.layer) else None
+        return constants
+
+    def _find(self) -> _Constants:
         attn, first, second = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
         q_norm, k_norm = _head_norms(attn) or (None, None)
         num_heads = attn.q_proj.out_features // attn.head_dim
@@ -169,8 +223,7 @@ class LeanForward:
         )
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
-        self._constants = _Constants(layer, attn.layer_idx, attn.scaling, *sizes, rotates)
-        return self._constants
+        return _Constants(_Places(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
 
 
 @torch.no_grad()
@@ -229,8 +282,10 @@ def _linears(layer: DecoderLayer) -> list[Any]:
 def _is_native(linear: nn.Module) -> bool:
     if isinstance(linear, Int8Linear):
         return linear.library is not None
-    forward = linear.__dict__.get("forward")  # a float32 linear whose calibration chose the native product
-    return forward is not None and set(forward.args[1].values()) == {NATIVE}
+    forward: Any = linear.__dict__.get("forward")  # of a float32 linear whose calibration chose the native product
+    if getattr(forward, "func", None) is not float_linear:
+        return False
+    return set(forward.args[1].values()) == {NATIVE} and is_plain(forward.args[0].weight)
 
 
 def _matrix(linear: Any) -> native.Matrix:

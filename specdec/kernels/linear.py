@@ -9,13 +9,14 @@ import itertools
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from specdec.errors import UnsupportedOptionError
-from specdec.kernels import native
+from specdec.kernels import native, persistence
 
 
 class Int8Linear(nn.Module):
@@ -69,6 +70,34 @@ class Int8Linear(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Int8Linear":
         return self  # immutable, and possibly large: copies of a model share it
+
+    # what a module is converted, saved and loaded by: see persistence.py
+
+    def _apply(self, fn: persistence.Convert, recurse: bool = True) -> "Int8Linear":
+        persistence.check_conversion(fn)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        persistence.refuse_saving()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        persistence.refuse_loading()
+
+    def __getstate__(self) -> dict[str, Any]:
+        weight = None if self.prepacked is None else torch.ops.quantized.linear_unpack(self.prepacked)[0]
+        return {**self.__dict__, "library": None, "prepacked": weight, "layout": persistence.layout(self.library)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        persistence.check_layout(state.pop("layout"))
+        super().__setstate__(state)
+        self.library = native.library()
+        if self.prepacked is not None:
+            self.prepacked = torch.ops.quantized.linear_prepack(self.prepacked, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError("an int8-prepared linear has no float weight: load the model again for that")
+        return super().__getattr__(name)
 
 
 def _torch_pack(weight_NK: torch.Tensor) -> torch.ScriptObject:
@@ -149,9 +178,8 @@ def is_plain(weight: torch.Tensor) -> bool:
 
 
 def _product(choice: str, linear: nn.Linear, x_MK: torch.Tensor) -> torch.Tensor:
-    if choice == NATIVE:
-        library = native.library()
-        assert library is not None
+    library = native.library()
+    if choice == NATIVE and library:  # a pickled model may come to a machine without
         return library.linear(float_matrix(linear), x_MK)
     return turned(x_MK, linear.weight, linear.bias) if choice == TURNED else F.linear(x_MK, linear.weight, linear.bias)
 

@@ -14,6 +14,8 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.layer import LeanForward, Once, agrees, contiguous, fits
 from specdec.kernels.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
+from specdec.kernels.persistence import guard
+from specdec.kernels.weight_readers import read_by_others
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,14 +40,16 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
 
     weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
         weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
-        `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float. The float weights are then
-        gone, what remains becomes float32, and `unprepare` refuses. Activations are quantised too, for more speed,
+        `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float, and so do linears whose
+        weight the model's code reads itself (some routers). The float weights are then gone, what remains becomes
+        float32, and `unprepare` refuses. So do `to(dtype)`, `to(device)`, `state_dict`, `load_state_dict` and
+        `save_pretrained`; copies, pickles and `torch.save(model)` work. Activations are quantised too, for more speed,
         where all of the model is native and a token's logits are the same bits whatever else is in its forward (the
         layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
         beside others gets the logits that it gets alone, up to rounding.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
-    Idempotent. Change no weights between prepare() and unprepare().
+    Idempotent. Weights of a float model may change in between.
     Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
     on the CPU ("int8") or has no `nn.Linear`.
     """
@@ -127,14 +131,18 @@ def _to_int8(model: nn.Module) -> int:
         raise UnsupportedModelError("weights='int8' is for models on the CPU; move it there first")
     check_int8()
     replaced: dict[nn.Module, Int8Linear] = {}
+    kept = read_by_others(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child not in kept:
                 if child not in replaced:
                     replaced[child] = Int8Linear(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     _to_float32(model)
+    for module in model.modules():
+        if any(isinstance(part, Int8Linear) for part in module.modules() if part is not module):
+            guard(module)
     return len(replaced)
 
 
