@@ -2,14 +2,16 @@
 
 It takes the place of `layer.forward` for the layout that Llama, Mistral, Qwen2, Qwen3, SmolLM and many others share,
 recognised by structure and then checked against the layer's own forward on random input. What it does not cover (a
-prefill, training, attention weights asked for ...) goes to the layer's own forward. Hooks on a layer run, hooks on its
-parts do not.
+float32 prefill, training, attention weights asked for ...) goes to the layer's own forward. Hooks on a layer run, hooks
+on its parts do not.
 
-Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives.
+Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives, and
+so, with int8 weights, does a token of a prompt, however long and in whatever chunks it is read.
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -87,7 +89,8 @@ class LeanForward:
     def __init__(self, layer: DecoderLayer, rotation: Once[Rotation, Rotation] | None = None) -> None:
         self.layer = layer
         self._rotation = rotation or Once(contiguous)
-        self._max_rows = native.MAX_INT8_ROWS if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
+        # torch has no better product for int8, and what it rounds otherwise shows in the tokens
+        self._max_rows = None if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,32 +110,46 @@ class LeanForward:
             kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        library = native.library()
-        assert library is not None
-        constants, num_threads = self._constants or self._prepare(), torch.get_num_threads()
+        constants = self._constants or self._prepare()
         x_BTC = hidden_states.contiguous()
-        B, T, _ = x_BTC.shape
-        query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
-        key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
-        value_BTKD = torch.empty_like(key_BTKD)
-        inputs = [query_BTHD.data_ptr(), key_BTKD.data_ptr(), value_BTKD.data_ptr()]
-        if constants.rotates:
-            cos, sin = self._rotation(position_embeddings)
-            if cos.shape[0] != B:
-                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
-            inputs = [cos.data_ptr(), sin.data_ptr(), *inputs]
-        else:
-            inputs = [0, 0, *inputs]
-        library.attention_inputs(constants.layer, x_BTC.data_ptr(), B * T, *inputs, num_threads)
-
+        query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
         if past_key_values is not None:
             key_BKSD, value_BKSD = past_key_values.update(key_BKSD, value_BKSD, constants.layer_idx)
+        T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
-        attention = native.attention(query_BTHD, key_BKSD, value_BKSD, attention_mask, constants.scale)
+        return self._attention_and_mlp(constants, x_BTC, _Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
+
+    def _attention_inputs(
+        self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [B, T, H, D] and keys, and values, both [B, T, K, D]."""
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
+        B, T, _ = x_BTC.shape
+        query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
+        key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
+        by_row = [x_BTC, query_BTHD, key_BTKD, torch.empty_like(key_BTKD)]
+        if constants.rotates:
+            cos, sin = self._rotation(rotation)
+            if cos.shape[0] != B:
+                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
+            by_row += [cos, sin]
+        for first in range(0, B * T, native.BLOCK_ROWS):
+            count = min(native.BLOCK_ROWS, B * T - first)
+            x, query, key, value, *angles = [_address(part, first) for part in by_row]
+            library.attention_inputs(constants.layer, x, count, *(angles or (0, 0)), query, key, value, num_threads)
+        return query_BTHD, key_BTKD, by_row[3]
+
+    def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: "_Attended") -> torch.Tensor:
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
         out_BTC = torch.empty_like(x_BTC)
-        library.attention_and_mlp(constants.layer, attention, x_BTC.data_ptr(), out_BTC.data_ptr(), num_threads)
+        for first, part in attended.blocks():
+            attention = native.attention(*part, constants.scale)
+            x, out = _address(x_BTC, first), _address(out_BTC, first)
+            library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
         return out_BTC
 
     def _covers(
@@ -140,7 +157,7 @@ class LeanForward:
     ) -> bool:
         shape = hidden.shape
         return (
-            shape[0] * shape[1] <= self._max_rows
+            (self._max_rows is None or shape[0] * shape[1] <= self._max_rows)
             and hidden.dtype is torch.float32
             and not hidden.is_cuda
             and not (hidden.requires_grad and torch.is_grad_enabled())
@@ -171,6 +188,35 @@ class LeanForward:
         sizes = num_heads, num_kv_heads, attn.head_dim
         self._constants = _Constants(layer, attn.layer_idx, attn.scaling, *sizes, rotates)
         return self._constants
+
+
+class _Attended(NamedTuple):
+    """Queries, and what they attend to."""
+
+    query_BTHD: torch.Tensor
+    key_BKSD: torch.Tensor
+    value_BKSD: torch.Tensor
+    mask: torch.Tensor | None
+
+    def blocks(self) -> Iterator[tuple[int, "_Attended"]]:
+        """Parts of at most `BLOCK_ROWS` queries that lie beside each other, and the number of queries before each."""
+        B, T = self.query_BTHD.shape[:2]
+        if B * T <= native.BLOCK_ROWS:
+            yield 0, self
+            return
+        for row, first in itertools.product(range(B), range(0, T, native.BLOCK_ROWS)):
+            part = self._part(slice(row, row + 1), slice(first, min(first + native.BLOCK_ROWS, T)))
+            yield row * T + first, part
+
+    def _part(self, rows: slice, tokens: slice) -> "_Attended":
+        B, T = self.query_BTHD.shape[:2]
+        num_keys = self.key_BKSD.shape[2]
+        if self.mask is None:  # causal: the last query sees the last key
+            mask, num_seen = None, num_keys - T + tokens.stop
+        else:
+            mask, num_seen = self.mask.expand(B, -1, T, -1)[rows, :, tokens], num_keys
+        key, value = self.key_BKSD[rows, :, :num_seen], self.value_BKSD[rows, :, :num_seen]
+        return _Attended(self.query_BTHD[rows, tokens], key, value, mask)
 
 
 @torch.no_grad()
@@ -211,6 +257,11 @@ class _OneLayerCache:
         new = key, value
         self.states = tuple(torch.cat(pair, 2) for pair in zip(self.states, new, strict=True)) if self.states else new
         return self.states
+
+
+def _address(tensor: torch.Tensor, first: int) -> int:
+    """Of a row of a contiguous float32 tensor [B, T, ...], counted over B and T."""
+    return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel()
 
 
 def _children(module: DecoderLayer) -> set[str]:

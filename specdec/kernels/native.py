@@ -23,7 +23,7 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno"),  # a sum is rounded the same way wherever it is inlined
 )
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
-MAX_INT8_ROWS = 1024  # torch has no better product for int8, and what it rounds otherwise shows in the tokens
+BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
 
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 
