@@ -130,6 +130,13 @@ class LayerViews:
         """The first `stop` layers without head; the state after them is kept too."""
         return self._view(0, stop, kept)
 
+    def body(self) -> View:
+        """All layers without norm and head, if the layers are lean: for tokens that nobody asks about."""
+        assert self.are_lean
+        if "body" not in self._views:
+            self._views["body"] = View(self._model, _lean=self._lean(self.layers, None, None, has_head=False))
+        return self._views["body"]
+
     def above(self, start: int, kept: Iterable[int] = ()) -> View:
         """The layers from `start` on, and the head, from given states."""
         return self._view(start, self.num_layers, kept)

@@ -161,7 +161,7 @@ class TreeModel:
         num_rows, num_new = tokens_BT.shape
         offsets_BT = torch.arange(num_new, device=self.device).expand(num_rows, num_new)
         seen_BTT = None if num_new == 1 else (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
-        self._call(self._bare, 0, tokens_BT, offsets_BT, seen_BTT, num_logits=1)
+        self._call(self._body, 0, tokens_BT, offsets_BT, seen_BTT, num_logits=1)
         self.num_forwards += 1
         self.cache.commit([range(num_new)] * num_rows)
 
@@ -278,10 +278,19 @@ class TreeModel:
     @cached_property
     def _bare(self) -> View:
         """The whole model, nothing kept."""
+        return self.views.whole() if self._is_lean else View(self.model)
+
+    @cached_property
+    def _body(self) -> View:
+        """What reads tokens whose logits nobody wants."""
+        return self.views.body() if self._is_lean else self._bare
+
+    @cached_property
+    def _is_lean(self) -> bool:
         try:
-            return self.views.whole() if prepared(self.model) and self.views.are_lean else View(self.model)
+            return prepared(self.model) is not None and self.views.are_lean
         except UnsupportedModelError:  # there are no layers to be found, and none are needed
-            return View(self.model)
+            return False
 
     def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
         """Verify where the drafting has already passed the lower layers with some of the slots."""

@@ -19,6 +19,7 @@ from specdec.cache import RowStates
 from specdec.compatibility import check_model, position_limit
 from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
+from specdec.engine.chunking import ChunkSizer
 from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
@@ -49,7 +50,8 @@ class Engine:
         max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. Rows are padded to the
             longest: n of them take n times what the one that may get longest needs. None takes half of the memory that
             is free now.
-        prefill_chunk: prompt tokens that are read between two rounds, at most.
+        prefill_chunk: prompt tokens that are read between two rounds, at most. While others decode they are as many as
+            take about one and a half times what a round takes (`chunking`).
 
     Raises:
         UnsupportedModelError: the model cannot be decoded by tree.
@@ -66,7 +68,7 @@ class Engine:
         max_rows: int = 16,
         max_waiting: int = 1024,
         max_cached_tokens: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 512,
     ):
         options.check_call(model, tree=None, verify="topdown", router=None, generator=None)
         limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
@@ -86,6 +88,7 @@ class Engine:
         self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
         self._drafter = as_drafter(drafter)
         self._reader = TreeModel(model)
+        self._chunks = ChunkSizer(prefill_chunk)
         self._prefixes = PrefixCache(self.max_cached_tokens)
         self._waiting: deque[Member] = deque()
         self._admitted: deque[Member] = deque()
@@ -226,13 +229,16 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """Read a chunk's worth of tokens, and let those join whose prompt has been read."""
-        left = self.prefill_chunk
+        left = self._chunks.size(is_decoding=bool(self._loop.members))
         while self._admitted and left > 0:
             member = self._admitted[0]
             started = perf_counter()
             try:
-                left -= self._read(member, left)
-                member.generation.stats.prefill_seconds += perf_counter() - started
+                num_read = self._read(member, left)
+                left -= num_read
+                seconds = perf_counter() - started
+                self._chunks.note_chunk(num_read, seconds)
+                member.generation.stats.prefill_seconds += seconds
             except BaseException as error:
                 self._remove(member)
                 self._finish(member, "error", _as_exception(error))
@@ -251,6 +257,8 @@ class Engine:
         part = beginning[self._num_read : self._num_read + most]
         if part:
             self._reader.read(torch.tensor([part], device=self._reader.device))
+            if self._reader.device.type == "cuda":  # what is under way would count as the round's
+                torch.cuda.synchronize(self._reader.device)
             self._num_read += len(part)
         if self._num_read == len(beginning):
             states = self._reader.cache.row_views(0) if beginning else None
@@ -269,8 +277,10 @@ class Engine:
 
     def _round(self) -> None:
         """A round of all rows. One that breaks ends them all, for none can be trusted to be whole."""
+        started = perf_counter()
         try:
             self._loop.round()
+            self._chunks.note_round(perf_counter() - started)
         except BaseException as error:
             broken = self._loop
             for member in list(broken.members.values()):
