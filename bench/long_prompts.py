@@ -6,7 +6,8 @@
 One engine, one process. First the streams decode alone, then a long prompt is read alone, then long prompts arrive
 beside the streams, each when the one before has said its first token. Nothing is drafted, so that every round commits a
 token of each stream. Time between tokens is over all streams; the time to the first token is the median over the long
-prompts. The CPU clock leaves out what other programs take of a shared machine; it is meant for --threads 1.
+prompts. The CPU clock, which the engine then goes by too, leaves out what other
+programs take of a shared machine; it is meant for --threads 1.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Trial:
 
     def __init__(self, model: PreTrainedModel, num_streams: int, clock: Callable[[], float]):
         self._engine = Engine(model, drafter=Plain(), max_rows=num_streams + 1)
+        self._engine._clock = clock
         self._unlikely = model.config.get_text_config(decoder=True).vocab_size - 1
         self._clock = clock
         self._random = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.stack import LeanStack, Rotations, is_lean, stacks
+from specdec.kernels.stack import LeanStack, Rotations, can_join, is_lean, stacks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -121,6 +121,11 @@ class LayerViews:
     def are_lean(self) -> bool:
         """Whether the layers can be called without the model's own forward around them (`kernels/stack.py`)."""
         return stacks(self._model, self.layers, self.final_norm)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether tokens of another cache may go through the layers together with a whole view's own."""
+        return self.are_lean and can_join(self._model, self.layers)
 
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""

@@ -1,8 +1,8 @@
-"""How much of the waiting prompts is read between two rounds: as much as costs little more than a round.
+"""How much of a waiting prompt is read between two rounds, or in the forward of one: what costs about a round.
 
-Rows that decode wait for the chunk, and the prompt waits for their rounds. Where a round takes r seconds and a chunk c,
-their tokens come (r + c) / r times as far apart, and the prompt takes (r + c) / c times as long as alone: neither can
-be had for nothing. What a token costs depends on model, machine, context and company, so both are measured, not set.
+Rows that decode wait for the chunk, and the prompt waits for their rounds. Where a round takes r seconds and a chunk c
+more, their tokens come (r + c) / r times as far apart, and the prompt takes (r + c) / c times as long as alone: neither
+can be had for nothing. What a token costs depends on model, machine, context and company: it is measured, not set.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-LEAST = 16
-"""Tokens of a chunk, at least: below, a forward costs as much as one of fewer, and the prompt never gets done."""
-_TILE = 8
-"""Rows that pass over the weights together: chunks are a multiple of it."""
-_SHARE = 1.5
-"""Seconds of a chunk, in rounds: tokens come 2.5 times as far apart, a prompt takes 1.7 times as long as alone."""
+LEAST = 8
+"""Tokens of a chunk, at least: rows that pass over the weights together."""
+_SHARE = 1.7
+"""Seconds of a chunk, in rounds: tokens come 2.7 times as far apart, a prompt takes 1.6 times as long as alone."""
 _ROUNDS = 9
 """Whose median says what a round takes."""
-_CHUNKS = 3
+_CHUNKS = 5
 """Whose median says what a token takes: few, for it grows with what has been read."""
+_GROWTH = 1.5
+"""Most that a chunk may be larger than the one before: small ones are too short to be timed well."""
+_MOST_ALONG = 16
+"""Rounds with a chunk before one without, which shows what rounds take by now."""
 
 
 class ChunkSizer:
@@ -33,26 +35,40 @@ class ChunkSizer:
         self._most = most
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)
         self._rates: deque[float] = deque(maxlen=_CHUNKS)
+        self._last = most
+        self._num_along = 0
 
     def size(self, *, is_decoding: bool) -> int:
-        """Tokens to read next.
+        """Tokens to read next; 0 for a round without any.
 
         Args:
             is_decoding: whether anyone waits for a round.
         """
         if not is_decoding:
             return self._most
+        if self._num_along >= _MOST_ALONG or not self._rounds:
+            return 0
         least = min(LEAST, self._most)
-        if not self._rounds or not self._rates:
+        if not self._rates:
             return least
-        num_affordable = int(_SHARE * median(self._rounds) / max(median(self._rates), 1e-9))
-        return max(least, min(self._most, num_affordable // _TILE * _TILE))
+        rate = max(median(self._rates), 1e-9)
+        num_affordable = min(_SHARE * median(self._rounds) / rate, _GROWTH * self._last, self._most)
+        return max(least, int(num_affordable))
 
     def note_round(self, seconds: float) -> None:
-        """A round has taken this, without the chunk before it."""
+        """A round has taken this, without a chunk."""
         self._rounds.append(seconds)
+        self._num_along = 0
 
     def note_chunk(self, num_tokens: int, seconds: float) -> None:
         """So many tokens of one prompt have been read at once."""
         if num_tokens:
             self._rates.append(seconds / num_tokens)
+            self._last = num_tokens
+
+    def note_along(self, num_tokens: int, seconds: float) -> float:
+        """A round in whose forward so many tokens were read has taken this; returns what they have added."""
+        added = max(seconds - median(self._rounds), 0.0)
+        self.note_chunk(num_tokens, added)
+        self._num_along += 1
+        return added

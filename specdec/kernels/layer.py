@@ -11,7 +11,7 @@ Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -149,8 +149,43 @@ class LeanForward:
         for first, part in attended.blocks():
             attention = native.attention(*part, constants.scale)
             x, out = _address(x_BTC, first), _address(out_BTC, first)
-            library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
+            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
         return out_BTC
+
+    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence["Part"]) -> torch.Tensor:
+        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+
+        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
+        """
+        library, constants = native.library(), self._constants or self._prepare()
+        assert library is not None
+        states_1R = self._attention_inputs(constants, x_1RC, rotation)
+        attentions, first = [], 0
+        for part in parts:
+            rows = slice(first, first + part.num_rows * part.num_tokens)
+            query_BTHD, key_BTKD, value_BTKD = [
+                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
+            ]
+            key_BKSD, value_BKSD = part.past_key_values.update(
+                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
+            )
+            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
+            first = rows.stop
+        out_1RC = torch.empty_like(x_1RC)
+        library.attention_and_mlp(
+            constants.layer,
+            (native.Attention * len(parts))(*attentions),
+            len(parts),
+            x_1RC.data_ptr(),
+            out_1RC.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_1RC
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether forwards of any number of rows are native."""
+        return self._max_rows is None
 
     def _covers(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation, kwargs: dict[str, Any]
@@ -188,6 +223,19 @@ class LeanForward:
         sizes = num_heads, num_kv_heads, attn.head_dim
         self._constants = _Constants(layer, attn.layer_idx, attn.scaling, *sizes, rotates)
         return self._constants
+
+
+class Part(NamedTuple):
+    """Rows of one cache in a forward of several.
+
+    Args:
+        mask: as of a forward of the part alone, [B, 1, T, S] or None.
+    """
+
+    num_rows: int
+    num_tokens: int
+    mask: torch.Tensor | None
+    past_key_values: Any
 
 
 class _Attended(NamedTuple):
@@ -261,7 +309,7 @@ class _OneLayerCache:
 
 def _address(tensor: torch.Tensor, first: int) -> int:
     """Of a row of a contiguous float32 tensor [B, T, ...], counted over B and T."""
-    return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel()
+    return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel() if first else tensor.data_ptr()
 
 
 def _children(module: DecoderLayer) -> set[str]:

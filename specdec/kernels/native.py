@@ -135,7 +135,7 @@ class Library:
             "linear": (ctypes.POINTER(Matrix), _Pointer, _Int, _Pointer, num_threads),
             "attend": (attention, num_threads),
             "attention_inputs": (layer, _Pointer, _Int, *(_Pointer,) * 5, num_threads),
-            "attention_and_mlp": (layer, attention, _Pointer, _Pointer, num_threads),
+            "attention_and_mlp": (layer, attention, _Int, _Pointer, _Pointer, num_threads),
             "take": (ctypes.POINTER(Urn), _Pointer, _Int, ctypes.POINTER(Taken), _Int, *(_Pointer,) * 3),
             "new_tree": (ctypes.POINTER(TreeSettings),),
             "free_tree": (_Pointer,),

@@ -78,9 +78,10 @@ EXPORT void specdec_attention_inputs(const Layer *l, const float *x, int64_t row
     end_call();
 }
 
-EXPORT void specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
+EXPORT void specdec_attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out,
+                                      int num_threads) {
     begin_call(num_threads);
-    kernels->attention_and_mlp(l, a, x, out);
+    kernels->attention_and_mlp(l, attentions, count, x, out);
     end_call();
 }
 
