@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.stack import LeanStack, Rotations, is_lean, stacks
+from specdec.kernels.stack import LeanStack, Rotations, can_join, is_lean, stacks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -122,6 +122,11 @@ class LayerViews:
         """Whether the layers can be called without the model's own forward around them (`kernels/stack.py`)."""
         return stacks(self._model, self.layers, self.final_norm)
 
+    @property
+    def can_join(self) -> bool:
+        """Whether tokens of another cache may go through the layers together with a whole view's own."""
+        return self.are_lean and can_join(self._model, self.layers)
+
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""
         return self._view(0, self.num_layers, kept)
@@ -129,6 +134,13 @@ class LayerViews:
     def below(self, stop: int, kept: Iterable[int] = ()) -> View:
         """The first `stop` layers without head; the state after them is kept too."""
         return self._view(0, stop, kept)
+
+    def body(self) -> View:
+        """All layers without norm and head, if the layers are lean: for tokens that nobody asks about."""
+        assert self.are_lean
+        if "body" not in self._views:
+            self._views["body"] = View(self._model, _lean=self._lean(self.layers, None, None, has_head=False))
+        return self._views["body"]
 
     def above(self, start: int, kept: Iterable[int] = ()) -> View:
         """The layers from `start` on, and the head, from given states."""

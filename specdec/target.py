@@ -9,9 +9,9 @@ Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +24,17 @@ from specdec.cache import RowStates, TreeCache, sliding_windows
 from specdec.errors import UnsupportedModelError
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
-from specdec.partial import TailOrder, tail_order
+from specdec.partial import Passed, TailOrder, tail_order
 from trees import TreeBatch
+
+
+@dataclass(slots=True, eq=False)
+class Along:
+    """Tokens [B, T] that a reader of the same model takes in with a forward of another; whether it has."""
+
+    reader: TreeModel
+    tokens_BT: Tensor
+    is_read: bool = False
 
 
 def home_device(model: PreTrainedModel) -> torch.device:
@@ -63,8 +72,9 @@ class TreeModel:
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
-        self._passed: _Passed | None = None
+        self._passed: Passed | None = None
         self._order: TailOrder | None = None
+        self._along: Along | None = None
 
     @cached_property
     def views(self) -> LayerViews:
@@ -158,12 +168,40 @@ class TreeModel:
         Args:
             tokens_BT: int64, T at least 1.
         """
+        self._run(self._body, self._new_inputs(tokens_BT), num_logits=1)
+        self._take_new(tokens_BT)
+
+    @property
+    def can_read_along(self) -> bool:
+        """Whether `reading_along` is possible."""
+        return self._is_lean and not self._kept and self.views.can_join
+
+    @contextmanager
+    def reading_along(self, reader: TreeModel, tokens_BT: Tensor) -> Iterator[Along]:
+        """Within, the next `forward` also does what `reader.read(tokens_BT)` would, to the last bit, at less cost.
+
+        Args:
+            reader: of the same model. What it has is as before if no forward comes, or one that fails.
+        """
+        along = self._along = Along(reader, tokens_BT)
+        try:
+            yield along
+        finally:
+            self._along = None
+            if not along.is_read:
+                reader.forget_tail()
+
+    def _new_inputs(self, tokens_BT: Tensor) -> dict[str, Any]:
+        """Of tokens that follow what is committed."""
         num_rows, num_new = tokens_BT.shape
         offsets_BT = torch.arange(num_new, device=self.device).expand(num_rows, num_new)
         seen_BTT = None if num_new == 1 else (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
-        self._call(self._bare, 0, tokens_BT, offsets_BT, seen_BTT, num_logits=1)
+        return self._inputs(0, tokens_BT, offsets_BT, seen_BTT)
+
+    def _take_new(self, tokens_BT: Tensor) -> None:
+        """They have been forwarded."""
         self.num_forwards += 1
-        self.cache.commit([range(num_new)] * num_rows)
+        self.cache.commit([range(tokens_BT.shape[1])] * tokens_BT.shape[0])
 
     def read_along(self, other: TreeModel) -> None:
         """Work on the cache of another model, which has the same layers and has been prefilled.
@@ -201,8 +239,14 @@ class TreeModel:
         Returns:
             Logits after every new slot, [B, T, V], in the model's dtype.
         """
-        whole = self._whole()
-        outputs = self._call(whole, self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
+        whole, along, beside = self._whole(), self._along, {}
+        if along is not None:
+            beside = {"beside": along.reader._new_inputs(along.tokens_BT)}
+        outputs = self._run(whole, self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK) | beside)
+        if along is not None:
+            self._along = None
+            along.reader._take_new(along.tokens_BT)
+            along.is_read = True
         self.states = self._at_home(whole.states)
         self.num_forwards += 1
         return outputs.logits
@@ -217,7 +261,7 @@ class TreeModel:
         """
         passed = self._passed
         if passed is None:
-            passed = self._passed = _Passed(exit_layer)
+            passed = self._passed = Passed(exit_layer)
         assert passed.exit_layer == exit_layer, "one exit layer a round"
         below = self.views.below(exit_layer, self._kept)
         self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
@@ -278,10 +322,19 @@ class TreeModel:
     @cached_property
     def _bare(self) -> View:
         """The whole model, nothing kept."""
+        return self.views.whole() if self._is_lean else View(self.model)
+
+    @cached_property
+    def _body(self) -> View:
+        """What reads tokens whose logits nobody wants."""
+        return self.views.body() if self._is_lean else self._bare
+
+    @cached_property
+    def _is_lean(self) -> bool:
         try:
-            return self.views.whole() if prepared(self.model) and self.views.are_lean else View(self.model)
+            return prepared(self.model) is not None and self.views.are_lean
         except UnsupportedModelError:  # there are no layers to be found, and none are needed
-            return View(self.model)
+            return False
 
     def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
         """Verify where the drafting has already passed the lower layers with some of the slots."""
@@ -304,7 +357,7 @@ class TreeModel:
         self.num_forwards += 1
         return order.restore(outputs.logits)
 
-    def _rearrange(self, passed: _Passed, order: TailOrder, offsets_BK: Tensor) -> None:
+    def _rearrange(self, passed: Passed, order: TailOrder, offsets_BK: Tensor) -> None:
         """Bring the lower layers' tail into the order of verification."""
         if not order.is_plain:
             self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
@@ -314,31 +367,27 @@ class TreeModel:
             passed.arrange(order.sources_BK)
         self._offsets_BS = offsets_BK
 
-    def _call(
-        self,
-        view: View,
-        num_tail: int,
-        tokens_BT: Tensor,
-        offsets_BT: Tensor,
-        seen_BTK: Tensor | None,
-        *,
-        num_logits: int = 0,
-    ) -> Any:
-        """Forward new slots where the running layers already hold a tail of `num_tail`.
+    def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
+        """Forward new slots where the running layers already hold a tail of `num_tail`."""
+        return self._run(view, self._inputs(num_tail, tokens_BT, offsets_BT, seen_BTK))
 
+    def _run(self, view: View, inputs: dict[str, Any], *, num_logits: int = 0) -> Any:
+        """
         Args:
             num_logits: of the last slots, at least; 0 for all.
         """
         fewer = {"logits_to_keep": num_logits} if num_logits and self.model._supports_logits_to_keep() else {}
+        return view.run(**inputs, **fewer)
+
+    def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
-        return view.run(
-            input_ids=tokens_BT,
-            attention_mask=self._mask(seen_BTK, offsets_BT),
-            position_ids=self.next_positions_B.unsqueeze(1) + offsets_BT,
-            past_key_values=self.cache,
-            use_cache=True,
-            **fewer,
-        )
+        return {
+            "input_ids": tokens_BT,
+            "attention_mask": self._mask(seen_BTK, offsets_BT),
+            "position_ids": self.next_positions_B.unsqueeze(1) + offsets_BT,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
 
     def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
@@ -370,28 +419,3 @@ class TreeModel:
             return by_window.popitem()[1]
         (window,) = windows - {None}
         return {"full_attention": by_window[None], "sliding_attention": by_window[window]}
-
-
-class _Passed:
-    """The hidden states of the slots that have passed the lower layers in this round."""
-
-    def __init__(self, exit_layer: int):
-        self.exit_layer = exit_layer
-        self._parts: dict[int, list[Tensor]] = defaultdict(list)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(part.shape[1] for part in self._parts[self.exit_layer])
-
-    def add(self, states: dict[int, Tensor]) -> None:
-        for depth, part_BTC in states.items():
-            self._parts[depth].append(part_BTC)
-
-    def states(self) -> dict[int, Tensor]:
-        """number of layers -> [B, K, C]."""
-        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
-
-    def arrange(self, sources_BK: Tensor) -> None:
-        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
-        for depth, states_BKC in self.states().items():
-            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]

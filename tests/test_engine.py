@@ -245,7 +245,7 @@ def test_a_long_prompt_does_not_keep_others_waiting():
         before = len(short.tokens)
         engine.step()
         assert len(short.tokens) == before + 1
-    assert len(short.tokens) == 11  # ten chunks
+    assert 11 <= len(short.tokens) <= 21  # chunks of 16, or of 8 if that takes long
     assert long.stats.prefill_seconds > 0
 
 

@@ -72,6 +72,28 @@ def test_one_foreign_product_is_enough_to_keep_all_activations_float():
     assert all(part.weight_only for part in model.modules() if isinstance(part, Int8Linear))
 
 
+class Adapted(nn.Module):
+    """A linear with an adapter of rank one."""
+
+    def __init__(self, linear: nn.Module, size: int):
+        super().__init__()
+        self.linear = linear
+        self.adapter = nn.Parameter(torch.randn(size, 1, generator=torch.Generator().manual_seed(2)) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (x @ self.adapter) * self.adapter.sum()
+
+
+@needs_native
+def test_an_adapter_in_one_layer_ends_quantised_activations_in_all():
+    model = specdec.prepare(tiny_model("llama", **NATIVE_LAYERS), weights="int8")
+    model(ragged()["input_ids"])
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj, NATIVE_LAYERS["hidden_size"])
+    model(ragged()["input_ids"])
+    assert 0 < gap_between_widths(model) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3", "llama"])
 @pytest.mark.parametrize("drafter", [PromptLookup, lambda: SmallModel(tiny_model("llama", seed=5))])
 def test_greedy_output_is_the_int8_models_own(family, drafter):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 import psutil
@@ -19,10 +20,12 @@ from specdec.cache import RowStates
 from specdec.compatibility import check_model, position_limit
 from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
+from specdec.engine.chunking import ChunkSizer
 from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
 from specdec.engine.queue import TurnQueue
+from specdec.engine.reading import PromptReader
 from specdec.engine.request import FinishReason, Generation, Request
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.generation import as_drafter
@@ -50,7 +53,9 @@ class Engine:
         max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. Rows are padded to the
             longest: n of them take n times what the one that may get longest needs. None takes half of the memory that
             is free now.
-        prefill_chunk: prompt tokens that are read between two rounds, at most.
+        prefill_chunk: prompt tokens that are read between two rounds, at most. While others decode they are as many as
+            take about 1.7 times what a round takes (`chunking`); with int8 weights and native layers, they
+            go through the model together with the round's own.
 
     Raises:
         UnsupportedModelError: the model cannot be decoded by tree.
@@ -67,7 +72,7 @@ class Engine:
         max_rows: int = 16,
         max_waiting: int = 1024,
         max_cached_tokens: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 512,
     ):
         options.check_call(model, tree=None, verify="topdown", router=None, generator=None)
         limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
@@ -86,12 +91,12 @@ class Engine:
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
         self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
         self._drafter = as_drafter(drafter)
-        self._reader = TreeModel(model)
         self._prefixes = PrefixCache(self.max_cached_tokens)
         self._waiting = TurnQueue(max_waiting)
+        self._reader = PromptReader(model, self._prefixes)
+        self._chunks = ChunkSizer(prefill_chunk)
+        self._clock = perf_counter
         self._admitted: deque[Member] = deque()
-        self._num_read: int | None = None
-        """Of the first admitted request's prompt; None before it has begun."""
         self._open: dict[Generation, Member] = {}
         self._loop = self._start()
 
@@ -142,9 +147,13 @@ class Engine:
             Whether anything is left to do.
         """
         self._admit()
-        self._read_prompts()
-        if self._loop.members:
-            self._round()
+        num_tokens = self._chunks.size(is_decoding=bool(self._loop.members))
+        if self._loop.members and self._loop.target.can_read_along:
+            self._round(self._next_prompt() if num_tokens else None, num_tokens)
+        else:
+            self._read_prompts(num_tokens)
+            if self._loop.members:
+                self._round(None, 0)
         self._tell()
         return bool(self._open)
 
@@ -225,71 +234,97 @@ class Engine:
             self._prefixes.shrink(self.max_cached_tokens - reserved)
             self._admitted.append(self._waiting.pop())
 
-    def _read_prompts(self) -> None:
-        """Read a chunk's worth of tokens, and let those join whose prompt has been read."""
-        left = self.prefill_chunk
-        while self._admitted and left > 0:
-            member = self._admitted[0]
-            started = perf_counter()
-            try:
-                left -= self._read(member, left)
-                member.generation.stats.prefill_seconds += perf_counter() - started
-            except BaseException as error:
-                self._remove(member)
-                self._finish(member, "error", _as_exception(error))
-                if not isinstance(error, Exception):
-                    raise
+    def _read_prompts(self, left: int) -> None:
+        """Read so many tokens, and let those join whose prompt has been read."""
+        while left > 0 and (member := self._next_prompt()) is not None:
+            with self._own_errors(member):
+                started = self._clock()
+                num_read = self._reader.read(left)
+                seconds = self._clock() - started
+                self._chunks.note_chunk(num_read, seconds)
+                member.generation.stats.prefill_seconds += seconds
+                left -= num_read
+                if not self._reader.num_left:
+                    self._join(member)
 
-    def _read(self, member: Member, most: int) -> int:
-        """Go on with the first admitted prompt; returns the number of tokens read."""
-        *beginning, _ = member.prompt
-        if self._num_read is None:
-            self._reader.begin(1, capacity=len(beginning))
-            self._num_read, states = self._prefixes.match(beginning)
-            member.begin(self._num_read)
-            if states is not None:
-                self._reader.cache.write_row(0, states)
-        part = beginning[self._num_read : self._num_read + most]
-        if part:
-            self._reader.read(torch.tensor([part], device=self._reader.device))
-            self._num_read += len(part)
-        if self._num_read == len(beginning):
-            states = self._reader.cache.row_views(0) if beginning else None
-            self._loop.admit(member, states)
-            if states is not None:
-                self._keep(beginning, states)
-            self._admitted.popleft()
-            self._num_read = None
-            self._reader.begin()
-        return len(part)
+    def _next_prompt(self) -> Member | None:
+        """The first admitted request with tokens to read; those before it, which are known already, join."""
+        while self._admitted:
+            member = self._admitted[0]
+            with self._own_errors(member):
+                self._reader.begin(member)
+                if self._reader.num_left:
+                    return member
+                self._join(member)
+        return None
+
+    @contextmanager
+    def _own_errors(self, member: Member) -> Iterator[None]:
+        """If reading its prompt fails, only this request ends."""
+        try:
+            yield
+        except BaseException as error:
+            self._remove(member)
+            self._finish(member, "error", _as_exception(error))
+            if not isinstance(error, Exception):
+                raise
+
+    def _join(self, member: Member) -> None:
+        """The prompt that is being read has been, and its request is decoded from now on."""
+        states = self._reader.states
+        self._loop.admit(member, states)
+        if states is not None:
+            self._keep(member.prompt[:-1], states)
+        self._admitted.remove(member)
+        self._reader.forget(member)
 
     def _keep(self, tokens: Sequence[int], states: RowStates) -> None:
         """Keep a text's states for whoever begins like it, in the memory that no row has reserved."""
         self._prefixes.add(tokens, states)
         self._prefixes.shrink(self.max_cached_tokens - self._reserved(self._admitted_members))
 
-    def _round(self) -> None:
-        """A round of all rows. One that breaks ends them all, for none can be trusted to be whole."""
+    def _round(self, member: Member | None, num_tokens: int) -> None:
+        """A round of all rows. One that breaks ends them all, for none can be trusted to be whole.
+
+        Args:
+            member: whose prompt is being read, of which so many tokens go along in the target's forward.
+        """
+        started, num_left = self._clock(), self._reader.num_left
         try:
-            self._loop.round()
+            if member is None:
+                self._loop.round()
+            else:
+                with self._reader.reading_along(self._loop.target, num_tokens):
+                    self._loop.round()
         except BaseException as error:
-            broken = self._loop
-            for member in list(broken.members.values()):
-                self._finish(member, "error", _as_exception(error))
-            broken.session.close()
-            self._loop = self._start()
-            if not isinstance(error, Exception):
-                raise
-            _log.exception("a round of %d requests has failed", len(broken.members))
+            self._break_off(error)
+            return
+        seconds, num_read = self._clock() - started, num_left - self._reader.num_left
+        if member is None or not num_read:
+            self._chunks.note_round(seconds)
+            return
+        member.generation.stats.prefill_seconds += self._chunks.note_along(num_read, seconds)
+        if not self._reader.num_left:
+            with self._own_errors(member):
+                self._join(member)
+
+    def _break_off(self, error: BaseException) -> None:
+        """A round has failed."""
+        broken = self._loop
+        for member in list(broken.members.values()):
+            self._finish(member, "error", _as_exception(error))
+        broken.session.close()
+        self._loop = self._start()
+        if not isinstance(error, Exception):
+            raise error
+        _log.error("a round of %d requests has failed", len(broken.members), exc_info=error)
 
     def _remove(self, member: Member) -> None:
         """Take a request out of wherever it is."""
         if member in self._waiting:
             self._waiting.remove(member)
         elif member in self._admitted:
-            if member is self._admitted[0]:
-                self._num_read = None
-                self._reader.begin()
+            self._reader.forget(member)
             self._admitted.remove(member)
         elif member in self._loop.members.values():
             self._loop.dismiss(member)

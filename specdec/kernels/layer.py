@@ -2,14 +2,16 @@
 
 It takes the place of `layer.forward` for the layout that Llama, Mistral, Qwen2, Qwen3, SmolLM and many others share,
 recognised by structure and then checked against the layer's own forward on random input. What it does not cover (a
-prefill, training, attention weights asked for ...) goes to the layer's own forward. Hooks on a layer run, hooks on its
-parts do not.
+float32 prefill, training, attention weights asked for ...) goes to the layer's own forward. Hooks on a layer run, hooks
+on its parts do not.
 
-Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives.
+Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives, and
+so, with int8 weights, does a token of a prompt, however long and in whatever chunks it is read.
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -126,10 +128,17 @@ def contiguous(rotation: Rotation) -> Rotation:
 class LeanForward:
     """The forward of a recognised layer. Holds no tensors of its own but the last rotation and mask."""
 
-    def __init__(self, layer: DecoderLayer, rotation: Once[Rotation, Rotation] | None = None) -> None:
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        rotation: Once[Rotation, Rotation] | None = None,
+        model: "NativeModel | None" = None,
+    ) -> None:
         self.layer = layer
+        self._model = model
         self._rotation = rotation or Once(contiguous)
-        self._max_rows = native.MAX_INT8_ROWS if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
+        # torch has no better product for int8, and what it rounds otherwise shows in the tokens
+        self._max_rows = None if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,45 +156,99 @@ class LeanForward:
     ) -> torch.Tensor:
         constants = None
         if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
-            constants = self._prepare()
+            constants = self._prepare(position_embeddings)
         if constants is None or position_embeddings is None:
             kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        library = native.library()
-        assert library is not None
-        num_threads = torch.get_num_threads()
         x_BTC = hidden_states.contiguous()
-        B, T, _ = x_BTC.shape
-        query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
-        key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
-        value_BTKD = torch.empty_like(key_BTKD)
-        inputs = [query_BTHD.data_ptr(), key_BTKD.data_ptr(), value_BTKD.data_ptr()]
-        if constants.rotates:
-            cos, sin = self._rotation(position_embeddings)
-            if cos.shape[0] != B:
-                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
-            inputs = [cos.data_ptr(), sin.data_ptr(), *inputs]
-        else:
-            inputs = [0, 0, *inputs]
-        library.attention_inputs(constants.layer, x_BTC.data_ptr(), B * T, *inputs, num_threads)
-
+        query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
         if past_key_values is not None:
             key_BKSD, value_BKSD = past_key_values.update(key_BKSD, value_BKSD, constants.layer_idx)
+        T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
-        attention = native.attention(query_BTHD, key_BKSD, value_BKSD, attention_mask, constants.scale)
+        return self._attention_and_mlp(constants, x_BTC, _Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
+
+    def _attention_inputs(
+        self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [B, T, H, D] and keys, and values, both [B, T, K, D]."""
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
+        B, T, _ = x_BTC.shape
+        query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
+        key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
+        by_row = [x_BTC, query_BTHD, key_BTKD, torch.empty_like(key_BTKD)]
+        if constants.rotates:
+            cos, sin = self._rotation(rotation)
+            if cos.shape[0] != B:
+                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
+            by_row += [cos, sin]
+        for first in range(0, B * T, native.BLOCK_ROWS):
+            count = min(native.BLOCK_ROWS, B * T - first)
+            x, query, key, value, *angles = [_address(part, first) for part in by_row]
+            library.attention_inputs(constants.layer, x, count, *(angles or (0, 0)), query, key, value, num_threads)
+        return query_BTHD, key_BTKD, by_row[3]
+
+    def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: "_Attended") -> torch.Tensor:
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
         out_BTC = torch.empty_like(x_BTC)
-        library.attention_and_mlp(constants.layer, attention, x_BTC.data_ptr(), out_BTC.data_ptr(), num_threads)
+        for first, part in attended.blocks():
+            attention = native.attention(*part, constants.scale)
+            x, out = _address(x_BTC, first), _address(out_BTC, first)
+            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
         return out_BTC
+
+    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence["Part"]) -> torch.Tensor:
+        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+
+        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
+        """
+        library, constants = native.library(), self._prepare(rotation)
+        assert library is not None
+        assert constants is not None, "`any_rows` is asked first"
+        states_1R = self._attention_inputs(constants, x_1RC, rotation)
+        attentions, first = [], 0
+        for part in parts:
+            rows = slice(first, first + part.num_rows * part.num_tokens)
+            query_BTHD, key_BTKD, value_BTKD = [
+                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
+            ]
+            key_BKSD, value_BKSD = part.past_key_values.update(
+                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
+            )
+            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
+            first = rows.stop
+        out_1RC = torch.empty_like(x_1RC)
+        library.attention_and_mlp(
+            constants.layer,
+            (native.Attention * len(parts))(*attentions),
+            len(parts),
+            x_1RC.data_ptr(),
+            out_1RC.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_1RC
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether forwards of any number of rows are native."""
+        return self._max_rows is None
+
+    @property
+    def model_is_native(self) -> bool:
+        """Whether the model's layers are native now."""
+        return self._model is None or self._model.is_native(None)
 
     def _covers(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation, kwargs: dict[str, Any]
     ) -> bool:
         shape = hidden.shape
         return (
-            shape[0] * shape[1] <= self._max_rows
+            (self._max_rows is None or shape[0] * shape[1] <= self._max_rows)
             and hidden.dtype is torch.float32
             and not hidden.is_cuda
             and not (hidden.requires_grad and torch.is_grad_enabled())
@@ -194,13 +257,20 @@ class LeanForward:
             and not any(value and name not in _HARMLESS for name, value in kwargs.items())
         )
 
-    def _prepare(self) -> _Constants | None:
-        """None where the layer is not what it was when it was recognised, or the kernels are not here."""
+    def is_unchanged(self) -> bool:
+        """Whether the layer is what it was when it was recognised, and the kernels are here."""
         constants = self._constants
-        if constants is not None and not constants.places.hold_the_same():
+        if constants is None:
+            return native.library() is not None and fits(self.layer)
+        return constants.places.hold_the_same()
+
+    def _prepare(self, rotation: object) -> _Constants | None:
+        """None where the layer has to be the model's own. `rotation` tells one forward from another."""
+        if not (self.is_unchanged() if self._model is None else self._model.is_native(rotation)):
             return None
+        constants = self._constants
         if constants is None or constants.places.have_moved():
-            constants = self._constants = self._find() if native.library() and fits(self.layer) else None
+            constants = self._constants = self._find()
         return constants
 
     def _find(self) -> _Constants:
@@ -224,6 +294,75 @@ class LeanForward:
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
         return _Constants(_Places(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
+
+
+class NativeModel:
+    """The native layers of an int8 model. They quantise activations, which is exact only while all of them are native:
+    once one has changed (an adapter was put in), all go back to the model's own forward, and activations stay float32.
+
+    Args:
+        int8_linears: all of the model.
+    """
+
+    def __init__(self, int8_linears: Sequence[Int8Linear]):
+        self.layers: list[LeanForward] = []
+        self._int8_linears = int8_linears
+        self._check = Once(self._is_unchanged)
+
+    def is_native(self, forward: object) -> bool:
+        """Whether all layers are unchanged; looked at by the first layer of a forward, which `forward` stands for."""
+        if self._int8_linears[0].weight_only:
+            return False
+        return self._is_unchanged(None) if forward is None else self._check(forward)
+
+    def _is_unchanged(self, _: object) -> bool:
+        if all(layer.is_unchanged() for layer in self.layers):
+            return True
+        for linear in self._int8_linears:
+            linear.weight_only = True
+        return False
+
+
+class Part(NamedTuple):
+    """Rows of one cache in a forward of several.
+
+    Args:
+        mask: as of a forward of the part alone, [B, 1, T, S] or None.
+    """
+
+    num_rows: int
+    num_tokens: int
+    mask: torch.Tensor | None
+    past_key_values: Any
+
+
+class _Attended(NamedTuple):
+    """Queries, and what they attend to."""
+
+    query_BTHD: torch.Tensor
+    key_BKSD: torch.Tensor
+    value_BKSD: torch.Tensor
+    mask: torch.Tensor | None
+
+    def blocks(self) -> Iterator[tuple[int, "_Attended"]]:
+        """Parts of at most `BLOCK_ROWS` queries that lie beside each other, and the number of queries before each."""
+        B, T = self.query_BTHD.shape[:2]
+        if B * T <= native.BLOCK_ROWS:
+            yield 0, self
+            return
+        for row, first in itertools.product(range(B), range(0, T, native.BLOCK_ROWS)):
+            part = self._part(slice(row, row + 1), slice(first, min(first + native.BLOCK_ROWS, T)))
+            yield row * T + first, part
+
+    def _part(self, rows: slice, tokens: slice) -> "_Attended":
+        B, T = self.query_BTHD.shape[:2]
+        num_keys = self.key_BKSD.shape[2]
+        if self.mask is None:  # causal: the last query sees the last key
+            mask, num_seen = None, num_keys - T + tokens.stop
+        else:
+            mask, num_seen = self.mask.expand(B, -1, T, -1)[rows, :, tokens], num_keys
+        key, value = self.key_BKSD[rows, :, :num_seen], self.value_BKSD[rows, :, :num_seen]
+        return _Attended(self.query_BTHD[rows, tokens], key, value, mask)
 
 
 @torch.no_grad()
@@ -264,6 +403,11 @@ class _OneLayerCache:
         new = key, value
         self.states = tuple(torch.cat(pair, 2) for pair in zip(self.states, new, strict=True)) if self.states else new
         return self.states
+
+
+def _address(tensor: torch.Tensor, first: int) -> int:
+    """Of a row of a contiguous float32 tensor [B, T, ...], counted over B and T."""
+    return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel() if first else tensor.data_ptr()
 
 
 def _children(module: DecoderLayer) -> set[str]:

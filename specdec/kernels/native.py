@@ -20,7 +20,7 @@ import torch
 from specdec.kernels import build
 
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
-MAX_INT8_ROWS = 1024  # torch has no better product for int8, and what it rounds otherwise shows in the tokens
+BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
 
 _log = logging.getLogger("specdec")
 
@@ -147,7 +147,7 @@ _FUNCTIONS = {
     "attend": _Function((ctypes.POINTER(Attention), _Threads), _Int, True),
     "attention_inputs": _Function((ctypes.POINTER(Layer), _Pointer, _Int, *(_Pointer,) * 5, _Threads), _Int, True),
     "attention_and_mlp": _Function(
-        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), _Pointer, _Pointer, _Threads), _Int, True
+        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), _Int, _Pointer, _Pointer, _Threads), _Int, True
     ),
     "take": _Function((ctypes.POINTER(Urn), _Pointer, _Int, ctypes.POINTER(Taken), _Int, *(_Pointer,) * 3), _Int, True),
     "new_tree": _Function((ctypes.POINTER(TreeSettings),), _Pointer, True),

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
-from specdec.kernels.layer import LeanForward, Once, agrees, contiguous, fits
+from specdec.kernels.layer import LeanForward, NativeModel, Once, agrees, contiguous, fits
 from specdec.kernels.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
 from specdec.kernels.persistence import guard
 from specdec.kernels.weight_readers import read_by_others
@@ -207,7 +207,10 @@ def _to_weight_only(model: nn.Module) -> None:
 def _to_lean_layers(model: nn.Module) -> int:
     layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
     lean = [layer for layer in layers if fits(layer) and agrees(layer)]
-    rotation = Once(contiguous)
+    int8_linears = [part for part in model.modules() if isinstance(part, Int8Linear)]
+    rotation, group = Once(contiguous), NativeModel(int8_linears) if int8_linears else None
     for layer in lean:
-        layer.__dict__["forward"] = LeanForward(layer, rotation)
+        layer.__dict__["forward"] = forward = LeanForward(layer, rotation, group)
+        if group is not None:
+            group.layers.append(forward)
     return len(lean)

@@ -2,6 +2,7 @@
 #include "common.h"
 
 #ifdef HAS_AMX
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdlib.h>

@@ -1,6 +1,7 @@
 /* The kernels for processors with AVX2 and FMA. */
 #include "common.h"
 
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdlib.h>

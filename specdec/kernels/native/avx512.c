@@ -1,6 +1,7 @@
 /* The kernels for processors with AVX-512 with VNNI. */
 #include "common.h"
 
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdlib.h>

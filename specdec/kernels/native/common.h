@@ -116,7 +116,7 @@ typedef struct {
     void (*attend)(Attention *a);
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
-    void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
+    void (*attention_and_mlp)(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out);
     void (*take_from)(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     GrowingTree *(*new_tree)(const TreeSettings *settings);

@@ -169,16 +169,22 @@ static void attention_inputs(const Layer *l, const float *x, int64_t rows, const
     parallel_for(rotate_chunk, &r, (int)rows);
 }
 
-static void attention_and_mlp(const Layer *l, Attention *attention, const float *x, float *out) {
-    const int64_t rows = attention->B * attention->T;
+/* Rows of `count` caches, one after the other: what each attends to is its own, all else is done for all at once. */
+static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) rows += attentions[i].B * attentions[i].T;
     float *mixed = take((size_t)(rows * l->o.k) * sizeof(float));
     float *hidden = take((size_t)(rows * l->o.n) * sizeof(float));
     float *gate = take((size_t)(rows * l->gate.n) * sizeof(float));
     float *up = take((size_t)(rows * l->gate.n) * sizeof(float));
     Quantized quantized;
 
-    attention->out = mixed;
-    attend(attention);
+    float *part = mixed;
+    for (int64_t i = 0; i < count; i++) {
+        attentions[i].out = part;
+        attend(&attentions[i]);
+        part += attentions[i].B * attentions[i].T * l->o.k;
+    }
     const float *ready = ready_rows(&l->o, mixed, NULL, 0, rows, &quantized);
     Products output = {.count = 1, .products = {{&l->o, ready, &quantized, rows, hidden, x}}};
     multiply(&output);

@@ -87,8 +87,9 @@ EXPORT int64_t specdec_attention_inputs(const Layer *l, const float *x, int64_t 
     CALL(num_threads, attention_inputs(l, x, rows, cos, sin, q, k, v));
 }
 
-EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
-    CALL(num_threads, attention_and_mlp(l, a, x, out));
+EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out,
+                                         int num_threads) {
+    CALL(num_threads, attention_and_mlp(l, attentions, count, x, out));
 }
 
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */

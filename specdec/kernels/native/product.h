@@ -60,20 +60,21 @@ TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t ro
 }
 
 /* int8: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
-INLINE void int8_tile(const int blocks, const int rows, const Product *p, int64_t block, int64_t first_row) {
+INLINE void int8_tile(const int blocks, const int rows, const int stride, const Product *p, int64_t block, int64_t tile,
+                      int first) {
     const int64_t groups = p->quantized->groups, block_bytes = groups * GROUP * 16;
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
-    const int8_t *x = p->quantized->q + first_row * groups * GROUP;
-    const float *scales = p->quantized->scales + first_row * groups;
-    const int32_t *totals = p->quantized->totals + first_row * groups;
+    const int8_t *x = p->quantized->q + tile * groups * GROUP + 4 * first;
+    const float *scales = p->quantized->scales + tile * groups + first;
+    const int32_t *totals = p->quantized->totals + tile * groups + first;
     float sums[4 * TILE * 16] __attribute__((aligned(64)));
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
     for (int64_t g = 0; g < groups; g++)
-        dot_group(blocks, rows, w + g * GROUP * 16, block_bytes, x + g * GROUP * rows, scales + g * rows,
-                  totals + g * rows, sums);
+        dot_group(blocks, rows, stride, w + g * GROUP * 16, block_bytes, x + g * GROUP * stride, scales + g * stride,
+                  totals + g * stride, sums);
     for (int b = 0; b < blocks; b++) {
         const int64_t n = (block + b) * 16, left = p->matrix->n - n;
-        for (int m = 0; m < rows; m++) finish(p, first_row + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
+        for (int m = 0; m < rows; m++) finish(p, tile + first + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
     }
 }
 
@@ -98,6 +99,37 @@ TARGET static void wide_outputs(const Product *p, int64_t n, int64_t end) {
     for (; n < end; n += STRIP)
         for (int64_t row = 0; row < p->rows; row += WIDE_TILE) int8_wide_tile(p, n / 16, row);
     _tile_release();
+}
+#endif
+
+#ifdef FEWEST_PAIRED_ROWS
+#define PAIRED_ROWS 64  /* whose widened groups stay in the cache */
+#define PAIRED_GROUPS 4 /* that are widened at once */
+
+/* int8: a strip against `rows` rows, a multiple of TILE and at most PAIRED_ROWS, from `row` on. */
+TARGET static __attribute__((noinline)) void paired_strip(const Product *p, int64_t n, int64_t row, int64_t rows) {
+    const int64_t groups = p->quantized->groups, block_bytes = groups * GROUP * 16, left = p->matrix->n - n;
+    const int8_t *w = (const int8_t *)p->matrix->data + n * groups * GROUP;
+    int16_t weights[PAIRED_GROUPS * GROUP * 16] __attribute__((aligned(64)));
+    int16_t x[PAIRED_ROWS / TILE][PAIRED_GROUPS * GROUP * TILE] __attribute__((aligned(64)));
+    float sums[PAIRED_ROWS * STRIP] __attribute__((aligned(64)));
+    memset(sums, 0, (size_t)(rows * STRIP) * sizeof(float));
+    for (int64_t g = 0; g < groups; g += PAIRED_GROUPS) {
+        const int64_t count = groups - g < PAIRED_GROUPS ? groups - g : PAIRED_GROUPS;
+        for (int64_t m = 0; m < rows; m += TILE)
+            widen(p->quantized->q + ((row + m) * groups + g * TILE) * GROUP, count * GROUP * TILE, x[m / TILE]);
+        for (int b = 0; b < 4; b++) {
+            widen(w + b * block_bytes + g * GROUP * 16, count * GROUP * 16, weights);
+            for (int64_t m = 0; m < rows; m += 4)
+                for (int64_t i = 0; i < count; i++) {
+                    const int64_t tile = m / TILE, first = m % TILE;
+                    dot_pairs(4, weights + i * GROUP * 16, x[tile] + i * GROUP * TILE + 2 * first,
+                              p->quantized->scales + (row + tile * TILE) * groups + (g + i) * TILE + first,
+                              sums + m * STRIP + b * 16);
+                }
+        }
+    }
+    for (int64_t m = 0; m < rows; m++) finish(p, row + m, n, left < STRIP ? left : STRIP, sums + m * STRIP);
 }
 #endif
 
@@ -183,7 +215,7 @@ INLINE void weight_only_tile(const int blocks, const int rows, const Product *p,
 /* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
 TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define EACH_TILE(size, CASES)                                                                               \
-    for (int64_t row = 0; row < p->rows; row += size) switch (p->rows - row < size ? p->rows - row : size) { \
+    for (; row < p->rows; row += size) switch (p->rows - row < size ? p->rows - row : size) { \
             CASES                                                                                            \
         }
 #define UP_TO_4(M) M(1) M(2) M(3) M(4)
@@ -197,22 +229,37 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
     if (p->matrix->scale && !p->quantized) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define WEIGHT_ONLY_STRIP(r) \
-    case r:                  \
-        for (int part = 0; part < 4; part += WEIGHT_ONLY_BLOCKS(r)) weight_only_tile(WEIGHT_ONLY_BLOCKS(r), r, p, block + part, row); \
+#define WEIGHT_ONLY_STRIP(r)                                                 \
+    case r:                                                                  \
+        for (int part = 0; part < 4; part += WEIGHT_ONLY_BLOCKS(r))          \
+            weight_only_tile(WEIGHT_ONLY_BLOCKS(r), r, p, block + part, row); \
         break;
+            int64_t row = 0;
             EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP))
         }
     } else if (p->matrix->scale) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define INT8_STRIP(r)                                                                      \
-    case r:                                                                                \
-        if (4 * r <= INT8_ACC)                                                             \
-            int8_tile(4, r, p, block, row);                                                \
-        else                                                                               \
-            for (int half = 0; half < 4; half += 2) int8_tile(2, r, p, block + half, row); \
+#define INT8_STRIP(r)                                                                            \
+    case r:                                                                                      \
+        if (4 * r <= INT8_ACC) {                                                                 \
+            int8_tile(4, r, r, p, block, row, 0);                                                \
+        } else if (2 * r <= INT8_ACC) {                                                          \
+            for (int half = 0; half < 4; half += 2) int8_tile(2, r, r, p, block + half, row, 0); \
+        } else {                                                                                 \
+            for (int b = 0; b < 4; b++) {                                                        \
+                int8_tile(1, r < INT8_ACC ? r : INT8_ACC, r, p, block + b, row, 0);              \
+                if (r > INT8_ACC) int8_tile(1, r - INT8_ACC, r, p, block + b, row, INT8_ACC);    \
+            }                                                                                    \
+        }                                                                                        \
         break;
+            int64_t row = 0;
+#ifdef FEWEST_PAIRED_ROWS
+            for (int64_t count; p->rows >= FEWEST_PAIRED_ROWS && (count = (p->rows - row) / TILE * TILE); row += count) {
+                if (count > PAIRED_ROWS) count = PAIRED_ROWS;
+                paired_strip(p, n, row, count);
+            }
+#endif
             EACH_TILE(TILE, UP_TO_8(INT8_STRIP))
         }
     } else {
@@ -225,9 +272,11 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
         float_tile(2, r, p, n, row); \
         break;
         for (; VL == 16 && n + 6 <= end; n += 6) {
+            int64_t row = 0;
             EACH_TILE(4, UP_TO_4(FLOAT_STRIP_6))
         }
         for (; n + 2 <= end; n += 2) {
+            int64_t row = 0;
             EACH_TILE(4, UP_TO_4(FLOAT_STRIP_2))
         }
         for (; n < end; n++)

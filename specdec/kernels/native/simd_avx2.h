@@ -29,6 +29,9 @@
 #define vi_add _mm256_add_epi32
 #define vi_byte(v, j) _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
 
+/* sum += v in a loop: for the intrinsic, gcc 12 copies every accumulator, every step. */
+#define vi_add_to(sum, v) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v))
+
 INLINE float vf_sum(VF v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -95,8 +98,8 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 
 /* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. |x| is
  * the unsigned side and x's sign moves to the weights; both lie in -127..127, so 16-bit pair sums cannot saturate. */
-INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
-                      const float *scales, const int32_t *totals, float *sums) {
+INLINE void dot_group(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                      const int8_t *x, const float *scales, const int32_t *totals, float *sums) {
     const VI ones = _mm256_set1_epi16(1);
     VI acc[4][TILE][2];
     (void)totals;
@@ -109,11 +112,11 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
             VI low = vi_load(weights), high = vi_load(weights + 32);
             prefetch_l2(weights + 4 * block_bytes);
             for (int m = 0; m < rows; m++) {
-                VI row = vi_set1(load_int32(x + 4 * (step * rows + m))), size = _mm256_abs_epi8(row);
+                VI row = vi_set1(load_int32(x + 4 * (step * stride + m))), size = _mm256_abs_epi8(row);
                 VI pairs0 = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, row));
                 VI pairs1 = _mm256_maddubs_epi16(size, _mm256_sign_epi8(high, row));
-                acc[b][m][0] = vi_add(acc[b][m][0], _mm256_madd_epi16(pairs0, ones));
-                acc[b][m][1] = vi_add(acc[b][m][1], _mm256_madd_epi16(pairs1, ones));
+                vi_add_to(acc[b][m][0], _mm256_madd_epi16(pairs0, ones));
+                vi_add_to(acc[b][m][1], _mm256_madd_epi16(pairs1, ones));
             }
         }
     for (int b = 0; b < blocks; b++)
@@ -122,4 +125,38 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
                 float *sum = sums + (b * rows + m) * 16 + half * 8;
                 vf_store(sum, vf_fma(vf_from_int(acc[b][m][half]), vf_set1(scales[m]), vf_load(sum)));
             }
+}
+
+/* ---- many rows: two products of 16 bits and their sum in one instruction, without signs to move ---- */
+
+#define FEWEST_PAIRED_ROWS 16 /* enough of them to widen weights and rows for */
+
+/* `count` bytes -> as many 16-bit integers; of each four bytes the first goes beside the third in one vector, the second
+ * beside the fourth in the next. */
+INLINE void widen(const int8_t *bytes, int64_t count, int16_t *pairs) {
+    for (int64_t i = 0; i < count; i += 32) {
+        VI v = vi_load(bytes + i);
+        _mm256_storeu_si256((VI *)(pairs + i), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+        _mm256_storeu_si256((VI *)(pairs + i + 16), _mm256_srai_epi16(v, 8));
+    }
+}
+
+/* As dot_group, for a block of 16 outputs and `rows` rows from a tile of TILE, both widened. */
+INLINE void dot_pairs(const int rows, const int16_t *w, const int16_t *x, const float *scales, float *sums) {
+    VI acc[4][2];
+    for (int m = 0; m < rows; m++) acc[m][0] = acc[m][1] = vi_zero();
+    for (int step = 0; step < 16; step++, w += 64, x += 4 * TILE)
+        for (int odd = 0; odd < 2; odd++) {
+            VI low = vi_load(w + 16 * odd), high = vi_load(w + 32 + 16 * odd);
+            for (int m = 0; m < rows; m++) {
+                VI row = vi_set1(load_int32(x + 2 * (odd * TILE + m)));
+                vi_add_to(acc[m][0], _mm256_madd_epi16(low, row));
+                vi_add_to(acc[m][1], _mm256_madd_epi16(high, row));
+            }
+        }
+    for (int m = 0; m < rows; m++)
+        for (int half = 0; half < 2; half++) {
+            float *sum = sums + m * STRIP + half * 8;
+            vf_store(sum, vf_fma(vf_from_int(acc[m][half]), vf_set1(scales[m]), vf_load(sum)));
+        }
 }

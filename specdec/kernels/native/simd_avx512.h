@@ -79,8 +79,8 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
 
 /* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. The
  * product instruction wants one unsigned side: weights get +128, and the accumulators start at -128 * sum(x). */
-INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t block_bytes, const int8_t *x,
-                      const float *scales, const int32_t *totals, float *sums) {
+INLINE void dot_group(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                      const int8_t *x, const float *scales, const int32_t *totals, float *sums) {
     const VI flip = _mm512_set1_epi8((char)0x80);
     VI acc[4][TILE];
     for (int b = 0; b < blocks; b++)
@@ -88,7 +88,7 @@ INLINE void dot_group(const int blocks, const int rows, const int8_t *w, int64_t
 #pragma GCC unroll 2
     for (int step = 0; step < 16; step++) {
         VI row[TILE];
-        for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * rows + m)));
+        for (int m = 0; m < rows; m++) row[m] = vi_set1(load_int32(x + 4 * (step * stride + m)));
         for (int b = 0; b < blocks; b++) {
             VI weight = _mm512_xor_si512(vi_load(w + b * block_bytes + 64 * step), flip);
             prefetch_l2(w + (b + 4) * block_bytes + 64 * step);

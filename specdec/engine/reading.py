@@ -1,0 +1,82 @@
+"""Reads the prompts of admitted requests, one after the other, each in as many chunks as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.cache import RowStates
+from specdec.engine.members import Member
+from specdec.engine.prefixes import PrefixCache
+from specdec.target import TreeModel
+
+
+class PromptReader:
+    """Has a cache of its own, for the prompt that is being read.
+
+    Args:
+        prefixes: what is known of the beginnings of prompts.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefixes: PrefixCache):
+        self._model = TreeModel(model)
+        self._prefixes = prefixes
+        self._member: Member | None = None
+        self._tokens: list[int] = []
+        """Of the prompt but the last, which is the root of the first round."""
+        self._num_read = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return len(self._tokens) - self._num_read
+
+    @property
+    def states(self) -> RowStates | None:
+        """Of all tokens read; None if there are none."""
+        return self._model.cache.row_views(0) if self._tokens else None
+
+    def begin(self, member: Member) -> None:
+        """Begin with a prompt; nothing happens if it is the one that is being read."""
+        if member is self._member:
+            return
+        self._member, self._tokens = member, member.prompt[:-1]
+        self._model.begin(1, capacity=len(self._tokens))
+        self._num_read, states = self._prefixes.match(self._tokens)
+        member.begin(self._num_read)
+        if states is not None:
+            self._model.cache.write_row(0, states)
+
+    def read(self, most: int) -> int:
+        """Read some tokens more; returns their number."""
+        part_1T = self._next(most)
+        if part_1T.numel():
+            self._model.read(part_1T)
+            if part_1T.is_cuda:  # what is under way would count as the round's
+                torch.cuda.synchronize(part_1T.device)
+        self._num_read += part_1T.numel()
+        return part_1T.numel()
+
+    @contextmanager
+    def reading_along(self, target: TreeModel, most: int) -> Iterator[None]:
+        """Within, the target's next forward also reads some tokens of the prompt (see `TreeModel.reading_along`)."""
+        part_1T = self._next(most)
+        with target.reading_along(self._model, part_1T) as along:
+            try:
+                yield
+            finally:  # what comes after the forward may fail
+                self._num_read += part_1T.numel() if along.is_read else 0
+
+    def forget(self, member: Member) -> None:
+        """The request is gone, or has all that it needs."""
+        if member is self._member:
+            self._member, self._tokens, self._num_read = None, [], 0
+            self._model.begin()
+
+    def _next(self, most: int) -> Tensor:
+        part = self._tokens[self._num_read : self._num_read + most]
+        return torch.tensor([part], dtype=torch.long, device=self._model.device)
