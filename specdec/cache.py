@@ -23,7 +23,13 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.slots import SlotMover, can_move
@@ -52,9 +58,17 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
             raise UnsupportedModelError(
                 f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
                 "take back drafted tokens; specdec decodes full-attention and sliding-window models: "
-                "use model.generate() instead"
+                "use model.generate()"
             )
     return windows
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether a model of a class that may have such layers has one. One that does not name its layers has."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "layer_types", None) is None:
+        return True
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=text).layers)
 
 
 class TreeCache(Cache):

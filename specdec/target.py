@@ -25,6 +25,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
 from specdec.partial import TailOrder, tail_order
+from specdec.positions import next_positions, positions_read
 from trees import TreeBatch
 
 
@@ -55,10 +56,10 @@ class TreeModel:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         config = model.config.get_text_config(decoder=True)
-        self._windows = sliding_windows(config)
+        self.windows = sliding_windows(config)
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
-        self.num_layers = len(self._windows)
+        self.num_layers = len(self.windows)
         self.device = home_device(model)
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
@@ -120,18 +121,19 @@ class TreeModel:
         num_rows = input_ids.shape[0]
         past = past_key_values if past_key_values is not None else DynamicCache()
         self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity)
-        if attention_mask is not None and "position_ids" not in model_inputs:
+        if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
         cached = {"attention_mask": attention_mask, "past_key_values": self.cache, "use_cache": True}
         whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
-        outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
+        with positions_read(whole.model) as read:
+            outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
         self.states = self._at_home(whole.states)
         self.num_forwards += 1
         self.cache.commit([range(self.cache.tail)] * num_rows)
-        self._start_masks(attention_mask, model_inputs.get("position_ids"))
+        self._start_masks(attention_mask, next_positions(read[-1] if read else model_inputs.get("position_ids")))
         return outputs.logits[:, -1:]
 
     def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
@@ -340,20 +342,17 @@ class TreeModel:
             **fewer,
         )
 
-    def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _start_masks(self, attention_mask: Tensor | None, next_B: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        if position_ids is None:
-            self._lag_B = torch.zeros_like(lengths_B)
-        else:
-            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
+        self._lag_B = torch.zeros_like(lengths_B) if next_B is None else lengths_B - next_B.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""
         lengths = self.cache.lengths
         num_tail = self._offsets_BS.shape[1]
         num_slots = max(lengths) + num_tail
-        windows = {w if w is not None and w < num_slots else None for w in self._windows}
+        windows = {w if w is not None and w < num_slots else None for w in self.windows}
         if seen_BTK is None:
             if windows == {None} and self.cache.is_uniform and self._prompt_BP is None:
                 return None
