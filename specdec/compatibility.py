@@ -121,7 +121,7 @@ def _compare_with_plain(model: PreTrainedModel) -> None:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{name} failed a short trial of tree decoding with a {type(error).__name__}, the cause of this error: "
+            f"{name} failed a trial of tree decoding ({type(error).__name__}, the cause of this error): "
             "use model.generate()"
         ) from error
     if not bool((by_tree - by_steps).abs().max() <= _tolerance(model, by_steps)):
