@@ -9,7 +9,6 @@ Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,11 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec import masks
-from specdec.cache import RowStates, TreeCache, sliding_windows
+from specdec.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.errors import UnsupportedModelError
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
-from specdec.partial import TailOrder, tail_order
+from specdec.partial import Passed, TailOrder, tail_order
 from specdec.positions import next_positions, positions_read
 from trees import TreeBatch
 
@@ -32,6 +31,10 @@ from trees import TreeBatch
 def home_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its inputs; the CPU for one that accelerate has offloaded (its hooks move them on)."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+_INDEXED = "indexed_attention"
+"""Layers of this kind select by their mask what to attend to, and need one where all is visible."""
 
 
 class TreeModel:
@@ -56,15 +59,16 @@ class TreeModel:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         config = model.config.get_text_config(decoder=True)
-        self.windows = sliding_windows(config)
+        self.kinds = layer_kinds(config)
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
-        self.num_layers = len(self.windows)
+        self.num_layers = len(self.kinds)
+        self._without = {index for index, kind in enumerate(self.kinds) if kind is None}
         self.device = home_device(model)
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
-        self._passed: _Passed | None = None
+        self._passed: Passed | None = None
         self._order: TailOrder | None = None
 
     @cached_property
@@ -120,7 +124,7 @@ class TreeModel:
             config._mask_length = input_ids.shape[1]
         num_rows = input_ids.shape[0]
         past = past_key_values if past_key_values is not None else DynamicCache()
-        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity)
+        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, without=self._without)
         if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
@@ -142,7 +146,7 @@ class TreeModel:
         Args:
             capacity: expected number of slots of a row.
         """
-        self.cache = TreeCache(self.num_layers, num_rows, capacity)
+        self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
         self.states = {}
         self._passed = self._order = self._prompt_BP = None
         self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
@@ -219,7 +223,7 @@ class TreeModel:
         """
         passed = self._passed
         if passed is None:
-            passed = self._passed = _Passed(exit_layer)
+            passed = self._passed = Passed(exit_layer)
         assert passed.exit_layer == exit_layer, "one exit layer a round"
         below = self.views.below(exit_layer, self._kept)
         self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
@@ -306,7 +310,7 @@ class TreeModel:
         self.num_forwards += 1
         return order.restore(outputs.logits)
 
-    def _rearrange(self, passed: _Passed, order: TailOrder, offsets_BK: Tensor) -> None:
+    def _rearrange(self, passed: Passed, order: TailOrder, offsets_BK: Tensor) -> None:
         """Bring the lower layers' tail into the order of verification."""
         if not order.is_plain:
             self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
@@ -352,45 +356,27 @@ class TreeModel:
         lengths = self.cache.lengths
         num_tail = self._offsets_BS.shape[1]
         num_slots = max(lengths) + num_tail
-        windows = {w if w is not None and w < num_slots else None for w in self.windows}
+        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None}
         if seen_BTK is None:
-            if windows == {None} and self.cache.is_uniform and self._prompt_BP is None:
+            is_masked = _INDEXED in kinds or self._prompt_BP is not None or not self.cache.is_uniform
+            if not is_masked and all(kind.reach is None for kind in kinds.values()):
                 return None
             seen_BTK = offsets_BT.new_ones((len(lengths), 1, num_tail), dtype=torch.bool)
         visible_BTS = masks.visible_slots(seen_BTK, lengths, self._prompt_BP)
-        by_window = {}
-        for window in windows:
-            mask_BTS = visible_BTS
-            if window is not None:
-                mask_BTS = visible_BTS & masks.within_window(window, offsets_BT, self._offsets_BS, lengths)
-            mask_B1TS = mask_BTS.unsqueeze(1)
-            by_window[window] = masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS
-        if len(by_window) == 1:
-            return by_window.popitem()[1]
-        (window,) = windows - {None}
-        return {"full_attention": by_window[None], "sliding_attention": by_window[window]}
+        by_reach = {kind.reach: self._within(kind, visible_BTS, offsets_BT) for kind in kinds.values()}
+        if len(by_reach) == 1:
+            return by_reach.popitem()[1]
+        return {name: by_reach[kind.reach] for name, kind in kinds.items()}
 
-
-class _Passed:
-    """The hidden states of the slots that have passed the lower layers in this round."""
-
-    def __init__(self, exit_layer: int):
-        self.exit_layer = exit_layer
-        self._parts: dict[int, list[Tensor]] = defaultdict(list)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(part.shape[1] for part in self._parts[self.exit_layer])
-
-    def add(self, states: dict[int, Tensor]) -> None:
-        for depth, part_BTC in states.items():
-            self._parts[depth].append(part_BTC)
-
-    def states(self) -> dict[int, Tensor]:
-        """number of layers -> [B, K, C]."""
-        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
-
-    def arrange(self, sources_BK: Tensor) -> None:
-        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
-        for depth, states_BKC in self.states().items():
-            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
+    def _within(self, kind: LayerKind, visible_BTS: Tensor, offsets_BT: Tensor) -> Tensor:
+        """The mask [B, 1, T, S] of a kind of layers."""
+        if kind.reach is not None and kind.is_chunked:
+            visible_BTS = visible_BTS & masks.within_chunk(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths, self._prompt_BP
+            )
+        elif kind.reach is not None:
+            visible_BTS = visible_BTS & masks.within_window(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths
+            )
+        mask_B1TS = visible_BTS.unsqueeze(1)
+        return masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS

@@ -112,7 +112,7 @@ def _prompt_lengths(target: TreeModel, longest: int) -> tuple[int, int]:
 
 
 def _limits(target: TreeModel) -> Iterator[int]:
-    yield from (window for window in target.windows if window is not None)
+    yield from (kind.reach for kind in target.kinds if kind is not None and kind.reach is not None)
     for name, value in target.model.config.get_text_config(decoder=True).to_dict().items():
         if any(part in name for part in _LIMITS) and isinstance(value, int):
             yield value

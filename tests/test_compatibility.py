@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from specdec.cache import sliding_windows
+from specdec.cache import layer_kinds
 from specdec.compatibility import check_layers, check_model
 from specdec.errors import SpecdecError
 from specdec.kernels import quantized_copy
@@ -45,9 +45,8 @@ their logits must agree. Tested to pass: {passing}.
 def _row(family: str) -> str:
     model = tiny_model(family, attn_implementation="eager")
     check_model(model)
-    windows = set(sliding_windows(model.config))
     attention = {True: "full", False: "sliding window"}
-    kinds = " and ".join(sorted({attention[window is None] for window in windows}))
+    kinds = " and ".join(sorted({attention[kind.reach is None] for kind in layer_kinds(model.config)}))
     has_sdpa = "yes" if model._supports_sdpa else "no"
     cells = [f"`{family}`", kinds, has_sdpa, "yes", _works(check_layers, model), _works(quantized_copy, model)]
     return f"| {' | '.join(cells)} |\n"
