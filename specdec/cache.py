@@ -79,7 +79,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
         else:
             raise UnsupportedModelError(
                 f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
-                "take back drafted tokens; specdec decodes models whose layers attend to keys and values, to all of them "
+                "take back drafted tokens; specdec decodes models whose layers attend to keys and values, in full "
                 "or in windows or chunks: use model.generate()"
             )
     if len({kind.name for kind in kinds if kind is not None}) < len({kind for kind in kinds if kind is not None}):

@@ -27,6 +27,8 @@ VERIFIED_FAMILIES = frozenset(
 )
 """`config.model_type` of the families whose greedy equality the test suite checks."""
 
+_MOST_SLOTS = 256
+"""More than a draft has."""
 _MASKED_ATTENTION = ("sdpa", "eager")
 _checked: WeakSet[PreTrainedModel] = WeakSet()
 _layered: WeakSet[PreTrainedModel] = WeakSet()
@@ -94,11 +96,26 @@ def check_positions(model: PreTrainedModel, prompt_length: int, max_length: int)
         raise UnsupportedOptionError(
             f"the prompt has {prompt_length} tokens but {type(model).__name__} has {limit} positions: shorten it"
         )
+    _check_scaling(model, max_length)
     original = rotation_limit(model)
     if original is not None and prompt_length <= original < max_length:
         raise UnsupportedOptionError(
             f"this model changes its rotary embedding at {original} tokens, which a run from {prompt_length} to "
             f"{max_length} would cross: lower max_new_tokens or use model.generate()"
+        )
+
+
+def _check_scaling(model: PreTrainedModel, max_length: int) -> None:
+    """Llama 4 scales queries by their place in the cache, which for drafted tokens is not their position."""
+    config = model.config.get_text_config(decoder=True)
+    first = getattr(config, "floor_scale", None)
+    if first is None or not getattr(config, "attn_temperature_tuning", False):
+        return
+    if max_length + _MOST_SLOTS >= first:
+        raise UnsupportedOptionError(
+            f"this model scales its attention from {first} tokens on by their place in the cache, which a run to "
+            f"{max_length} tokens and drafts of up to {_MOST_SLOTS} would come to: lower max_new_tokens or use "
+            "model.generate()"
         )
 
 

@@ -31,8 +31,8 @@ _LENGTHS = (12, 7)
 _PARENTS = (ROOT, ROOT, 1)
 _PATHS = ((0,), (1, 2))
 """Of nodes, in a tree with these parents."""
-_NUM_NEW = 5
-"""Tokens of two rounds: the roots and both paths."""
+_NUM_NEW = 6
+"""Positions of two rounds, a node of the second that goes past the path of its row included."""
 
 
 @dataclass(frozen=True, kw_only=True)

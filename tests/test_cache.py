@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec import UnsupportedModelError, UnsupportedOptionError
-from specdec.cache import LayerKind, TreeCache, refill, layer_kinds
+from specdec.cache import LayerKind, TreeCache, layer_kinds, refill
 from specdec.target import TreeModel
 from specdec.testing import random_prompts, tiny_model
 from tests.strategies import token_trees

@@ -32,8 +32,13 @@ Greedy equality with `model.generate()` for every drafter of `tests/test_familie
 _UNLISTED = """
 ## Other families
 
-A family that is not listed is tried once, at the first call: a small tree and, one by one, its paths are forwarded, and
-their logits must agree. Tested to pass: {passing}.
+A family that is not listed is tried once, by `enable()` or at the first call: it decodes a short text by trees and as
+`model.generate()` does, in a ragged batch that reaches past its windows, chunks and top-k of up to 256 tokens, and the
+logits must agree. Tested to pass: {passing}.
+
+Models that also read images (Gemma 3, Qwen 2.5 VL, Mistral 3, ...) are decoded where their input is text alone.
+Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)
+or that attend in chunks (Llama 4, up to about 8,000 tokens) are decoded by tree like any other.
 
 ## Refused
 
