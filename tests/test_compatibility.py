@@ -34,7 +34,8 @@ _UNLISTED = """
 
 A family that is not listed is tried once, by `enable()` or at the first call: it decodes a short text by trees and as
 `model.generate()` does, in a ragged batch that reaches past its windows, chunks and top-k of up to 256 tokens, and the
-logits must agree. Tested to pass: {passing}.
+logits must agree. Tested to pass:
+{passing}.
 
 Models that also read images (Gemma 3, Qwen 2.5 VL, Mistral 3, ...) are decoded where their input is text alone.
 Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import specdec
-from specdec import UnsupportedModelError, compatibility, masks, target
+from specdec import UnsupportedModelError, UnsupportedOptionError, compatibility, masks, target
 from specdec.compatibility import check_model
 from specdec.engine import Engine, Request
 from specdec.testing import tiny_model
@@ -22,6 +22,17 @@ from tests.test_families import CHUNKED, INDEXED, UNLISTED
 
 def window_model(window: int = 16) -> PreTrainedModel:
     return tiny_model("cohere2", sliding_window=window)
+
+
+def shapes_of_inputs(model: PreTrainedModel) -> list[torch.Size]:
+    """Of every forward of a trial."""
+    shapes: list[torch.Size] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    check_model(model)
+    hook.remove()
+    return shapes
 
 
 @pytest.mark.parametrize("size", [16, 100])
@@ -86,10 +97,7 @@ def test_trial_comes_with_enable_and_once_a_model(monkeypatch: pytest.MonkeyPatc
 
 def test_trial_is_short() -> None:
     model = window_model(4096)
-    tokens = []
-    model.register_forward_pre_hook(lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True)
-    check_model(model)
-    assert sum(tokens) < 100
+    assert sum(shape.numel() for shape in shapes_of_inputs(model)) < 100
 
 
 @pytest.mark.parametrize("num_positions", [8, 12, 20])
@@ -137,3 +145,12 @@ def test_returned_cache_goes_on_where_it_ended(family: str) -> None:
         cache = copy.deepcopy(first.past_key_values)
         out = continued(first.sequences, past_key_values=cache, max_new_tokens=14, **settings)
         assert torch.equal(out.sequences, whole)
+
+
+def test_chunked_model_stays_away_from_slots_that_it_scales() -> None:
+    """Llama 4 scales queries by their place in the cache, which for drafted tokens is not their position."""
+    model = tiny_model("llama4_text", **CHUNKED, floor_scale=300, max_position_embeddings=512)
+    prompt = torch.tensor([list(range(3, 20))])
+    specdec.generate(model, prompt, max_new_tokens=26, do_sample=False)
+    with pytest.raises(UnsupportedOptionError, match="scales its attention from 300 tokens on"):
+        specdec.generate(model, prompt, max_new_tokens=27, do_sample=False)
