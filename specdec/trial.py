@@ -86,7 +86,7 @@ def trial_logits(model: PreTrainedModel, longest: int) -> tuple[Tensor, Tensor]:
     by_tree = _by_tree(target, text)
     read_NV = _read_alone(target, text)
     wanted = [*plain_BTV, plain_BTV[0, 1 : 1 + len(read_NV)]]
-    return torch.cat([*by_tree, read_NV]).float(), torch.cat(wanted).float()
+    return torch.cat([*by_tree, read_NV]).to(plain_BTV.device, torch.float32), torch.cat(wanted).float()
 
 
 def _text(target: TreeModel, longest: int) -> _Text:
