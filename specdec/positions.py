@@ -5,11 +5,13 @@ Shape legend: B rows, P prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -34,15 +36,25 @@ def positions_read(model: PreTrainedModel) -> Iterator[list[Tensor | None]]:
     takes that is given none.
     """
     read: list[Tensor | None] = []
+    decoder, place = _takes_positions(model)
 
-    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        read.append(inputs.get("position_ids"))
+    def note(_: Any, inputs: Sequence[Any], named: dict[str, Any]) -> None:
+        read.append(inputs[place] if place < len(inputs) else named.get("position_ids"))
 
-    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield read
     finally:
         hook.remove()
+
+
+def _takes_positions(model: PreTrainedModel) -> tuple[nn.Module, int]:
+    """The decoder, and the place of its positions among its inputs; the model where it names its head a decoder."""
+    for module in (model.get_decoder(), model):
+        names = list(inspect.signature(module.forward).parameters)
+        if "position_ids" in names:
+            return module, names.index("position_ids")
+    return model, sys.maxsize
 
 
 def next_positions(read: Tensor | None) -> Tensor | None:

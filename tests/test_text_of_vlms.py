@@ -108,6 +108,14 @@ def test_positions_go_on_where_the_model_read_and_not_where_it_was_told_to(
         assert target.next_positions_B.tolist() == (lengths + (offset or 0)).tolist()
 
 
+def test_model_that_names_its_head_a_decoder() -> None:
+    """`get_decoder()` of modernbert-decoder is its head, which is given no positions."""
+    model = tiny_model("modernbert-decoder", local_attention=16, pad_token_id=258, bos_token_id=258, eos_token_id=258)
+    reference = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False)
+    out = speculate(model, PROMPTS, ScriptedDrafter(TruthAmongLies(reference)), max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
+
+
 def planes(differ_at: int | None = None) -> torch.Tensor:
     positions = torch.arange(6).expand(3, 2, -1).clone()
     if differ_at is not None:
