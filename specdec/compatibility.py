@@ -1,7 +1,7 @@
 """Which models can be decoded by tree exactly, found out before any work is done.
 
-Known families are listed with the tests that cover them; any other model is compared once, on a few random
-tokens, with its own ordinary forward.
+Known families are listed with the tests that cover them; any other model decodes a short text once, by trees and as
+transformers does, and has to say the same (`specdec/trial.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.cache import has_recurrent_layers
+from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.target import TreeModel
-from trees import ROOT, TokenTree, TreeBatch
+from specdec.trial import trial_logits
+from trees import TreeBatch
 
 VERIFIED_FAMILIES = frozenset(
     {
@@ -25,6 +27,8 @@ VERIFIED_FAMILIES = frozenset(
 )
 """`config.model_type` of the families whose greedy equality the test suite checks."""
 
+_MOST_SLOTS = 256
+"""More than a draft has."""
 _MASKED_ATTENTION = ("sdpa", "eager")
 _checked: WeakSet[PreTrainedModel] = WeakSet()
 _layered: WeakSet[PreTrainedModel] = WeakSet()
@@ -44,7 +48,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} has no language-modelling head: load it with AutoModelForCausalLM")
-    if model._is_stateful:
+    if model._is_stateful and has_recurrent_layers(config):
         raise UnsupportedModelError(
             f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
         )
@@ -71,7 +75,7 @@ def check_model(model: PreTrainedModel) -> None:
             "use model.generate()"
         )
     if config.model_type not in VERIFIED_FAMILIES and model not in _checked:
-        _compare_with_forward(model)
+        _compare_with_plain(model)
         _checked.add(model)
 
 
@@ -92,11 +96,26 @@ def check_positions(model: PreTrainedModel, prompt_length: int, max_length: int)
         raise UnsupportedOptionError(
             f"the prompt has {prompt_length} tokens but {type(model).__name__} has {limit} positions: shorten it"
         )
+    _check_scaling(model, max_length)
     original = rotation_limit(model)
     if original is not None and prompt_length <= original < max_length:
         raise UnsupportedOptionError(
             f"this model changes its rotary embedding at {original} tokens, which a run from {prompt_length} to "
             f"{max_length} would cross: lower max_new_tokens or use model.generate()"
+        )
+
+
+def _check_scaling(model: PreTrainedModel, max_length: int) -> None:
+    """Llama 4 scales queries by their place in the cache, which for drafted tokens is not their position."""
+    config = model.config.get_text_config(decoder=True)
+    first = getattr(config, "floor_scale", None)
+    if first is None or not getattr(config, "attn_temperature_tuning", False):
+        return
+    if max_length + _MOST_SLOTS >= first:
+        raise UnsupportedOptionError(
+            f"this model scales its attention from {first} tokens on by their place in the cache, which a run to "
+            f"{max_length} tokens and drafts of up to {_MOST_SLOTS} would come to: lower max_new_tokens or use "
+            "model.generate()"
         )
 
 
@@ -110,34 +129,22 @@ def rotation_limit(model: PreTrainedModel) -> int | None:
 
 
 @torch.no_grad()
-def _compare_with_forward(model: PreTrainedModel) -> None:
-    """Forward a small tree and, one by one, its two paths; the logits must agree."""
+def _compare_with_plain(model: PreTrainedModel) -> None:
+    """Decode a short text by trees and as transformers does (`specdec/trial.py`); the logits must agree."""
+    name = type(model).__name__
     try:
-        by_tree, by_path = _trial_logits(model)
+        by_tree, by_steps = trial_logits(model, min(position_limit(model), rotation_limit(model) or sys.maxsize))
+    except SpecdecError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} failed a trial of tree decoding ({error}): use model.generate()"
+            f"{name} failed a trial of tree decoding ({type(error).__name__}, the cause of this error): "
+            "use model.generate()"
         ) from error
-    if not bool((by_tree - by_path).abs().max() <= _tolerance(model, by_path)):
+    if not bool((by_tree - by_steps).abs().max() <= _tolerance(model, by_steps)):
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives other logits when tokens are verified as a tree: use model.generate()"
+            f"{name} gives other logits when tokens are verified as a tree: use model.generate()"
         )
-
-
-def _trial_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Logits after the root and three nodes, once by tree and once by ordinary forwards."""
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    *prompt, root, left, right, leaf = (7919 * (i + 1) % vocab_size for i in range(7))
-    tree = TokenTree(tokens=[left, right, leaf], parents=[ROOT, ROOT, 1])
-    trial = TreeModel(model)
-    trial.prefill(torch.tensor([prompt], device=trial.device))
-    trees = TreeBatch.stack([tree], trial.device)
-    by_tree = trial.verify(trees, torch.tensor([[root]], device=trial.device))[0]
-    left_path, right_path = (
-        model(input_ids=torch.tensor([path], device=trial.device), use_cache=False).logits[0, len(prompt) :]
-        for path in ([*prompt, root, left], [*prompt, root, right, leaf])
-    )
-    return by_tree.float(), torch.cat([left_path, right_path[1:]]).float()
 
 
 def _tolerance(model: PreTrainedModel, logits: Tensor) -> Tensor:

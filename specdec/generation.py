@@ -240,7 +240,7 @@ class _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop("past_key_values")
-        options.check_model_inputs(others, config)
+        others = options.check_model_inputs(others, config, mask)
         if mask is not None:
             mask = mask.to(device)
         others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()}

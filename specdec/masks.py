@@ -44,17 +44,36 @@ def within_window(window: int, offsets_BT: Tensor, offsets_BK: Tensor, lengths: 
         offsets_BT: distance of each new token from its row's first uncommitted position.
         offsets_BK: the same for every slot of the tail.
     """
-    num_tail = offsets_BK.shape[1]
-    num_slots = max(lengths) + num_tail
-    tail_BS = _tail_index(lengths, num_slots, offsets_BK.device)
-    tail_offsets_BS = offsets_BK.gather(1, tail_BS.clamp(0, num_tail - 1))
-    offsets_BS = torch.where(tail_BS < 0, tail_BS, tail_offsets_BS)
-    return offsets_BT[:, :, None] - offsets_BS[:, None] < window
+    return offsets_BT[:, :, None] - _slot_offsets(offsets_BK, lengths)[:, None] < window
+
+
+def within_chunk(
+    size: int, offsets_BT: Tensor, offsets_BK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | None
+) -> Tensor:
+    """bool [B, T, S]: slots of the chunk of `size` positions that each new token is in; padding has no position.
+
+    Args: as of `within_window` and `visible_slots`.
+    """
+    starts_B = torch.tensor(lengths, device=offsets_BT.device)
+    if prompt_BP is not None:
+        starts_B = starts_B - (~prompt_BP).sum(1)
+    chunks_BT, chunks_BS = (
+        (starts_B[:, None] + offsets).div(size, rounding_mode="floor")
+        for offsets in (offsets_BT, _slot_offsets(offsets_BK, lengths))
+    )
+    return chunks_BT[:, :, None] == chunks_BS[:, None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as a bias: 0 where visible, the lowest finite number elsewhere."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _slot_offsets(offsets_BK: Tensor, lengths: Sequence[int]) -> Tensor:
+    """int64 [B, S]: distance of each slot from its row's first uncommitted position."""
+    num_tail = offsets_BK.shape[1]
+    tail_BS = _tail_index(lengths, max(lengths) + num_tail, offsets_BK.device)
+    return torch.where(tail_BS < 0, tail_BS, offsets_BK.gather(1, tail_BS.clamp(0, num_tail - 1)))
 
 
 def _tail_index(lengths: Sequence[int], num_slots: int, device: torch.device) -> Tensor:

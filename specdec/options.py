@@ -26,6 +26,7 @@ from transformers.generation import logits_process as lp
 from routers import Router
 from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
+from specdec.positions import text_positions
 from specdec.routing.endpoint import Endpoint
 from specdec.stopping import StopChecker
 from specdec.target import home_device
@@ -137,30 +138,37 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool =
     return arguments
 
 
-def check_model_inputs(model_inputs: dict[str, Any], config: GenerationConfig) -> None:
+def check_model_inputs(
+    model_inputs: dict[str, Any], config: GenerationConfig, attention_mask: Tensor | None = None
+) -> dict[str, Any]:
     """Refuse inputs of the forward that drafted tokens would need too, and prompts that transformers would cut wrongly.
+
+    Returns:
+        The inputs that say something (transformers passes an empty `mm_encoder_outputs` with a text), positions [B, P].
 
     Raises:
         UnsupportedOptionError: names them.
     """
-    unknown = sorted(
-        name for name, value in model_inputs.items() if value is not None and name not in _KNOWN_MODEL_INPUTS
-    )
+    given = {name: value for name, value in model_inputs.items() if not (value is None or value == {})}
+    unknown = sorted(given.keys() - _KNOWN_MODEL_INPUTS)
     if unknown:
         raise UnsupportedOptionError(
             f"specdec does not know how to continue these model inputs over drafted tokens: {', '.join(unknown)}; "
             "leave them out or call model.generate()"
         )
-    if model_inputs.get("inputs_embeds") is not None and config.prefill_chunk_size is not None:
+    if "inputs_embeds" in given and config.prefill_chunk_size is not None:
         raise UnsupportedOptionError(
             "prefill_chunk_size= cuts input_ids, not inputs_embeds, into chunks: leave one of the two out"
         )
-    positions = model_inputs.get("position_ids")
-    if positions is not None and positions.ndim != 2:
-        raise UnsupportedOptionError(
-            f"position_ids are [rows, tokens], got {tuple(positions.shape)} (multimodal rotary positions are not "
-            "supported): call model.generate()"
-        )
+    if "position_ids" in given:
+        positions_BP = text_positions(given["position_ids"], attention_mask)
+        if positions_BP is None:
+            raise UnsupportedOptionError(
+                f"position_ids {tuple(given['position_ids'].shape)} differ from plane to plane, as those of images do; "
+                "specdec continues positions of text, [rows, tokens]: call model.generate()"
+            )
+        given["position_ids"] = positions_BP
+    return given
 
 
 def check_batch(processors: LogitsProcessorList, stop: StopChecker, config: GenerationConfig, num_rows: int) -> None:

@@ -5,7 +5,8 @@ cache tail holds the root and the drafted nodes in the order of drafting (*place
 layers then process root and nodes at once. This module says in which order: slots that the lower layers know first,
 then the rest, which has to pass the lower layers before.
 
-Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that have passed.
+Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that have passed,
+C channels.
 """
 
 from __future__ import annotations
@@ -66,6 +67,31 @@ class TailOrder:
         places_BT = self.slots_BS.new_zeros((len(self.slots_BS), num_slots))
         places_S = torch.arange(self.slots_BS.shape[1], device=places_BT.device)
         return places_BT.scatter_reduce(1, self.slots_BS, (places_S * self.real_BS), "amax")
+
+
+class Passed:
+    """The hidden states of the slots that have passed the lower layers in this round."""
+
+    def __init__(self, exit_layer: int):
+        self.exit_layer = exit_layer
+        self._parts: dict[int, list[Tensor]] = defaultdict(list)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(part.shape[1] for part in self._parts[self.exit_layer])
+
+    def add(self, states: dict[int, Tensor]) -> None:
+        for depth, part_BTC in states.items():
+            self._parts[depth].append(part_BTC)
+
+    def states(self) -> dict[int, Tensor]:
+        """number of layers -> [B, K, C]."""
+        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
+
+    def arrange(self, sources_BK: Tensor) -> None:
+        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
+        for depth, states_BKC in self.states().items():
+            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
 
 
 def tail_order(trees: TreeBatch, places: Sequence[Sequence[int]] | None, num_passed: int) -> TailOrder:

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec import masks
-from specdec.cache import RowStates, TreeCache, sliding_windows
+from specdec.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.errors import UnsupportedModelError
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
 from specdec.partial import Passed, TailOrder, tail_order
+from specdec.positions import next_positions, positions_read
 from trees import TreeBatch
 
 
@@ -40,6 +41,10 @@ class Along:
 def home_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its inputs; the CPU for one that accelerate has offloaded (its hooks move them on)."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+_INDEXED = "indexed_attention"
+"""Layers of this kind select by their mask what to attend to, and need one where all is visible."""
 
 
 class TreeModel:
@@ -64,10 +69,11 @@ class TreeModel:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         config = model.config.get_text_config(decoder=True)
-        self._windows = sliding_windows(config)
+        self.kinds = layer_kinds(config)
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
-        self.num_layers = len(self._windows)
+        self.num_layers = len(self.kinds)
+        self._without = {index for index, kind in enumerate(self.kinds) if kind is None}
         self.device = home_device(model)
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
@@ -129,19 +135,20 @@ class TreeModel:
             config._mask_length = input_ids.shape[1]
         num_rows = input_ids.shape[0]
         past = past_key_values if past_key_values is not None else DynamicCache()
-        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity)
-        if attention_mask is not None and "position_ids" not in model_inputs:
+        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, without=self._without)
+        if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
         cached = {"attention_mask": attention_mask, "past_key_values": self.cache, "use_cache": True}
         whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
-        outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
+        with positions_read(whole.model) as read:
+            outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
         self.states = self._at_home(whole.states)
         self.num_forwards += 1
         self.cache.commit([range(self.cache.tail)] * num_rows)
-        self._start_masks(attention_mask, model_inputs.get("position_ids"))
+        self._start_masks(attention_mask, next_positions(read[-1] if read else model_inputs.get("position_ids")))
         return outputs.logits[:, -1:]
 
     def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
@@ -150,7 +157,7 @@ class TreeModel:
         Args:
             capacity: expected number of slots of a row.
         """
-        self.cache = TreeCache(self.num_layers, num_rows, capacity)
+        self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
         self.states = {}
         self._passed = self._order = self._prompt_BP = None
         self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
@@ -389,33 +396,37 @@ class TreeModel:
             "use_cache": True,
         }
 
-    def _start_masks(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    def _start_masks(self, attention_mask: Tensor | None, next_B: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        if position_ids is None:
-            self._lag_B = torch.zeros_like(lengths_B)
-        else:
-            self._lag_B = lengths_B - (position_ids[:, -1].to(self.device) + 1)
+        self._lag_B = torch.zeros_like(lengths_B) if next_B is None else lengths_B - next_B.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""
         lengths = self.cache.lengths
         num_tail = self._offsets_BS.shape[1]
         num_slots = max(lengths) + num_tail
-        windows = {w if w is not None and w < num_slots else None for w in self._windows}
+        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None}
         if seen_BTK is None:
-            if windows == {None} and self.cache.is_uniform and self._prompt_BP is None:
+            is_masked = _INDEXED in kinds or self._prompt_BP is not None or not self.cache.is_uniform
+            if not is_masked and all(kind.reach is None for kind in kinds.values()):
                 return None
             seen_BTK = offsets_BT.new_ones((len(lengths), 1, num_tail), dtype=torch.bool)
         visible_BTS = masks.visible_slots(seen_BTK, lengths, self._prompt_BP)
-        by_window = {}
-        for window in windows:
-            mask_BTS = visible_BTS
-            if window is not None:
-                mask_BTS = visible_BTS & masks.within_window(window, offsets_BT, self._offsets_BS, lengths)
-            mask_B1TS = mask_BTS.unsqueeze(1)
-            by_window[window] = masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS
-        if len(by_window) == 1:
-            return by_window.popitem()[1]
-        (window,) = windows - {None}
-        return {"full_attention": by_window[None], "sliding_attention": by_window[window]}
+        by_reach = {kind.reach: self._within(kind, visible_BTS, offsets_BT) for kind in kinds.values()}
+        if len(by_reach) == 1:
+            return by_reach.popitem()[1]
+        return {name: by_reach[kind.reach] for name, kind in kinds.items()}
+
+    def _within(self, kind: LayerKind, visible_BTS: Tensor, offsets_BT: Tensor) -> Tensor:
+        """The mask [B, 1, T, S] of a kind of layers."""
+        if kind.reach is not None and kind.is_chunked:
+            visible_BTS = visible_BTS & masks.within_chunk(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths, self._prompt_BP
+            )
+        elif kind.reach is not None:
+            visible_BTS = visible_BTS & masks.within_window(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths
+            )
+        mask_B1TS = visible_BTS.unsqueeze(1)
+        return masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS

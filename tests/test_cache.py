@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec import UnsupportedModelError, UnsupportedOptionError
-from specdec.cache import TreeCache, refill, sliding_windows
+from specdec.cache import LayerKind, TreeCache, layer_kinds, refill
 from specdec.target import TreeModel
 from specdec.testing import random_prompts, tiny_model
 from tests.strategies import token_trees
@@ -200,10 +200,11 @@ def test_refilled_cache_holds_all_rows() -> None:
 
 
 def test_windows_are_read_from_the_config() -> None:
-    assert sliding_windows(MODELS["llama"].config) == [None, None]
-    assert sliding_windows(MODELS["gemma3_text"].config) == [3, None]
+    full, window = LayerKind("full_attention"), LayerKind("sliding_attention", 3)
+    assert layer_kinds(MODELS["llama"].config) == [full, full]
+    assert layer_kinds(MODELS["gemma3_text"].config) == [window, full]
     with pytest.raises(UnsupportedModelError, match="LinearAttentionLayer"):
-        sliding_windows(tiny_model("lfm2", full_attn_idxs=[1]).config)
+        layer_kinds(tiny_model("lfm2", full_attn_idxs=[1]).config)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from specdec.cache import sliding_windows
+from specdec.cache import layer_kinds
 from specdec.compatibility import check_layers, check_model
 from specdec.errors import SpecdecError
 from specdec.kernels import quantized_copy
@@ -32,8 +32,14 @@ Greedy equality with `model.generate()` for every drafter of `tests/test_familie
 _UNLISTED = """
 ## Other families
 
-A family that is not listed is tried once, at the first call: a small tree and, one by one, its paths are forwarded, and
-their logits must agree. Tested to pass: {passing}.
+A family that is not listed is tried once, by `enable()` or at the first call: it decodes a short text by trees and as
+`model.generate()` does, in a ragged batch that reaches past its windows, chunks and top-k of up to 256 tokens, and the
+logits must agree. Tested to pass:
+{passing}.
+
+Models that also read images (Gemma 3, Qwen 2.5 VL, Mistral 3, ...) are decoded where their input is text alone.
+Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)
+or that attend in chunks (Llama 4, up to about 8,000 tokens) are decoded by tree like any other.
 
 ## Refused
 
@@ -45,9 +51,8 @@ their logits must agree. Tested to pass: {passing}.
 def _row(family: str) -> str:
     model = tiny_model(family, attn_implementation="eager")
     check_model(model)
-    windows = set(sliding_windows(model.config))
     attention = {True: "full", False: "sliding window"}
-    kinds = " and ".join(sorted({attention[window is None] for window in windows}))
+    kinds = " and ".join(sorted({attention[kind.reach is None] for kind in layer_kinds(model.config)}))
     has_sdpa = "yes" if model._supports_sdpa else "no"
     cells = [f"`{family}`", kinds, has_sdpa, "yes", _works(check_layers, model), _works(quantized_copy, model)]
     return f"| {' | '.join(cells)} |\n"

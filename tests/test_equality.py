@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import PreTrainedModel
 
-from specdec.cache import sliding_windows
+from specdec.cache import layer_kinds
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -98,7 +98,7 @@ WINDOWED = {
 def test_drafts_longer_than_the_window(family: str) -> None:
     """Prompts on both sides of the window, and drafts past it that are right, half right, or trees."""
     model = tiny_model(family, **WINDOWED[family])
-    assert 6 in sliding_windows(model.config)
+    assert 6 in {kind.reach for kind in layer_kinds(model.config)}
     prompts = random_prompts([3, 12, 6, 18])
     reference = plain_alone(model, prompts, NUM_NEW)
     for draft, histogram in ((model, {10: 8, 0: 4}), (with_noise(model), None)):

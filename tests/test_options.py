@@ -272,8 +272,8 @@ def flash() -> PreTrainedModel:
     return model
 
 
-def chunked() -> PreTrainedModel:
-    return tiny_model("llama4_text", attention_chunk_size=8, intermediate_size_mlp=16, num_local_experts=2)
+def convolution() -> PreTrainedModel:
+    return tiny_model("lfm2", full_attn_idxs=[1])
 
 
 UNSUPPORTED_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -282,7 +282,7 @@ UNSUPPORTED_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "ALiBi": (bloom, "BloomForCausalLM derives its ALiBi positions"),
     "without head": (headless, "LlamaModel has no language-modelling head: load it with AutoModelForCausalLM"),
     "flash attention": (flash, "load the model with attn_implementation='sdpa'"),
-    "chunked attention": (chunked, "use model.generate() instead"),
+    "convolution": (convolution, "keeps a LinearAttentionLayer"),
 }
 
 

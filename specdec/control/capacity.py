@@ -64,7 +64,7 @@ class RowTimer:
         cache = self._scratch.cache
         while cache.num_rows < num_rows:
             end = self._states[0][0].shape[1] - cache.num_rows % 2  # as in real batches, not all have one length
-            self._scratch.join([(keys[:, :end], values[:, :end]) for keys, values in self._states])
+            self._scratch.join([tuple(part[:, :end] for part in layer) for layer in self._states])
         assert cache.num_rows == num_rows, "rows only join"
         if num_rows not in self._known:
             self._known[num_rows] = min(self._time(num_rows) for _ in range(_REPETITIONS))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specdec.cache import TreeCache
+from specdec.cache import LayerKind, TreeCache
 from specdec.exits.module import Exit
 from specdec.sequences import Sequences
 from specdec.target import TreeModel
@@ -233,7 +233,7 @@ class _BlockModel(TreeModel):
     def __init__(self, module: Exit, target: TreeModel, first_B: Tensor):
         super().__init__(target.model)
         self._view = target.views.block(module.block)
-        self._windows = [module.window]
+        self.kinds = [LayerKind("sliding_attention", module.window)]
         self.cache = TreeCache(1, len(first_B))
         self._prompt_BP = None
         self._lag_B = -first_B

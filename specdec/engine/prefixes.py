@@ -52,10 +52,7 @@ class PrefixCache:
         if not known:
             return 0, None
         layers = zip(*(block.states for _, block in known), strict=True)
-        states = [
-            (torch.cat([keys for keys, _ in layer], 1), torch.cat([values for _, values in layer], 1))
-            for layer in layers
-        ]
+        states = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]
         return BLOCK * len(known), states
 
     def add(self, tokens: Sequence[int], states: RowStates) -> None:
@@ -71,9 +68,8 @@ class PrefixCache:
         most = min(len(tokens), self.max_tokens) // BLOCK
         for start in range(BLOCK * len(known), BLOCK * most, BLOCK):
             stop = start + BLOCK
-            block = _Block(
-                next(self._numbers), [(k[:, start:stop].clone(), v[:, start:stop].clone()) for k, v in states]
-            )
+            part = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in states]
+            block = _Block(next(self._numbers), part)
             key = number, tuple(tokens[start:stop])
             self._blocks[key] = block
             used.append(key)
