@@ -126,28 +126,3 @@ def _gather(values_BTX: Tensor, index_BS: Tensor) -> Tensor:
     """Index the second dimension row by row."""
     rows_B1 = torch.arange(len(index_BS), device=index_BS.device).unsqueeze(1)
     return values_BTX[rows_B1, index_BS]
-
-
-class Passed:
-    """The hidden states of the slots that have passed the lower layers in this round."""
-
-    def __init__(self, exit_layer: int):
-        self.exit_layer = exit_layer
-        self._parts: dict[int, list[Tensor]] = defaultdict(list)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(part.shape[1] for part in self._parts[self.exit_layer])
-
-    def add(self, states: dict[int, Tensor]) -> None:
-        for depth, part_BTC in states.items():
-            self._parts[depth].append(part_BTC)
-
-    def states(self) -> dict[int, Tensor]:
-        """number of layers -> [B, K, C]."""
-        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
-
-    def arrange(self, sources_BK: Tensor) -> None:
-        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
-        for depth, states_BKC in self.states().items():
-            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
