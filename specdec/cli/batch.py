@@ -18,8 +18,8 @@ from specdec.cli.grafting import grafted
 from specdec.cli.options import (
     GREEDY,
     LOADING,
-    DraftOption,
     EngineDrafterOption,
+    EngineDraftOption,
     LoadingOptions,
     MaxNewTokensOption,
     SamplingOptions,
@@ -91,7 +91,7 @@ def batch(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run goes on where it was.")],
     model: ModelOption = "demo",
-    draft: DraftOption = None,
+    draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     sampling: SamplingOptions = GREEDY,

@@ -9,7 +9,7 @@ import typer
 from specdec.cli.common import MODEL_PANEL
 from specdec.cli.grafting import FieldOptions
 from specdec.model_options import ModelOptions
-from specdec.specs import AUTO, DRAFTERS, DRAFTERS_OF_AN_ENGINE
+from specdec.specs import AUTO, DRAFTERS, DRAFTERS_OF_AN_ENGINE, FOREIGN_MODEL
 
 MODEL_OPTIONS: FieldOptions = {
     "dtype": typer.Option(
@@ -36,15 +36,15 @@ LOADING = ModelOptions()
 """The default values of `LoadingOptions`."""
 
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(
-        "--draft",
-        "-d",
-        help="A smaller model that drafts for --model; of the same tokenizer, or the drafter is foreign-model.",
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
+
+
+def _draft_option(tokenizers: str) -> Any:
+    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}."
+    return typer.Option("--draft", "-d", help=help_text, rich_help_panel=MODEL_PANEL)
+
+
+DraftOption = Annotated[str | None, _draft_option(f" unless the drafter is {FOREIGN_MODEL}")]
+EngineDraftOption = Annotated[str | None, _draft_option("")]
 
 
 def _drafter_option(names: Sequence[str]) -> Any:

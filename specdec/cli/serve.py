@@ -10,7 +10,7 @@ import typer
 
 from specdec.cli.common import err_console, friendly_errors
 from specdec.cli.grafting import FieldOptions, grafted
-from specdec.cli.options import LOADING, DraftOption, EngineDrafterOption, LoadingOptions
+from specdec.cli.options import LOADING, EngineDrafterOption, EngineDraftOption, LoadingOptions
 from specdec.server.options import ServerOptions
 from specdec.specs import choose_drafter
 
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
 @grafted
 def serve(
     model: Annotated[str, typer.Argument(help="'demo', a hub id, a local folder or a .gguf file.")] = "demo",
-    draft: DraftOption = None,
+    draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
     name: Annotated[
         str | None,
