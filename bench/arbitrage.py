@@ -38,6 +38,7 @@ import specdec
 from routers import Router
 from specdec.drafters import Auto, SmallModel
 from specdec.loading import load_pair
+from specdec.model_options import ModelOptions
 from specdec.routing.collect import Problem, encode_problems, final_answer, read_problems
 
 BASELINE = "speculative"
@@ -164,17 +165,10 @@ def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) 
     if not todo:
         return done
     routers_of = {method: make_router(method, arguments.router, arguments.seed) for method in arguments.methods}
-    target, draft = load_pair(
-        arguments.target,
-        arguments.draft,
-        dtype="float32",
-        device="cpu",
-        threads=arguments.threads,
-        weights=arguments.weights,
-        trust_remote_code=False,
-    )
+    options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads, weights=arguments.weights)
+    target, draft = load_pair(arguments.target, arguments.draft, options)
     assert draft is not None
-    models = (target.model, draft)
+    models = (target.model, draft.model)
     solve(models, target.tokenizer, "", routers.RandomRouter(0.5), {0: problems[0]}, 16)  # warm up
     with path.open("a") as file:
         for method, numbers in todo:

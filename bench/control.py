@@ -28,8 +28,8 @@ import specdec
 from specdec.bench.equality import Verdict, compare
 from specdec.bench.suite import Prompt
 from specdec.models import load
-from specdec.names.methods import DrafterSpec
 from specdec.prompting import encode_prompts
+from specdec.specs import DrafterSpec
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN, AUTO = "plain", "auto"

@@ -33,8 +33,8 @@ from specdec import kernels
 from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Drafter, Plain, SmallModel
 from specdec.models import load
-from specdec.names.methods import PLAIN
 from specdec.prompting import encode_prompts
+from specdec.specs import PLAIN
 from trees import DySpec, GrowthPolicy
 
 OPTIONS = {"do_sample": False, "repetition_penalty": 1.0}

@@ -41,6 +41,7 @@ from specdec import kernels
 from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Plain
 from specdec.loading import load_target
+from specdec.model_options import ModelOptions
 from specdec.models import LoadedModel
 from specdec.prompting import encode_chats, user_turn
 
@@ -233,14 +234,8 @@ def start_server(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], 
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    loaded = load_target(
-        arguments.model,
-        dtype="auto",
-        device="cpu",
-        threads=arguments.threads,
-        weights=arguments.weights,
-        trust_remote_code=False,
-    )
+    options = ModelOptions(device="cpu", threads=arguments.threads, weights=arguments.weights)
+    loaded = load_target(arguments.model, options)
     log("asking alone")
     questions = ask_alone(loaded, arguments.max_new_tokens)
     process, url = start_server(arguments)

@@ -49,8 +49,9 @@ from specdec.bench.report import mismatches
 from specdec.bench.suite import Prompt
 from specdec.drafters import Plain, SmallModel
 from specdec.loading import load_pair
-from specdec.names.methods import PLAIN
+from specdec.model_options import ModelOptions
 from specdec.prompting import encode_prompts
+from specdec.specs import PLAIN
 from trees import Calibration, Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
 
 TASKS = ("mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag")
@@ -454,9 +455,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     questions = load_questions(arguments.prompts, reported=True, limit=arguments.limit)
-    loading = {"dtype": "float32", "device": "cpu", "threads": arguments.threads, "weights": "int8"}
-    (target, tokenizer, name), draft = load_pair(arguments.target, arguments.draft, **loading, trust_remote_code=False)
-    pair = Pair(target, draft, tokenizer, arguments.max_new_tokens)
+    options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads, weights="int8")
+    (target, tokenizer, name), draft = load_pair(arguments.target, arguments.draft, options)
+    pair = Pair(target, draft.model, tokenizer, arguments.max_new_tokens)
     heading = {
         "target": name,
         "draft": Path(arguments.draft).name,

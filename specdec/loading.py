@@ -1,71 +1,97 @@
 """A target and its draft, loaded and prepared: what commands, benches and workers begin with."""
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from specdec import models
 from specdec.errors import DraftError
 from specdec.kernels import prepare
+from specdec.model_options import ModelOptions
+
+if TYPE_CHECKING:
+    from specdec.drafters import Drafter
+    from specdec.specs import DrafterSpec
 
 
-def load_pair(
-    model: str,
-    draft: str | None,
-    *,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    weights: str,
-    trust_remote_code: bool,
-) -> tuple[models.LoadedModel, PreTrainedModel | None]:
-    """Load a target, and a draft model if one is named, and make their forwards cheap as `weights` says.
+class LoadedPair(NamedTuple):
+    """A target, and the model that drafts for it if there is one."""
+
+    target: models.LoadedModel
+    draft: models.LoadedModel | None = None
+
+    def build(self, spec: DrafterSpec) -> Drafter | str:
+        """The drafter that was asked for: what `specdec.generate` takes."""
+        if self.draft is None:
+            return spec.build()
+        return spec.build(self.draft.model, tokenizers=(self.draft.tokenizer, self.target.tokenizer))
+
+
+def load_pair(model: str, draft: str | None, options: ModelOptions, *, translates: bool = False) -> LoadedPair:
+    """Load a target, and a draft model if one is named, and make their forwards cheap as `options.weights` says.
 
     Args:
-        weights: "stock", "float" or "int8" (see `WeightsOption`).
+        translates: whether the draft may have another tokenizer (`DrafterSpec.translates`).
 
     Raises:
         ModelError: a model cannot be found, fetched or read.
         DraftError: the draft's tokenizer gives a token another id than the target's does.
     """
-    target = load_target(
-        model, dtype=dtype, device=device, threads=threads, weights=weights, trust_remote_code=trust_remote_code
-    )
-    if draft is None:
-        return target, None
-    return target, load_draft(
-        draft, target, dtype=dtype, device=device, weights=weights, trust_remote_code=trust_remote_code
-    )
+    target = load_target(model, options)
+    return LoadedPair(target, None if draft is None else load_draft(draft, target, options, translates=translates))
 
 
-def load_target(
-    model: str, *, dtype: str, device: str, threads: int | None, weights: str, trust_remote_code: bool
-) -> models.LoadedModel:
+def load_target(model: str, options: ModelOptions) -> models.LoadedModel:
     """The first half of `load_pair`."""
-    target = models.load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code)
-    _prepare(target.model, weights)
-    return target
+    return _prepared(_load(model, options, threads=options.threads), options)
 
 
 def load_draft(
-    draft: str, target: models.LoadedModel, *, dtype: str, device: str, weights: str, trust_remote_code: bool
-) -> PreTrainedModel:
+    draft: str, target: models.LoadedModel, options: ModelOptions, *, translates: bool = False
+) -> models.LoadedModel:
     """The second half of `load_pair`."""
-    small = models.load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    _check_same_ids(target.tokenizer, small.tokenizer)
-    _prepare(small.model, weights)
-    return small.model
+    small = _load(draft, options)
+    if not translates:
+        _check_same_ids(target.tokenizer, small.tokenizer)
+    return _prepared(small, options)
 
 
-def _prepare(model: PreTrainedModel, weights: str) -> None:
-    if weights != "stock":
-        prepare(model, weights="int8" if weights == "int8" else None)
+def have_same_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> bool:
+    """Whether every token of both tokenizers has one id."""
+    return next(_conflicts(target, draft), None) is None
 
 
 def _check_same_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    for token, target_id, draft_id in _conflicts(target, draft):
+        raise DraftError(
+            f"the draft model has another tokenizer: {token!r} is token {draft_id} there and {target_id} in "
+            "the target. Take a draft of the target's own family, or the drafter foreign-model, which translates"
+        )
+
+
+def _conflicts(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> Iterator[tuple[str, int, int]]:
+    """Tokens with their ids in the target and in the draft, which differ."""
     target_ids = target.get_vocab()
     for token, draft_id in draft.get_vocab().items():
         target_id = target_ids.get(token, draft_id)
         if target_id != draft_id:
-            raise DraftError(
-                f"the draft model has another tokenizer: {token!r} is token {draft_id} there and {target_id} in "
-                "the target. Take a draft of the target's own family"
-            )
+            yield token, target_id, draft_id
+
+
+def _load(source: str, options: ModelOptions, threads: int | None = None) -> models.LoadedModel:
+    return models.load(
+        source,
+        dtype=options.dtype,
+        device=options.device,
+        threads=threads,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.LoadedModel:
+    if options.weights != "stock":
+        prepare(loaded.model, weights="int8" if options.weights == "int8" else None)
+    return loaded

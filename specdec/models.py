@@ -30,8 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from specdec.download import WheelFile, fetch, require_space, staging_folder
 from specdec.errors import ModelError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from specdec.model_options import ModelOptions
 
 _SOURCES = "a hub id, a folder written by save_pretrained(), a .gguf file, or 'demo'"
 _SIZES = (
@@ -77,10 +76,11 @@ def load(
         ModelError: the model cannot be found, fetched or read.
         ValueError: `dtype`, `device` or `threads` is not one of the values above.
     """
+    ModelOptions(dtype=dtype, device=device, threads=threads)  # checks them
     target_device = _parse_device(device)
     target_dtype = _parse_dtype(dtype, target_device)
     if threads is not None:
-        _set_threads(threads)
+        torch.set_num_threads(threads)
     checkpoint = _locate(os.fspath(source))
     tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
     model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
@@ -106,15 +106,7 @@ def _parse_device(device: str) -> torch.device:
 def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; give 'auto' or one of {', '.join(map(repr, DTYPES))}")
-    return DTYPES[dtype]
-
-
-def _set_threads(threads: int) -> None:
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    torch.set_num_threads(threads)
+    return getattr(torch, dtype)
 
 
 # Finding and reading a checkpoint

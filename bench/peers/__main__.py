@@ -46,8 +46,9 @@ from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.bench.suite import ALL, load_suite
 from specdec.errors import SpecdecError
 from specdec.loading import load_pair
-from specdec.names.methods import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.model_options import ModelOptions
 from specdec.prompting import encode_prompts
+from specdec.specs import PLAIN, TRANSFORMERS, DrafterSpec
 
 INT8_METHODS = "plain,prompt-lookup,small-model"
 FLOAT_METHODS = "plain,prompt-lookup,quantized-self,small-model"
@@ -99,8 +100,9 @@ def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
 def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task], dict[str, Any], bool]:
     """The configurations, the tasks, what the numbers depend on, and whether the model is a small one."""
     check_methods(arguments)
-    loading = {"dtype": "float32", "device": "cpu", "threads": arguments.threads, "weights": "stock"}
-    (model, tokenizer, name), draft = load_pair(arguments.model, arguments.draft, **loading, trust_remote_code=False)
+    options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads)
+    (model, tokenizer, name), small = load_pair(arguments.model, arguments.draft, options)
+    draft = None if small is None else small.model
     pure_greedy(model)
     prompts = load_suite(arguments.prompts).select(arguments.category, arguments.limit).prompts
     tasks = [Task(prompt=one, ids=encode_prompts(tokenizer, [one.text])["input_ids"][0].tolist()) for one in prompts]

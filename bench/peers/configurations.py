@@ -20,7 +20,7 @@ from specdec.bench.harness import Harness, Method, Settings
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, llama_lacks
 from specdec.bench.peers.transformers_modes import OwnGenerate
-from specdec.names.methods import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.specs import PLAIN, TRANSFORMERS, DrafterSpec
 
 
 def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Configuration:

@@ -32,7 +32,7 @@ from specdec.bench.equality import Verdict
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe
 from specdec.bench.suite import ALL
-from specdec.names.methods import PLAIN, QUANTIZED_SELF, TRANSFORMERS
+from specdec.specs import PLAIN, QUANTIZED_SELF, TRANSFORMERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

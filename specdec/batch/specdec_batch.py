@@ -10,6 +10,7 @@ import numpy as np
 from specdec.batch.lines import SETTING_NAMES, Job, Settings, job_of
 from specdec.batch.worker import Answer, Worker
 from specdec.errors import BatchError
+from specdec.model_options import ModelOptions, Weights
 
 
 class SpecdecBatch:
@@ -25,7 +26,7 @@ class SpecdecBatch:
     Args:
         model: 'demo', a hub id, or a folder that every node has.
         draft: a smaller model of the same tokenizer.
-        drafter: as `specdec generate --drafter`.
+        drafter: as `specdec batch --drafter`.
         weights: "stock", "float" or "int8".
         dtype, device, threads, trust_remote_code: as in `specdec.models.load`.
         max_rows: rows that are decoded at once; None chooses by what forwards cost.
@@ -41,7 +42,7 @@ class SpecdecBatch:
         *,
         draft: str | None = None,
         drafter: str | None = None,
-        weights: str = "stock",
+        weights: Weights = "stock",
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
@@ -50,20 +51,15 @@ class SpecdecBatch:
         settings: Mapping[str, Any] | None = None,
     ):
         from specdec.loading import load_pair
-        from specdec.names.methods import choose_drafter
+        from specdec.specs import choose_drafter
 
-        spec = choose_drafter(drafter, draft, None)
+        spec = choose_drafter(drafter, draft, for_engine=True)
         self._defaults = Settings().overridden(settings or {})
-        (target, tokenizer, _), draft_model = load_pair(
-            model,
-            draft,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            weights=weights,
-            trust_remote_code=trust_remote_code,
+        options = ModelOptions(
+            dtype=dtype, device=device, threads=threads, weights=weights, trust_remote_code=trust_remote_code
         )
-        self.worker = Worker(target, tokenizer, drafter=spec.build(draft_model), max_rows=max_rows)
+        pair = load_pair(model, draft, options, translates=spec.translates)
+        self.worker = Worker(pair.target.model, pair.target.tokenizer, drafter=pair.build(spec), max_rows=max_rows)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of columns, as `map_batches` gives it with its default `batch_format`."""

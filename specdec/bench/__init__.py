@@ -1,6 +1,6 @@
 """What `specdec bench` measures with: prompts, methods, peers, the harness, and what it reports.
 
-naming, methods, peers/   what can be asked for by name; building makes it what harness runs
+methods, peers/           what can be asked for by name; building makes it what harness runs
 suite                     the prompts
 running, harness          one timed call; all of them, in turns
 equality, intervals       is it the same, and how sure is the speed-up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bench.harness import Method, Settings, encode
+from specdec.bench.methods import MethodSpec
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, find_gguf, llama_lacks
 from specdec.bench.peers.transformers_modes import OwnGenerate
@@ -18,7 +19,8 @@ from specdec.bench.ranks import measure_ranks
 from specdec.bench.running import Peer
 from specdec.bench.suite import Prompt
 from specdec.drafters import Drafter
-from specdec.names.methods import SEQUOIA, DrafterSpec, MethodSpec
+from specdec.loading import LoadedPair
+from specdec.specs import SEQUOIA, DrafterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,18 @@ class Models:
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     draft: PreTrainedModel | None = None
+    draft_tokenizer: PreTrainedTokenizerBase | None = None
     llama: LlamaFiles | None = None
+
+    @classmethod
+    def of(cls, pair: LoadedPair, llama: LlamaFiles | None = None) -> Models:
+        target, draft = pair
+        models = cls(target=target.model, tokenizer=target.tokenizer, llama=llama)
+        return models if draft is None else replace(models, draft=draft.model, draft_tokenizer=draft.tokenizer)
+
+    def drafter(self, spec: DrafterSpec) -> Drafter | str:
+        tokenizers = None if self.draft_tokenizer is None else (self.draft_tokenizer, self.tokenizer)
+        return spec.build(self.draft, tokenizers=tokenizers)
 
 
 def build_methods(
@@ -42,7 +55,7 @@ def build_methods(
 
     @cache
     def drafter_of(text: str) -> Drafter | str:
-        return DrafterSpec.parse(text).build(models.draft)
+        return models.drafter(DrafterSpec.parse(text))
 
     @cache
     def acceptance_of(text: str) -> tuple[float, ...]:

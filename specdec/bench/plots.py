@@ -13,7 +13,7 @@ from specdec.bench.document import Document
 from specdec.bench.harness import BatchResult, Settings
 from specdec.bench.report import MethodReport
 from specdec.bench.running import Run
-from specdec.names.methods import PLAIN
+from specdec.specs import PLAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

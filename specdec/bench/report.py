@@ -13,7 +13,7 @@ from specdec.bench.harness import BatchResult, Settings
 from specdec.bench.intervals import Timing, speedup_interval
 from specdec.bench.running import Run
 from specdec.bench.suite import ALL
-from specdec.names.methods import PLAIN
+from specdec.specs import PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

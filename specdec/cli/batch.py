@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,29 +13,19 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 from typer.core import TyperCommand
 
-from specdec.cli.common import (
-    INTERRUPTED,
-    MODEL_PANEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    err_console,
-    friendly_errors,
-)
+from specdec.cli.common import INTERRUPTED, MODEL_PANEL, ModelOption, err_console, friendly_errors
+from specdec.cli.grafting import grafted
 from specdec.cli.options import (
-    DrafterOption,
-    DraftOption,
+    GREEDY,
+    LOADING,
+    EngineDrafterOption,
+    EngineDraftOption,
+    LoadingOptions,
     MaxNewTokensOption,
-    SampleOption,
-    Sampling,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    WeightsOption,
+    SamplingOptions,
+    StopOption,
 )
+from specdec.specs import choose_drafter
 
 if TYPE_CHECKING:
     from specdec.batch import BatchProgress, Pool, Settings
@@ -42,6 +34,36 @@ _CLUSTER_PANEL = "Cluster"
 _HERE = "here"
 """What --ray stands for without an address."""
 _ADDRESS = re.compile(r"auto|ray://\S+|[\w.-]+:\d+")
+
+
+_MaxRowsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rows",
+        min=1,
+        help="Lines that are decoded at once; by what forwards cost on this machine if absent.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+_RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Work on a Ray cluster: host:port, ray://host:port, auto (that of this machine), or without an "
+        "address one that is started here. Needs the extra 'ray'.",
+        rich_help_panel=_CLUSTER_PANEL,
+    ),
+]
+_WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="With --ray: models on the cluster; one for each GPU, or without GPUs each node, if absent.",
+        rich_help_panel=_CLUSTER_PANEL,
+    ),
+]
 
 
 class _BatchCommand(TyperCommand):
@@ -61,6 +83,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def batch(
     source: Annotated[
         Path,
@@ -68,66 +91,29 @@ def batch(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run goes on where it was.")],
     model: ModelOption = "demo",
-    draft: DraftOption = None,
-    drafter: DrafterOption = None,
+    draft: EngineDraftOption = None,
+    drafter: EngineDrafterOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
+    sampling: SamplingOptions = GREEDY,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt of lines with a prompt.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue prompts as they are, without the chat template.")
     ] = False,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Stop after this text; may be given several times.")
-    ] = None,
-    max_rows: Annotated[
-        int | None,
-        typer.Option(
-            "--max-rows",
-            min=1,
-            help="Lines that are decoded at once; by what forwards cost on this machine if absent.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "stock",
-    trust_remote_code: TrustRemoteCodeOption = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Work on a Ray cluster: host:port, ray://host:port, auto (that of this machine), or without an "
-            "address one that is started here. Needs the extra 'ray'.",
-            rich_help_panel=_CLUSTER_PANEL,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            help="With --ray: models on the cluster; one for each GPU, or without GPUs each node, if absent.",
-            rich_help_panel=_CLUSTER_PANEL,
-        ),
-    ] = None,
+    stop: StopOption = None,
+    max_rows: _MaxRowsOption = None,
+    loading: LoadingOptions = LOADING,
+    ray: _RayOption = None,
+    workers: _WorkersOption = None,
 ) -> None:
     """Answer every line of a file of prompts. Broken off, the same command goes on where it was."""
-    sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     if workers is not None and ray is None:
         raise ValueError("--workers needs --ray: without it, this process does the work")
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
 
-    from specdec.batch import Settings, run_batch
-    from specdec.names.methods import choose_drafter
+    from specdec.batch import Settings
 
-    choose_drafter(drafter, draft)  # what is wrong with it is told before a model is loaded
+    choose_drafter(drafter, draft, for_engine=True)  # what is wrong with it is told before a model is loaded
     settings = Settings(
         max_new_tokens=max_new_tokens,
         seed=sampling.seed,
@@ -136,17 +122,18 @@ def batch(
         stop=tuple(stop or ()),
         **sampling.generation_kwargs,
     )
-    worker = {
-        "model": model,
-        "draft": draft,
-        "drafter": drafter,
-        "weights": weights,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-        "trust_remote_code": trust_remote_code,
-        "max_rows": max_rows,
-    }
+    worker = {"model": model, "draft": draft, "drafter": drafter, "max_rows": max_rows, **asdict(loading)}
+    made_with = (model, loading.weights, loading.dtype)
+    done = _run(source, output, lambda: _pool(worker, ray, workers, settings), settings, made_with)
+    _summarise(done, output)
+
+
+def _run(
+    source: Path, output: Path, make_pool: Callable[[], Pool], settings: Settings, made_with: tuple[str, ...]
+) -> BatchProgress:
+    """Answer the lines under a progress bar. Ctrl-C ends the command."""
+    from specdec.batch import run_batch
+
     with _bar() as bar:
         task = bar.add_task("answering", total=None, speed=0.0)
 
@@ -154,19 +141,11 @@ def batch(
             bar.update(task, total=progress.num_bytes, completed=progress.end, speed=progress.tokens_per_second)
 
         try:
-            done = run_batch(
-                source,
-                output,
-                lambda: _pool(worker, ray, workers, settings),
-                settings,
-                made_with=(model, weights, dtype),
-                on_progress=show,
-            )
+            return run_batch(source, output, make_pool, settings, made_with=made_with, on_progress=show)
         except KeyboardInterrupt:
             bar.stop()
             err_console.print("stopped; the same command goes on from here", style="dim")
             raise typer.Exit(INTERRUPTED) from None
-    _summarise(done, output)
 
 
 def _pool(worker: dict[str, Any], ray: str | None, workers: int | None, settings: Settings) -> Pool:

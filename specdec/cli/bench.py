@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -11,41 +11,40 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from specdec.bench.methods import MethodSpec, choose_methods
+from specdec.bench.peers import choose_peers
+from specdec.bench.suite import load_suite, of_lengths
 from specdec.cli.bench_options import (
+    TABLE_ONLY,
     BatchSizesOption,
     CategoryOption,
     DraftGgufOption,
-    ExplainOption,
-    FormatOption,
     GgufOption,
     InputLengthsOption,
     JsonOption,
     LimitOption,
     MethodsOption,
     OutputLengthsOption,
-    OutputOption,
+    OutputOptions,
     PeersOption,
-    PlotOption,
     PromptsOption,
     ReferenceOption,
     RepetitionsOption,
     SeedOption,
-    TraceOption,
     TreesOption,
     WarmupOption,
+    whole_numbers,
 )
-from specdec.cli.bench_output import BenchOutput
-from specdec.cli.common import (
-    INTERRUPTED,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    err_console,
-    friendly_errors,
+from specdec.cli.common import INTERRUPTED, ModelOption, err_console, friendly_errors
+from specdec.cli.grafting import grafted
+from specdec.cli.options import (
+    LOADING,
+    DraftOption,
+    LoadingOptions,
+    SampleOption,
+    TemperatureOption,
+    VerifyOption,
 )
-from specdec.cli.options import DraftOption, SampleOption, TemperatureOption, VerifyOption, WeightsOption
 from specdec.errors import SpecdecError
 
 if TYPE_CHECKING:
@@ -61,14 +60,11 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def bench(
     model: ModelOption = "demo",
     draft: DraftOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "stock",
-    trust_remote_code: TrustRemoteCodeOption = False,
+    loading: LoadingOptions = LOADING,
     methods: MethodsOption = None,
     tree: TreesOption = None,
     peers: PeersOption = None,
@@ -87,25 +83,13 @@ def bench(
     temperature: TemperatureOption = None,
     verify: VerifyOption = "topdown",
     seed: SeedOption = 0,
-    output_format: FormatOption = "table",
+    results_in: OutputOptions = TABLE_ONLY,
     as_json: JsonOption = False,
-    output: OutputOption = None,
-    plot: PlotOption = None,
-    explain: ExplainOption = False,
-    trace_file: TraceOption = None,
 ) -> None:
     """Time drafters and peers against plain decoding and check that they say the same.
 
     Exit code 1: a greedy output of specdec differs from the reference by more than a numerical tie.
     """
-    from specdec.bench.peers import choose_peers
-    from specdec.bench.suite import load_suite, of_lengths
-    from specdec.names.methods import choose_methods
-    from specdec.names.parameters import whole_numbers
-
-    writer = BenchOutput(
-        format="json" if as_json else output_format, output=output, plot=plot, trace=trace_file, explain=explain
-    )
     input_lengths = whole_numbers("--input-len", input_len)
     lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
     wanted = choose_peers(peers, draft=draft, draft_gguf=draft_gguf)
@@ -124,29 +108,32 @@ def bench(
     sampling = Settings(sample=sample, temperature=temperature, verify=verify, seed=seed)
     base = replace(sampling, repetitions=repetitions, warmup=warmup, without_penalty=llama is not None)
     settings = [replace(base, max_new_tokens=length, batch_size=size) for length, size in product(lengths, sizes)]
-    how = {"dtype": dtype, "device": device, "weights": weights}
-    (target, tokenizer, name), small = load_pair(
-        model, draft, **how, threads=threads, trust_remote_code=trust_remote_code
-    )
-    models = Models(target=target, tokenizer=tokenizer, draft=small, llama=llama)
+    pair = load_pair(model, draft, loading, translates=not drafting_peers and _all_translate(specs))
+    models = Models.of(pair, llama)
     built = build_methods(specs, models, suite.select(limit=1).prompts, settings[0])
     if input_lengths:
-        suite = of_lengths(suite, input_lengths, tokenizer, count=limit or PROMPTS_OF_A_LENGTH)
+        suite = of_lengths(suite, input_lengths, models.tokenizer, count=limit or PROMPTS_OF_A_LENGTH)
     built += build_peers(peer_specs, models, suite.prompts, max(lengths))
-    harnesses = [Harness(target, tokenizer, built, one) for one in settings]
+    harnesses = [Harness(models.target, models.tokenizer, built, one) for one in settings]
     results, was_interrupted = _measure(harnesses, suite.prompts)
     document = make_document(
         results,
-        model=target,
-        model_name=name,
+        model=models.target,
+        model_name=pair.target.name,
         suite_name=suite.name,
         methods=built,
         settings=settings,
         not_available=[one for harness in harnesses for one in harness.missing],
-        further={"weights": weights} | ({} if llama is None else describe(llama)),
+        further={"weights": loading.weights} | ({} if llama is None else describe(llama)),
     )
-    writer.write(document, results)
+    (replace(results_in, format="json") if as_json else results_in).write(document, results)
     _exit(results, was_interrupted)
+
+
+def _all_translate(specs: Mapping[str, MethodSpec]) -> bool:
+    """Whether the draft model may have another tokenizer: whatever drafts with it translates."""
+    drafters = [spec.drafter for spec in specs.values() if spec.drafter is not None]
+    return all(drafter.translates for drafter in drafters if drafter.may_use_draft)
 
 
 def _measure(harnesses: Sequence[Harness], prompts: list[Prompt]) -> tuple[list[BatchResult], bool]:

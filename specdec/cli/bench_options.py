@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from specdec.cli.bench_output import BenchOutput
+from specdec.specs import DRAFTERS, TREE_EXAMPLES, TREES_OF_DRAFTERS
+
 _COMPARED = "What is compared"
 _PROMPTS = "Prompts and lengths (1,4 measures one after the other)"
 _MEASURING = "Measuring"
@@ -14,20 +17,24 @@ MethodsOption = Annotated[
     str | None,
     typer.Option(
         "--methods",
-        help="Separated by commas: prompt-lookup, small-model, quantized-self, early-exit, auto, plain; with "
-        "parameters: prompt-lookup:num_tokens=8. Without it: prompt-lookup, auto, and small-model if there is a "
-        "--draft. plain and the --reference always run.",
+        help=f"Separated by commas: {', '.join(DRAFTERS)}; with parameters: prompt-lookup:num_tokens=8. Without it: "
+        "prompt-lookup, auto, and small-model if there is a --draft. plain and the --reference always run.",
         rich_help_panel=_COMPARED,
     ),
 ]
+_LIMITED = "; ".join(
+    f"{drafter} takes {' and '.join(trees)}"
+    for drafter, trees in TREES_OF_DRAFTERS.items()
+    if 0 < len(trees) < len(TREE_EXAMPLES)
+)
 TreesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--tree",
         metavar="SPEC",
-        help="Drafted by every method that takes it, in a row of its own: chain:5, fixed:4x2x1, sequoia:32, "
-        "dyspec:32, dyspec:budget=32,max_depth=8,shared=true, dyspec-threshold:32; may be given several times. "
-        "prompt-lookup takes chain and dyspec. What Sequoia needs to know is measured on one prompt a category.",
+        help="Drafted by every method that takes it, in a row of its own: "
+        f"{', '.join(TREE_EXAMPLES.values())}; may be given several times. {_LIMITED}. "
+        "What Sequoia needs to know is measured on one prompt a category.",
         rich_help_panel=_COMPARED,
     ),
 ]
@@ -122,45 +129,49 @@ SeedOption = Annotated[
     int, typer.Option("--seed", min=0, help="Of every call, with --sample.", rich_help_panel="Sampling")
 ]
 
-FormatOption = Annotated[
-    Literal["table", "md", "csv", "json", "jsonl"],
-    typer.Option("-o", "--format", help="What is printed.", rich_help_panel=_RESULTS),
-]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Short for -o json: one document, see schema.json.", rich_help_panel=_RESULTS)
 ]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        metavar="FILE",
-        help="Written too, as its ending says: .json, .jsonl, .csv, .md or .txt (the table).",
-        rich_help_panel=_RESULTS,
-    ),
+OutputOptions = Annotated[
+    BenchOutput,
+    {
+        "format": typer.Option("-o", "--format", help="What is printed.", rich_help_panel=_RESULTS),
+        "output": typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Written too, as its ending says: .json, .jsonl, .csv, .md or .txt (the table).",
+            rich_help_panel=_RESULTS,
+        ),
+        "plot": typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw speed-up by category, acceptance and one generation (.png, .svg, .pdf; needs the extra "
+            "`bench`).",
+            rich_help_panel=_RESULTS,
+        ),
+        "explain": typer.Option(
+            "--explain",
+            help="Say for each category what auto drafted with, and which tokens per second it predicted and made.",
+            rich_help_panel=_RESULTS,
+        ),
+        "trace": typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write what adaptive drafters chose in every round, as JSON lines.",
+            rich_help_panel=_RESULTS,
+        ),
+    },
 ]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot",
-        metavar="FILE",
-        help="Draw speed-up by category, acceptance and one generation (.png, .svg, .pdf; needs the extra `bench`).",
-        rich_help_panel=_RESULTS,
-    ),
-]
-ExplainOption = Annotated[
-    bool,
-    typer.Option(
-        "--explain",
-        help="Say for each category what auto drafted with, and which tokens per second it predicted and made.",
-        rich_help_panel=_RESULTS,
-    ),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--trace",
-        metavar="FILE",
-        help="Write what adaptive drafters chose in every round, as JSON lines.",
-        rich_help_panel=_RESULTS,
-    ),
-]
+TABLE_ONLY = BenchOutput()
+"""The default values of `OutputOptions`."""
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """`1,4,16`: positive whole numbers, each once; nothing gives none. Raises `ValueError` that names the option."""
+    try:
+        values = () if text is None else tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        raise ValueError(f"{option} takes a whole number or several, separated by commas: got {text!r}") from None
+    if any(value < 1 for value in values):
+        raise ValueError(f"{option} must be at least 1, got {text}")
+    return values

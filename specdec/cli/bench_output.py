@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console, RenderableType
 
@@ -28,7 +28,7 @@ _FIGURE_ENDINGS = (".png", ".svg", ".pdf")
 class BenchOutput:
     """What is wanted. Raises `ValueError` for what could not be written, before anything is measured."""
 
-    format: str
+    format: Literal["table", "md", "csv", "json", "jsonl"] = "table"
     output: Path | None = None
     plot: Path | None = None
     trace: Path | None = None

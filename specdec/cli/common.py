@@ -1,4 +1,4 @@
-"""What every command shares: the model options, the console for people, and errors as one line."""
+"""What every command shares: the model's name, the console for people, and errors as one line."""
 
 import contextlib
 import functools
@@ -30,29 +30,6 @@ ModelOption = Annotated[
     str,
     typer.Option(
         "--model", "-m", help="'demo', a hub id, a local folder or a .gguf file.", rich_help_panel=MODEL_PANEL
-    ),
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        help="auto, float32, bfloat16 or float16; auto: float32 on CPU, the checkpoint's own on GPU.",
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MODEL_PANEL)
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, help="CPU threads for torch; torch's own choice if absent.", rich_help_panel=MODEL_PANEL
-    ),
-]
-TrustRemoteCodeOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the Python code that comes with the model.", rich_help_panel=MODEL_PANEL
     ),
 ]
 

@@ -10,33 +10,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from specdec.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    err_console,
-    friendly_errors,
-)
+from specdec.cli.common import ModelOption, err_console, friendly_errors
+from specdec.cli.grafting import grafted
 from specdec.cli.options import (
+    GREEDY,
+    LOADING,
     DrafterOption,
     DraftOption,
+    LoadingOptions,
     MaxNewTokensOption,
-    SampleOption,
-    Sampling,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
+    SamplingOptions,
+    StopOption,
     VerifyOption,
-    WeightsOption,
 )
+from specdec.specs import SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
     from specdec import DecodingStats
+    from specdec.models import LoadedModel
+
+_EXAMPLES = ", ".join(examples for name, examples in TREE_EXAMPLES.items() if name != SEQUOIA)
+_TreeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tree",
+        metavar="SPEC",
+        help=f"How drafts grow: {_EXAMPLES} (see `specdec bench`). With a --draft and no --drafter, {SMALL_MODEL} "
+        "grows it.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -44,93 +48,76 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Read from stdin if absent.", show_default=False)] = None,
     model: ModelOption = "demo",
     draft: DraftOption = None,
     drafter: DrafterOption = None,
-    tree: Annotated[
-        str | None,
-        typer.Option(
-            "--tree",
-            metavar="SPEC",
-            help="How drafts grow: chain:5, fixed:4x2x1, dyspec:32 (see `specdec bench`).",
-        ),
-    ] = None,
+    tree: _TreeOption = None,
     verify: VerifyOption = "topdown",
     max_new_tokens: MaxNewTokensOption = 256,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
+    sampling: SamplingOptions = GREEDY,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Stop after this text; may be given several times.")
-    ] = None,
+    stop: StopOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document: text, tokens and statistics.")
     ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "stock",
-    trust_remote_code: TrustRemoteCodeOption = False,
+    loading: LoadingOptions = LOADING,
 ) -> None:
     """Answer one prompt: the text streams to stdout, the statistics go to stderr."""
-    from specdec.names.methods import choose_drafter, choose_tree
-
-    sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    if verify != "topdown" and not sample:
+    if verify != "topdown" and not sampling.sample:
         raise ValueError(f"--verify {verify} needs --sample: greedy output is verified in one way only")
     drafter_spec = choose_drafter(drafter, draft, tree)
     tree_spec = choose_tree(tree, drafter_spec)
-    policy = None if tree_spec is None else tree_spec.build()
+    speculation = {"tree": None if tree_spec is None else tree_spec.build(), "verify": verify}
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
-    text = _read_stdin() if prompt is None else prompt
-    if not text.strip():
-        raise ValueError("the prompt is empty")
+    text = _read_prompt(prompt)
 
+    from specdec.loading import load_pair
+
+    pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
+    inputs = _encode(pair.target.tokenizer, text, system=system, raw=raw).to(pair.target.model.device)
+    stopping = {"stop_strings": stop, "tokenizer": pair.target.tokenizer} if stop else {}
+    sampling.seed_torch()
+    _answer(
+        pair.target,
+        inputs,
+        as_json=as_json,
+        max_new_tokens=max_new_tokens,
+        drafter=pair.build(drafter_spec),
+        **sampling.generation_kwargs,
+        **stopping,
+        **speculation,
+    )
+
+
+def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **options: Any) -> None:
+    """Print what `specdec.generate` says: as it comes, or in the end as a document."""
     from transformers import TextStreamer
 
     import specdec
-    from specdec.loading import load_pair
 
-    (target, tokenizer, _), draft_model = load_pair(
-        model,
-        draft,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        weights=weights,
-        trust_remote_code=trust_remote_code,
-    )
-    inputs = _encode(tokenizer, text, system=system, raw=raw).to(target.device)
-    stopping = {"stop_strings": stop, "tokenizer": tokenizer} if stop else {}
-    sampling.seed_torch()
-    out = specdec.generate(
-        target,
-        **inputs,
-        **sampling.generation_kwargs,
-        **stopping,
-        max_new_tokens=max_new_tokens,
-        drafter=drafter_spec.build(draft_model),
-        tree=policy,
-        verify=verify,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        return_dict_in_generate=True,
-    )
+    streamer = None if as_json else TextStreamer(target.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = specdec.generate(target.model, **inputs, **options, streamer=streamer, return_dict_in_generate=True)
     assert isinstance(out, specdec.SpeculativeOutput)
     if as_json:
         new_ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        answer = tokenizer.decode(new_ids, skip_special_tokens=True)
+        answer = target.tokenizer.decode(new_ids, skip_special_tokens=True)
         print(json.dumps({"text": answer, "tokens": new_ids, "stats": _stats_document(out.stats)}, indent=2))
     else:
         err_console.print(Text(str(out.stats), style="dim"), soft_wrap=True)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    text = _read_stdin() if prompt is None else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
 
 
 def _read_stdin() -> str:

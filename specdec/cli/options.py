@@ -1,67 +1,71 @@
-"""Options that generate, chat and bench have in common, beside those of every command in `common`."""
+"""Options that several commands have in common, beside those of every command in `common`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import typer
 
 from specdec.cli.common import MODEL_PANEL
+from specdec.cli.grafting import FieldOptions
+from specdec.model_options import ModelOptions
+from specdec.specs import AUTO, DRAFTERS, DRAFTERS_OF_AN_ENGINE, FOREIGN_MODEL
 
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(
-        "--draft",
-        "-d",
-        help="A smaller model with the same tokenizer that drafts for --model.",
+MODEL_OPTIONS: FieldOptions = {
+    "dtype": typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16; auto: float32 on CPU, the checkpoint's own on GPU.",
         rich_help_panel=MODEL_PANEL,
     ),
-]
-DrafterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--drafter",
-        help="auto, plain, prompt-lookup, small-model, quantized-self or early-exit; with parameters: "
-        "prompt-lookup:num_tokens=8. Without it: small-model if there is a --draft, otherwise auto.",
+    "device": typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MODEL_PANEL),
+    "threads": typer.Option(
+        "--threads", min=1, help="CPU threads for torch; torch's own choice if absent.", rich_help_panel=MODEL_PANEL
     ),
-]
-WeightsOption = Annotated[
-    Literal["stock", "float", "int8"],
-    typer.Option(
+    "weights": typer.Option(
         "--weights",
         help="Of --model and --draft alike. stock: as loaded; float: the same weights in products that are quick for "
         "a few tokens on a CPU; int8: 8-bit weights on a CPU, another model than the float one.",
         rich_help_panel=MODEL_PANEL,
     ),
+    "trust_remote_code": typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with the model.", rich_help_panel=MODEL_PANEL
+    ),
+}
+LoadingOptions = Annotated[ModelOptions, MODEL_OPTIONS]
+LOADING = ModelOptions()
+"""The default values of `LoadingOptions`."""
+
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
+
+
+def _draft_option(tokenizers: str) -> Any:
+    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}."
+    return typer.Option("--draft", "-d", help=help_text, rich_help_panel=MODEL_PANEL)
+
+
+DraftOption = Annotated[str | None, _draft_option(f" unless the drafter is {FOREIGN_MODEL}")]
+EngineDraftOption = Annotated[str | None, _draft_option("")]
+
+
+def _drafter_option(names: Sequence[str]) -> Any:
+    help_text = f"{', '.join(names)}; with parameters: prompt-lookup:num_tokens=8. Without it: {AUTO}."
+    return typer.Option("--drafter", help=help_text)
+
+
+DrafterOption = Annotated[str | None, _drafter_option(DRAFTERS)]
+EngineDrafterOption = Annotated[str | None, _drafter_option(DRAFTERS_OF_AN_ENGINE)]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="Stop after this text; may be given several times.")
 ]
 _SAMPLING = "Sampling"
-SampleOption = Annotated[
-    bool,
-    typer.Option(
-        "--sample", help="Sample; the default is greedy decoding.", show_default=False, rich_help_panel=_SAMPLING
-    ),
-]
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        "-t",
-        help="With --sample; the model's own value if absent.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option("--top-p", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
-]
-TopKOption = Annotated[
-    int | None,
-    typer.Option("--top-k", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--seed", min=0, help="With --sample: the same seed gives the same text.", rich_help_panel=_SAMPLING),
-]
+_SAMPLE = typer.Option(
+    "--sample", help="Sample; the default is greedy decoding.", show_default=False, rich_help_panel=_SAMPLING
+)
+_TEMPERATURE = typer.Option(
+    "--temperature", "-t", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING
+)
+SampleOption = Annotated[bool, _SAMPLE]
+TemperatureOption = Annotated[float | None, _TEMPERATURE]
 VerifyOption = Annotated[
     Literal["topdown", "traversal"],
     typer.Option(
@@ -97,3 +101,23 @@ class Sampling:
             import torch
 
             torch.manual_seed(self.seed)
+
+
+SamplingOptions = Annotated[
+    Sampling,
+    {
+        "sample": _SAMPLE,
+        "temperature": _TEMPERATURE,
+        "top_p": typer.Option(
+            "--top-p", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING
+        ),
+        "top_k": typer.Option(
+            "--top-k", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING
+        ),
+        "seed": typer.Option(
+            "--seed", min=0, help="With --sample: the same seed gives the same text.", rich_help_panel=_SAMPLING
+        ),
+    },
+]
+GREEDY = Sampling()
+"""The default values of `SamplingOptions`."""

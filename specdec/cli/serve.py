@@ -8,19 +8,46 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    err_console,
-    friendly_errors,
-)
-from specdec.cli.options import DrafterOption, DraftOption, WeightsOption
+from specdec.cli.common import err_console, friendly_errors
+from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.options import LOADING, EngineDrafterOption, EngineDraftOption, LoadingOptions
+from specdec.server.options import ServerOptions
+from specdec.specs import choose_drafter
 
 _ACCESS = "Access"
 _LIMITS = "Limits"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+_SERVER_OPTIONS: FieldOptions = {
+    "host": typer.Option("--host", help="The address to listen on.", rich_help_panel=_ACCESS),
+    "port": typer.Option("--port", min=0, max=65535, help="0: any free one.", rich_help_panel=_ACCESS),
+    "api_key": typer.Option(
+        "--api-key",
+        envvar="SPECDEC_API_KEY",
+        help="Asked of every client. Other users of the machine can see an option, but not the variable.",
+        rich_help_panel=_ACCESS,
+    ),
+    "allows_no_key": typer.Option(
+        "--no-api-key",
+        help="Let everyone in who can reach --host, also from other machines.",
+        rich_help_panel=_ACCESS,
+    ),
+    "proxy": typer.Option(
+        "--proxy",
+        metavar="ADDRESS",
+        help="A reverse proxy's; its X-Forwarded-For tells clients apart, who take turns.",
+        rich_help_panel=_ACCESS,
+    ),
+    "max_new_tokens": typer.Option("--max-new-tokens", "-n", min=1, help="Of a reply.", rich_help_panel=_LIMITS),
+    "max_choices": typer.Option(
+        "--max-choices", min=1, help="Of an answer: n for each prompt.", rich_help_panel=_LIMITS
+    ),
+    "max_body_bytes": typer.Option("--max-body", min=1, help="Bytes of a request.", rich_help_panel=_LIMITS),
+    "timeout": typer.Option("--timeout", help="Seconds for an answer, then 504.", rich_help_panel=_LIMITS),
+    "grace": typer.Option(
+        "--grace", help="Seconds for answers to finish after SIGTERM or Ctrl-C.", rich_help_panel=_LIMITS
+    ),
+}
+_SERVER = ServerOptions()
 
 
 def register(app: typer.Typer) -> None:
@@ -28,46 +55,16 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def serve(
     model: Annotated[str, typer.Argument(help="'demo', a hub id, a local folder or a .gguf file.")] = "demo",
-    draft: DraftOption = None,
-    drafter: DrafterOption = None,
+    draft: EngineDraftOption = None,
+    drafter: EngineDrafterOption = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="What clients call the model; MODEL, of a path its last part, if absent."),
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", help="The address to listen on.", rich_help_panel=_ACCESS)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0: any free one.", rich_help_panel=_ACCESS)
-    ] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            envvar="SPECDEC_API_KEY",
-            help="Asked of every client. Other users of the machine can see an option, but not the variable.",
-            rich_help_panel=_ACCESS,
-        ),
-    ] = None,
-    no_api_key: Annotated[
-        bool,
-        typer.Option(
-            "--no-api-key",
-            help="Let everyone in who can reach --host, also from other machines.",
-            rich_help_panel=_ACCESS,
-        ),
-    ] = False,
-    proxy: Annotated[
-        str | None,
-        typer.Option(
-            "--proxy",
-            metavar="ADDRESS",
-            help="A reverse proxy's; its X-Forwarded-For tells clients apart, who take turns.",
-            rich_help_panel=_ACCESS,
-        ),
-    ] = None,
+    server: Annotated[ServerOptions, _SERVER_OPTIONS] = _SERVER,
     max_rows: Annotated[
         int, typer.Option("--max-rows", min=1, help="Requests decoded at once.", rich_help_panel=_LIMITS)
     ] = 16,
@@ -84,73 +81,29 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a reply.", rich_help_panel=_LIMITS)
-    ] = 4096,
-    max_choices: Annotated[
-        int,
-        typer.Option("--max-choices", min=1, help="Of an answer: n for each prompt.", rich_help_panel=_LIMITS),
-    ] = 8,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request.", rich_help_panel=_LIMITS)] = 1
-    << 20,
-    timeout: Annotated[
-        float, typer.Option("--timeout", help="Seconds for an answer, then 504.", rich_help_panel=_LIMITS)
-    ] = 600.0,
-    grace: Annotated[
-        float,
-        typer.Option("--grace", help="Seconds for answers to finish after SIGTERM or Ctrl-C.", rich_help_panel=_LIMITS),
-    ] = 10.0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "stock",
-    trust_remote_code: TrustRemoteCodeOption = False,
+    loading: LoadingOptions = LOADING,
 ) -> None:
     """Serve a model by OpenAI's API (docs/server.md). Needs `pip install specdec-runtime[serve]`."""
-    from specdec.names.methods import choose_drafter
-
-    drafter_spec = choose_drafter(drafter, draft)
+    drafter_spec = choose_drafter(drafter, draft, for_engine=True)
     _check_extra()
-    from specdec.server.options import ServerOptions
-
-    if api_key is not None and no_api_key:
+    if server.api_key is not None and server.allows_no_key:
         raise ValueError("--no-api-key lets everyone in, and there is an API key: give only one of them")
-    options = ServerOptions(
-        host=host,
-        port=port,
-        api_key=api_key,
-        allows_no_key=no_api_key,
-        proxy=proxy,
-        max_body_bytes=max_body,
-        max_new_tokens=max_new_tokens,
-        max_choices=max_choices,
-        timeout=timeout,
-        grace=grace,
-    )
 
     from specdec.engine import Engine
     from specdec.loading import load_pair
     from specdec.server import running
 
-    loaded, small = load_pair(
-        model,
-        draft,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        weights=weights,
-        trust_remote_code=trust_remote_code,
-    )
+    pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
     engine = Engine(
-        loaded.model,
-        drafter=drafter_spec.build(small),
-        tokenizer=loaded.tokenizer,
+        pair.target.model,
+        drafter=pair.build(drafter_spec),
+        tokenizer=pair.target.tokenizer,
         max_rows=max_rows,
         max_waiting=max_waiting,
         max_cached_tokens=max_cached_tokens,
     )
-    loaded = loaded._replace(name=name or served_name(model, loaded.name))
-    running.serve(loaded, engine, options, announce=lambda url: err_console.print(f"{loaded.name} at {url}"))
+    loaded = pair.target._replace(name=name or served_name(model, pair.target.name))
+    running.serve(loaded, engine, server, announce=lambda url: err_console.print(f"{loaded.name} at {url}"))
 
 
 def served_name(model: str, loaded_name: str) -> str:

@@ -1,5 +1,6 @@
 """`specdec train-exits`: teach a model to draft for itself."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,19 +9,50 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import (
-    DeviceOption,
-    ModelOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    err_console,
-    friendly_errors,
-    naming,
-)
+from specdec.cli.common import ModelOption, err_console, friendly_errors, naming
+from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.options import MODEL_OPTIONS
+from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from specdec.exits.report import Acceptance
-    from specdec.exits.run import ExitTraining, FullTraining
+    from specdec.exits.run import ExitTraining, FullTraining, Source
+    from specdec.models import LoadedModel
+
+_LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("device", "threads", "trust_remote_code")}
+_FLOAT32 = ModelOptions(dtype="float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """What only exits are trained by: --full has no use for it. None: the recipe's own."""
+
+    exits: str | None = None
+    vocabulary: int | None = None
+    batch_rows: int | None = None
+    learning_rate: float | None = None
+    passes: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """By the names of `specdec.exits.training.Recipe`."""
+        settings = {
+            "layers": None if self.exits is None else _parse_layers(self.exits),
+            "vocabulary": self.vocabulary,
+            "batch_rows": self.batch_rows,
+            "learning_rate": self.learning_rate,
+            "num_passes": self.passes,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+_RECIPE: FieldOptions = {
+    "exits": typer.Option("--exits", help="Exit layers, separated by commas; 2 if absent; 0: after the embeddings."),
+    "vocabulary": typer.Option("--vocabulary", min=2, help="Tokens that the exits can draft; 8192 if absent."),
+    "batch_rows": typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent."),
+    "learning_rate": typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent."),
+    "passes": typer.Option("--passes", min=1, help="Drafted tokens in a row to train for; 2 if absent."),
+}
+_USUAL = _Recipe()
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +60,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def train_exits(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")],
     model: ModelOption = "demo",
@@ -45,28 +78,13 @@ def train_exits(
             help="Train on a JSON-lines file: `text` as it is, or the model's answers to `prompt` or `turns`.",
         ),
     ] = None,
-    exits: Annotated[
-        str | None,
-        typer.Option("--exits", help="Exit layers, separated by commas; 2 if absent; 0: after the embeddings."),
-    ] = None,
+    recipe: Annotated[_Recipe, _RECIPE] = _USUAL,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Times that everything is trained on.")] = 2,
-    vocabulary: Annotated[
-        int | None, typer.Option("--vocabulary", min=2, help="Tokens that the exits can draft; 8192 if absent.")
-    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
             "--rows", min=1, help="Conversations that are written at once; 64 if absent. A GPU takes thousands."
         ),
-    ] = None,
-    batch_rows: Annotated[
-        int | None, typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent.")
-    ] = None,
-    passes: Annotated[
-        int | None, typer.Option("--passes", min=1, help="Drafted tokens in a row to train for; 2 if absent.")
     ] = None,
     length: Annotated[
         int, typer.Option("--length", min=8, help="Tokens of a conversation, and how far exits look back.")
@@ -76,9 +94,7 @@ def train_exits(
         typer.Option("--full", help="Train the whole model to exit early instead, and write it to the folder --out."),
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is sampled, and of the order of training.")] = 0,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    trust_remote_code: TrustRemoteCodeOption = False,
+    loading: Annotated[ModelOptions, _LOADING] = _FLOAT32,
 ) -> None:
     """Train small exits with which a model drafts for itself, from its own answers.
 
@@ -86,40 +102,51 @@ def train_exits(
     """
     if (self_generate is None) == (data is None):
         raise ValueError("give either --self-generate N or --data FILE")
-    settings: dict[str, Any] = {
-        "layers": None if exits is None else _parse_layers(exits),
-        "vocabulary": vocabulary,
-        "batch_rows": batch_rows,
-        "learning_rate": learning_rate,
-        "num_passes": passes,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = recipe.given()
     if full and given:
         raise ValueError(
             "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
         )
 
-    from specdec import models
-    from specdec.exits.collect import NUM_ROWS, given_texts, self_generation
-    from specdec.exits.run import ExitTraining, FullTraining, Source
+    from specdec.exits.collect import NUM_ROWS
+    from specdec.loading import load_target
+
+    target = load_target(model, loading)
+    source = _source(target, self_generate, data)
+    collecting = {"length": length, "num_rows": rows or NUM_ROWS}
+    if full:
+        _train_model(target, source, out, epochs=epochs, seed=seed, **collecting)
+    else:
+        _train_exits(target, source, out, {"epochs": epochs, "seed": seed, **given}, **collecting)
+
+
+def _source(target: "LoadedModel", num_tokens: int | None, data: Path | None) -> "Source":
+    from specdec.exits.collect import given_texts, self_generation
+    from specdec.exits.run import Source
+
+    if data is not None:
+        return Source(str(data), *given_texts(target.tokenizer, data))
+    assert num_tokens is not None
+    return Source("self-generated", self_generation(target.tokenizer), num_tokens)
+
+
+def _train_model(target: "LoadedModel", source: "Source", out: Path, **settings: int) -> None:
+    from specdec.exits.run import FullTraining
+
+    training = FullTraining(target.model, source, out, **settings)
+    with naming(out):
+        _show(training, ["loss {:.3f}", "of exits {:.3f}"])
+        training.finish(target.tokenizer)
+
+
+def _train_exits(
+    target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
+) -> None:
+    from specdec.exits.run import ExitTraining
     from specdec.exits.training import Recipe
 
-    target = models.load(model, dtype="float32", device=device, threads=threads, trust_remote_code=trust_remote_code)
-    if data is None:
-        assert self_generate is not None
-        source = Source("self-generated", self_generation(target.tokenizer), self_generate)
-    else:
-        source = Source(str(data), *given_texts(target.tokenizer, data))
-    if full:
-        whole = FullTraining(
-            target.model, source, out, epochs=epochs, seed=seed, length=length, num_rows=rows or NUM_ROWS
-        )
-        with naming(out):
-            _show(whole, ["loss {:.3f}", "of exits {:.3f}"])
-            whole.finish(target.tokenizer)
-        return
-    recipe = Recipe(epochs=epochs, seed=seed, **given)
-    training = ExitTraining(target.model, source, recipe, out, length=length, num_rows=rows or NUM_ROWS)
+    recipe = Recipe(**settings)
+    training = ExitTraining(target.model, source, recipe, out, **collecting)
     with naming(out):
         _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
         report = training.finish()

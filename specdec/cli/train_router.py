@@ -1,7 +1,7 @@
 """`specdec train-router`: teach a router which steps are worth the target."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,23 +11,72 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import DeviceOption, DtypeOption, ThreadsOption, err_console, friendly_errors, naming
-from specdec.cli.options import MaxNewTokensOption, WeightsOption
+from specdec.cli.common import err_console, friendly_errors, naming
+from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.options import MODEL_OPTIONS
 from specdec.errors import UnsupportedOptionError
+from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from routers.collecting import Collection
     from routers.measures import Report
     from routers.text_router import TextRouter
     from routers.training import LightRecipe
-    from specdec.models import LoadedModel
+    from specdec.loading import LoadedPair
     from specdec.routing.collect import Problem
 
-    Load = Callable[[], tuple[LoadedModel, PreTrainedModel]]
+    Load = Callable[[], LoadedPair]
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+_LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("weights", "dtype", "device", "threads")}
+_INT8 = ModelOptions(weights="int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Collecting:
+    """How steps are collected."""
+
+    prm: str | None = None
+    hidden: bool = False
+    batch_size: int = 8
+    max_new_tokens: int = 320
+    max_step: int = 256
+
+
+_COLLECTING: FieldOptions = {
+    "prm": typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's regret."),
+    "hidden": typer.Option("--hidden", help="Let the router read the draft's hidden state at the end of a step too."),
+    "batch_size": typer.Option("--batch-size", min=1, help="Problems at a time."),
+    "max_new_tokens": typer.Option("--max-new-tokens", "-n", min=1),
+    "max_step": typer.Option("--max-step", min=1, help="Tokens after which a step ends anyway."),
+}
+_USUAL = _Collecting()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RollingOut:
+    """How steps are judged by roll-outs, if they are."""
+
+    rollouts: int | None = None
+    rollout_by: str = "target"
+    rollout_tokens: int = 320
+
+    def __post_init__(self) -> None:
+        if self.rollout_by not in ("target", "draft"):
+            raise UnsupportedOptionError(f"--rollout-by {self.rollout_by}: it is target or draft")
+
+
+_ROLLING_OUT: FieldOptions = {
+    "rollouts": typer.Option(
+        "--rollouts",
+        metavar="K",
+        min=1,
+        help="Judge steps by K roll-outs to the end of the text: by their right final answers.",
+    ),
+    "rollout_by": typer.Option("--rollout-by", help="target or draft: who writes the roll-outs."),
+    "rollout_tokens": typer.Option("--rollout-tokens", min=1, help="Tokens after which a roll-out is cut off."),
+}
+_WITHOUT = _RollingOut()
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +84,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def train_router(
     target: Annotated[str, typer.Option("--target", "-m", help="A hub id, a local folder or a .gguf file.")],
     draft: Annotated[str, typer.Option("--draft", "-d", help="A smaller model with the same tokenizer.")],
@@ -44,44 +94,18 @@ def train_router(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the router to.")],
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N problems.")] = None,
-    prm: Annotated[
-        str | None,
-        typer.Option("--prm", help="A process-reward model, hub id or folder; if absent, the target's regret."),
-    ] = None,
-    rollouts: Annotated[
-        int | None,
-        typer.Option(
-            "--rollouts",
-            metavar="K",
-            min=1,
-            help="Judge steps by K roll-outs to the end of the text: by their right final answers.",
-        ),
-    ] = None,
-    rollout_by: Annotated[
-        str, typer.Option("--rollout-by", help="target or draft: who writes the roll-outs.")
-    ] = "target",
-    rollout_tokens: Annotated[
-        int, typer.Option("--rollout-tokens", min=1, help="Tokens after which a roll-out is cut off.")
-    ] = 320,
+    collecting: Annotated[_Collecting, _COLLECTING] = _USUAL,
+    rolling_out: Annotated[_RollingOut, _ROLLING_OUT] = _WITHOUT,
     kind: Annotated[str, typer.Option("--kind", help="forest (gradient boosting) or linear.")] = "forest",
     text: Annotated[
         str | None,
         typer.Option("--text", help="Train a text classifier instead, from this encoder or small LM (id or folder)."),
     ] = None,
-    hidden: Annotated[
-        bool, typer.Option("--hidden", help="Let the router read the draft's hidden state at the end of a step too.")
-    ] = False,
     harm_level: Annotated[
         float, typer.Option("--harm-level", help="Share of all steps that may be kept though the target does better.")
     ] = 0.1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Problems at a time.")] = 8,
-    max_new_tokens: MaxNewTokensOption = 320,
-    max_step: Annotated[int, typer.Option("--max-step", min=1, help="Tokens after which a step ends anyway.")] = 256,
-    weights: WeightsOption = "int8",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split into training and test.")] = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
+    loading: Annotated[ModelOptions, _LOADING] = _INT8,
 ) -> None:
     """Collect steps that both models write, and train a router on them: which steps does the target write better?
 
@@ -91,16 +115,15 @@ def train_router(
     command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
     """
     from routers import TargetRegret
-    from routers.collecting import Collection
     from routers.training import LightRecipe, train_light
+    from specdec.loading import load_pair
     from specdec.routing.collect import INSTRUCTION, read_problems
 
-    if rollouts is not None and prm is not None:
+    prm, by_rollouts = collecting.prm, rolling_out.rollouts is not None
+    if by_rollouts and prm is not None:
         raise UnsupportedOptionError("--rollouts and --prm both say what better means: leave one out")
-    if rollout_by not in ("target", "draft"):
-        raise UnsupportedOptionError(f"--rollout-by {rollout_by}: it is target or draft")
-    margin = TargetRegret.margin if prm is None and rollouts is None else 0.0
-    recipe = LightRecipe(kind=kind, hidden=hidden, margin=margin, harm_level=harm_level, seed=seed)
+    margin = TargetRegret.margin if prm is None and not by_rollouts else 0.0
+    recipe = LightRecipe(kind=kind, hidden=collecting.hidden, margin=margin, harm_level=harm_level, seed=seed)
     _check_scikit_learn()
     problems = read_problems(data)[:limit]
     plan = {
@@ -108,24 +131,16 @@ def train_router(
         "draft": draft,
         "data": data.name,
         "problems": len(problems),
-        "prm": prm,
         "reward": "regret" if prm is None else "prm",
-        "weights": weights,
-        "max_new_tokens": max_new_tokens,
-        "max_step": max_step,
-        "batch_size": batch_size,
-        "hidden": hidden,
+        "weights": loading.weights,
         "instruction": INSTRUCTION,
+        **asdict(collecting),
     }
-    collection = Collection(out / "collected", plan)
-    num_parts = -(-len(problems) // batch_size)
-    load = cache(lambda: _load(plan, dtype=dtype, device=device, threads=threads))
+    load = cache(lambda: load_pair(target, draft, loading))
     with naming(out):
-        if not all(collection.has(part) for part in range(num_parts)):
-            _collect(collection, problems, plan, load)
-        if rollouts is not None:
-            plan |= {"rollouts": rollouts, "rollout_by": rollout_by, "rollout_tokens": rollout_tokens}
-            collection = _roll_out(collection, problems, Collection(out / "rollouts", plan), plan, load)
+        collection = _collect(out / "collected", problems, plan, load)
+        if by_rollouts:
+            collection = _roll_out(collection, problems, out / "rollouts", plan | asdict(rolling_out), load)
         router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
         router.save(out)
     assert router.report is not None
@@ -156,34 +171,21 @@ def _check_scikit_learn() -> None:
         raise UnsupportedOptionError("training needs scikit-learn: pip install 'specdec-runtime[train]'")
 
 
-def _load(
-    plan: Mapping[str, Any], *, dtype: str, device: str, threads: int | None
-) -> "tuple[LoadedModel, PreTrainedModel]":
-    from specdec.loading import load_pair
-
-    target, draft = load_pair(
-        plan["target"],
-        plan["draft"],
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        weights=plan["weights"],
-        trust_remote_code=False,
-    )
-    assert draft is not None
-    return target, draft
-
-
-def _collect(collection: "Collection", problems: "Sequence[Problem]", plan: Mapping[str, Any], load: "Load") -> None:
+def _collect(folder: Path, problems: "Sequence[Problem]", plan: Mapping[str, Any], load: "Load") -> "Collection":
     from routers import RewardModel, Steps, TargetRegret
+    from routers.collecting import Collection
     from specdec.routing.collect import collect
 
+    collection = Collection(folder, plan)
+    if all(collection.has(part) for part in range(-(-len(problems) // plan["batch_size"]))):
+        return collection
     target, draft = load()
+    assert draft is not None
     with Progress(*_COLUMNS, console=err_console) as bars:
         task = bars.add_task("collecting", total=len(problems))
         for num_done in collect(
             target.model,
-            draft,
+            draft.model,
             target.tokenizer,
             problems,
             TargetRegret() if plan["prm"] is None else RewardModel(plan["prm"], device=target.model.device),
@@ -194,24 +196,23 @@ def _collect(collection: "Collection", problems: "Sequence[Problem]", plan: Mapp
             steps=Steps(max_tokens=plan["max_step"]),
         ):
             bars.update(task, completed=num_done)
+    return collection
 
 
 def _roll_out(
-    collected: "Collection",
-    problems: "Sequence[Problem]",
-    labelled: "Collection",
-    plan: Mapping[str, Any],
-    load: "Load",
+    collected: "Collection", problems: "Sequence[Problem]", folder: Path, plan: Mapping[str, Any], load: "Load"
 ) -> "Collection":
     """The collection with rewards by roll-out. Says what that costs before it begins."""
+    from routers.collecting import Collection
     from specdec.routing.rollouts import Rollouts, cost, label, tokens_per_second
 
     how = Rollouts(count=plan["rollouts"], max_new_tokens=plan["rollout_tokens"], batch_size=plan["batch_size"])
-    tuples = collected.read()
+    labelled, tuples = Collection(folder, plan), collected.read()
     if all(labelled.has(item.problem) for item in tuples):
         return labelled
     target, draft = load()
-    model = target.model if plan["rollout_by"] == "target" else draft
+    assert draft is not None
+    model = (target if plan["rollout_by"] == "target" else draft).model
     left = cost(tuples, labelled, how, target.tokenizer.eos_token)
     err_console.print(f"roll-outs by the {plan['rollout_by']}: {left}")
     if left.num_rollouts:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.names.parameters import SHARE, WHOLE, Value, check_known, parse_parameter
+from specdec.specs import NUMBER, WHOLE, Value, check_known, parse_parameter
 
 TRANSFORMERS = "transformers"
 LLAMA_CPP = "llama.cpp"
@@ -43,7 +43,7 @@ _MODES: dict[str, dict[str, _Mode]] = {
     LLAMA_CPP: {
         PLAIN: _Mode(is_usual=True),
         "ngram-simple": _Mode(parameters=_LLAMA_NGRAM, is_usual=True),
-        DRAFT: _Mode(parameters={"n_max": WHOLE, "n_min": WHOLE, "p_min": SHARE}, needs_draft=True, is_usual=True),
+        DRAFT: _Mode(parameters={"n_max": WHOLE, "n_min": WHOLE, "p_min": NUMBER}, needs_draft=True, is_usual=True),
         "ngram-mod": _Mode(parameters={"n_match": WHOLE, "n_min": WHOLE, "n_max": WHOLE}),
         "ngram-map-k": _Mode(parameters=_LLAMA_NGRAM),
         "ngram-map-k4v": _Mode(parameters=_LLAMA_NGRAM),

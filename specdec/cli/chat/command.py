@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specdec.cli.chat.settings import MAX_NEW_TOKENS, Settings
-from specdec.cli.common import (
-    INTERRUPTED,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    ThreadsOption,
-    TrustRemoteCodeOption,
-    friendly_errors,
-)
+from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors
+from specdec.cli.grafting import grafted
 from specdec.cli.options import (
+    GREEDY,
+    LOADING,
+    MODEL_OPTIONS,
     DrafterOption,
     DraftOption,
+    LoadingOptions,
     MaxNewTokensOption,
-    SampleOption,
-    Sampling,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    WeightsOption,
+    SamplingOptions,
 )
+from specdec.model_options import ModelOptions
+from specdec.specs import choose_drafter
 
 if TYPE_CHECKING:
     from specdec.cli.chat.speakers import Loader, Speaker
 
-_OF_THE_SERVER = ("draft", "drafter", "dtype", "device", "threads", "weights", "trust_remote_code")
+_OF_THE_SERVER = ("draft", "drafter", *MODEL_OPTIONS)
 
 
 def register(app: typer.Typer) -> None:
@@ -41,17 +34,14 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@grafted
 def chat(
     context: typer.Context,
     model: ModelOption = "demo",
     draft: DraftOption = None,
     drafter: DrafterOption = None,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
+    sampling: SamplingOptions = GREEDY,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
     url: Annotated[
         str | None,
@@ -69,17 +59,12 @@ def chat(
         str | None,
         typer.Option("--prompt", "-p", help="Reply to this and leave; - reads it from stdin.", show_default=False),
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "stock",
-    trust_remote_code: TrustRemoteCodeOption = False,
+    loading: LoadingOptions = LOADING,
 ) -> None:
     """Talk with a model; /help lists what can be typed, Ctrl-C stops a reply, Ctrl-D leaves.
 
     Piped stdin is read line by line: a message each, or a command.
     """
-    sampling = Sampling(sample=sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling)
     given = {name for name in context.params if _is_typed(context, name)}
     _check_together(url, given)
@@ -90,20 +75,10 @@ def chat(
     from specdec.cli.chat.rendering import reply_console
     from specdec.cli.chat.session import ChatSession
 
-    speaker, loader = (
-        _local(
-            model,
-            drafter,
-            draft,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            weights=weights,
-            trust_remote_code=trust_remote_code,
-        )
-        if url is None
-        else _remote(url, api_key, model if "model" in given else None)
-    )
+    if url is None:
+        speaker, loader = _local(model, drafter, draft, loading)
+    else:
+        speaker, loader = _remote(url, api_key, model if "model" in given else None)
     session = ChatSession(
         speaker,
         loader=loader,
@@ -118,13 +93,11 @@ def chat(
         raise typer.Exit(INTERRUPTED)
 
 
-def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -> tuple[Speaker, Loader]:
-    from specdec.names.methods import choose_drafter
-
+def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> tuple[Speaker, Loader]:
     drafter_spec = choose_drafter(drafter, draft)
     from specdec.cli.chat.speakers import SpeakerLoader
 
-    loader = SpeakerLoader(**options)
+    loader = SpeakerLoader(options)
     return loader.load(model, drafter_spec, draft), loader
 
 

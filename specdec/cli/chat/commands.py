@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.cli.chat import settings
-from specdec.names.methods import AUTO, EARLY_EXIT, PLAIN, PROMPT_LOOKUP, QUANTIZED_SELF, SMALL_MODEL
+from specdec.specs import DRAFTERS
 
 if TYPE_CHECKING:
     from specdec.cli.chat.session import ChatSession
 
-_DRAFTERS = (AUTO, PLAIN, PROMPT_LOOKUP, SMALL_MODEL, QUANTIZED_SELF, EARLY_EXIT)
 _KEYS = """\
 //TEXT                   a message that starts with a slash
 
@@ -179,8 +178,8 @@ COMMANDS = {
     ),
     "/draft": Command(
         argument="[DRAFTER [MODEL]]",
-        meaning="draft with another drafter; small-model takes a MODEL",
+        meaning="draft with another drafter, some with a MODEL",
         run=_draft,
-        choices=lambda: _DRAFTERS,
+        choices=lambda: DRAFTERS,
     ),
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-from transformers import PreTrainedModel
 
 from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.drafters import Drafter
-from specdec.loading import load_draft, load_target
+from specdec.loading import LoadedPair, have_same_ids, load_draft, load_pair
+from specdec.model_options import ModelOptions
 from specdec.models import LoadedModel
-from specdec.names.methods import AUTO, SMALL_MODEL, DrafterSpec, choose_drafter
+from specdec.specs import AUTO, DrafterSpec, check_draft
 
 
 class Speaker(Protocol):
@@ -66,7 +65,7 @@ class LocalSpeaker:
     loaded: LoadedModel
     drafter_spec: DrafterSpec
     drafter: Drafter | str
-    draft: PreTrainedModel | None = None
+    draft: LoadedModel | None = None
 
     @property
     def name(self) -> str:
@@ -84,15 +83,11 @@ class LocalSpeaker:
         return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SpeakerLoader:
     """Loads models as the options of the command say."""
 
-    dtype: str
-    device: str
-    threads: int | None
-    weights: str
-    trust_remote_code: bool
+    options: ModelOptions
 
     def load(self, model: str, drafter_spec: DrafterSpec, draft: str | None = None) -> LocalSpeaker:
         """Load a model, and its draft model if one is named.
@@ -100,35 +95,30 @@ class SpeakerLoader:
         Raises:
             ModelError, DraftError: as `load_pair`.
         """
-        loaded = load_target(
-            model,
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
-            weights=self.weights,
-            trust_remote_code=self.trust_remote_code,
-        )
-        small = None if draft is None else self._load_draft(draft, loaded)
-        return LocalSpeaker(loaded=loaded, drafter_spec=drafter_spec, drafter=drafter_spec.build(small), draft=small)
+        pair = load_pair(model, draft, self.options, translates=drafter_spec.translates)
+        return _speaker(pair, drafter_spec)
 
     def load_instead(self, speaker: LocalSpeaker, model: str) -> LocalSpeaker:
         kept = DrafterSpec.parse(AUTO) if speaker.drafter_spec.needs_draft else speaker.drafter_spec
         return self.load(model, kept)
 
     def with_drafter(self, speaker: LocalSpeaker, name: str, draft: str | None = None) -> LocalSpeaker:
-        if draft is None and speaker.draft is not None and name.partition(":")[0] == SMALL_MODEL:
-            spec, small = DrafterSpec.parse(name), speaker.draft
-        else:
-            spec = choose_drafter(name, draft)
-            small = speaker.draft if draft is None else self._load_draft(draft, speaker.loaded)
-        return replace(speaker, drafter_spec=spec, drafter=spec.build(small), draft=small)
+        spec = DrafterSpec.parse(name)
+        small = _usable(speaker, spec) if draft is None else None
+        if small is None:
+            check_draft([spec], draft)
+        if draft is not None:
+            small = load_draft(draft, speaker.loaded, self.options, translates=spec.translates)
+        return _speaker(LoadedPair(speaker.loaded, small), spec)
 
-    def _load_draft(self, draft: str, target: LoadedModel) -> PreTrainedModel:
-        return load_draft(
-            draft,
-            target,
-            dtype=self.dtype,
-            device=self.device,
-            weights=self.weights,
-            trust_remote_code=self.trust_remote_code,
-        )
+
+def _usable(speaker: LocalSpeaker, spec: DrafterSpec) -> LoadedModel | None:
+    """The draft model that is there already, unless the drafter would use it and cannot."""
+    small = speaker.draft
+    if small is None or spec.translates or not spec.may_use_draft:
+        return small
+    return small if have_same_ids(speaker.loaded.tokenizer, small.tokenizer) else None
+
+
+def _speaker(pair: LoadedPair, spec: DrafterSpec) -> LocalSpeaker:
+    return LocalSpeaker(loaded=pair.target, drafter_spec=spec, drafter=pair.build(spec), draft=pair.draft)

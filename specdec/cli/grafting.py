@@ -1,0 +1,52 @@
+"""Commands whose options are the fields of dataclasses: declared once, however many commands have them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from typer.models import OptionInfo
+
+R = TypeVar("R")
+FieldOptions = Mapping[str, OptionInfo]
+"""field -> how it is given on a command line; what is not among them keeps its default."""
+
+
+def grafted(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command an option for each field of the dataclasses that it takes.
+
+    Such a parameter is `name: Annotated[Class, {field: typer.Option(...)}] = Class(...)`. Types come from the class,
+    default values from the parameter's own. Raises what the class raises for a combination that it refuses.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {name: one for name, one in signature.parameters.items() if _field_options(one)}
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> R:
+        for name, group in groups.items():
+            fields = {field: given.pop(field) for field in _field_options(group) if field in given}
+            given[name] = replace(group.default, **fields)
+        return command(**given)
+
+    parameters = [one for parameter in signature.parameters.values() for one in _options_of(parameter)]
+    vars(wrapper)["__signature__"] = signature.replace(parameters=parameters)
+    return wrapper
+
+
+def _field_options(parameter: inspect.Parameter) -> FieldOptions:
+    _, *details = get_args(parameter.annotation) or (None,)
+    return next((one for one in details if isinstance(one, Mapping)), {})
+
+
+def _options_of(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    options = _field_options(parameter)
+    if not options:
+        yield parameter
+        return
+    types = get_type_hints(type(parameter.default))
+    for field, option in options.items():
+        default = getattr(parameter.default, field)
+        yield parameter.replace(name=field, annotation=Annotated[types[field], option], default=default)

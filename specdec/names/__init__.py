@@ -1,1 +1,0 @@
-"""How drafters, trees and what they take are named on a command line."""
