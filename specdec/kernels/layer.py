@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.linear import NATIVE, Int8Linear, float_matrix, is_plain
 
@@ -98,13 +99,15 @@ class LeanForward:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         position_embeddings: Rotation | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
         if position_embeddings is None or not self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
-            kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+            kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
         library = native.library()
@@ -126,8 +129,8 @@ class LeanForward:
         library.attention_inputs(constants.layer, x_BTC.data_ptr(), B * T, *inputs, num_threads)
 
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
-        if past_key_values is not None:
-            key_BKSD, value_BKSD = past_key_values.update(key_BKSD, value_BKSD, constants.layer_idx)
+        if cache is not None:
+            key_BKSD, value_BKSD = cache.update(key_BKSD, value_BKSD, constants.layer_idx)
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
         attention = native.attention(query_BTHD, key_BKSD, value_BKSD, attention_mask, constants.scale)
@@ -193,7 +196,7 @@ def agrees(layer: DecoderLayer) -> bool:
         cache = _OneLayerCache()
         for part, mask in zip((slice(0, past), slice(past, None)), masks, strict=True):
             rotation = angles_BTD[:, part].cos(), angles_BTD[:, part].sin()
-            out_BTC = forward(x_BTC[:, part], attention_mask=mask, past_key_values=cache, position_embeddings=rotation)
+            out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
         return out_BTC
 
     expected_BTC, actual_BTC = run(layer.forward), run(LeanForward(layer))

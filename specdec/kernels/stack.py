@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from specdec.hf import CACHE
 from specdec.kernels.layer import LeanForward
 from specdec.kernels.prepare import prepared
 
@@ -93,6 +94,7 @@ class LeanStack:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
@@ -103,7 +105,7 @@ class LeanStack:
             hidden_BTC = layer(
                 hidden_BTC,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values if cache is None else cache},
                 use_cache=use_cache,
                 position_embeddings=rotation,
             )
@@ -142,8 +144,8 @@ def _gives_the_same(model: PreTrainedModel, stack: LeanStack) -> bool:
     mask_11TT = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     for part, mask in ((slice(0, 4), mask_11TT), (slice(4, 5), None)):
         inputs = {"input_ids": input_ids[:, part], "position_ids": position_ids[:, part], "attention_mask": mask}
-        expected = model(**inputs, past_key_values=past, use_cache=True).logits
-        logits = stack(**inputs, past_key_values=cache).logits
+        expected = model(**inputs, **{CACHE: past}, use_cache=True).logits
+        logits = stack(**inputs, **{CACHE: cache}).logits
         if logits is None or not torch.equal(logits, expected):
             return False
     return True
