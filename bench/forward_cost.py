@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specdec import kernels
 from specdec.cache import TreeCache
+from specdec.hf import CACHE
 
 FORMS = ("stock", "float", "int8")
 WIDTHS = (1, 2, 4, 8, 16)
@@ -43,7 +44,7 @@ class Context:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         self.length = ids.shape[1]
         self.cache = TreeCache(model.config.num_hidden_layers, 1, self.length + 64)
-        model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        model(ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         self.cache.commit([range(self.length)])
 
     def forward(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Context:
         positions = torch.arange(self.length, self.length + width)[None]
         mask = torch.ones(1, 1, width, self.length + width, dtype=torch.bool).tril(self.length)
         options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-        logits = model(ids, past_key_values=self.cache, **options).logits
+        logits = model(ids, **{CACHE: self.cache}, **options).logits
         self.cache.rollback()
         return logits
 
@@ -106,7 +107,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
     losses = []
     for start in range(0, ids.shape[1] - 1, 64):
         piece = ids[:, start : start + 64]
-        logits = model(piece, past_key_values=cache, use_cache=True).logits[0]
+        logits = model(piece, **{CACHE: cache}, use_cache=True).logits[0]
         cache.commit([range(piece.shape[1])])
         labels = ids[0, start + 1 : start + 1 + piece.shape[1]]
         losses.append(torch.nn.functional.cross_entropy(logits[: len(labels)], labels, reduction="none"))

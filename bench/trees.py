@@ -48,6 +48,7 @@ from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
 from specdec.bench.suite import Prompt
 from specdec.drafters import Plain, SmallModel
+from specdec.hf import CACHE
 from specdec.loading import load_pair
 from specdec.model_options import ModelOptions
 from specdec.prompting import encode_prompts
@@ -183,7 +184,7 @@ class Pair:
         """The target's own greedy output."""
         inputs = self._inputs(question)
         cache = self._cache(question.id, inputs["input_ids"])
-        ids = self.target.generate(**inputs, **self._options(0.0), past_key_values=cache)
+        ids = self.target.generate(**inputs, **self._options(0.0), **{CACHE: cache})
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     def judge(self, question: Question, reference: list[int], output: list[int]) -> Verdict:
@@ -202,7 +203,7 @@ class Pair:
         """The prompt but for its last token, read once for all ways to decode a question."""
         if self._read is None or self._read[0] != question_id:
             outputs = self.target(input_ids[:, :-1], use_cache=True, logits_to_keep=1)
-            self._read = question_id, outputs.past_key_values
+            self._read = question_id, outputs[CACHE]
         return copy.deepcopy(self._read[1])
 
 

@@ -145,7 +145,7 @@ class TreeCache(Cache):
             keys, values = source.keys, source.values
             if keys.shape[0] != num_rows:
                 raise UnsupportedOptionError(
-                    f"past_key_values holds {keys.shape[0]} rows but the input has {num_rows}: "
+                    f"the cache holds {keys.shape[0]} rows but the input has {num_rows}: "
                     "pass a cache of the same batch size, or none"
                 )
             # a window that has already forgotten its first slots never shows them again

@@ -32,6 +32,7 @@ from specdec.compatibility import check_model, check_positions, position_limit
 from specdec.devices import num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import EndpointError, UnsupportedOptionError
+from specdec.hf import CACHE
 from specdec.loop import DecodingLoop
 from specdec.processes import LedSampler, LedStopChecker, Processes, start_session
 from specdec.recording import Recorder
@@ -79,8 +80,8 @@ def generate(
         inputs: int64 [B, P] prompts, padded to the left, like every other argument of `model.generate()`:
             `attention_mask`, `inputs_embeds`, `generation_config` and its fields, `logits_processor`,
             `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`, `prefix_allowed_tokens_fn`,
-            `past_key_values`, ... Processors and criteria must depend on nothing but their arguments: they also see
-            prefixes that are drafted and then dropped.
+            `cache` (or `past_key_values`), ... Processors and criteria must depend on nothing but their arguments:
+            they also see prefixes that are drafted and then dropped.
         drafter: a `specdec.drafters` instance; None or "auto" chooses every round what is quickest, plain decoding
             included; so does a smaller model of the same tokenizer, which is then one of the choices.
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
@@ -239,7 +240,7 @@ class _Prompt:
     ) -> _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
-        mask, cache = others.pop("attention_mask", None), others.pop("past_key_values")
+        mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
         others = options.check_model_inputs(others, config, mask)
         if mask is not None:
             mask = mask.to(device)
@@ -399,6 +400,6 @@ def _output(
         sequences=loop.recorder.sequences(_pad_token_id(config)).to(device),
         scores=loop.recorder.scores(),
         logits=loop.recorder.logits(),
-        past_key_values=cache,
+        **{CACHE: cache},
         stats=loop.stats,
     )

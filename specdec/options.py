@@ -26,6 +26,7 @@ from transformers.generation import logits_process as lp
 from routers import Router
 from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
+from specdec.hf import CACHE, with_cache_named
 from specdec.positions import text_positions
 from specdec.routing.endpoint import Endpoint
 from specdec.stopping import StopChecker
@@ -121,7 +122,7 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool =
         UnsupportedOptionError: an option that is not possible here.
         ValueError: a wrong prompt.
     """
-    arguments = dict(arguments)
+    arguments = with_cache_named(arguments)
     for name, advice in _REFUSED_ARGUMENTS.items():
         value = arguments.pop(name, None)
         if value is not None and value is not False:
@@ -132,7 +133,7 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool =
     if routed:
         _check_routed(config, arguments)
     _check_prompt(model, arguments)
-    _check_cache(arguments.get("past_key_values"))
+    _check_cache(arguments.get(CACHE))
     if config.stop_strings is not None:
         arguments = _with_stop_strings(model, arguments, config.stop_strings, tokenizer)
     return arguments
@@ -222,10 +223,9 @@ def _check_routed(config: GenerationConfig, arguments: dict[str, Any]) -> None:
     for name in ("output_scores", "output_logits"):
         if getattr(config, name):
             raise UnsupportedOptionError(f"{name}=True does not go with a router: two models write; leave it out")
-    if arguments.get("past_key_values") is not None:
+    if arguments.get(CACHE) is not None:
         raise UnsupportedOptionError(
-            "past_key_values do not go with a router: the draft model has none of that text; pass the whole text as "
-            "input_ids"
+            "a cache does not go with a router: the draft model has none of that text; pass the whole text as input_ids"
         )
 
 
@@ -235,7 +235,7 @@ def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     input_ids = arguments.get("input_ids") if inputs is None else inputs
     if input_ids is not None and arguments.get("inputs_embeds") is None:
         _check_input_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size)
-        if mask is not None and arguments.get("past_key_values") is None and mask.shape[:2] != input_ids.shape:
+        if mask is not None and arguments.get(CACHE) is None and mask.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"attention_mask is {tuple(mask.shape)} but input_ids are {tuple(input_ids.shape)}: one entry a token"
             )
@@ -268,7 +268,7 @@ def _check_input_ids(input_ids: Any, vocab_size: int) -> None:
 def _check_cache(cache: Any) -> None:
     if cache is not None and type(cache) is not DynamicCache:
         raise UnsupportedOptionError(
-            f"past_key_values is a {type(cache).__name__}: pass a transformers.DynamicCache, or none"
+            f"the cache is a {type(cache).__name__}: pass a transformers.DynamicCache, or none"
         )
 
 

@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from specdec import masks
 from specdec.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.errors import UnsupportedModelError
+from specdec.hf import CACHE
 from specdec.kernels import prepared
 from specdec.layers import LayerViews, View
 from specdec.partial import Passed, TailOrder, tail_order
@@ -140,7 +141,7 @@ class TreeModel:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
-        cached = {"attention_mask": attention_mask, "past_key_values": self.cache, "use_cache": True}
+        cached = {"attention_mask": attention_mask, CACHE: self.cache, "use_cache": True}
         whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
         with positions_read(whole.model) as read:
@@ -392,7 +393,7 @@ class TreeModel:
             "input_ids": tokens_BT,
             "attention_mask": self._mask(seen_BTK, offsets_BT),
             "position_ids": self.next_positions_B.unsqueeze(1) + offsets_BT,
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "use_cache": True,
         }
 

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec.drafters import Auto, Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from tests.conformance_cases import (
     CONFIG_FIELDS,
@@ -178,7 +179,7 @@ def _arguments(case: Case, model: PreTrainedModel, result: Result) -> dict[str, 
     if case.options_in == "config":
         arguments["generation_config"] = config_of(case.options)
     arguments |= _prompt_arguments(case.prompt, model)
-    result.cache = arguments.get("past_key_values")
+    result.cache = arguments.get(CACHE)
     if "stop_strings" in case.options:
         arguments["tokenizer"] = TOKENIZER
     if case.processors:
@@ -203,7 +204,7 @@ def _prompt_arguments(prompt: Prompt, model: PreTrainedModel) -> dict[str, Any]:
     ids, mask = padded(prompt)
     arguments: dict[str, Any] = {}
     if prompt.num_cached is not None:
-        arguments["past_key_values"] = _cache(model, ids[:, : prompt.num_cached], mask[:, : prompt.num_cached])
+        arguments[CACHE] = _cache(model, ids[:, : prompt.num_cached], mask[:, : prompt.num_cached])
     match prompt.mask:
         case "given" | "holes":
             arguments["attention_mask"] = mask
@@ -243,7 +244,7 @@ def _cache(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
     if ids.shape[1]:
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         options = {} if model.config.model_type == "opt" else {"position_ids": positions}
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        model(ids, attention_mask=mask, **{CACHE: cache}, use_cache=True, **options)
     return cache
 
 
@@ -276,11 +277,11 @@ def _outputs(plain: Result, ours: Result) -> Iterator[Difference]:
     elif plain.sequences.dtype != ours.sequences.dtype:
         yield Difference(what="dtype", detail=f"{plain.sequences.dtype} and {ours.sequences.dtype}")
     elif not isinstance(plain.output, Tensor):
-        if set(plain.output) - {"past_key_values"} != set(ours.output) - {"past_key_values", "stats"}:
+        if set(plain.output) - {CACHE} != set(ours.output) - {CACHE, "stats"}:
             yield Difference(what="fields", detail=f"{list(plain.output)} and {list(ours.output)}")
         for name in ("scores", "logits"):
             yield from _vectors(name, plain, ours)
-        yield from _caches(plain.output.past_key_values, ours.output.past_key_values, len(plain.sequences))
+        yield from _caches(plain.output[CACHE], ours.output[CACHE], len(plain.sequences))
 
 
 def _vectors(name: str, plain: Result, ours: Result) -> Iterator[Difference]:

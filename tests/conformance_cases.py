@@ -29,7 +29,7 @@ class Prompt:
         lengths: tokens of each row; rows are padded to the left, unless `side` says otherwise.
         form: the argument that carries them.
         mask: what is passed as attention_mask.
-        num_cached: tokens (padding included) whose states are passed as `past_key_values`; None passes none.
+        num_cached: tokens (padding included) whose states are passed as the cache; None passes none.
         only_new: pass only the tokens that are not cached.
     """
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec import UnsupportedModelError, UnsupportedOptionError
 from specdec.cache import LayerKind, TreeCache, layer_kinds, refill
+from specdec.hf import CACHE
 from specdec.target import TreeModel
 from specdec.testing import random_prompts, tiny_model
 from tests.strategies import token_trees
@@ -22,7 +23,7 @@ def states_from_scratch(model: PreTrainedModel, tokens: list[int]) -> list[tuple
     """Keys and values of every layer, each [H, S, D], all positions kept."""
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.tensor([tokens]), **{CACHE: cache}, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -171,7 +172,7 @@ def test_adopted_window_keeps_its_place() -> None:
     tokens = list(range(1, 20))
     source = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.tensor([tokens]), past_key_values=source, use_cache=True)
+        model(input_ids=torch.tensor([tokens]), **{CACHE: source}, use_cache=True)
     adopted = TreeCache.adopt(source, num_layers=2, num_rows=1, capacity=0)
     assert adopted.lengths == [19]
     in_window = source.layers[0].keys.shape[2]

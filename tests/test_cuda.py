@@ -34,6 +34,7 @@ from specdec.exits.collect import self_generation
 from specdec.exits.module import Exit, load_exits, save_exits
 from specdec.exits.run import ExitTraining, Source
 from specdec.exits.training import Recipe
+from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.goodness import assert_drawn_from
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -255,7 +256,7 @@ def test_a_target_split_over_devices(name: str) -> None:
 
 
 def test_the_gpu_holds_the_cache() -> None:
-    cache = speculate(target(), on_gpu(RAGGED), SmallModel(draft())).past_key_values
+    cache = speculate(target(), on_gpu(RAGGED), SmallModel(draft()))[CACHE]
     assert {layer.keys.device.type for layer in cache.layers} == {"cuda"}
 
 

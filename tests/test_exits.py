@@ -21,6 +21,7 @@ from specdec.exits.collect import Collector, Template, converse, given_texts, se
 from specdec.exits.module import Exit, fingerprint, load_exits, read_metadata, save_exits
 from specdec.exits.run import ExitTraining, Source
 from specdec.exits.training import Corpus, Recipe, Trainer, Unroller, pass_mask
+from specdec.hf import CACHE
 from specdec.kernels import prepare, quantized_copy
 from specdec.layers import LayerViews
 from specdec.testing import ByteTokenizer, tiny_model
@@ -135,9 +136,7 @@ def draft(model, exit_, hidden_BTC, final_BTC, start, count):
     for position in range(start + 1, start + count + 1):
         fused_BTC = exit_.fuse(fed_BTC)
         view.give(fused_BTC)
-        outputs.append(
-            view.model(inputs_embeds=fused_BTC, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        )
+        outputs.append(view.model(inputs_embeds=fused_BTC, **{CACHE: cache}, use_cache=True).last_hidden_state[:, -1])
         fed_BTC = torch.cat([hidden_BTC[:, position : position + 1], view.states[0][:, -1:]], -1)
     return outputs
 

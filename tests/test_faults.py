@@ -37,6 +37,7 @@ from specdec.drafters import (
     Run,
     SmallModel,
 )
+from specdec.hf import CACHE
 from specdec.testing import tiny_model
 from trees import Draft
 
@@ -167,8 +168,8 @@ def watched_caches(*models: PreTrainedModel) -> Iterator[list[weakref.ref[Any]]]
     caches: list[weakref.ref[Any]] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not None:
-            caches.append(weakref.ref(kwargs["past_key_values"]))
+        if kwargs.get(CACHE) is not None:
+            caches.append(weakref.ref(kwargs[CACHE]))
 
     hooks = [model.register_forward_pre_hook(note, with_kwargs=True) for model in models]
     try:
@@ -179,7 +180,7 @@ def watched_caches(*models: PreTrainedModel) -> Iterator[list[weakref.ref[Any]]]
 
 
 def cache_of_prompt(model: PreTrainedModel) -> DynamicCache:
-    return model(PROMPT[:, :NUM_CACHED], use_cache=True).past_key_values
+    return model(PROMPT[:, :NUM_CACHED], use_cache=True)[CACHE]
 
 
 def states_of(cache: DynamicCache) -> list[Tensor]:
@@ -290,7 +291,7 @@ def test_a_finished_run_closes_its_session_and_keeps_no_cache(
 def test_a_fault_in_a_batch_with_rows_that_have_finished(model: PreTrainedModel):
     """Rows have left the cache when the fault comes; the caller's cache knows nothing of it."""
     prompts = torch.cat([PROMPT, PROMPT.roll(1, 1)])
-    cache = model(prompts[:, :NUM_CACHED], use_cache=True).past_key_values
+    cache = model(prompts[:, :NUM_CACHED], use_cache=True)[CACHE]
     before = states_of(cache)
     options = {**GREEDY, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
     eos = int(model.generate(prompts, **options)[0, PROMPT.shape[1] + 1])

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import specdec
 from specdec.drafters import PromptLookup, SmallModel
+from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.linear import Int8Linear
 from specdec.kernels.prepare import prepared
@@ -36,9 +37,9 @@ def gap_between_widths(model):
     ids, past, ahead = ragged()["input_ids"][:1], DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.no_grad():
         for cache in (past, ahead):
-            model(ids[:, :20], past_key_values=cache)
-        together = model(ids[:, 20:], past_key_values=ahead).logits
-        steps = [model(ids[:, i : i + 1], past_key_values=past).logits for i in range(20, 24)]
+            model(ids[:, :20], **{CACHE: cache})
+        together = model(ids[:, 20:], **{CACHE: ahead}).logits
+        steps = [model(ids[:, i : i + 1], **{CACHE: past}).logits for i in range(20, 24)]
     return (together - torch.cat(steps, 1)).abs().max().item()
 
 

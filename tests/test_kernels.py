@@ -26,6 +26,7 @@ from transformers import (
 
 from specdec import kernels
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.hf import CACHE
 from specdec.kernels import layer as layers
 from specdec.kernels import linear as linears
 from specdec.kernels import native
@@ -160,8 +161,8 @@ def test_int8_model_is_close_and_its_rows_are_exact(backend, family):
     if backend == "native":
         cache = None
         for t in range(9):
-            step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True)
+            cache = step[CACHE]
             assert torch.equal(step.logits[:, 0], logits[:, t])
 
 
@@ -181,12 +182,12 @@ def test_a_tree_is_verified_to_the_bit(backend, weights):
             mask[node, 6 + ancestor] = True
             ancestor = parents[ancestor]
     positions = torch.tensor([[6, 6, 7, 7, 8]])
-    past = model(prompt, use_cache=True).past_key_values
-    tree = model(flat, attention_mask=mask[None, None], position_ids=positions, past_key_values=past).logits[0]
+    past = model(prompt, use_cache=True)[CACHE]
+    tree = model(flat, attention_mask=mask[None, None], position_ids=positions, **{CACHE: past}).logits[0]
     for branch, nodes in zip(branches, ([0, 2, 4], [1, 3]), strict=True):
-        past = model(prompt, use_cache=True).past_key_values
+        past = model(prompt, use_cache=True)[CACHE]
         for token, node in zip(branch, nodes, strict=True):
-            out = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            out = model(torch.tensor([[token]]), **{CACHE: past}, use_cache=True)
             if backend == "native":
                 assert torch.equal(out.logits[0, 0], tree[node])
             else:

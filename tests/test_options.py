@@ -25,6 +25,7 @@ from transformers import (
 import specdec
 from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.errors import DraftError, NumericalError, UnsupportedModelError, UnsupportedOptionError
+from specdec.hf import CACHE
 from specdec.testing import tiny_model
 from trees import ROOT, Chain, TokenTree
 
@@ -64,7 +65,7 @@ def static_cache(model: PreTrainedModel) -> StaticCache:
 
 
 def cache_of_three_rows(model: PreTrainedModel) -> DynamicCache:
-    return model(torch.ones((3, 4), dtype=torch.long), use_cache=True).past_key_values
+    return model(torch.ones((3, 4), dtype=torch.long), use_cache=True)[CACHE]
 
 
 WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[str, Any]], type[Exception], str]] = {
@@ -126,9 +127,9 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
     "no cache": ({"use_cache": False}, UnsupportedOptionError, "verified on a cache"),
     "a static cache by name": ({"cache_implementation": "static"}, UnsupportedOptionError, "'static'"),
     "paged generation": ({"cache_implementation": "paged"}, UnsupportedOptionError, "'paged'"),
-    "a static cache": (lambda model: {"past_key_values": static_cache(model)}, UnsupportedOptionError, "StaticCache"),
+    "a static cache": (lambda model: {CACHE: static_cache(model)}, UnsupportedOptionError, "StaticCache"),
     "a cache of other rows": (
-        lambda model: {"past_key_values": cache_of_three_rows(model)},
+        lambda model: {CACHE: cache_of_three_rows(model)},
         UnsupportedOptionError,
         "holds 3 rows but the input has 1",
     ),

@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 import specdec
 from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
+from specdec.hf import CACHE
 from specdec.testing import tiny_model
 
 PROMPT = torch.tensor([list(b"a rose is a rose is a")])
@@ -79,7 +80,7 @@ def test_a_dictionary_holds_what_plain_decoding_puts_there(
     assert torch.equal(out.sequences, expected.sequences)
     assert_same_vectors(out.scores, expected.scores, [24])
     assert_same_vectors(out.logits, expected.logits, [24])
-    assert_same_cache(out.past_key_values, expected.past_key_values)
+    assert_same_cache(out[CACHE], expected[CACHE])
     assert out.attentions is out.hidden_states is None
 
 
@@ -95,8 +96,8 @@ def test_a_dictionary_of_ragged_rows(model: PreTrainedModel, drafter: str):
     assert len(set(num_new)) == 3, "rows stop at different places"
     assert_same_vectors(out.scores, expected.scores, num_new)
     assert_same_vectors(out.logits, expected.logits, num_new)
-    assert out.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
-    for ours, plain in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    assert out[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+    for ours, plain in zip(out[CACHE].layers, expected[CACHE].layers, strict=True):
         for row, count in enumerate(num_new):
             real = slice(PROMPTS.shape[1] - int(MASKS[row].sum()), PROMPTS.shape[1] + count - 1)
             for ours_BHSD, plain_BHSD in ((ours.keys, plain.keys), (ours.values, plain.values)):
@@ -127,7 +128,7 @@ def test_logits_of_a_bfloat16_model_come_back_in_float32():
     model = tiny_model("llama", dtype=torch.bfloat16)
     out = specdec.generate(model, PROMPT, drafter=Plain(), **GREEDY, **EVERYTHING)
     assert {vector.dtype for vector in (*out.scores, *out.logits)} == {torch.float32}
-    assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    assert out[CACHE].layers[0].keys.dtype == torch.bfloat16
 
 
 def test_num_return_sequences_repeats_the_prompt(model: PreTrainedModel):
@@ -149,12 +150,12 @@ def test_both_continue_from_a_returned_cache(models: dict[str, PreTrainedModel],
     options = {**GREEDY, "attention_mask": torch.ones_like(question)}
     expected = model.generate(question, **options)
     for decode in (type(model).generate, specdec.generate):
-        cache = copy.deepcopy(out.past_key_values)
-        assert torch.equal(decode(model, question, past_key_values=cache, **options), expected)
+        cache = copy.deepcopy(out[CACHE])
+        assert torch.equal(decode(model, question, **{CACHE: cache}, **options), expected)
 
 
 def prompt_cache(model: PreTrainedModel, num_tokens: int) -> DynamicCache:
-    return model(PROMPT[:, :num_tokens], use_cache=True).past_key_values
+    return model(PROMPT[:, :num_tokens], use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -166,7 +167,7 @@ def test_a_cache_of_the_callers(models: dict[str, PreTrainedModel], family: str,
     input_ids = PROMPT[:, num_cached:] if only_new_ids else PROMPT
     options = {**GREEDY, "attention_mask": torch.ones_like(PROMPT)}
     plain, ours = prompt_cache(model, num_cached), prompt_cache(model, num_cached)
-    expected = model.generate(input_ids, past_key_values=plain, **options)
+    expected = model.generate(input_ids, **{CACHE: plain}, **options)
     out = specdec.generate(model, input_ids, past_key_values=ours, drafter=make_drafter(drafter, model), **options)
     assert torch.equal(out, expected)
     assert_same_cache(ours, plain)
@@ -174,10 +175,10 @@ def test_a_cache_of_the_callers(models: dict[str, PreTrainedModel], family: str,
 
 def test_an_empty_cache_of_the_callers_is_filled(model: PreTrainedModel):
     plain, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    expected = model.generate(PROMPT, past_key_values=plain, **GREEDY)
+    expected = model.generate(PROMPT, **{CACHE: plain}, **GREEDY)
     out = specdec.generate(model, PROMPT, past_key_values=ours, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, expected)
-    assert out.past_key_values is ours
+    assert out[CACHE] is ours
     assert_same_cache(ours, plain)
 
 

@@ -13,6 +13,7 @@ import routers
 import specdec
 from routers import Decision, DraftedStep, Router, Steps, TargetView
 from specdec.drafters import Plain, PromptLookup, SmallModel
+from specdec.hf import CACHE
 from specdec.streaming import RoundStreamer
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
 from tests.goodness import assert_drawn_from
@@ -118,7 +119,7 @@ def test_no_escalation_is_the_draft_alone(model, draft):
     assert_same_tokens(draft, plain_alone(draft, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
     assert out.stats.is_lossy
     assert out.stats.target_forwards == 0, "the target has nothing to do, not even to read the prompt"
-    assert out.past_key_values is None
+    assert CACHE not in out
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3"])
@@ -397,7 +398,7 @@ def test_a_draft_of_too_few_positions_is_refused(model):
         ({"verify": "traversal"}, "does not go with a router"),
         ({"tree": specdec.generation.SmallModel(tiny_model("llama")).policy}, "does not go with a router"),
         ({"output_scores": True}, "does not go with a router"),
-        ({"past_key_values": specdec.generation.DynamicCache()}, "do not go with a router"),
+        ({CACHE: specdec.generation.DynamicCache()}, "do not go with a router"),
     ],
 )
 def test_what_does_not_go_with_a_router(model, draft, options: dict, message: str):

@@ -15,6 +15,7 @@ import specdec
 from specdec import UnsupportedModelError, UnsupportedOptionError, compatibility, masks, target
 from specdec.compatibility import check_model
 from specdec.engine import Engine, Request
+from specdec.hf import CACHE
 from specdec.testing import tiny_model
 from specdec.trial import trial_logits
 from tests.test_families import CHUNKED, INDEXED, UNLISTED
@@ -142,8 +143,8 @@ def test_returned_cache_goes_on_where_it_ended(family: str) -> None:
     settings = {"do_sample": False, "return_dict_in_generate": True}
     first = specdec.generate(model, prompt, drafter=specdec.drafters.PromptLookup(), max_new_tokens=10, **settings)
     for continued in (model.generate, lambda *args, **given: specdec.generate(model, *args, **given)):
-        cache = copy.deepcopy(first.past_key_values)
-        out = continued(first.sequences, past_key_values=cache, max_new_tokens=14, **settings)
+        cache = copy.deepcopy(first[CACHE])
+        out = continued(first.sequences, **{CACHE: cache}, max_new_tokens=14, **settings)
         assert torch.equal(out.sequences, whole)
 
 

@@ -21,6 +21,7 @@ from specdec import options
 from specdec.compatibility import check_positions, rotation_limit
 from specdec.engine.request import Request
 from specdec.errors import UnsupportedOptionError
+from specdec.hf import CACHE
 from specdec.stopping import StopChecker
 
 _UNKEPT = ("return_dict_in_generate", "output_scores", "output_logits")
@@ -78,7 +79,7 @@ class _Capture:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> PreparedRequest:
-        known = ("use_cache", "logits_to_keep", "attention_mask", "past_key_values")
+        known = ("use_cache", "logits_to_keep", "attention_mask", CACHE)
         others = {name: value for name, value in model_inputs.items() if name not in known}
         options.check_model_inputs(others, generation_config)
         if len(input_ids) > 1:

@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec import masks
 from specdec.exits.collect import Shard
 from specdec.exits.module import Exit, own_weights
+from specdec.hf import CACHE
 from specdec.layers import LayerViews
 from specdec.target import home_device
 
@@ -187,7 +188,7 @@ class Unroller:
                 inputs_embeds=fused_BTC,
                 attention_mask=masks.additive(mask_11TS, fused_BTC.dtype) if self._additive else mask_11TS,
                 position_ids=position_ids,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             ).last_hidden_state
             state_BTC = self._view.states[0]

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.linear import NATIVE, Int8Linear, float_linear, float_matrix, is_plain
 
@@ -149,23 +150,25 @@ class LeanForward:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         position_embeddings: Rotation | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
         constants = None
         if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
             constants = self._prepare(position_embeddings)
         if constants is None or position_embeddings is None:
-            kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+            kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
         x_BTC = hidden_states.contiguous()
         query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
-        if past_key_values is not None:
-            key_BKSD, value_BKSD = past_key_values.update(key_BKSD, value_BKSD, constants.layer_idx)
+        if cache is not None:
+            key_BKSD, value_BKSD = cache.update(key_BKSD, value_BKSD, constants.layer_idx)
         T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
@@ -217,7 +220,7 @@ class LeanForward:
             query_BTHD, key_BTKD, value_BTKD = [
                 state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
             ]
-            key_BKSD, value_BKSD = part.past_key_values.update(
+            key_BKSD, value_BKSD = part.cache.update(
                 key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
             )
             attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
@@ -333,7 +336,7 @@ class Part(NamedTuple):
     num_rows: int
     num_tokens: int
     mask: torch.Tensor | None
-    past_key_values: Any
+    cache: Any
 
 
 class _Attended(NamedTuple):
@@ -385,7 +388,7 @@ def agrees(layer: DecoderLayer) -> bool:
         cache = _OneLayerCache()
         for part, mask in zip((slice(0, past), slice(past, None)), masks, strict=True):
             rotation = angles_BTD[:, part].cos(), angles_BTD[:, part].sin()
-            out_BTC = forward(x_BTC[:, part], attention_mask=mask, past_key_values=cache, position_embeddings=rotation)
+            out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
         return out_BTC
 
     expected_BTC, actual_BTC = run(layer.forward), run(LeanForward(layer))

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.layer import LeanForward, NativeModel, Once, agrees, contiguous, fits
 from specdec.kernels.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
@@ -188,10 +189,10 @@ def rows_are_independent(model: nn.Module) -> bool:
     config: Any = model.config
     input_ids = torch.arange(1, 9).unsqueeze(0) * 7919 % config.get_text_config(decoder=True).vocab_size
     past = DynamicCache(config=config)
-    model(input_ids[:, :4], past_key_values=past, use_cache=True)
+    model(input_ids[:, :4], **{CACHE: past}, use_cache=True)
     ahead = copy.deepcopy(past)
-    expected = model(input_ids[:, 4:], past_key_values=ahead, use_cache=True).logits
-    steps = [model(input_ids[:, i : i + 1], past_key_values=past, use_cache=True).logits for i in range(4, 8)]
+    expected = model(input_ids[:, 4:], **{CACHE: ahead}, use_cache=True).logits
+    steps = [model(input_ids[:, i : i + 1], **{CACHE: past}, use_cache=True).logits for i in range(4, 8)]
     return torch.equal(torch.cat(steps, 1), expected)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from specdec.hf import CACHE
 from specdec.kernels.layer import LeanForward, Part
 from specdec.kernels.prepare import prepared
 
@@ -93,6 +94,7 @@ class LeanStack:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
@@ -101,19 +103,20 @@ class LeanStack:
         """As the model, and besides:
 
         Args:
-            beside: input_ids, position_ids, attention_mask and past_key_values of tokens of another cache, which go
-                through the layers together with these (see `can_join`). Nothing is returned of them.
+            beside: input_ids, position_ids, attention_mask and cache of tokens of another cache, which go through
+                the layers together with these (see `can_join`). Nothing is returned of them.
         """
+        cache = past_key_values if cache is None else cache
         hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
         rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
         if beside is not None:
-            own = Part(input_ids.shape[0], input_ids.shape[1], attention_mask, past_key_values)
+            own = Part(input_ids.shape[0], input_ids.shape[1], attention_mask, cache)
             hidden_BTC = self._together(hidden_BTC, rotation, own, beside)
         for layer in self._layers if beside is None else ():
             hidden_BTC = layer(
                 hidden_BTC,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 use_cache=use_cache,
                 position_embeddings=rotation,
             )
@@ -124,7 +127,7 @@ class LeanStack:
     def _together(self, hidden_BTC: Tensor, rotation: Any, own: Part, beside: Mapping[str, Any]) -> Tensor:
         """These tokens and those beside them through all layers; returns the states of these."""
         input_ids, position_ids = beside["input_ids"], beside["position_ids"]
-        other = Part(input_ids.shape[0], input_ids.shape[1], beside["attention_mask"], beside["past_key_values"])
+        other = Part(input_ids.shape[0], input_ids.shape[1], beside["attention_mask"], beside[CACHE])
         other_BTC = self._embed(input_ids)
         pairs = [(hidden_BTC, other_BTC), *zip(rotation, self._rotations(other_BTC, position_ids), strict=True)]
         joined_1RC, *angles = [torch.cat([part.flatten(0, 1) for part in pair]).unsqueeze(0) for pair in pairs]
@@ -177,8 +180,8 @@ def _gives_the_same(model: PreTrainedModel, stack: LeanStack) -> bool:
     mask_11TT = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     for part, mask in ((slice(0, 4), mask_11TT), (slice(4, 5), None)):
         inputs = {"input_ids": input_ids[:, part], "position_ids": position_ids[:, part], "attention_mask": mask}
-        expected = model(**inputs, past_key_values=past, use_cache=True).logits
-        logits = stack(**inputs, past_key_values=cache).logits
+        expected = model(**inputs, **{CACHE: past}, use_cache=True).logits
+        logits = stack(**inputs, **{CACHE: cache}).logits
         if logits is None or not torch.equal(logits, expected):
             return False
     return True

@@ -1,0 +1,27 @@
+"""What transformers 5.23 and 5.24 name differently: the cache.
+
+Calls of models say `**{CACHE: cache}`, outputs and prepared arguments are read by `[CACHE]`: 5.24 takes the old name
+too, but warns of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import transformers
+
+CACHE: Final = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
+
+
+def with_cache_named(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `generate()` call, the cache under the installed transformers' name; callers may use either.
+
+    Raises:
+        ValueError: there is a cache under both names.
+    """
+    caches = [arguments[name] for name in ("past_key_values", "cache") if arguments.get(name) is not None]
+    if len(caches) > 1:
+        raise ValueError("cache= and past_key_values= are two names of one argument: pass one of them")
+    others = {name: value for name, value in arguments.items() if name not in ("past_key_values", "cache")}
+    return {**others, CACHE: caches[0]} if caches else others
