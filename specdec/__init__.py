@@ -22,10 +22,10 @@ from specdec.errors import (
 
 if TYPE_CHECKING:
     from specdec import drafters
-    from specdec.generation import SpeculativeOutput, disable, enable, generate
+    from specdec.generation import disable, enable, generate
     from specdec.kernels import prepare, unprepare
     from specdec.routing.endpoint import Endpoint
-    from specdec.stats import DecodingStats
+    from specdec.stats import DecodingStats, SpeculativeOutput
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ __all__ = [
 _LAZY = {
     "DecodingStats": "specdec.stats",
     "Endpoint": "specdec.routing.endpoint",
-    "SpeculativeOutput": "specdec.generation",
+    "SpeculativeOutput": "specdec.stats",
     "disable": "specdec.generation",
     "enable": "specdec.generation",
     "generate": "specdec.generation",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -23,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from routers import Router
@@ -31,15 +29,15 @@ from specdec import options
 from specdec.compatibility import check_model, check_positions, position_limit
 from specdec.devices import num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
-from specdec.errors import EndpointError, UnsupportedOptionError
+from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.loop import DecodingLoop
 from specdec.processes import LedSampler, LedStopChecker, Processes, start_session
-from specdec.recording import Recorder
-from specdec.routing import Endpoint, RoutedCall, Routing, StepLoop, stand_in
+from specdec.recording import Recorder, pad_token_id
+from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
-from specdec.stats import DecodingStats
+from specdec.stats import SpeculativeOutput
 from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
 from specdec.target import TreeModel, home_device
@@ -47,13 +45,6 @@ from trees import GrowthPolicy
 
 _MAX_RESERVED = 1024
 """Slots reserved past the prompt at the start; longer runs grow as they go."""
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `model.generate(return_dict_in_generate=True)` returns, and `stats`."""
-
-    stats: DecodingStats | None = None
 
 
 @torch.no_grad()
@@ -105,7 +96,7 @@ def generate(
     started = perf_counter()
     target = None
     if isinstance(model, Endpoint):
-        target, model = model, _local_model(drafter, router, kwargs.get("tokenizer"))
+        target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
     if router is not None and num_processes(model) > 1:
@@ -114,8 +105,8 @@ def generate(
             "or with device_map='auto'"
         )
     given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-    routing = None if router is None else _as_routing(router, target, drafter, tree, verify, given)
-    arguments = options.prepare(model, given, routed=routing is not None)
+    routing = None if router is None else as_routing(router, target, drafter, tree, verify, given)
+    arguments = options.prepare(model, given, check=None if routing is None else check_routed)
     method = _DecodingMethod(
         drafter=as_drafter(drafter, tree) if routing is None else Plain(),
         routing=routing,
@@ -184,40 +175,6 @@ def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPoli
     raise ValueError(
         f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
     )
-
-
-def _local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrainedModel:
-    """The model that the arguments are prepared for, where the target is remote: the draft's, if that is here.
-
-    Raises:
-        ValueError: there is no router.
-    """
-    if router is None:
-        raise ValueError("an endpoint writes whole steps: pass router= (routers.AlwaysTarget() for its steps alone)")
-    if isinstance(drafter, Endpoint):
-        options.check_routing(drafter, tree=None, verify="topdown", tokenizer=tokenizer)
-        return stand_in(tokenizer)
-    return drafter.model if isinstance(drafter, SmallModel) else drafter
-
-
-def _as_routing(
-    router: Router,
-    target: Endpoint | None,
-    drafter: Drafter | PreTrainedModel | Endpoint | str | None,
-    tree: GrowthPolicy | None,
-    verify: str,
-    arguments: Mapping[str, Any],
-) -> Routing:
-    """What a router needs besides.
-
-    Raises:
-        UnsupportedOptionError: an option that does not go with a router.
-        ValueError: the draft model or the tokenizer is missing.
-    """
-    tokenizer = arguments.get("tokenizer")
-    options.check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
-    draft = drafter if isinstance(drafter, (SmallModel, Endpoint)) else SmallModel(drafter)
-    return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -298,7 +255,8 @@ class _DecodingMethod:
         finally:
             loop.session.close()
         loop.recorder.refill(prompt.cache)
-        return _result(loop, prompt.cache, generation_config, input_ids.device)
+        output = loop.recorder.output(loop.stats, generation_config, device=input_ids.device, cache=prompt.cache)
+        return _as_asked(output, generation_config)
 
     def _route(
         self,
@@ -322,19 +280,10 @@ class _DecodingMethod:
             feed=self._feed(num_rows, config),
             started=self.started,
         )
-        loop = routing.start(model, call)
-        try:
-            loop.run()
-        except EndpointError as error:
-            loop.salvage()
-            error.partial = _output(loop, None, config, prompt.input_ids.device)
-            raise
-        finally:
-            loop.close()
-        return _result(loop, None, config, prompt.input_ids.device)
+        return _as_asked(routing.generate(model, call), config)
 
     def _feed(self, num_rows: int, config: GenerationConfig) -> StreamFeed | None:
-        return None if self.streamer is None else StreamFeed(self.streamer, num_rows, _pad_token_id(config))
+        return None if self.streamer is None else StreamFeed(self.streamer, num_rows, pad_token_id(config))
 
     def _loop(
         self,
@@ -381,25 +330,5 @@ def _capacity(prompt: _Prompt, stop: StopChecker) -> int:
     return min(stop.max_length, prompt.input_ids.shape[1] + _MAX_RESERVED)
 
 
-def _pad_token_id(config: GenerationConfig) -> int:
-    return 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-
-
-def _result(
-    loop: DecodingLoop | StepLoop, cache: DynamicCache | None, config: GenerationConfig, device: torch.device
-) -> SpeculativeOutput | Tensor:
-    """What the call asked for."""
-    output = _output(loop, cache, config, device)
+def _as_asked(output: SpeculativeOutput, config: GenerationConfig) -> SpeculativeOutput | Tensor:
     return output if config.return_dict_in_generate else output.sequences
-
-
-def _output(
-    loop: DecodingLoop | StepLoop, cache: DynamicCache | None, config: GenerationConfig, device: torch.device
-) -> SpeculativeOutput:
-    return SpeculativeOutput(
-        sequences=loop.recorder.sequences(_pad_token_id(config)).to(device),
-        scores=loop.recorder.scores(),
-        logits=loop.recorder.logits(),
-        **{CACHE: cache},
-        stats=loop.stats,
-    )

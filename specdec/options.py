@@ -7,6 +7,7 @@ config conflicts) is left to it, so that its users see the messages that they kn
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -24,11 +24,9 @@ from transformers.generation import GenerationMode
 from transformers.generation import logits_process as lp
 
 from routers import Router
-from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE, with_cache_named
 from specdec.positions import text_positions
-from specdec.routing.endpoint import Endpoint
 from specdec.stopping import StopChecker
 from specdec.target import home_device
 from trees import GrowthPolicy
@@ -89,34 +87,16 @@ def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: An
         )
 
 
-def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> None:
-    """Check what a router needs, and refuse what steps have no use for.
-
-    Raises:
-        ValueError: the draft model or the tokenizer is missing.
-        UnsupportedOptionError: `tree` or `verify` is given.
-    """
-    if not isinstance(drafter, (PreTrainedModel, SmallModel, Endpoint)):
-        raise ValueError(
-            f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
-            "tokenizer, specdec.drafters.SmallModel(model), or a specdec.Endpoint"
-        )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
-    if tree is not None:
-        raise UnsupportedOptionError(f"tree={tree!r} does not go with a router: a step is a chain; leave it out")
-    if verify != "topdown":
-        raise UnsupportedOptionError(
-            f"verify={verify!r} does not go with a router: the target walks drafted steps with its own choice of every "
-            "token; leave it out"
-        )
-
-
-def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool = False) -> dict[str, Any]:
+def prepare(
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    *,
+    check: Callable[[GenerationConfig, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """The arguments for `model.generate(custom_generate=...)`.
 
     Args:
-        routed: whether a router decides who writes.
+        check: refuses what this kind of call has no use for, of the config that it amounts to and the arguments.
 
     Raises:
         UnsupportedOptionError: an option that is not possible here.
@@ -130,8 +110,8 @@ def prepare(model: PreTrainedModel, arguments: dict[str, Any], *, routed: bool =
     tokenizer = arguments.pop("tokenizer", None)
     config = _effective_config(model, arguments)
     _check_settings(config)
-    if routed:
-        _check_routed(config, arguments)
+    if check is not None:
+        check(config, arguments)
     _check_prompt(model, arguments)
     _check_cache(arguments.get(CACHE))
     if config.stop_strings is not None:
@@ -217,16 +197,6 @@ def _check_settings(config: GenerationConfig) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         advice = _MODE_ADVICE.get(mode, "call model.generate()")
         raise UnsupportedOptionError(f"{mode.value} is not possible with specdec: {advice}")
-
-
-def _check_routed(config: GenerationConfig, arguments: dict[str, Any]) -> None:
-    for name in ("output_scores", "output_logits"):
-        if getattr(config, name):
-            raise UnsupportedOptionError(f"{name}=True does not go with a router: two models write; leave it out")
-    if arguments.get(CACHE) is not None:
-        raise UnsupportedOptionError(
-            "a cache does not go with a router: the draft model has none of that text; pass the whole text as input_ids"
-        )
 
 
 def _check_prompt(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

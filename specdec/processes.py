@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from math import inf
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from specdec.acceptance import Acceptance
-from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
 from specdec.devices import num_processes
-from specdec.drafters import Auto, Drafter, DraftSession, Outcome, Run
+from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.errors import DraftError, ProcessError
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -85,36 +83,16 @@ def start_session(drafter: Drafter, run: Run, processes: Processes) -> DraftSess
     Raises:
         DraftError: it needs layers of the target, or a model that is itself split.
     """
-    model = run.target.model
-    for draft_model in _models_of(drafter):
+    for draft_model in drafter.models():
         if num_processes(draft_model) > 1:
             raise DraftError(
                 f"{type(drafter).__name__} has a draft model that is split over processes: load the draft without "
                 "tp_plan (only the first process drafts)"
             )
-    _measure_together(model, drafter, processes)
+    target = run.target.model
+    if any(processes.settle(lambda: [not drafter.is_warm(target)])):
+        drafter.warm_up(target)
     return _LedSession(drafter, run, processes)
-
-
-def _models_of(drafter: Drafter) -> Iterator[PreTrainedModel]:
-    """The models that a drafter, or those that it is made of, holds."""
-    for value in vars(drafter).values():
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, PreTrainedModel):
-                yield part
-            elif isinstance(part, Drafter):
-                yield from _models_of(part)
-
-
-def _measure_together(model: PreTrainedModel, drafter: Drafter, processes: Processes) -> None:
-    """Measure what `Auto` will ask for, where it is not known yet: a forward takes all processes."""
-    if not isinstance(drafter, Auto):
-        return
-    if not any(processes.settle(lambda: [not costs_are_known(model)])):
-        return
-    measured = measure_forwards(model, time_limit_s=inf)  # no limit: all have to make as many forwards
-    if processes.is_first:
-        remember_costs(model, measured)
 
 
 class _LedSession(DraftSession):

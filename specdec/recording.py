@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from specdec.cache import RowStates, TreeCache, refill
+from specdec.hf import CACHE
+from specdec.stats import DecodingStats, SpeculativeOutput
 
 
 class Recorder:
@@ -75,10 +77,32 @@ class Recorder:
             [self._ids[row] for row in sorted(self._ids)], batch_first=True, padding_value=pad_token_id
         )
 
+    def output(
+        self,
+        stats: DecodingStats,
+        config: GenerationConfig,
+        *,
+        device: torch.device,
+        cache: DynamicCache | None = None,
+    ) -> SpeculativeOutput:
+        """What the call returns, once its rows are finished."""
+        return SpeculativeOutput(
+            sequences=self.sequences(pad_token_id(config)).to(device),
+            scores=self.scores(),
+            logits=self.logits(),
+            **{CACHE: cache},
+            stats=stats,
+        )
+
     def refill(self, cache: DynamicCache) -> None:
         """Give the caller's cache the states of all rows, if they were kept."""
         if self._states is not None:
             refill(cache, [self._states[row] for row in sorted(self._states)])
+
+
+def pad_token_id(config: GenerationConfig) -> int:
+    """What finished rows are filled with."""
+    return 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
 
 
 def _by_token(kept: list[list[Tensor]] | None, count: int | None) -> tuple[Tensor, ...] | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.generation import GenerateDecoderOnlyOutput
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
@@ -180,3 +182,10 @@ class DecodingStats:
             f"({self.tokens_per_second:.1f} tokens/s): {self.tokens_per_round:.2f} tokens per round, "
             f"{self.num_accepted}/{self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%}){routed}"
         )
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `model.generate(return_dict_in_generate=True)` returns, and `stats`."""
+
+    stats: DecodingStats | None = None

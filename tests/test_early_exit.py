@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import DraftError, UnsupportedModelError
 from specdec.compatibility import check_layers
-from specdec.control import ExitChoice
+from specdec.control.exits import ExitChoice
 from specdec.drafters import Drafter, EarlyExit, Outcome, Run
 from specdec.drafters.exit_combs import Comb, SiblingStatistics
 from specdec.drafters.exit_heads import TrainedHead
@@ -107,7 +107,9 @@ def test_trees_from_an_exit(drafter: str, tree: GrowthPolicy) -> None:
 def always_combs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round drafts combs with so many leaves that exits which have learnt nothing are often right by chance."""
     choice = ExitChoice(exit_layer=2, length=3, threshold=0.02, sibling=0.0)
-    monkeypatch.setattr("specdec.control.ExitControl.choose", lambda self, limit: replace(choice, length=min(3, limit)))
+    monkeypatch.setattr(
+        "specdec.control.exits.ExitControl.choose", lambda self, limit: replace(choice, length=min(3, limit))
+    )
     monkeypatch.setattr("specdec.drafters.early_exit.MAX_SIBLINGS", 60)
 
 

@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specdec.control import ExitChoice, ExitControl, ExitCosts, ExitObjective, TokensPerLayer, TokensPerSecond
-from specdec.control.exits import PLAIN, THRESHOLDS
+from specdec.control.exits import (
+    PLAIN,
+    THRESHOLDS,
+    ExitChoice,
+    ExitControl,
+    ExitCosts,
+    ExitObjective,
+    TokensPerLayer,
+    TokensPerSecond,
+)
 
 NUM_LAYERS = 8
 EXITS = range(1, NUM_LAYERS)

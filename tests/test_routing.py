@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import routers
@@ -396,9 +396,9 @@ def test_a_draft_of_too_few_positions_is_refused(model):
         ({"drafter": Plain()}, "needs a draft model"),
         ({"tokenizer": None}, "pass tokenizer="),
         ({"verify": "traversal"}, "does not go with a router"),
-        ({"tree": specdec.generation.SmallModel(tiny_model("llama")).policy}, "does not go with a router"),
+        ({"tree": SmallModel(tiny_model("llama")).policy}, "does not go with a router"),
         ({"output_scores": True}, "does not go with a router"),
-        ({CACHE: specdec.generation.DynamicCache()}, "do not go with a router"),
+        ({CACHE: DynamicCache()}, "does not go with a router"),
     ],
 )
 def test_what_does_not_go_with_a_router(model, draft, options: dict, message: str):

@@ -4,9 +4,10 @@ from trees.calibration import Calibration, count_shares, measure_calibration
 from trees.chain import Chain
 from trees.combs import Leaf, chain_length, comb, comb_places
 from trees.confident import ConfidentChain
+from trees.draft import Draft, Part
 from trees.dynamic import DySpec, DySpecThreshold
 from trees.growing import GrowingTrees
-from trees.growth import Draft, Grower, GrowthPolicy, Layer, Part, Round
+from trees.growth import Grower, GrowthPolicy, Layer, Round
 from trees.merging import Merged, Merger, merge
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trees.growth import Draft, Grower, GrowthPolicy, Layer, Round
+from trees.draft import Draft
+from trees.growth import Grower, GrowthPolicy, Layer, Round
 from trees.tree import ROOT, TreeBatch
 from trees.urn import Urn
 

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from trees.calibration import Calibration, share_of
-from trees.growth import Draft, Grower, Layer, LayeredDistributions, Round
+from trees.draft import Draft, LayeredDistributions
+from trees.growth import Grower, Layer, Round
 from trees.tree import ROOT, TokenTree, TreeBatch
 from trees.urn import TokenSource
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from trees.growth import LEFT_OUT, Draft, Part
+from trees.draft import LEFT_OUT, Draft, Part
 from trees.tree import ROOT, TokenTree, TreeBatch
 
 

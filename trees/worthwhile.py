@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trees.combs import Leaf, comb, comb_places
-from trees.growth import Draft, Grower, GrowthPolicy, Layer, LayeredDistributions, Round
+from trees.draft import Draft, LayeredDistributions
+from trees.growth import Grower, GrowthPolicy, Layer, Round
 from trees.tree import ROOT, TreeBatch
 from trees.urn import TokenSource
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trees import Draft
-from trees.growth import LEFT_OUT
+from trees.draft import LEFT_OUT
 from trees.merging import flattened
 
 

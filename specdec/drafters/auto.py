@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
+from math import inf
 from operator import methodcaller
 from time import perf_counter
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.control import Plan, RoundControl, affordable, costs_of
+from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
 from specdec.devices import num_processes
 from specdec.drafters.auto_sources import (
     LONGEST_DRAFT,
@@ -70,6 +73,15 @@ class Auto(Drafter):
         """Take drafters back that were dropped because they had raised."""
         for drafter in (*self.drafters, _quantized_self):
             take_back(drafter)
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        return chain.from_iterable(drafter.models() for drafter in self.drafters)
+
+    def is_warm(self, target: PreTrainedModel) -> bool:
+        return costs_are_known(target)
+
+    def warm_up(self, target: PreTrainedModel) -> None:
+        remember_costs(target, measure_forwards(target, time_limit_s=inf))  # all processes make as many forwards
 
     def start(self, run: Run) -> DraftSession:
         if run.tree is not None:

@@ -10,7 +10,7 @@ they join between rounds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,6 +159,21 @@ class Drafter(ABC):
 
     rewinds: bool = False
     """Whether its sessions can take back what they have read (see `DraftSession.rewind`)."""
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        """The draft models that it, or the drafters that it is made of, has been given."""
+        return iter(())
+
+    def is_warm(self, target: PreTrainedModel) -> bool:
+        """Whether `warm_up` has nothing left to do."""
+        return True
+
+    def warm_up(self, target: PreTrainedModel) -> None:
+        """Make the forwards of the target that a session would make by itself, outside verification.
+
+        All processes that a target is split over come here before the first of them drafts alone: how many forwards
+        there are must not depend on time or chance.
+        """
 
     @abstractmethod
     def start(self, run: Run) -> DraftSession:

@@ -7,6 +7,11 @@ cascades, Chen et al. 2024.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
+from transformers import PreTrainedModel
+
 from specdec.drafters.base import Drafter, DraftSession, Run
 from specdec.drafters.nested import NestedSession
 from specdec.drafters.quantized_self import QuantizedSelf
@@ -59,6 +64,9 @@ class Cascade(Drafter):
         self.num_tokens = num_tokens
         self.min_tokens = min_tokens
         self.agreement = self.middle.agreement
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        return chain(self.cheap.models(), self.middle.models())
 
     def start(self, run: Run) -> DraftSession:
         if run.tree is not None and type(run.tree) is not Chain:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import check_layers
-from specdec.control import PLAIN, ExitChoice, ExitControl, ExitObjective, TokensPerLayer, TokensPerSecond
+from specdec.control.exits import PLAIN, ExitChoice, ExitControl, ExitObjective, TokensPerLayer, TokensPerSecond
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.exit_combs import MAX_SIBLINGS, NO_SIBLINGS, Comb, CombGrower, SiblingStatistics
 from specdec.drafters.exit_costs import RoundCosts, clock_of

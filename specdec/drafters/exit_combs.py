@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.control import ExitChoice
+from specdec.control.exits import ExitChoice
 from specdec.drafters.base import Outcome
 from trees import ROOT, Draft, Layer, Leaf, TreeBatch, comb, comb_places
 

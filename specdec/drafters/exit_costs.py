@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.compatibility import position_limit
-from specdec.control import ExitCosts
+from specdec.control.exits import ExitCosts
 from specdec.drafters.exit_heads import ExitHead
 from specdec.kernels import prepared
 from specdec.target import TreeModel

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.control import ExitControl
+from specdec.control.exits import ExitControl
 from specdec.drafters.base import Outcome, Run
 from specdec.drafters.exit_costs import clock_of
 from specdec.drafters.exit_heads import TrainedHead

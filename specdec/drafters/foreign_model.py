@@ -10,7 +10,7 @@ Shape legend: B rows, M nodes of a layer, W pending tokens, V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 
@@ -65,6 +65,9 @@ class ForeignModel(Drafter):
     def shared(self) -> list[tuple[int, int]]:
         """Ids, of draft and target, of the tokens that both vocabularies have."""
         return shared_tokens(self.tokenizer, self.target_tokenizer)
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        yield self.model
 
     def start(self, run: Run) -> DraftSession:
         if len(run.input_ids) and not run.input_ids.shape[1]:

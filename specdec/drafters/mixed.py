@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
 from specdec.errors import DraftError
@@ -39,6 +42,9 @@ class Mixed(Drafter):
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f"Mixed(budget={budget!r}): budget is a positive integer, or None for no limit")
         self.budget = budget
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        return chain.from_iterable(drafter.models() for drafter in self.drafters)
 
     def start(self, run: Run) -> DraftSession:
         with ExitStack() as opened:

@@ -8,7 +8,7 @@ Shape legend: B rows, M nodes of a layer, K nodes so far, W pending tokens, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class SmallModel(Drafter):
     def model(self) -> PreTrainedModel:
         """That drafts."""
         return self._model.current() if isinstance(self._model, Int8Copy) else self._model
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        yield self.model
 
     def start(self, run: Run) -> DraftSession:
         self.check_fit(run)

@@ -2,6 +2,7 @@
 
 from specdec.routing.endpoint import Endpoint
 from specdec.routing.loop import StepLoop
-from specdec.routing.start import RoutedCall, Routing, stand_in
+from specdec.routing.options import check_routed
+from specdec.routing.start import RoutedCall, Routing, as_routing, local_model
 
-__all__ = ["Endpoint", "RoutedCall", "Routing", "StepLoop", "stand_in"]
+__all__ = ["Endpoint", "RoutedCall", "Routing", "StepLoop", "as_routing", "check_routed", "local_model"]

@@ -17,7 +17,8 @@ from routers.base import Writer
 from specdec.errors import EndpointError
 from specdec.recording import Recorder
 from specdec.routing.remote import RemoteWriter
-from specdec.routing.view import RemoteView, WriterView
+from specdec.routing.remote_view import RemoteView
+from specdec.routing.view import WriterView
 from specdec.routing.writer import StepWriter
 from specdec.sequences import num_shared
 from specdec.stats import StepRecord

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +19,24 @@ from transformers import (
 
 from routers import Need, Router, Segmenter
 from specdec.compatibility import check_positions, position_limit
-from specdec.drafters import PromptLookup, Run, SmallModel
+from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
 from specdec.drafters.base import DraftSession
-from specdec.errors import UnsupportedOptionError
+from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.recording import Recorder
 from specdec.routing.endpoint import Endpoint
 from specdec.routing.loop import AnyWriter, StepLoop
+from specdec.routing.options import check_routing
 from specdec.routing.remote import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
 from specdec.routing.stop import StepStop
 from specdec.routing.writer import StepWriter
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.stats import SpeculativeOutput
 from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
 from specdec.target import TreeModel
-from trees import Chain
+from trees import Chain, GrowthPolicy
 
 _COPIED = PromptLookup(num_tokens=4, min_match=3)
 """Speeds a writer's own writing up; short, because a wrong copy costs a wider forward."""
@@ -128,6 +130,23 @@ class Routing:
             started=call.started,
         )
 
+    def generate(self, model: PreTrainedModel, call: RoutedCall) -> SpeculativeOutput:
+        """Run the loop of a call to its end; arguments and errors as of `start`.
+
+        Raises:
+            EndpointError: an endpoint has failed for good; its `partial` holds what was generated until then.
+        """
+        loop = self.start(model, call)
+        try:
+            loop.run()
+        except EndpointError as error:
+            loop.salvage()
+            error.partial = self._output(loop, call)
+            raise
+        finally:
+            loop.close()
+        return self._output(loop, call)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
@@ -151,6 +170,9 @@ class Routing:
             rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             text = rendered.split(_TURN)[-1] + opening
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _output(self, loop: StepLoop, call: RoutedCall) -> SpeculativeOutput:
+        return loop.recorder.output(loop.stats, call.config, device=call.input_ids.device)
 
     def _draft(self, target: TreeModel | None, call: RoutedCall) -> AnyWriter:
         if isinstance(self.draft, Endpoint):
@@ -242,6 +264,40 @@ class Routing:
     def _stop(self, sequences: Sequences, call: RoutedCall) -> StepStop:
         segmenter = Segmenter(self.router.steps, self.decode)
         return StepStop(call.criteria, segmenter, [len(tokens) for tokens in sequences.tokens])
+
+
+def local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrainedModel:
+    """The model that the arguments are prepared for, where the target is remote: the draft's, if that is here.
+
+    Raises:
+        ValueError: there is no router.
+    """
+    if router is None:
+        raise ValueError("an endpoint writes whole steps: pass router= (routers.AlwaysTarget() for its steps alone)")
+    if isinstance(drafter, Endpoint):
+        check_routing(drafter, tree=None, verify="topdown", tokenizer=tokenizer)
+        return stand_in(tokenizer)
+    return drafter.model if isinstance(drafter, SmallModel) else drafter
+
+
+def as_routing(
+    router: Router,
+    target: Endpoint | None,
+    drafter: Drafter | PreTrainedModel | Endpoint | str | None,
+    tree: GrowthPolicy | None,
+    verify: str,
+    arguments: Mapping[str, Any],
+) -> Routing:
+    """What a router needs besides.
+
+    Raises:
+        UnsupportedOptionError: an option that does not go with a router.
+        ValueError: the draft model or the tokenizer is missing.
+    """
+    tokenizer = arguments.get("tokenizer")
+    check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
+    draft = drafter if isinstance(drafter, (SmallModel, Endpoint)) else SmallModel(drafter)
+    return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer)
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specdec.cli.chat import settings
+from specdec.cli.chat.session import ChatSession
 from specdec.specs import DRAFTERS
-
-if TYPE_CHECKING:
-    from specdec.cli.chat.session import ChatSession
 
 _KEYS = """\
 //TEXT                   a message that starts with a slash
@@ -58,10 +55,6 @@ def obey(session: ChatSession, line: str) -> None:
     command = COMMANDS[name]
     command.check(name, argument)
     command.run(session, argument)
-
-
-def is_command(line: str) -> bool:
-    return line.startswith("/") and not line.startswith("//")
 
 
 def candidates(typed: str) -> list[tuple[str, str]]:

@@ -1,0 +1,50 @@
+"""What a call with a router may ask for: the rest is refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.drafters import SmallModel
+from specdec.errors import UnsupportedOptionError
+from specdec.hf import CACHE
+from specdec.routing.endpoint import Endpoint
+
+
+def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> None:
+    """Check what a router needs, and refuse what steps have no use for.
+
+    Raises:
+        ValueError: the draft model or the tokenizer is missing.
+        UnsupportedOptionError: `tree` or `verify` is given.
+    """
+    if not isinstance(drafter, (PreTrainedModel, SmallModel, Endpoint)):
+        raise ValueError(
+            f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
+            "tokenizer, specdec.drafters.SmallModel(model), or a specdec.Endpoint"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
+    if tree is not None:
+        raise UnsupportedOptionError(f"tree={tree!r} does not go with a router: a step is a chain; leave it out")
+    if verify != "topdown":
+        raise UnsupportedOptionError(
+            f"verify={verify!r} does not go with a router: the target walks drafted steps with its own choice of every "
+            "token; leave it out"
+        )
+
+
+def check_routed(config: GenerationConfig, arguments: dict[str, Any]) -> None:
+    """Refuse options of `generate()` that steps of two models cannot honour.
+
+    Raises:
+        UnsupportedOptionError: one of them is set.
+    """
+    for name in ("output_scores", "output_logits"):
+        if getattr(config, name):
+            raise UnsupportedOptionError(f"{name}=True does not go with a router: two models write; leave it out")
+    if arguments.get(CACHE) is not None:
+        raise UnsupportedOptionError(
+            "a cache does not go with a router: the draft model has none of that text; pass the whole text as input_ids"
+        )
