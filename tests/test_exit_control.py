@@ -307,7 +307,7 @@ def test_it_stops_drafting_where_nothing_agrees_and_starts_again_where_all_does(
     assert exits[-50:].count(None) >= 48
     assert world.speed_up > 0.95, "never slower, but for what finding out takes"
     world.agreement[2] = 1.0
-    assert world.play(400)[-50:].count(2) >= 48
+    assert world.play(600)[-50:].count(2) >= 48
     world.agreement[2] = 0.0
     assert world.play(400)[-50:].count(None) >= 48
 
@@ -348,7 +348,7 @@ def test_shadow_tokens_move_the_choice_to_an_exit_that_has_not_drafted(monkeypat
 def test_large_batches_draft_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every token costs its own time, rows that all draft gain nothing."""
     alone, together = (
-        VirtualTime(monkeypatch, {2: 0.3}, {2: 0.5}, node_seconds=seconds, num_rows=rows).play(200)
+        VirtualTime(monkeypatch, {2: 0.3}, {2: 0.8}, node_seconds=seconds, num_rows=rows).play(200)
         for rows, seconds in ((1, 0.02), (8, 0.6))
     )
     assert alone[-50:].count(2) >= 45

@@ -147,10 +147,6 @@ class YieldAverage:
         self._rounds = self._tokens = self._steps = self._nodes = 0.0
         self.num_rounds = 0
 
-    def expect(self, prior: Yield) -> None:
-        """From now on start from this, not from what it yielded in other runs."""
-        self._prior = prior
-
     def note(self, tokens: float, steps: float, nodes: float) -> None:
         """A round of this source, for a row."""
         self.num_rounds += 1

@@ -10,12 +10,40 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, Yield, YieldAverage, YieldMemory
+from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, Yield
 from specdec.drafters.auto_sources import Outlook
 from specdec.drafters.exit_heads import ExitHead
 from specdec.drafters.exit_rule import reached_slots
 from specdec.drafters.exit_shadows import Seen
 from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
+
+_SURPLUS_RATE = 0.03
+"""Of what is believed of the surplus a round changes."""
+
+
+class _Surplus:
+    """What rounds came to beyond what was expected of their chains: there are leaves, and chains stop where they are
+    unsure. Averages of tokens, steps and nodes over the last rounds, of all runs."""
+
+    def __init__(self) -> None:
+        self._mean = Yield(tokens=0.0, steps=0.0, nodes=0.0)
+
+    def on(self, expected: Yield) -> Yield:
+        """What is to be expected with it."""
+        mean = self._mean
+        return Yield(
+            tokens=max(expected.tokens + mean.tokens, 1.0),
+            steps=max(expected.steps + mean.steps, 1.0),
+            nodes=max(expected.nodes + mean.nodes, 1.0),
+        )
+
+    def note(self, actual: Yield, expected: Yield) -> None:
+        mean, rate = self._mean, _SURPLUS_RATE
+        self._mean = Yield(
+            tokens=mean.tokens + rate * (actual.tokens - expected.tokens - mean.tokens),
+            steps=mean.steps + rate * (actual.steps - expected.steps - mean.steps),
+            nodes=mean.nodes + rate * (actual.nodes - expected.nodes - mean.nodes),
+        )
 
 
 @dataclass(eq=False)
@@ -23,6 +51,7 @@ class _Known:
     """What runs have shown of an exit; it outlives them."""
 
     acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
+    surplus: _Surplus = field(default_factory=_Surplus)
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
     """Of those beside a chain, by whether they were drawn."""
 
@@ -50,7 +79,9 @@ class ExitSource:
         self.is_seen = not is_watched
         self.is_up_to_date = False
         self._leaves = AcceptanceModel(known.leaves.setdefault(sample, AcceptanceMemory(LEAF_EDGES)))
-        self._yields = YieldAverage(YieldMemory())
+        self._surplus = known.surplus
+        self._expected = likely_yield(0.0, (), 1)
+        self._has_begun = False
         self._sample = sample
         self._is_watched = is_watched
         self._coins = Random(0)
@@ -58,16 +89,16 @@ class ExitSource:
     @property
     def is_worth_a_trial(self) -> bool:
         """Whether only a draft shows what it is worth now."""
-        return self._yields.num_rounds > 0 or not self._is_watched
+        return self._has_begun or not self._is_watched
 
     def plan(self, place: int, outlook: Outlook, step_seconds: float, prices: Sequence[float]) -> Plan:
-        """What a round of it is expected to bring and to take: by its chance, and by the rounds that it has drafted.
+        """What a round of it is expected to bring and to take.
 
         Args:
             prices: of the tokens of its chain (see `WorthwhileComb`).
         """
-        self._yields.expect(likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows))
-        expected = self._yields.now
+        self._expected = likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows)
+        expected = self._surplus.on(self._expected)
         return Plan(
             source=place,
             length=len(prices) + 1,
@@ -86,7 +117,9 @@ class ExitSource:
 
     def learn(self, trees: TreeBatch, paths: Sequence[Sequence[int]], num_steps: int) -> None:
         """What became of its draft, which took so many forwards."""
-        self._yields.note(1 + mean(map(len, paths)), num_steps, trees.width)
+        self._has_begun = True
+        tokens = 1 + mean(map(len, paths))
+        self._surplus.note(Yield(tokens=tokens, steps=num_steps, nodes=trees.width), self._expected)
         for probs, accepted in reached_slots(trees, paths):
             self.acceptance.note(probs[0], accepted == 0)
             for place in range(1, len(probs)):

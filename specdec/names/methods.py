@@ -32,6 +32,7 @@ def _read_widths(text: str) -> tuple[int, ...]:
 
 
 _EXIT = Value("a number of layers or adaptive", lambda text: text if text == "adaptive" else int(text))
+_EXITS = Value("a file, shipped or none", lambda text: None if text == "none" else text)
 _WIDTHS = Value("whole numbers joined by x (4x2x1)", _read_widths)
 
 
@@ -88,7 +89,7 @@ _KINDS = {
         class_name="EarlyExit",
         parameters={
             "exit_layer": _EXIT,
-            "exits": TEXT,
+            "exits": _EXITS,
             "num_tokens": WHOLE,
             "objective": TEXT,
             "shadow_share": SHARE,
