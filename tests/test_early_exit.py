@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,16 +16,16 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import DraftError, UnsupportedModelError
 from specdec.compatibility import check_layers
-from specdec.control.exits import ExitChoice
-from specdec.drafters import Drafter, EarlyExit, Outcome, Run
-from specdec.drafters.exit_combs import Comb, SiblingStatistics
+from specdec.drafters import Drafter, EarlyExit, Run
+from specdec.drafters.exit_choice import TokensPerSecond
 from specdec.drafters.exit_heads import TrainedHead
+from specdec.drafters.exit_rule import ExitChoice
 from specdec.exits.module import Exit
 from specdec.layers import LayerViews
 from specdec.target import TreeModel
 from specdec.testing import FAMILIES, assert_same_tokens, random_prompts, tiny_model
 from tests.references import plain_alone, rows_of, speculate
-from trees import ROOT, Draft, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch
+from trees import ROOT, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch, WorthwhileComb
 
 NUM_LAYERS, NUM_NEW = 4, 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -104,39 +103,34 @@ def test_trees_from_an_exit(drafter: str, tree: GrowthPolicy) -> None:
 
 
 @pytest.fixture
-def always_combs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every round drafts combs with so many leaves that exits which have learnt nothing are often right by chance."""
-    choice = ExitChoice(exit_layer=2, length=3, threshold=0.02, sibling=0.0)
-    monkeypatch.setattr(
-        "specdec.control.exits.ExitControl.choose", lambda self, limit: replace(choice, length=min(3, limit))
+def always_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round drafts chains with so many leaves that exits which have learnt nothing are often right by chance."""
+    policy = WorthwhileComb(
+        prices=[0.0] * 2, chance=float, next_chance=1.0, leaf_prices=[0.0] * 60, leaf_chance=lambda _: 1.0
     )
-    monkeypatch.setattr("specdec.drafters.early_exit.MAX_SIBLINGS", 60)
+    choose = TokensPerSecond.choose
+
+    def choose_exit_2(rule: TokensPerSecond, max_depths: Sequence[int]) -> ExitChoice | None:
+        choose(rule, max_depths)
+        return ExitChoice(2, policy) if max(max_depths) else None
+
+    monkeypatch.setattr(TokensPerSecond, "choose", choose_exit_2)
+    monkeypatch.setattr("trees.worthwhile.MAX_LEAVES", 20)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_output_with_combs_equals_plain_decoding(family: str, always_combs: None) -> None:
+def test_output_with_leaves_equals_plain_decoding(family: str, always_leaves: None) -> None:
     together = check_equality(family, WithModules([random_exit(early_model(family), 2)]))
     assert together.stats.num_accepted > 0
     assert together.stats.num_levels < together.stats.num_drafted, "there were no leaves"
 
 
-def test_combs_know_the_processors(always_combs: None) -> None:
+def test_leaves_know_the_processors(always_leaves: None) -> None:
     model = early_model("llama")
     settings: dict[str, Any] = {"max_new_tokens": NUM_NEW, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
     out = speculate(model, PROMPTS, WithModules([random_exit(model, 2)]), **settings)
     expected = model.generate(**PROMPTS, do_sample=False, pad_token_id=0, **settings)
     assert_same_tokens(model, expected, out.sequences, PROMPTS["attention_mask"])
-
-
-def test_leaves_that_take_the_place_of_refused_tokens_are_counted() -> None:
-    tree = TokenTree(tokens=[1, 2, 3, 4], parents=[ROOT, 0, ROOT, 0])  # a chain of two, and a leaf beside each
-    draft = Draft(trees=TreeBatch.stack([tree, TokenTree.chain([1])]))
-    comb, statistics = Comb(draft, [2, 1]), SiblingStatistics()
-    for _ in range(400):
-        statistics.observe(comb, Outcome(paths=[[0, 3], []], tokens=[[1, 4, 5], [6]]))
-    assert statistics.rescue == pytest.approx(1 / 2)  # of two refused chains
-    assert statistics.number == pytest.approx(2 / 3)
-    assert comb.along(0, [0, 3]) == [0]
 
 
 def check_equality(family: str, drafter: Drafter, **options: Any) -> Any:

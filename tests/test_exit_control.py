@@ -1,31 +1,31 @@
-"""The choice of an exit against two oracles: DEL's formulas in lists and loops, and rounds enumerated one by one."""
+"""Which exit drafts: DEL's rule against its formulas in lists and loops, and tokens per second in virtual time."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from specdec.control.exits import (
-    PLAIN,
-    THRESHOLDS,
-    ExitChoice,
-    ExitControl,
-    ExitCosts,
-    ExitObjective,
-    TokensPerLayer,
-    TokensPerSecond,
-)
+from specdec.control import ForwardCosts
+from specdec.drafters import Outcome, exit_choice
+from specdec.drafters.del_rule import TokensPerLayer
+from specdec.drafters.exit_choice import TokensPerSecond
+from specdec.drafters.exit_costs import ExitCosts
+from specdec.drafters.exit_rule import ExitChoice, ExitRule, reached_slots
+from specdec.drafters.exit_shadows import Seen
+from specdec.drafters.exit_sources import likely_yield
+from trees import ROOT, ConfidentChain, Draft, TokenTree, TreeBatch, WorthwhileComb
 
 NUM_LAYERS = 8
 EXITS = range(1, NUM_LAYERS)
-CHEAP = ExitCosts(plain=1.0, draft=[0.1, 0.2], verify=[1.0 + 0.02 * n for n in range(19)], saved=[0.1, 0.2])
 
 
 # --- DEL's formulas (arXiv 2504.05598), straightforwardly -------------------------------------------------------------
@@ -113,344 +113,254 @@ def random_text(rng: random.Random, num_slots: int) -> list[Slot]:
     return text
 
 
-def shadows(slots: Sequence[Slot]) -> tuple[np.ndarray, np.ndarray]:
-    """Agreement and confidence [1, E, T] of some slots."""
-    agreement_TE = [[token == slot.target for token in slot.tokens] for slot in slots]
-    confidence_TE = [slot.confidences for slot in slots]
-    return np.array([agreement_TE]).swapaxes(1, 2), np.array([confidence_TE]).swapaxes(1, 2)
+def shadows(slots: Sequence[Slot]) -> list[Seen]:
+    """What some slots show of every exit."""
+    return [
+        Seen(
+            exit_layer,
+            confidences=[slot.confidences[exit_layer - 1] for slot in slots],
+            agreements=[float(slot.tokens[exit_layer - 1] == slot.target) for slot in slots],
+        )
+        for exit_layer in EXITS
+    ]
 
 
-@pytest.mark.parametrize("fixed_length", [False, True], ids=["DEL", "DEL-E"])
 @pytest.mark.parametrize("seed", range(12))
-def test_tokens_per_layer_chooses_as_the_reference_does(seed: int, fixed_length: bool) -> None:
+def test_tokens_per_layer_chooses_as_the_reference_does(seed: int) -> None:
     rng = random.Random(seed)
     text = random_text(rng, 500)
     num_prompt = rng.choice([1, 5, 32])
-    reference = Reference()
-    control = ExitControl(EXITS, num_rows=1, objective=TokensPerLayer(num_layers=NUM_LAYERS, fixed_length=fixed_length))
-    control.seed(*shadows(text[:num_prompt]))
-    assert control.choose() == ExitChoice(exit_layer=1, length=1, threshold=0.0)
+    reference, rule = Reference(), TokensPerLayer(EXITS, num_layers=NUM_LAYERS)
+    rule.seed(shadows(text[:num_prompt]))
+    assert rule.choose([99]) == ExitChoice(1, ConfidentChain(1, threshold=0.0))
     slots, count = play_round(text[num_prompt:], exit_layer=1, length=1, threshold=0.0)
     reference.update(text[:num_prompt] + slots[:count])
-    control.observe(*shadows(slots), [count])
-    place = num_prompt + count
-    exits_and_lengths = set()
+    rule.observe(shadows(slots[:count]))
+    place, chosen = num_prompt + count, set()
     while place < len(text) - 20:
         exit_layer, length, threshold = reference.choose()
-        exits_and_lengths.add((exit_layer, length))
-        choice = control.choose()
-        if fixed_length:
-            expected = (exit_layer, length) if length else (None, 0)
-            assert (choice.exit_layer, choice.length, choice.threshold) == (*expected, 0.0)
-            slots, count = play_round(text[place:], exit_layer, length, 0.0)
-        else:
-            assert (choice.exit_layer, choice.length) == (exit_layer, 18)
-            assert choice.threshold == pytest.approx(0.0 if math.isnan(threshold) else threshold, abs=1e-12)
-            slots, count = play_round(text[place:], exit_layer, 18, threshold)
+        chosen.add((exit_layer, length))
+        choice = rule.choose([99])
+        assert (choice.exit_layer, choice.policy.length) == (exit_layer, 18)
+        assert choice.policy.threshold == pytest.approx(0.0 if math.isnan(threshold) else threshold, abs=1e-12)
+        slots, count = play_round(text[place:], exit_layer, 18, threshold)
         reference.update(slots[:count])
-        control.observe(*shadows(slots), [count])
+        rule.observe(shadows(slots[:count]))
         place += count
-    assert len(exits_and_lengths) > 3, "the stream should make the choice move"
+    assert len(chosen) > 3, "the stream should make the choice move"
 
 
 def test_ties_go_to_the_lowest_layer() -> None:
-    control = ExitControl([2, 3], num_rows=1, objective=TokensPerLayer(num_layers=NUM_LAYERS))
-    control.choose()
-    control.observe(np.zeros((1, 2, 1)), np.full((1, 2, 1), 0.5), [1])
-    assert control.choose() == ExitChoice(exit_layer=2, length=18, threshold=0.0)
+    rule = TokensPerLayer([2, 3], num_layers=NUM_LAYERS)
+    rule.observe([Seen(layer, [0.5], [0.0]) for layer in (2, 3)])
+    assert rule.choose([99]).exit_layer == 2
 
 
-# --- rounds enumerated one by one -------------------------------------------------------------------------------------
-
-
-Observations = Sequence[Sequence[tuple[bool, float]]]
-"""Of a row: for every exit what was seen of it, agreement and confidence."""
-
-
-def enumerated_rate(rows: Sequence[Observations], costs: ExitCosts, place: int, length: int, threshold: float) -> float:
-    """Tokens per second of an exit if every drafted position is like one of a row's observations, equally likely."""
-    tokens = seconds = 0.0
-    for drafts in itertools.product(*(itertools.product(row[place], repeat=length) for row in rows)):
-        longest = 0
-        for draft in drafts:
-            stops = [index + 1 for index, (_, confidence) in enumerate(draft) if confidence < threshold]
-            num_drafted = min([length, *stops])
-            agreed = [agreement for agreement, _ in draft[:num_drafted]]
-            tokens += 1 + len(list(itertools.takewhile(bool, agreed)))
-            longest = max(longest, num_drafted)
-        saved = costs.saved[place]
-        seconds += longest * costs.draft[place] + costs.shadow
-        seconds += (1 - saved) * costs.verify[longest] + saved * costs.verify[0]
-    return tokens / seconds
-
-
-def random_observation(rng: random.Random) -> tuple[bool, float]:
-    confidence = rng.choice([0.2, 0.5, 0.9])
-    return rng.random() < confidence, confidence
-
-
-@pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize("seed", range(8))
-def test_tokens_per_second_is_the_maximum_over_enumerated_rounds(seed: int, num_rows: int) -> None:
-    rng = random.Random(seed)
-    exits, num_seen, max_length = [2, 5], 4, 3
-    rows = [[[random_observation(rng) for _ in range(num_seen)] for _ in exits] for _ in range(num_rows)]
-    costs = ExitCosts(
-        plain=100.0,
-        draft=[rng.uniform(0.02, 0.6), rng.uniform(0.1, 0.8)],
-        verify=list(itertools.accumulate([1.0, *(rng.uniform(0.0, 0.2) for _ in range(max_length))])),
-        saved=[0.2, 0.5],
-        shadow=0.05,
-    )
-    rates: dict[tuple[int | None, int, float], float] = {
-        (exit_layer, length, threshold): enumerated_rate(rows, costs, place, length, threshold)
-        for place, exit_layer in enumerate(exits)
-        for length in range(1, max_length + 1)
-        for threshold in THRESHOLDS
-    }
-    best = max(rates.values())
-    observed = np.array(rows, dtype=float)
-
-    def choose(costs: ExitCosts) -> ExitChoice:
-        control = ExitControl(exits, num_rows=num_rows, objective=TokensPerSecond(costs, prior_tokens=1e-9))
-        control.seed(observed[..., 0], observed[..., 1])
-        return control.choose(max_length)
-
-    choice = choose(costs)
-    assert rates[choice.exit_layer, choice.length, choice.threshold] == pytest.approx(best, rel=1e-6)
-    assert choose(replace(costs, plain=num_rows / best * 1.001)) == choice
-    assert choose(replace(costs, plain=num_rows / best * 0.999)) == PLAIN
-
-
-# --- tokens per second: when to speculate -----------------------------------------------------------------------------
-
-
-def control_of(
-    objective: ExitObjective, exits: Sequence[int] = (2, 4), num_rows: int = 1, **options: Any
-) -> ExitControl:
-    return ExitControl(exits, num_rows=num_rows, objective=objective, **options)
-
-
-def play(control: ExitControl, agreement: float, num_rounds: int, confidence: float = 0.7) -> list[ExitChoice]:
-    """Rounds in which every exit agrees everywhere (1) or nowhere (0)."""
-    choices = []
-    for _ in range(num_rounds):
-        choice = control.choose()
-        shape = (1, 2, choice.length + 1)
-        control.observe(np.full(shape, agreement), np.full(shape, confidence), [choice.length + 1 if agreement else 1])
-        choices.append(choice)
-    return choices
-
-
-def test_it_stops_speculating_where_nothing_agrees_and_starts_again_where_all_does() -> None:
-    control = control_of(TokensPerSecond(CHEAP), decay=0.98, decay_per_token=True)
-    control.seed(np.zeros((1, 2, 32)), np.full((1, 2, 32), 0.7))
-    assert set(play(control, 0.0, 50)) == {PLAIN}
-    predictable = play(control, 1.0, 50)
-    assert predictable[0] == PLAIN
-    assert predictable[-1].exit_layer == 2
-    assert predictable[-1].length == 18
-    assert set(play(control, 0.0, 200)[-20:]) == {PLAIN}
-
-
-def test_after_a_plain_round_speculation_must_promise_a_margin() -> None:
-    """Half of the tokens agree: one drafted token makes 1.5 tokens in 1.118 s."""
-    plain = 1.118 / 1.5
-
-    def choose(plain: float, previous: ExitChoice | None) -> ExitChoice:
-        objective = TokensPerSecond(replace(CHEAP, plain=plain), margin=0.05)
-        control = control_of(objective, max_length=1)
-        control.seed([[[0, 1] * 8] * 2], np.full((1, 2, 16), 0.7))
-        control.choice = previous
-        return control.choose()
-
-    speculate = ExitChoice(exit_layer=2, length=1, threshold=0.0)
-    assert choose(plain * 1.04, None) == choose(plain * 1.04, speculate) == speculate
-    assert choose(plain * 1.04, PLAIN) == PLAIN
-    assert choose(plain * 1.06, PLAIN) == speculate
-    assert choose(plain * 0.99, speculate) == PLAIN
-
-
-def test_the_threshold_separates_what_confidence_separates() -> None:
-    """Sure tokens are right and unsure ones wrong: a draft should end at the first unsure one."""
-    agreement = np.array([[[1, 1, 1, 0] * 8] * 2])
-    control = control_of(TokensPerSecond(CHEAP))
-    control.seed(agreement, np.where(agreement, 0.9, 0.4))
-    choice = control.choose()
-    assert 0.4 < choice.threshold <= 0.9
-    assert choice.length > 5, "the threshold ends the draft, not its length"
-
-
-def test_a_dear_head_is_counted() -> None:
-    """Tokens per layer sees a shallow exit that is right half the time; on the clock its head costs too much."""
-    costs = replace(CHEAP, draft=[0.6, 0.7])
-    agreement, confidence = np.array([[[1, 0] * 16] * 2]), np.full((1, 2, 32), 0.5)
-    paper, clock = (
-        control_of(TokensPerLayer(num_layers=NUM_LAYERS, fixed_length=True)),
-        control_of(TokensPerSecond(costs)),
-    )
-    for control in (paper, clock):
-        control.seed(agreement, confidence)
-        control.choose()
-    assert paper.choose().exit_layer == 2
-    assert clock.choose() == PLAIN
-
-
-def test_leaves_count_for_what_they_bring_and_cost() -> None:
-    def choose(**leaves: float) -> ExitChoice:
-        control = control_of(TokensPerSecond(costs, **leaves))
-        return play(control, 0.2, 40)[-1]
-
-    costs = ExitCosts(plain=1.0, draft=[0.3] * 2, verify=[1.0, 1.05, 1.1], saved=[0.0] * 2)
-    assert choose() == PLAIN  # 1.2 tokens in 1.35 seconds
-    choice = choose(rescue=0.5, num_siblings=2)  # 1.6 tokens in 1.45
-    assert choice.exit_layer is not None
-    assert choice.sibling == pytest.approx(0.05), "a leaf is worth the tokens that its time would bring"
-    assert choose(rescue=0.5, num_siblings=6) == PLAIN
-
-
-def test_the_prior_decides_until_tokens_do() -> None:
-    def choose(num_wrong: int, **prior: Any) -> ExitChoice:
-        control = control_of(TokensPerSecond(CHEAP, **prior))
-        control.seed(np.zeros((1, 2, num_wrong)), np.full((1, 2, num_wrong), 0.5))
-        return control.choose()
-
-    assert choose(0, prior_acceptance=[0.1, 0.9]).exit_layer == 4
-    assert choose(0, prior_acceptance=0.01) == PLAIN
-    assert choose(1, prior_acceptance=0.9, prior_tokens=50.0).exit_layer == 2
-    assert choose(32, prior_acceptance=0.9) == PLAIN
-
-
-OBJECTIVES = {
-    "clock": TokensPerSecond(CHEAP),
-    "DEL": TokensPerLayer(num_layers=NUM_LAYERS),
-    "DEL-E": TokensPerLayer(num_layers=NUM_LAYERS, fixed_length=True),
-}
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-def test_no_more_is_drafted_than_can_be_used(objective: ExitObjective) -> None:
-    control = control_of(objective, max_length=6)
-    play(control, 1.0, 10)
-    assert control.choose().length == 6
-    assert control.choose(max_length=4).length == 4
-    assert control.choose(max_length=99).length == 6
-    assert control.choose(max_length=0) == PLAIN
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("agreement", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-def test_extreme_streams_are_survived(objective: ExitObjective, agreement: float, confidence: float) -> None:
-    control = control_of(objective, num_rows=2)
-    with np.errstate(all="raise"):
-        for counts in ([0, 0], [3, 1], [0, 4], *[[4, 4]] * 200):
-            choice = control.choose()
-            assert 0.0 <= choice.threshold <= 1.0
-            assert (choice.exit_layer is None) == (choice.length == 0)
-            agreement_BET, confidence_BET = np.full((2, 2, 4), agreement), np.full((2, 2, 4), confidence)
-            for row, count in enumerate(counts):
-                agreement_BET[row, :, count:] = confidence_BET[row, :, count:] = np.nan
-            control.observe(agreement_BET, confidence_BET, counts)
-    np.testing.assert_allclose(control.statistics.acceptance_BE, agreement)
-
-
-def test_masked_prompt_positions_are_ignored() -> None:
-    ragged, alone = control_of(TokensPerSecond(CHEAP)), control_of(TokensPerSecond(CHEAP))
-    alone.seed([[[1, 0]] * 2], [[[0.9, 0.2]] * 2])
-    ragged.seed([[[np.nan, 1, 0]] * 2], [[[np.nan, 0.9, 0.2]] * 2], np.array([[False, True, True]]))
-    np.testing.assert_array_equal(ragged.statistics.counts_SBEK, alone.statistics.counts_SBEK)
-    np.testing.assert_array_equal(ragged.statistics.confidence_SBE, alone.statistics.confidence_SBE)
-
-
-@pytest.mark.parametrize("decay_per_token", [False, True])
-def test_unobserved_exits_age_like_the_others(decay_per_token: bool) -> None:
-    """In closed form: the sum over the rounds that saw an exit of decay^age, age in rounds or in committed tokens."""
-    rng = np.random.default_rng(0)
-    exits, num_rounds = (2, 4, 6), 30
-    control = control_of(TokensPerLayer(num_layers=NUM_LAYERS), exits, decay=0.9, decay_per_token=decay_per_token)
-    seen = [sorted(rng.choice(exits, size=rng.integers(0, 4), replace=False)) for _ in range(num_rounds)]
-    counts = rng.integers(1, 6, size=num_rounds)
-    agreements = [rng.random((1, len(layers), 5)) < 0.6 for layers in seen]
-    for layers, agreement, count in zip(seen, agreements, counts, strict=True):
-        control.observe(agreement, np.full(agreement.shape, 0.5), [count], exits=layers)
-    ages = [sum(counts[index + 1 :]) if decay_per_token else num_rounds - 1 - index for index in range(num_rounds)]
-    for place, layer in enumerate(exits):
-        agreed = total = 0.0
-        for layers, agreement, count, age in zip(seen, agreements, counts, ages, strict=True):
-            if layer in layers:
-                agreed += 0.9**age * agreement[0, layers.index(layer), :count].sum()
-                total += 0.9**age * count
-        assert control.statistics.acceptance_BE[0, place] == pytest.approx(agreed / total)
+def test_no_more_is_drafted_than_can_be_used() -> None:
+    rule = TokensPerLayer([2, 3], num_layers=NUM_LAYERS, max_length=6)
+    rule.observe([Seen(layer, [0.5], [1.0]) for layer in (2, 3)])
+    assert [rule.choose([depth, 1]).policy.length for depth in (99, 4)] == [6, 4]
+    assert rule.choose([0, 0]) is None
 
 
 def test_overlaps_count_as_fractions_of_tokens() -> None:
     """When sampling, a token that would be accepted with probability 0.25 is a quarter of a match."""
-    control = control_of(TokensPerLayer(num_layers=NUM_LAYERS))
-    control.observe([[[0.25, 0.75], [1.0, 0.5]]], [[[0.2, 0.6], [0.4, 0.8]]], [2])
-    np.testing.assert_allclose(control.statistics.acceptance_BE, [[0.5, 0.75]])
+    rule = TokensPerLayer([2, 3], num_layers=NUM_LAYERS)
+    rule.observe([Seen(2, [0.2, 0.6], [0.25, 0.75]), Seen(3, [0.4, 0.8], [1.0, 0.5])])
+    np.testing.assert_allclose(rule.acceptance_E, [0.5, 0.75])
     right, wrong = 0.25 * 0.2 + 0.75 * 0.6, 0.75 * 0.2 + 0.25 * 0.6
-    np.testing.assert_allclose(control.statistics.midpoint_E, [(right + wrong) / 2, (0.8 / 1.5 + 0.8) / 2])
+    np.testing.assert_allclose(rule.midpoint_E, [(right + wrong) / 2, (0.8 / 1.5 + 0.8) / 2])
 
 
-def random_round(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    agreement_BET = rng.random((num_rows, 2, 5)) < np.linspace(0.3, 0.9, num_rows)[:, None, None]
-    return agreement_BET, rng.random((num_rows, 2, 5)), rng.integers(1, 6, size=num_rows)
+def test_an_exit_that_nothing_compares_is_known_by_its_drafts() -> None:
+    """Others age meanwhile; what was drafted past a refused token says nothing."""
+    rule = TokensPerLayer([2, 3], num_layers=NUM_LAYERS)
+    rule.observe([Seen(2, [0.5], [1.0]), Seen(3, [0.5], [0.0])])
+    assert rule.choose([9]).exit_layer == 2
+    chain = TokenTree.chain([5, 6, 7], probs=[0.9, 0.4, 0.8])
+    rule.learn(Draft(trees=TreeBatch.stack([chain])), Outcome(paths=[[0]], tokens=[[5, 9]]), [[0, 1]])
+    np.testing.assert_allclose(rule.acceptance_E, [1.95 / 2.95, 0.0])
+    assert rule.midpoint_E[0] == pytest.approx(((0.95 * 0.5 + 0.9) / 1.95 + 0.4) / 2)
 
 
-@pytest.mark.parametrize("decay_per_token", [False, True])
-def test_rows_keep_to_themselves_and_leave(decay_per_token: bool) -> None:
-    rng = np.random.default_rng(1)
-
-    def control(num_rows: int) -> ExitControl:
-        return control_of(TokensPerSecond(CHEAP), num_rows=num_rows, decay=0.9, decay_per_token=decay_per_token)
-
-    batch, alone = control(3), [control(1) for _ in range(3)]
-    rows = [0, 1, 2]
-    for leaving in (1, 0):
-        for _ in range(10):
-            agreement_BET, confidence_BET, counts_B = random_round(rng, len(rows))
-            batch.observe(agreement_BET, confidence_BET, counts_B)
-            for place, row in enumerate(rows):
-                one = slice(place, place + 1)
-                alone[row].observe(agreement_BET[one], confidence_BET[one], counts_B[one])
-        expected = [alone[row].statistics.acceptance_BE[0] for row in rows]
-        np.testing.assert_allclose(batch.statistics.acceptance_BE, expected)
-        batch.select_rows([place for place in range(len(rows)) if place != leaving])
-        del rows[leaving]
-    assert rows == [2]
-    assert batch.choose() == alone[2].choose()
+@pytest.mark.parametrize("confidence", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 1.0])
+def test_extreme_streams_are_survived(agreement: float, confidence: float) -> None:
+    rule = TokensPerLayer([2, 3], num_layers=NUM_LAYERS)
+    with np.errstate(all="raise"):
+        for count in (0, 3, *[4] * 200):
+            choice = rule.choose([99])
+            assert 0.0 <= choice.policy.threshold <= 1.0
+            rule.observe([Seen(layer, [confidence] * count, [agreement] * count) for layer in (2, 3)])
+    np.testing.assert_allclose(rule.acceptance_E, agreement)
 
 
-def test_a_batch_is_chosen_for_by_the_sum_of_its_rows() -> None:
-    """The cheap exit is as good as the dear one for the first row, and useless for the second."""
-    good, bad = [1] * 18 + [0] * 2, [0] * 20
-    agreement = np.array([[good, good], [bad, good]])
-    choices = []
-    for rows in ([0], [1], [0, 1]):
-        control = control_of(TokensPerSecond(replace(CHEAP, plain=float(len(rows)))), num_rows=2)
-        control.seed(agreement, np.full(agreement.shape, 0.5))
-        control.select_rows(rows)
-        choices.append(control.choose().exit_layer)
-    assert choices == [2, 4, 4]
+# --- tokens per second ------------------------------------------------------------------------------------------------
 
 
+def test_reached_slots_are_those_that_the_target_came_to() -> None:
+    """A chain of two with a leaf beside each; the second row's tree tells no probabilities."""
+    tree = TokenTree(tokens=[1, 2, 3, 4], parents=[ROOT, 0, ROOT, 0], probs=[0.6, 0.5, 0.3, 0.2])
+    trees = TreeBatch.stack([tree, TokenTree.chain([1, 2])])
+    assert list(reached_slots(trees, [[0, 3], []])) == [([0.6, 0.3], 0), ([0.5, 0.2], 1), ([0.5], None)]
+    assert list(reached_slots(trees, [[2], [0, 1]])) == [([0.6, 0.3], 1), ([0.5], 0), ([0.5], 0)]
+    assert list(reached_slots(TreeBatch.empty(2), [[], []])) == []
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.9])
+def test_a_likely_yield_is_that_of_a_chain_that_stops_where_it_does_not_pay(chance: float) -> None:
+    prices = [0.1, 0.2, 0.3, 0.4]
+    length = 1
+    while length <= len(prices) and 2 * chance ** (length + 1) >= prices[length - 1]:
+        length += 1
+    expected = likely_yield(chance, prices, num_rows=2)
+    assert (expected.steps, expected.nodes) == (length, length)
+    assert expected.tokens == pytest.approx(sum(chance**depth for depth in range(length + 1)))
+
+
+class VirtualTime:
+    """Runs a rule's rounds in seconds that are exactly those of its costs.
+
+    Args:
+        agreement: what each exit's tokens are accepted with; may be changed between rounds.
+        steps: seconds of a draft step of each exit; verifying a token takes one, each further one `node_seconds`.
+        is_watched: whether shadow tokens tell of exits that do not draft.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        steps: dict[int, float],
+        agreement: dict[int, float],
+        *,
+        is_watched: bool = False,
+        node_seconds: float = 0.02,
+        num_rows: int = 1,
+    ):
+        self.now, self.num_tokens, self.steps, self.agreement = 0.0, 0, steps, agreement
+        self.forward = {width: 1 + node_seconds * (width - 1) for width in (1, 2, 4, 8, 16, 32, 64)}
+        self.num_rows = num_rows
+        self._random = random.Random(0)
+        depths = {layer + 1: seconds for layer, seconds in steps.items()}
+        costs = lambda *_: ExitCosts(ForwardCosts(self.forward), depths, num_rows)  # noqa: E731
+        monkeypatch.setattr(exit_choice, "exit_costs", costs)
+        monkeypatch.setattr(exit_choice, "clock_of", lambda _: lambda: self.now)
+        sampler = SimpleNamespace(do_sample=False)
+        run: Any = SimpleNamespace(sampler=sampler, target=SimpleNamespace(device=torch.device("cpu")))
+        weights = nn.Linear(1, 1)
+        heads: Any = [SimpleNamespace(layer=layer, weights=weights) for layer in steps]
+        self._weights = weights  # what is known of exits goes with them
+        shadows: Any = self if is_watched else None
+        self.rule: ExitRule = TokensPerSecond(run, heads, max_length=16, shadows=shadows)
+
+    def play(self, num_rounds: int) -> list[int | None]:
+        """The exits that drafted."""
+        exits = []
+        for _ in range(num_rounds):
+            choice = self.rule.choose([99] * self.num_rows)
+            exits.append(None if choice is None else choice.exit_layer)
+            lengths = [0 if choice is None else self._draft(choice.policy)] * self.num_rows
+            chains = [TokenTree.chain([1] * length, probs=[0.7] * length) for length in lengths]
+            self.now += 0 if choice is None else lengths[0] * self.steps[choice.exit_layer]
+            self.rule.drafted(lengths[0])
+            paths = [list(range(self._num_accepted(length, exits[-1]))) for length in lengths]
+            tokens = [[1] * (len(path) + 1) for path in paths]
+            self.num_tokens += sum(map(len, tokens))
+            self.now += np.interp(self.num_rows * (lengths[0] + 1), list(self.forward), list(self.forward.values()))
+            slots = [[0, *(node + 1 for node in path)] for path in paths]
+            self.rule.learn(Draft(trees=TreeBatch.stack(chains)), Outcome(paths=paths, tokens=tokens), slots)
+        return exits
+
+    @property
+    def speed_up(self) -> float:
+        """Over plain decoding."""
+        return self.num_tokens / self.num_rows / self.now
+
+    def _draft(self, policy: Any) -> int:
+        assert isinstance(policy, WorthwhileComb)
+        length = 1
+        while policy.goes_on([[0.7] * length] * self.num_rows):
+            length += 1
+        return length
+
+    def _num_accepted(self, length: int, exit_layer: int | None) -> int:
+        chance = 0.0 if exit_layer is None else self.agreement[exit_layer]
+        return next((place for place in range(length) if self._random.random() >= chance), length)
+
+    # as shadow tokens, of one position a round
+
+    seconds = 0.0
+
+    def prepare(self, centre: int) -> None:
+        pass
+
+    def compare(self, slots: Any, outcome: Any) -> list[Seen]:
+        return [Seen(layer, [0.7], [float(self._random.random() < chance)]) for layer, chance in self.agreement.items()]
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_it_stops_drafting_where_nothing_agrees_and_starts_again_where_all_does(
+    is_watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = VirtualTime(monkeypatch, {2: 0.1}, {2: 0.0}, is_watched=is_watched)
+    exits = world.play(400)
+    assert exits[-50:].count(None) >= 48
+    assert world.speed_up > 0.95, "never slower, but for what finding out takes"
+    world.agreement[2] = 1.0
+    assert world.play(600)[-50:].count(2) >= 48
+    world.agreement[2] = 0.0
+    assert world.play(400)[-50:].count(None) >= 48
+
+
+def test_an_exit_that_always_agrees_drafts_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = VirtualTime(monkeypatch, {2: 0.1}, {2: 1.0})
+    world.play(300)
+    assert world.speed_up > 0.8 * 17 / (1 + 16 * 0.12)
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("steps", "agreement", "best"),
     [
-        (lambda: control_of(TokensPerSecond(CHEAP), exits=[4, 2]), "increasing"),
-        (lambda: control_of(TokensPerSecond(CHEAP), exits=[]), "increasing"),
-        (lambda: control_of(TokensPerSecond(CHEAP), decay=0.0), "decay"),
-        (lambda: control_of(TokensPerSecond(CHEAP), max_length=0), "max_length"),
-        (lambda: TokensPerSecond(CHEAP, prior_tokens=0.0), "prior_tokens"),
-        (lambda: replace(CHEAP, saved=[0.1]), "one per exit"),
-        (lambda: replace(CHEAP, verify=[1.0]), "root"),
-        (lambda: replace(CHEAP, plain=0.0), "positive"),
+        ({2: 0.1, 5: 0.3}, {2: 0.85, 5: 0.9}, 2),
+        ({2: 0.1, 5: 0.12}, {2: 0.2, 5: 0.9}, 5),
+        ({2: 0.6, 5: 0.7}, {2: 0.5, 5: 0.6}, None),  # tokens per layer would draft: it does not see the dear head
     ],
 )
-def test_wrong_arguments_are_refused(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_the_exit_that_makes_most_tokens_per_second_drafts(
+    steps: dict[int, float],
+    agreement: dict[int, float],
+    best: int | None,
+    is_watched: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exits = VirtualTime(monkeypatch, steps, agreement, is_watched=is_watched).play(500)
+    assert exits[-200:].count(best) > 150
+
+
+def test_shadow_tokens_move_the_choice_to_an_exit_that_has_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = VirtualTime(monkeypatch, {2: 0.1, 5: 0.11}, {2: 0.8, 5: 0.1}, is_watched=True)
+    assert world.play(100)[-20:].count(2) >= 19
+    world.agreement = {2: 0.1, 5: 0.9}
+    assert world.play(200)[-50:].count(5) >= 45
+
+
+def test_large_batches_draft_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every token costs its own time, rows that all draft gain nothing."""
+    alone, together = (
+        VirtualTime(monkeypatch, {2: 0.3}, {2: 0.8}, node_seconds=seconds, num_rows=rows).play(200)
+        for rows, seconds in ((1, 0.02), (8, 0.6))
+    )
+    assert alone[-50:].count(2) >= 45
+    assert together[-50:].count(None) >= 45
+
+
+def test_depths_between_those_that_were_timed_and_what_rounds_add() -> None:
+    costs = ExitCosts(ForwardCosts({1: 1.0, 64: 4.0}), {3: 0.1, 9: 0.4}, num_rows=1)
+    assert costs.step_seconds(5) == pytest.approx(0.25)
+    for _ in range(9):
+        costs.forward.note(1, 2.0)  # the machine is busy: steps take twice as long too
+    assert costs.step_seconds(5) == pytest.approx(0.5)
+    for _ in range(9):
+        costs.note_step(2, 0.2)
+    assert costs.step_seconds(2) == pytest.approx(0.2), "it was busy, and that is all"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from trees.chain import ChainGrower
+from trees.draft import Draft
 from trees.growth import Grower, GrowthPolicy, Round
+from trees.tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,21 @@ class _ConfidentGrower(ChainGrower):
     def __init__(self, round_: Round, length: int, threshold: float):
         super().__init__(round_, length)
         self._threshold = threshold
+        self._probs: list[list[float]] = [[] for _ in self._sizes]
 
     def _pick(self, scores_BV: Tensor) -> Tensor:
         token_B1 = super()._pick(scores_BV)
         q_BV = self._q[-1] if self._sample else scores_BV.softmax(-1)
         for row, prob in enumerate(q_BV.gather(1, token_B1)[:, 0].tolist()):
+            self._probs[row].append(prob)
             if prob < self._threshold:
                 self._sizes[row] = min(self._sizes[row], len(self._tokens) + 1)
         return token_B1
+
+    def finish(self) -> Draft:
+        """The probabilities are on the host, and the trees tell them."""
+        draft = super().finish()
+        tokens = torch.cat(self._tokens, 1).tolist()
+        chains = zip(tokens, self._probs, self._sizes, strict=True)
+        rows = tuple(TokenTree.chain(own[:size], probs[:size]) for own, probs, size in chains)
+        return replace(draft, trees=replace(draft.trees, rows=rows))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.cache import LayerKind, TreeCache
@@ -34,6 +34,11 @@ class ExitHead(ABC):
 
     layer: int
 
+    @property
+    @abstractmethod
+    def weights(self) -> nn.Module:
+        """What it drafts with: what is known of an exit is kept for as long as that is."""
+
     @abstractmethod
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         """Logits [B, 1, S] after the roots, of which the exit's states are given. Begins a round."""
@@ -46,12 +51,8 @@ class ExitHead(ABC):
         """Logits over the target's vocabulary, [B, M, V], from those of the exit's own."""
         return logits_BMS
 
-    def name(self, columns: Tensor) -> Tensor:
-        """The tokens that columns of the logits stand for."""
-        return columns
-
     @abstractmethod
-    def rehearsal(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         """A function that costs what this head adds to a draft step, of states [B, 1, C]; for timing.
 
         Args:
@@ -75,13 +76,17 @@ class SharedHead(ExitHead):
         self.layer = layer
         self._target = target
 
+    @property
+    def weights(self) -> nn.Module:
+        return self._target.model
+
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         return self._target.exit_logits(hidden_B1C)
 
     def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         return self._target.exit_logits(hidden_BMC)
 
-    def rehearsal(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         return target.exit_logits
 
 
@@ -104,12 +109,10 @@ class TrainedHead(ExitHead):
         self._pending: list[_Pending] = []
         self._block: _BlockModel
         self._outputs_BKC: Tensor
-        self._logits: list[Tensor]
 
     @property
-    def confidence_BK(self) -> Tensor:
-        """Largest probability at each slot that was scored in this round: the root, then the nodes by place."""
-        return torch.cat(self._logits, 1).float().softmax(-1).amax(-1)
+    def weights(self) -> nn.Module:
+        return self._module
 
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         inputs = [pending.take(hidden_1C) for pending, hidden_1C in zip(self._pending, hidden_B1C, strict=True)]
@@ -124,8 +127,7 @@ class TrainedHead(ExitHead):
         else:
             rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes, device=output_BWC.device) - 1
             self._outputs_BKC, normed_B1C = (x[rows_B, last_B].unsqueeze(1) for x in (output_BWC, normed_BWC))
-        self._logits = [self._module.head(normed_B1C)]
-        return self._logits[0]
+        return self._module.head(normed_B1C)
 
     def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         if grown.is_chain:
@@ -137,16 +139,12 @@ class TrainedHead(ExitHead):
         fused_BMC = self._module.fuse(torch.cat([hidden_BMC, before_BMC], 2))
         output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BM - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)
-        self._logits.append(self._module.head(normed_BMC))
-        return self._logits[-1]
+        return self._module.head(normed_BMC)
 
     def widen(self, logits_BMS: Tensor) -> Tensor:
         logits_BMV = logits_BMS.new_full((*logits_BMS.shape[:2], self._target.vocab_size), _NEVER)
         logits_BMV[..., self._module.vocab_ids] = logits_BMS
         return logits_BMV
-
-    def name(self, columns: Tensor) -> Tensor:
-        return self._module.vocab_ids[columns]
 
     def observe(self, slots: Sequence[Sequence[int]]) -> None:
         self._block.cache.rollback()
@@ -171,7 +169,7 @@ class TrainedHead(ExitHead):
         first_B = self._target.next_positions_B - torch.tensor(num_seen, device=last_BPC.device)
         self._block = _BlockModel(self._module, self._target, first_B)
 
-    def rehearsal(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         first_B = torch.zeros(num_rows, dtype=torch.long, device=target.device)
         block = _BlockModel(self._module, target, first_B)
         offsets_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=target.device)
