@@ -36,8 +36,21 @@ VOCAB_SIZE = 1024
 ROW_TOKENS = 256
 BATCH_ROWS = 8
 
-NAMES = tuple(
-    ["ada", "bela", "carl", "dora", "emil", "frida", "georg", "hanna", "ivo", "jane", "karl", "lena", "milo", "nora"]
+NAMES = (
+    "ada",
+    "bela",
+    "carl",
+    "dora",
+    "emil",
+    "frida",
+    "georg",
+    "hanna",
+    "ivo",
+    "jane",
+    "karl",
+    "lena",
+    "milo",
+    "nora",
 )
 SURNAMES = ("abel", "brand", "cole", "drew", "ekman", "frost", "gray", "hale", "ivers", "jung", "klein", "lund", "moss")
 CITIES = ("Oslo", "Turin", "Porto", "Ghent", "Basel", "Bergen", "Malmo", "Lyon", "Graz", "Bonn", "Cork", "Bath")
