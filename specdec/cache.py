@@ -14,6 +14,8 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from itertools import groupby
@@ -31,6 +33,7 @@ from specdec.kernels.slots import SlotMover, can_move
 RowStates: TypeAlias = list[tuple[Tensor, Tensor]]
 """Committed keys and values of one row, each [H, S, D], layer by layer."""
 
+_LAZY_BYTES = 1 << 20
 _MIN_CAPACITY = 64
 _MOST_ROOM = 4
 """Times the rows, or the slots of the longest row: buffers with room for more are replaced when rows leave."""
@@ -194,6 +197,11 @@ class TreeCache(Cache):
         if states is not None:
             self.write_row(self.num_rows - 1, states)
 
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        """Make room for so many rows of so many slots at once: buffers that grow are copied."""
+        for layer in self.layers:
+            layer.reserve(num_rows, capacity)
+
     def write_row(self, row: int, states: RowStates) -> None:
         """Make these a row's committed states (copied); it has none yet."""
         assert self.tail == self.lengths[row] == 0, "the row is empty"
@@ -271,7 +279,7 @@ class _TreeLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         # zeros, because a masked slot still enters the weighted sum and 0 * NaN is NaN
         self.keys, self.values = (
-            states.new_zeros((*states.shape[:2], self._capacity, states.shape[3]))
+            _zeros((*states.shape[:2], self._capacity, states.shape[3]), states)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -300,7 +308,7 @@ class _TreeLayer(CacheLayerMixin):
         used = self.get_seq_length()
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros((num_rows, old.shape[1], capacity, old.shape[3]))
+            new = _zeros((num_rows, old.shape[1], capacity, old.shape[3]), old)
             new[: len(old), :, :used] = old[:, :, :used]
             setattr(self, name, new)
         self._capacity = capacity
@@ -308,8 +316,15 @@ class _TreeLayer(CacheLayerMixin):
 
     def make_room(self, num_rows: int) -> None:
         """For so many rows."""
-        if self.is_initialized and num_rows > len(self.keys):
-            self._resize(max(num_rows, 2 * len(self.keys)), self._capacity)
+        self.reserve(num_rows, self._capacity)
+
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        capacity = max(capacity, self._capacity)
+        if not self.is_initialized:
+            self._capacity = capacity
+        elif num_rows > len(self.keys) or capacity > self._capacity:
+            room = len(self.keys) if num_rows <= len(self.keys) else max(num_rows, 2 * len(self.keys))
+            self._resize(room, capacity)
 
     def write_row(self, row: int, key_states: Tensor, value_states: Tensor) -> None:
         """Fill a row from its first slot on; the states are [H, S, D]."""
@@ -381,6 +396,15 @@ class _TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of another tensor's kind. Large ones on the CPU take no memory where nobody writes: short rows beside a long
+    one have much of that, and to clear it took as long as many rounds."""
+    num_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or num_bytes < _LAZY_BYTES:
+        return like.new_zeros(shape)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=like.dtype).view(shape)
 
 
 def _move(layers: Sequence[_TreeLayer], places: Sequence[Tensor]) -> None:
