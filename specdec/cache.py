@@ -399,8 +399,8 @@ class _TreeLayer(CacheLayerMixin):
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of another tensor's kind. Large ones on the CPU take no memory where nobody writes: short rows beside a long
-    one have much of that, and to clear it took as long as many rounds."""
+    """Zeros of another tensor's kind. Large ones on the CPU take no memory where nobody writes: short rows beside a
+    long one have much of that, and to clear it took as long as many rounds."""
     num_bytes = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or num_bytes < _LAZY_BYTES:
         return like.new_zeros(shape)
