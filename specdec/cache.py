@@ -258,6 +258,11 @@ class TreeCache(Cache):
         if states is not None:
             self.write_row(self.num_rows - 1, states)
 
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        """Make room for so many rows of so many slots at once: buffers that grow are copied."""
+        for layer in self.stored.values():
+            layer.reserve(num_rows, capacity)
+
     def write_row(self, row: int, states: RowStates) -> None:
         """Make these a row's committed states (copied); it has none yet."""
         assert self.tail == self.lengths[row] == 0, "the row is empty"

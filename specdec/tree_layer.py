@@ -5,6 +5,8 @@ Shape legend: B rows, R rows of the buffers, H heads, S slots, T new slots, D he
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from specdec.cache import TreeCache
 
 MIN_CAPACITY = 64
+_LAZY_BYTES = 1 << 20
 _MOST_ROOM = 4
 """Times the rows, or the slots of the longest row: buffers with room for more are replaced when rows leave."""
 _NAMES = ("keys", "values", "index_keys")
@@ -41,9 +44,8 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache, capacity: int):
         super().__init__()
-        self._cache = cast(
-            "TreeCache", weakref.proxy(cache)
-        )  # a cycle would keep the buffers until the next collection
+        # a cycle would keep the buffers until the next collection
+        self._cache = cast("TreeCache", weakref.proxy(cache))
         self._capacity = max(capacity, MIN_CAPACITY)
         self.tail = 0
         self.index_keys = None
@@ -60,7 +62,7 @@ class TreeLayer(CacheLayerMixin):
         """New buffers of zeros for states like these, in the order of `buffers`."""
         self.dtype, self.device = states[0].dtype, states[0].device
         # zeros, because a masked slot still enters the weighted sum and 0 * NaN is NaN
-        self._set(part.new_zeros((num_rows, part.shape[-3], self._capacity, part.shape[-1])) for part in states)
+        self._set(_zeros((num_rows, part.shape[-3], self._capacity, part.shape[-1]), part) for part in states)
         self.is_initialized = True
 
     def _set(self, buffers: Iterable[Tensor]) -> None:
@@ -105,15 +107,23 @@ class TreeLayer(CacheLayerMixin):
         used = self.get_seq_length()
         larger = []
         for old in self.buffers:
-            larger.append(old.new_zeros((num_rows, old.shape[1], capacity, old.shape[3])))
+            larger.append(_zeros((num_rows, old.shape[1], capacity, old.shape[3]), old))
             larger[-1][: len(old), :, :used] = old[:, :, :used]
         self._capacity = capacity
         self._set(larger)
 
     def make_room(self, num_rows: int) -> None:
         """For so many rows."""
-        if self.is_initialized and num_rows > len(self.keys):
-            self._resize(max(num_rows, 2 * len(self.keys)), self._capacity)
+        self.reserve(num_rows, self._capacity)
+
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        """For so many rows of so many slots."""
+        capacity = max(capacity, self._capacity)
+        if not self.is_initialized:
+            self._capacity = capacity
+        elif num_rows > len(self.keys) or capacity > self._capacity:
+            room = len(self.keys) if num_rows <= len(self.keys) else max(num_rows, 2 * len(self.keys))
+            self._resize(room, capacity)
 
     def write_row(self, row: int, states: Sequence[Tensor]) -> None:
         """Fill a row from its first slot on.
@@ -184,3 +194,15 @@ class TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of another tensor's kind.
+
+    Large ones on the CPU take no memory where nobody writes: short rows beside a long one have much of that, and to
+    clear it took as long as many rounds.
+    """
+    num_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or num_bytes < _LAZY_BYTES:
+        return like.new_zeros(shape)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=like.dtype).view(shape)

@@ -203,7 +203,8 @@ class MemberLoop(DecodingLoop):
         self.finished: list[Member] = []
 
     def admit(self, member: Member, states: RowStates | None) -> None:
-        """Let a request join; arguments as of `join`."""
+        """Let a request join; arguments as of `join`. What it may come to hold is allocated now."""
+        self.target.cache.reserve(len(self.members) + 1, member.need)
         self.members[self.join(member.prompt, states)] = member
 
     def dismiss(self, member: Member) -> None:

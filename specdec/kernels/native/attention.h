@@ -12,6 +12,34 @@
 #define MAX_HEAD_DIM 256
 #define MANY_QUERIES LANES /* from here on, of a key/value head, queries are better off in lanes than keys */
 
+/* The number of bytes up to the last that is not zero. */
+static int64_t without_zeros_at_end(const uint8_t *bytes, int64_t count) {
+    for (uint64_t words[4]; count >= 32; count -= 32) {
+        memcpy(words, bytes + count - 32, 32);
+        if (words[0] | words[1] | words[2] | words[3]) break;
+    }
+    while (count && !bytes[count - 1]) count--;
+    return count;
+}
+
+/* A few queries, and how many keys the queries of each batch row see: what is behind the last of them is not read. */
+typedef struct {
+    const Attention *a;
+    const int64_t *seen;
+} FewQueries;
+
+/* Keys up to the last that any query of a batch row sees; all of them, where that is not easily said. */
+static int64_t seen_in_row(const Attention *a, int64_t b) {
+    int64_t seen = a->mask && a->mask_is_bool ? 0 : a->S;
+    for (int64_t h = 0; h < (a->mask_strides[1] ? a->H : 1); h++)
+        for (int64_t t = 0; t < a->T && seen < a->S; t++) {
+            const int64_t offset = b * a->mask_strides[0] + h * a->mask_strides[1] + t * a->mask_strides[2];
+            const int64_t own = without_zeros_at_end((const uint8_t *)a->mask + offset + seen, a->S - seen);
+            if (own) seen += own;
+        }
+    return seen;
+}
+
 INLINE float *scores_of(const Attention *a, int64_t b, int64_t h, int64_t t) {
     return a->scores + ((b * a->H + h) * a->T + t) * a->padded_keys;
 }
@@ -34,11 +62,12 @@ INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_
 
 /* One chunk: all queries of one key/value head against KEY_BLOCK keys. */
 TARGET static void score_chunk(void *context, int chunk) {
-    const Attention *a = context;
+    const FewQueries *few = context;
+    const Attention *a = few->a;
     const int64_t blocks = (a->padded_keys + KEY_BLOCK - 1) / KEY_BLOCK, group = a->H / a->K;
     const int64_t block = chunk % blocks, head = chunk / blocks % a->K, b = chunk / blocks / a->K;
     const float *k = a->k + b * a->k_strides[0] + head * a->k_strides[1];
-    const int64_t end = (block + 1) * KEY_BLOCK < a->padded_keys ? (block + 1) * KEY_BLOCK : a->padded_keys;
+    const int64_t end = (block + 1) * KEY_BLOCK < few->seen[b] ? (block + 1) * KEY_BLOCK : few->seen[b];
     float keys[MAX_HEAD_DIM * VL] __attribute__((aligned(64)));
     for (int64_t s = block * KEY_BLOCK; s < end; s += VL) {
         const float *rows[VL];
@@ -51,13 +80,13 @@ TARGET static void score_chunk(void *context, int chunk) {
     }
 }
 
-/* scores -> exp(scaled, masked score - maximum), zero beyond the last visible key. */
-INLINE void weigh(const Attention *a, int64_t b, int64_t h, int64_t t) {
+/* The first `seen` scores -> exp(scaled, masked score - maximum), zero beyond the last visible key. */
+INLINE void weigh(const Attention *a, int64_t seen, int64_t b, int64_t h, int64_t t) {
     float *scores = scores_of(a, b, h, t);
     const int64_t offset = b * a->mask_strides[0] + h * a->mask_strides[1] + t * a->mask_strides[2];
-    const int64_t visible = a->mask ? a->S : a->S - a->T + t + 1;
+    const int64_t visible = a->mask ? seen : a->S - a->T + t + 1;
     VF highest = vf_set1(-INFINITY);
-    for (int64_t s = 0; s < a->padded_keys; s += VL) {
+    for (int64_t s = 0; s < seen; s += VL) {
         uint8_t bytes[VL] = {0};
         float bias[VL] = {0};
         const int64_t count = visible - s < 0 ? 0 : visible - s < VL ? visible - s : VL;
@@ -77,16 +106,17 @@ INLINE void weigh(const Attention *a, int64_t b, int64_t h, int64_t t) {
     }
     const float maximum = vf_peak(highest);
     if (maximum == -INFINITY) { /* a padding row: sees nothing, says nothing */
-        memset(scores, 0, (size_t)a->padded_keys * sizeof(float));
+        memset(scores, 0, (size_t)seen * sizeof(float));
         return;
     }
-    for (int64_t s = 0; s < a->padded_keys; s += VL)
+    for (int64_t s = 0; s < seen; s += VL)
         vf_store(scores + s, vf_exp(vf_sub(vf_load(scores + s), vf_set1(maximum))));
 }
 
 /* out = weights @ values / sum(weights) for `count` queries of one key/value head, `width` vectors of d at a time. */
-INLINE void mix_queries(const int count, const int width, const Attention *a, int64_t b, int64_t h0, int64_t first,
+INLINE void mix_queries(const int count, const int width, const FewQueries *few, int64_t b, int64_t h0, int64_t first,
                         const float *v, int64_t d) {
+    const Attention *a = few->a;
     const float *weights[MAX_QUERIES];
     VF acc[MAX_QUERIES][4], sum[MAX_QUERIES];
     for (int i = 0; i < count; i++) {
@@ -94,7 +124,7 @@ INLINE void mix_queries(const int count, const int width, const Attention *a, in
         sum[i] = vf_zero();
         for (int j = 0; j < width; j++) acc[i][j] = vf_zero();
     }
-    for (int64_t s = 0; s < a->S; s++) {
+    for (int64_t s = 0; s < few->seen[b]; s++) {
         VF value[4];
         for (int j = 0; j < width; j++) value[j] = vf_load(v + s * a->v_strides[2] + d + j * VL);
         for (int i = 0; i < count; i++) {
@@ -113,20 +143,21 @@ INLINE void mix_queries(const int count, const int width, const Attention *a, in
 /* One chunk: softmax and mixing for up to MIX_QUERIES queries of one key/value head. */
 #define MIX_QUERIES 4
 TARGET static void mix_chunk(void *context, int chunk) {
-    const Attention *a = context;
+    const FewQueries *few = context;
+    const Attention *a = few->a;
     const int64_t group = a->H / a->K, queries = group * a->T, tiles = (queries + MIX_QUERIES - 1) / MIX_QUERIES;
     const int64_t first = chunk % tiles * MIX_QUERIES, head = chunk / tiles % a->K, b = chunk / tiles / a->K;
     const float *v = a->v + b * a->v_strides[0] + head * a->v_strides[1];
     const int64_t count = queries - first < MIX_QUERIES ? queries - first : MIX_QUERIES;
-    for (int64_t i = first; i < first + count; i++) weigh(a, b, head * group + i / a->T, i % a->T);
+    for (int64_t i = first; i < first + count; i++) weigh(a, few->seen[b], b, head * group + i / a->T, i % a->T);
     const int width = VL == 16 ? 4 : 2;
     for (int64_t d = 0; d < a->D;) {
         const int wide = d + width * VL <= a->D;
         int64_t i = 0;
-        for (; wide && i + 4 <= count; i += 4) mix_queries(4, width, a, b, head * group, first + i, v, d);
-        for (; wide && i + 2 <= count; i += 2) mix_queries(2, width, a, b, head * group, first + i, v, d);
-        for (; wide && i < count; i++) mix_queries(1, width, a, b, head * group, first + i, v, d);
-        for (; !wide && i < count; i++) mix_queries(1, 1, a, b, head * group, first + i, v, d);
+        for (; wide && i + 4 <= count; i += 4) mix_queries(4, width, few, b, head * group, first + i, v, d);
+        for (; wide && i + 2 <= count; i += 2) mix_queries(2, width, few, b, head * group, first + i, v, d);
+        for (; wide && i < count; i++) mix_queries(1, width, few, b, head * group, first + i, v, d);
+        for (; !wide && i < count; i++) mix_queries(1, 1, few, b, head * group, first + i, v, d);
         d += wide ? width * VL : VL;
     }
 }
@@ -178,16 +209,6 @@ static void end_tile(QueryTiles *tiles, int part) {
 INLINE int64_t mask_offset(const QueryTile *tile, int lane) {
     const int64_t *strides = tile->a->mask_strides;
     return tile->b * strides[0] + tile->heads[lane] * strides[1] + tile->tokens[lane] * strides[2];
-}
-
-/* The number of bytes up to the last that is not zero. */
-static int64_t without_zeros_at_end(const uint8_t *bytes, int64_t count) {
-    for (uint64_t words[4]; count >= 32; count -= 32) {
-        memcpy(words, bytes + count - 32, 32);
-        if (words[0] | words[1] | words[2] | words[3]) break;
-    }
-    while (count && !bytes[count - 1]) count--;
-    return count;
 }
 
 /* Finds what a tile's queries see: no key of a float mask is known to be hidden. */
@@ -358,6 +379,9 @@ static void attend(Attention *a) {
     a->scores = take((size_t)(a->B * a->H * a->T * a->padded_keys) * sizeof(float));
     const int64_t blocks = (a->padded_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     const int64_t tiles = (a->H / a->K * a->T + MIX_QUERIES - 1) / MIX_QUERIES;
-    parallel_for(score_chunk, a, a->B * a->K * blocks);
-    parallel_for(mix_chunk, a, a->B * a->K * tiles);
+    int64_t *seen = take((size_t)a->B * sizeof(int64_t));
+    for (int64_t b = 0; b < a->B; b++) seen[b] = seen_in_row(a, b);
+    FewQueries few = {a, seen};
+    parallel_for(score_chunk, &few, (int)(a->B * a->K * blocks));
+    parallel_for(mix_chunk, &few, (int)(a->B * a->K * tiles));
 }
