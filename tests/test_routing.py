@@ -398,7 +398,7 @@ def test_a_draft_of_too_few_positions_is_refused(model):
         ({"verify": "traversal"}, "does not go with a router"),
         ({"tree": specdec.generation.SmallModel(tiny_model("llama")).policy}, "does not go with a router"),
         ({"output_scores": True}, "does not go with a router"),
-        ({CACHE: specdec.generation.DynamicCache()}, "do not go with a router"),
+        ({CACHE: specdec.generation.DynamicCache()}, "does not go with a router"),
     ],
 )
 def test_what_does_not_go_with_a_router(model, draft, options: dict, message: str):
