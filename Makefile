@@ -3,7 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test conformance docs check clean
+# The other minor version that pyproject.toml allows, beside the one in constraints.txt; both have the same requirements.
+OTHER_TRANSFORMERS := 5.23.0
+OTHER := $(CURDIR)/.other/transformers-$(OTHER_TRANSFORMERS)
+OTHER_TESTS := cache chat_conversation enable engine equality exits kernels_stack masks options outputs prepared warnings
+
+.PHONY: demo test test-other-transformers conformance docs check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cores
@@ -14,6 +19,10 @@ demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cor
 test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
 	$(BIN)/python -m pytest
+
+test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers: about 3 minutes
+	PYTHONPATH=$(OTHER) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OTHER_TRANSFORMERS)', t.__file__"
+	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest $(OTHER_TESTS:%=tests/test_%.py)
 
 conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 minutes
 	$(BIN)/python -m pytest tests/test_conformance.py --hypothesis-profile=nightly
@@ -28,8 +37,11 @@ check: $(READY)  ## style and types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .other build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OTHER):
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==$(OTHER_TRANSFORMERS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
