@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The other minor version that pyproject.toml allows, beside the one in constraints.txt; both have the same requirements.
-OTHER_TRANSFORMERS := 5.23.0
+OTHER_TRANSFORMERS := 5.24.0
 OTHER := $(CURDIR)/.other/transformers-$(OTHER_TRANSFORMERS)
 OTHER_TESTS := cache chat_conversation enable engine equality exits kernels_stack masks options outputs prepared warnings
 
