@@ -15,11 +15,10 @@ SpecdecError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.generation import SpeculativeOutput
-    from specdec.routing.endpoint import Endpoint
+    from transformers.generation import GenerateDecoderOnlyOutput
 
 
 class SpecdecError(Exception):
@@ -66,16 +65,16 @@ class EndpointError(SpecdecError):
     """A remote endpoint cannot be reached, refuses, or answers what cannot be read.
 
     Args:
-        endpoint: which one.
+        endpoint: which one, a `specdec.Endpoint`.
         trouble: what happened, in its own words where it has some.
         is_final: whether to ask once more is pointless.
 
     Attributes:
-        partial: what the call had generated until then; None if it had not begun to.
+        partial: what the call had generated until then, a `specdec.SpeculativeOutput`; None if it had not begun to.
     """
 
-    def __init__(self, endpoint: Endpoint, trouble: str, *, is_final: bool = True):
+    def __init__(self, endpoint: Any, trouble: str, *, is_final: bool = True):
         super().__init__(f"{endpoint}: {trouble}")
         self.endpoint = endpoint
         self.is_final = is_final
-        self.partial: SpeculativeOutput | None = None
+        self.partial: GenerateDecoderOnlyOutput | None = None

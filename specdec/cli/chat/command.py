@@ -85,7 +85,7 @@ def chat(
     _check_together(url, given)
     message = None if prompt is None else _read_message(prompt)
 
-    from specdec.cli.chat.commands import candidates
+    from specdec.cli.chat.commands import candidates, obey
     from specdec.cli.chat.reading import make_reader
     from specdec.cli.chat.rendering import reply_console
     from specdec.cli.chat.session import ChatSession
@@ -107,6 +107,7 @@ def chat(
     session = ChatSession(
         speaker,
         loader=loader,
+        obey=obey,
         reader=make_reader(candidates),
         console=reply_console(),
         settings=settings,

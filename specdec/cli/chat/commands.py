@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specdec.cli.chat import settings
+from specdec.cli.chat.session import ChatSession
 from specdec.names.methods import AUTO, EARLY_EXIT, PLAIN, PROMPT_LOOKUP, QUANTIZED_SELF, SMALL_MODEL
-
-if TYPE_CHECKING:
-    from specdec.cli.chat.session import ChatSession
 
 _DRAFTERS = (AUTO, PLAIN, PROMPT_LOOKUP, SMALL_MODEL, QUANTIZED_SELF, EARLY_EXIT)
 _KEYS = """\
@@ -59,10 +56,6 @@ def obey(session: ChatSession, line: str) -> None:
     command = COMMANDS[name]
     command.check(name, argument)
     command.run(session, argument)
-
-
-def is_command(line: str) -> bool:
-    return line.startswith("/") and not line.startswith("//")
 
 
 def candidates(typed: str) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from specdec.cli.chat import commands, settings
+from specdec.cli.chat import settings
 from specdec.cli.chat.keyboard import Interrupt, handling, unseen_keys
 from specdec.cli.chat.reading import Reader
 from specdec.cli.chat.rendering import make_view, shows_styles, visible
@@ -37,6 +37,7 @@ class ChatSession:
 
     Args:
         speaker: the model to begin with; `loader` loads others.
+        obey: carries out a line that starts with a slash.
 
     Raises:
         ValueError: the model has no chat template.
@@ -47,6 +48,7 @@ class ChatSession:
         speaker: Speaker,
         *,
         loader: Loader,
+        obey: Callable[[ChatSession, str], None],
         reader: Reader,
         console: Console,
         settings: Settings,
@@ -54,6 +56,7 @@ class ChatSession:
     ) -> None:
         self._speaker = speaker
         self._loader = loader
+        self._obey = obey
         self._reader = reader
         self._console = console
         self._settings = settings
@@ -212,10 +215,10 @@ class ChatSession:
         self.notify(f"drafter {self._speaker.drafter_name}")
 
     def _handle(self, line: str) -> None:
-        if commands.is_command(line):
-            commands.obey(self, line)
+        if line.startswith("/") and not line.startswith("//"):
+            self._obey(self, line)
         elif line:
-            self._reply(self._conversation.say, line[1:] if line.startswith("//") else line)
+            self._reply(self._conversation.say, line.removeprefix("/"))
 
     def _reply(self, say: Callable[..., Reply], message: str) -> bool:
         """Show a reply as it comes; whether there was one before Ctrl-C."""
