@@ -15,9 +15,11 @@ SpecdecError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from transformers.generation import GenerateDecoderOnlyOutput
 
 

@@ -130,9 +130,9 @@ def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -
 
 
 def _remote(url: str, api_key: str | None, model: str | None) -> tuple[Speaker, Loader]:
-    from specdec.cli.chat.remote import RemoteLoader, Server
+    from specdec.cli.chat.remote import RemoteLoader, connect
 
-    loader = RemoteLoader(Server(url, api_key))
+    loader = RemoteLoader(connect(url, api_key))
     try:
         return loader.load(model), loader
     except OSError as error:

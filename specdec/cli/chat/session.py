@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from specdec.cli.chat import settings
-from specdec.cli.chat.keyboard import Interrupt, handling, unseen_keys
+from specdec.cli.chat.keyboard import stoppable, unseen_keys
 from specdec.cli.chat.reading import Reader
 from specdec.cli.chat.rendering import make_view, shows_styles, visible
-from specdec.cli.chat.reply import Piece, Reply
+from specdec.cli.chat.reply import Reply
 from specdec.cli.chat.settings import Settings
 from specdec.cli.chat.speakers import Loader, Speaker
 from specdec.cli.chat.transcript import Transcript
@@ -192,9 +192,8 @@ class ChatSession:
         self._check_styles()
         if self._last_reply is None:
             raise ValueError("there is no reply yet")
-        view = make_view(self._console, tinted=True)
-        view.show(self._last_reply.pieces)
-        view.end()
+        with make_view(self._console, tinted=True) as view:
+            view.show(self._last_reply.pieces)
         self.notify("tinted: drafted, and accepted by the model; the rest is the model's own")
 
     def change_model(self, name: str | None) -> None:
@@ -223,25 +222,12 @@ class ChatSession:
     def _reply(self, say: Callable[..., Reply], message: str) -> bool:
         """Show a reply as it comes; whether there was one before Ctrl-C."""
         view = make_view(self._console, tinted=self._is_tinted)
-        has_begun = False
-
-        def show(pieces: list[Piece]) -> None:
-            nonlocal has_begun
-            has_begun = True
-            view.show(pieces)
-
-        interrupt = Interrupt(can_stop=lambda: has_begun)
         try:
-            with unseen_keys(), handling(interrupt):
-                reply = say(message, show=show, stop=lambda: interrupt.asked, **self._decoding)
+            with unseen_keys(), stoppable(lambda: view.has_begun) as is_stopped, view:
+                reply = say(message, show=view.show, stop=is_stopped, **self._decoding)
         except KeyboardInterrupt:
             self.notify("stopped before the first token: the message is taken back")
             return False
-        except _RECOVERABLE:
-            if has_begun:
-                view.end()
-            raise
-        view.end()
         self._note(reply)
         return True
 
