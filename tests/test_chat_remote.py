@@ -11,7 +11,7 @@ import pytest
 from typer.testing import Result
 
 from specdec.cli.chat import remote
-from specdec.cli.chat.remote import RemoteDialogue, RemoteLoader, ServerError, connect
+from specdec.cli.chat.remote import RemoteDialogue, RemoteSpeaker, ServerError, connect
 from tests.test_cli import error_of, specdec_command
 
 for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai"):
@@ -137,7 +137,7 @@ def client(answer: Callable[[httpx2.Request], httpx2.Response]) -> OpenAI:
 )
 def test_a_server_that_is_none(response: httpx2.Response, message: str):
     with pytest.raises(ServerError, match=message):
-        RemoteLoader(client(lambda request: response)).load(None)
+        RemoteSpeaker.of(client(lambda request: response), None)
 
 
 def events(*documents: Any) -> httpx2.Response:

@@ -31,7 +31,7 @@ from specdec.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from specdec.cli.chat.speakers import Loader, Speaker
+    from specdec.cli.chat.speakers import Speaker
 
 _OF_THE_SERVER = ("draft", "drafter", "dtype", "device", "threads", "weights", "trust_remote_code")
 
@@ -90,8 +90,8 @@ def chat(
     from specdec.cli.chat.rendering import reply_console
     from specdec.cli.chat.session import ChatSession
 
-    speaker, loader = (
-        _local(
+    if url is None:
+        speaker = _local(
             model,
             drafter,
             draft,
@@ -101,12 +101,10 @@ def chat(
             weights=weights,
             trust_remote_code=trust_remote_code,
         )
-        if url is None
-        else _remote(url, api_key, model if "model" in given else None)
-    )
+    else:
+        speaker = _remote(url, api_key, model if "model" in given else None)
     session = ChatSession(
         speaker,
-        loader=loader,
         obey=obey,
         reader=make_reader(candidates),
         console=reply_console(),
@@ -119,22 +117,21 @@ def chat(
         raise typer.Exit(INTERRUPTED)
 
 
-def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -> tuple[Speaker, Loader]:
+def _local(model: str, drafter: str | None, draft: str | None, **options: Any) -> Speaker:
     from specdec.names.methods import choose_drafter
 
     drafter_spec = choose_drafter(drafter, draft)
-    from specdec.cli.chat.speakers import SpeakerLoader
+    from specdec.cli.chat.speakers import LocalSpeaker
 
-    loader = SpeakerLoader(**options)
-    return loader.load(model, drafter_spec, draft), loader
+    return LocalSpeaker.load(model, drafter_spec, draft, **options)
 
 
-def _remote(url: str, api_key: str | None, model: str | None) -> tuple[Speaker, Loader]:
-    from specdec.cli.chat.remote import RemoteLoader, connect
+def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
+    from specdec.cli.chat.remote import RemoteSpeaker, connect
 
-    loader = RemoteLoader(connect(url, api_key))
+    client = connect(url, api_key)
     try:
-        return loader.load(model), loader
+        return RemoteSpeaker.of(client, model)
     except OSError as error:
         raise ValueError(f"{error}; is `specdec serve` running there?") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -203,32 +203,27 @@ class RemoteSpeaker:
     drafter: None = None
     tells_drafted: bool = False
 
+    @classmethod
+    def of(cls, client: OpenAI, model: str | None) -> RemoteSpeaker:
+        """A model by its name; None takes the first one. Raises `ServerError`, or `OSError` if no server is there."""
+        with _in_its_words():
+            names = _served_names(client)
+        if not names or model not in (None, *names):
+            raise ServerError(f"{client.base_url} has no model {model}; it has: {', '.join(names) or 'none'}")
+        return cls(client=client, name=model or names[0])
+
     def converse(self, **state: Any) -> RemoteDialogue:
         return RemoteDialogue(self.client, self.name, **state)
 
+    def with_model(self, name: str) -> RemoteSpeaker:
+        return self.of(self.client, name)
 
-class RemoteLoader:
-    """Models of one server."""
-
-    def __init__(self, client: OpenAI):
-        self._client = client
-
-    def load(self, model: str | None) -> RemoteSpeaker:
-        """A model by its name; None takes the first one. Raises `ServerError`, or `OSError` if no server is there."""
-        with _in_its_words():
-            names = self._names()
-        if not names or model not in (None, *names):
-            raise ServerError(f"{self._client.base_url} has no model {model}; it has: {', '.join(names) or 'none'}")
-        return RemoteSpeaker(client=self._client, name=model or names[0])
-
-    def _names(self) -> list[str]:
-        try:
-            return [str(model.id) for model in self._client.models.list(timeout=_CONNECT_SECONDS)]
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ServerError(f"{self._client.base_url} does not answer as OpenAI's API does") from error
-
-    def load_instead(self, speaker: RemoteSpeaker, model: str) -> RemoteSpeaker:
-        return replace(speaker, name=self.load(model).name)
-
-    def with_drafter(self, speaker: RemoteSpeaker, name: str, draft: str | None = None) -> RemoteSpeaker:
+    def with_drafter(self, name: str, draft: str | None = None) -> RemoteSpeaker:
         raise ValueError("what drafts is decided where the server is started: `specdec serve --drafter`")
+
+
+def _served_names(client: OpenAI) -> list[str]:
+    try:
+        return [str(model.id) for model in client.models.list(timeout=_CONNECT_SECONDS)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ServerError(f"{client.base_url} does not answer as OpenAI's API does") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,18 +37,14 @@ class Speaker(Protocol):
     def converse(self, **state: Any) -> Dialogue:
         """Begin or go on with a dialogue; arguments as of `Dialogue`."""
 
-
-class Loader(Protocol):
-    """Where speakers come from."""
-
-    def load_instead(self, speaker: Any, model: str) -> Speaker:
-        """Another model in place of `speaker`, which stays as it is.
+    def with_model(self, name: str) -> Speaker:
+        """Another model in place of this one, which stays as it is.
 
         Raises:
             SpecdecError, ValueError, OSError: there is none of that name.
         """
 
-    def with_drafter(self, speaker: Any, name: str, draft: str | None = None) -> Speaker:
+    def with_drafter(self, name: str, draft: str | None = None) -> Speaker:
         """The same model with another drafter, given as after --drafter (and --draft).
 
         Raises:
@@ -60,13 +57,28 @@ class LocalSpeaker:
     """A loaded model and its drafter.
 
     Args:
+        options: how models are loaded, as of `load_target`.
         draft: the draft model that was loaded for it, also while another drafter is at work.
     """
 
     loaded: LoadedModel
+    options: Mapping[str, Any]
     drafter_spec: DrafterSpec
     drafter: Drafter | str
     draft: PreTrainedModel | None = None
+    tells_drafted: bool = True
+
+    @classmethod
+    def load(cls, model: str, drafter_spec: DrafterSpec, draft: str | None = None, **options: Any) -> LocalSpeaker:
+        """Load a model, and its draft model if one is named.
+
+        Raises:
+            ModelError, DraftError: as `load_pair`.
+        """
+        loaded = load_target(model, **options)
+        small = None if draft is None else _load_draft(draft, loaded, options)
+        drafter = drafter_spec.build(small)
+        return cls(loaded=loaded, options=options, drafter_spec=drafter_spec, drafter=drafter, draft=small)
 
     @property
     def name(self) -> str:
@@ -76,59 +88,21 @@ class LocalSpeaker:
     def drafter_name(self) -> str:
         return self.drafter_spec.text
 
-    @property
-    def tells_drafted(self) -> bool:
-        return True
-
     def converse(self, **state: Any) -> Conversation:
         return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)
 
+    def with_model(self, name: str) -> LocalSpeaker:
+        kept = DrafterSpec.parse(AUTO) if self.drafter_spec.needs_draft else self.drafter_spec
+        return self.load(name, kept, **self.options)
 
-@dataclass(frozen=True, kw_only=True)
-class SpeakerLoader:
-    """Loads models as the options of the command say."""
-
-    dtype: str
-    device: str
-    threads: int | None
-    weights: str
-    trust_remote_code: bool
-
-    def load(self, model: str, drafter_spec: DrafterSpec, draft: str | None = None) -> LocalSpeaker:
-        """Load a model, and its draft model if one is named.
-
-        Raises:
-            ModelError, DraftError: as `load_pair`.
-        """
-        loaded = load_target(
-            model,
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
-            weights=self.weights,
-            trust_remote_code=self.trust_remote_code,
-        )
-        small = None if draft is None else self._load_draft(draft, loaded)
-        return LocalSpeaker(loaded=loaded, drafter_spec=drafter_spec, drafter=drafter_spec.build(small), draft=small)
-
-    def load_instead(self, speaker: LocalSpeaker, model: str) -> LocalSpeaker:
-        kept = DrafterSpec.parse(AUTO) if speaker.drafter_spec.needs_draft else speaker.drafter_spec
-        return self.load(model, kept)
-
-    def with_drafter(self, speaker: LocalSpeaker, name: str, draft: str | None = None) -> LocalSpeaker:
-        if draft is None and speaker.draft is not None and name.partition(":")[0] == SMALL_MODEL:
-            spec, small = DrafterSpec.parse(name), speaker.draft
+    def with_drafter(self, name: str, draft: str | None = None) -> LocalSpeaker:
+        if draft is None and self.draft is not None and name.partition(":")[0] == SMALL_MODEL:
+            spec, small = DrafterSpec.parse(name), self.draft
         else:
             spec = choose_drafter(name, draft)
-            small = speaker.draft if draft is None else self._load_draft(draft, speaker.loaded)
-        return replace(speaker, drafter_spec=spec, drafter=spec.build(small), draft=small)
+            small = self.draft if draft is None else _load_draft(draft, self.loaded, self.options)
+        return replace(self, drafter_spec=spec, drafter=spec.build(small), draft=small)
 
-    def _load_draft(self, draft: str, target: LoadedModel) -> PreTrainedModel:
-        return load_draft(
-            draft,
-            target,
-            dtype=self.dtype,
-            device=self.device,
-            weights=self.weights,
-            trust_remote_code=self.trust_remote_code,
-        )
+
+def _load_draft(draft: str, target: LoadedModel, options: Mapping[str, Any]) -> PreTrainedModel:
+    return load_draft(draft, target, **{name: value for name, value in options.items() if name != "threads"})
