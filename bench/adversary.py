@@ -18,14 +18,11 @@ median of five is right again, to a quarter.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import geometric_mean, median
 from time import perf_counter
 
@@ -34,13 +31,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
+from bench._script import RESULTS, command, parser_of, write_json
 from specdec.bench.suite import load_suite
 from specdec.drafters import Auto, Drafter, DraftSession, Plain, Run, SmallModel
 from specdec.models import load
 from specdec.prompting import encode_prompts
 from trees import Draft, TokenTree, TreeBatch
 
-RESULTS = Path(__file__).parent / "results"
 LENGTH = 12
 LONG, DISTURBED_AT = 400, 200
 """Tokens of the long answer, and the one at which the core has to be shared."""
@@ -117,7 +114,7 @@ def rounds_to_adapt(trace: Sequence[dict]) -> tuple[float, int | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--limit", type=int, default=2, help="prompts of each category")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -164,9 +161,9 @@ def main() -> None:
     slowdown, rounds = rounds_to_adapt(trace)
     print(f"a core taken in mid-run: rounds {slowdown:.1f}x slower, forecasts right again after {rounds} rounds")
     if args.out:
-        command = " ".join(["python -m bench.adversary", *sys.argv[1:]])
-        document = {"command": command, "drafters": found, "disturbed": {"slowdown": slowdown, "rounds": rounds}}
-        (RESULTS / f"{args.out}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        disturbed = {"slowdown": slowdown, "rounds": rounds}
+        document = {"command": command("adversary"), "drafters": found, "disturbed": disturbed}
+        write_json(RESULTS / f"{args.out}.json", document)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from transformers import PreTrainedModel
 
 import routers
 import specdec
+from bench._script import command, log, parser_of, pipe_table
 from routers import Router
 from specdec.drafters import Auto, SmallModel
 from specdec.loading import load_pair
@@ -176,7 +175,7 @@ def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) 
             for result in solve(models, target.tokenizer, method, routers_of[method], batch, budget):
                 file.write(json.dumps(asdict(result)) + "\n")
                 done.append(result)
-                print(f"{result.problem} {method}: {result.seconds:.1f} s, {result.correct}", file=sys.stderr)
+                log(f"{result.problem} {method}: {result.seconds:.1f} s, {result.correct}")
             file.flush()
     return done
 
@@ -236,16 +235,8 @@ def table(results: Sequence[Result], methods: Sequence[str], baseline: str) -> l
 
 
 HEADINGS = (
-    *(
-        "method",
-        "problems",
-        "accuracy",
-        "less {baseline}'s, 95 %",
-        "less random's, 95 %",
-        "steps by the target",
-        "speed over {baseline}, 95 %",
-    ),
-    *("s, p50 / p95", "tokens", "discarded", "router's time"),
+    *("method", "problems", "accuracy", "less {baseline}'s, 95 %", "less random's, 95 %", "steps by the target"),
+    *("speed over {baseline}, 95 %", "s, p50 / p95", "tokens", "discarded", "router's time"),
 )
 
 
@@ -269,7 +260,7 @@ def draw(rows: Sequence[Sequence[str]], baseline: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("target")
     parser.add_argument("draft")
     parser.add_argument("--problems", type=Path, required=True)
@@ -296,10 +287,8 @@ def main() -> None:
     results = run(arguments, problems, Path(f"{arguments.output}.jsonl"))
     rows = table(results, arguments.methods, arguments.baseline)
     headings = [heading.format(baseline=arguments.baseline) for heading in HEADINGS]
-    lines = [headings, ["---"] * len(headings), *rows]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    command = shlex.join(["python", "-m", "bench.arbitrage", *sys.argv[1:]])
-    Path(f"{arguments.output}.md").write_text(f"`{command}`\n\n{text}\n")
+    text = pipe_table(headings, rows)
+    Path(f"{arguments.output}.md").write_text(f"`{command('arbitrage')}`\n\n{text}\n")
     draw(rows, arguments.baseline, Path(f"{arguments.output}.png"))
     print(text)
 

@@ -8,7 +8,6 @@ once every row has joined. What forwards cost is measured before every repetitio
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from bench._script import WEIGHTS, parser_of, write_json
 from specdec.control.capacity import Capacity, measure_rows, slot_bytes, weight_bytes
 from specdec.drafters import Plain
 from specdec.engine import Engine, Request
@@ -57,9 +57,9 @@ def _held_bytes(engine: Engine) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--weights", choices=("stock", "float", "int8"), default="int8")
+    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
     parser.add_argument("--rows", default="1,2,4,8,16")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=48)
@@ -106,7 +106,7 @@ def main() -> None:
     }
     print(json.dumps(document, indent=2))
     if options.output is not None:
-        options.output.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(options.output, document)
 
 
 if __name__ == "__main__":

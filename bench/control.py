@@ -25,24 +25,24 @@ from time import perf_counter, thread_time
 import torch
 
 import specdec
+from bench._script import RESULTS, WEIGHTS, command, log, parser_of, write_report
 from specdec.bench.equality import Verdict, compare
 from specdec.bench.suite import Prompt
 from specdec.models import load
 from specdec.prompting import encode_prompts
 from specdec.specs import DrafterSpec
 
-RESULTS = Path(__file__).parent / "results"
 PLAIN, AUTO = "plain", "auto"
 GRID = ["prompt-lookup:num_tokens=3:min_match=1", "prompt-lookup:num_tokens=10"]
 DRAFT_GRID = ["small-model:num_tokens=2", "small-model:num_tokens=4"]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--draft")
-    parser.add_argument("--weights", choices=("stock", "float", "int8"), default="int8")
+    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
     parser.add_argument("--limit", type=int, default=5, help="prompts of each category")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -153,12 +153,11 @@ def main() -> None:
         for prompt in prompts:
             results.append(contest.measure(prompt))
             each = ", ".join(f"{name} {speedup:.2f}" for name, speedup in results[-1].speedups("cpu").items())
-            print(f"{prompt.category}: {each}", file=sys.stderr, flush=True)
+            log(f"{prompt.category}: {each}")
     except KeyboardInterrupt:
-        print("interrupted: what was measured until then is reported", file=sys.stderr)
-    words = (word if word.startswith("-") else word.rsplit("/", 1)[-1] for word in sys.argv[1:])
+        log("interrupted: what was measured until then is reported")
     compared, ties = contest.verdicts.total(), contest.verdicts[Verdict.TIE]
-    lines = [f"    python -m bench.control {' '.join(words)}", ""]
+    lines = [f"    {command('control')}", ""]
     lines += [f"{compared} outputs compared with plain decoding's: {ties} ties, the others identical.", ""]
     document: dict[str, object] = {}
     for clock in ("cpu", "wall") if args.threads == 1 else ("wall",):
@@ -168,8 +167,7 @@ def main() -> None:
     if contest.verdicts[Verdict.DIFFERENT]:
         sys.exit("an output differs from plain decoding by more than a numerical tie")
     if args.out:
-        (RESULTS / f"{args.out}.md").write_text("\n".join([f"# {args.out}", "", *lines]), encoding="utf-8")
-        (RESULTS / f"{args.out}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_report(RESULTS / args.out, document, f"# {args.out}", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from bench._script import WEIGHTS, parser_of
 from specdec import kernels
 from specdec.cache import TreeCache
 from specdec.hf import CACHE
 
-FORMS = ("stock", "float", "int8")
 WIDTHS = (1, 2, 4, 8, 16)
 
 
@@ -67,9 +67,9 @@ def timed_ms(run: Callable[[], object]) -> tuple[float, float]:
 def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repetitions: int) -> dict:
     """Milliseconds of a forward by form and width, all forms in turn."""
     context = Context(models["float32"], ids)
-    best = {name: {width: (float("inf"),) * 2 for width in WIDTHS} for name in FORMS}
+    best = {name: {width: (float("inf"),) * 2 for width in WIDTHS} for name in WEIGHTS}
     for _ in range(repetitions):
-        for name in FORMS:
+        for name in WEIGHTS:
             with form(models, name) as model:
                 for width in WIDTHS:
                     new = ids[:, :width]
@@ -88,9 +88,9 @@ def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repeti
 
 def measure_decoding(models: dict[str, PreTrainedModel], ids: torch.Tensor, num_tokens: int, repetitions: int) -> dict:
     """Milliseconds per token of transformers' generate() after the first token, by form."""
-    best = {name: (float("inf"),) * 2 for name in FORMS}
+    best = {name: (float("inf"),) * 2 for name in WEIGHTS}
     for _ in range(repetitions):
-        for name in FORMS:
+        for name in WEIGHTS:
             with form(models, name) as model:
                 times = []
                 for length in (1, 1 + num_tokens):
@@ -135,7 +135,7 @@ def measure_preparation(model: PreTrainedModel) -> dict:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     for name, default in (("context", 256), ("repetitions", 10), ("threads", 2), ("tokens", 16), ("text", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -155,7 +155,7 @@ def main() -> None:
     report["forward"] = measure_widths(models, text[:, : arguments.context], arguments.repetitions)
     report["decoding"] = measure_decoding(models, text, arguments.tokens, max(2, arguments.repetitions // 3))
     report["perplexity"] = {}
-    for name in FORMS:
+    for name in WEIGHTS:
         with form(models, name) as current:
             report["perplexity"][name] = perplexity(current, text)
     del models

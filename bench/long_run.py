@@ -9,7 +9,6 @@ quarter beside what the KV cache alone needs.
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
+from bench._script import WEIGHTS, parser_of
 from specdec.drafters import Drafter, Plain, PromptLookup
 from specdec.models import load
 
@@ -66,10 +66,10 @@ def report(name: str, probe: Probe, kv_bytes: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--weights", choices=("stock", "float", "int8"), default="int8")
+    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     model, tokenizer, _ = load(args.model, threads=args.threads)

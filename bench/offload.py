@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from bench.trees import Question, load_questions, log, pipe_table, write
+from bench._script import command, log, parser_of, pipe_table
+from bench.trees import Question, load_questions, write
 from specdec import kernels
 from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Drafter, Plain, SmallModel
@@ -129,7 +129,7 @@ def to_line(row: dict[str, Any]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("target")
     parser.add_argument("draft")
     parser.add_argument("--prompts", type=Path, required=True, help="Spec-Bench's question.jsonl")
@@ -159,7 +159,7 @@ def main() -> None:
     document = {
         "target": Path(arguments.target).name,
         "draft": Path(arguments.draft).name,
-        "command": shlex.join(["python", "-m", "bench.offload", *sys.argv[1:]]),
+        "command": command("offload"),
         "kernels": f"target float32 on disk, draft int8, {kernels.describe()}, {arguments.threads} threads",
         "versions": {module.__name__: module.__version__ for module in (specdec, torch, transformers)},
         "questions": [question.id for question in questions],

@@ -25,7 +25,6 @@ seconds of the thread, because other programs disturb both.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from collections import defaultdict
@@ -40,12 +39,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
 
 import specdec
+from bench._script import parser_of
 from specdec import masks
+from specdec.acceptance import to_host
 from specdec.cache import TreeCache
 from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.kernels.draws import open_urn
 from specdec.kernels.growth import STAND_INS
-from specdec.loop import _to_host
 from specdec.sampling import Sampler
 from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowingTrees, GrowthPolicy, Round, Sequoia
 
@@ -223,7 +223,7 @@ class TreeRounds:
             with self._phase("softmax"):
                 scores_BTV.softmax(-1)
         with self._phase("accept"):
-            (path,) = _to_host(trees, self._sampler.accept(scores_BTV, draft)).paths
+            (path,) = to_host(trees, self._sampler.accept(scores_BTV, draft)).paths
         with self._phase("compact"):
             self._target.cache.commit([[0, *(node + 1 for node in path)]])
             places = [draft.places[0][node] for node in path]
@@ -295,7 +295,7 @@ def print_profile(rows: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--num-tokens", type=int, default=5, help="drafted tokens a round")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--trees", action="store_true", help="take rounds with a 64-node tree apart")

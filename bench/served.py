@@ -56,7 +56,9 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-c", "from specdec.cli import main; main()", "serve", arguments.model, "--port", "0"]
     command += ["--weights", arguments.weights, "--drafter", arguments.drafter, "--threads", str(arguments.threads)]
     command += ["--max-rows", str(arguments.max_rows), "--max-waiting", str(max(256, 2 * arguments.clients))]
-    return [*command, "--max-cached-tokens", str(arguments.max_cached_tokens)]
+    if arguments.max_cached_tokens is not None:
+        command += ["--max-cached-tokens", str(arguments.max_cached_tokens)]
+    return command
 
 
 def _announced(process: subprocess.Popen[bytes], log_file: Path) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shlex
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -31,13 +30,18 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import httpx2
-import numpy as np
 
+from bench._script import WEIGHTS, command, log, parser_of, percentiles, pipe_table
 from bench.hostile import CHAT, KINDS, Target, attack
-from bench.serve import REQUESTS, SUBJECTS
 from bench.served import Served, server
-from bench.trees import log, pipe_table
 
+SUBJECTS = (
+    *("rain", "bread", "the moon", "chess", "iron", "a violin", "salt", "the sea", "a bridge", "honey", "winter"),
+    *("a horse", "coffee", "the wind", "paper", "gold", "a garden", "fire", "a clock", "silk", "the desert", "rice"),
+    *("a mirror", "thunder", "cheese", "a lighthouse", "coal", "the piano", "wool", "a volcano", "tea", "ice", "a map"),
+    *("sand", "a compass", "olive oil", "the violet", "copper", "a ladder", "snow", "an owl", "harvest", "a candle"),
+)
+REQUESTS = ("Write one sentence about {}.", "What is {} used for?")
 BAD = ("lost", "mixed up", "truncated", "different")
 QUESTIONS = tuple(request.format(subject) for request in REQUESTS for subject in SUBJECTS)
 IDLE_SECONDS = 120.0
@@ -57,6 +61,8 @@ class Answer:
     text: str | None
     reason: str = ""
     num_tokens: int = 0
+    num_accepted: int = 0
+    num_drafted: int = 0
     first: float | None = None
     total: float = 0.0
 
@@ -64,28 +70,50 @@ class Answer:
 # honest clients
 
 
-async def ask(target: Target, question: str, num_tokens: int) -> Answer:
-    """Stream one answer."""
-    options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": num_tokens}
-    started, first, text, usage, is_complete = perf_counter(), None, "", dict[str, Any](), False
+async def ask(target: Target, question: str, num_tokens: int, *, as_stream: bool = True) -> Answer:
+    """One answer, streamed or whole."""
+    started, body = perf_counter(), target.body(question, max_tokens=num_tokens)
     try:
-        async with target.http.stream("POST", CHAT, json=target.body(question, **options)) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line == "data: [DONE]":
-                    is_complete = True
-                elif line:
-                    event = json.loads(line.removeprefix("data: "))
-                    usage = event["usage"] or usage
-                    for choice in event["choices"]:
-                        text += choice["delta"]["content"] or ""
-                    first = first or (perf_counter() - started if text else None)
+        text, usage, first_at = await (_streamed if as_stream else _whole)(target, body)
     except (httpx2.HTTPError, KeyError, ValueError) as error:
         return Answer(question=question, text=None, reason=repr(error))
+    details = usage.get("completion_tokens_details") or {}
+    accepted = details.get("accepted_prediction_tokens", 0)
+    return Answer(
+        question=question,
+        text=text,
+        num_tokens=usage.get("completion_tokens", 0),
+        num_accepted=accepted,
+        num_drafted=accepted + details.get("rejected_prediction_tokens", 0),
+        first=first_at and first_at - started,
+        total=perf_counter() - started,
+    )
+
+
+async def _whole(target: Target, body: dict[str, Any]) -> tuple[str, dict[str, Any], None]:
+    response = (await target.http.post(CHAT, json=body)).raise_for_status()
+    document = response.json()
+    return document["choices"][0]["message"]["content"], document["usage"], None
+
+
+async def _streamed(target: Target, body: dict[str, Any]) -> tuple[str, dict[str, Any], float | None]:
+    """The text, the usage, and when the first token came."""
+    first_at, text, usage, is_complete = None, "", dict[str, Any](), False
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    async with target.http.stream("POST", CHAT, json=body | options) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                is_complete = True
+            elif line:
+                event = json.loads(line.removeprefix("data: "))
+                usage = event["usage"] or usage
+                for choice in event["choices"]:
+                    text += choice["delta"]["content"] or ""
+                first_at = first_at or (perf_counter() if text else None)
     if not is_complete:
-        return Answer(question=question, text=None, reason="the stream has no end")
-    num_answered = usage.get("completion_tokens", 0)
-    return Answer(question=question, text=text, num_tokens=num_answered, first=first, total=perf_counter() - started)
+        raise ValueError("the stream has no end")
+    return text, usage, first_at
 
 
 async def ask_alone(target: Target, questions: Sequence[str], num_tokens: int) -> dict[str, str]:
@@ -99,12 +127,16 @@ async def ask_alone(target: Target, questions: Sequence[str], num_tokens: int) -
     return alone
 
 
-async def honest(target: Target, number: int, questions: Sequence[str], end: float, num_tokens: int) -> list[Answer]:
+async def honest(
+    target: Target, number: int, questions: Sequence[str], end: float, num_tokens: int, *, every_stream: int = 1
+) -> list[Answer]:
+    """One question after the other; one of `every_stream` answers is streamed."""
     answers = []
     for place in count(7 * number):
         if perf_counter() >= end:
             break
-        answers.append(await ask(target, questions[place % len(questions)], num_tokens))
+        as_stream = place % every_stream == 0
+        answers.append(await ask(target, questions[place % len(questions)], num_tokens, as_stream=as_stream))
     return answers
 
 
@@ -204,16 +236,16 @@ async def until_idle(target: Target) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def clients_of(url: str, arguments: argparse.Namespace) -> AsyncIterator[Target]:
-    limits = httpx2.Limits(max_connections=2 * arguments.clients + 8)
+async def clients_of(url: str, num_clients: int, patience: float = 0.0) -> AsyncIterator[Target]:
+    limits = httpx2.Limits(max_connections=2 * num_clients + 8)
     async with httpx2.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
         model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-        yield Target(url=url, model=model, http=http, patience=arguments.patience)
+        yield Target(url=url, model=model, http=http, patience=patience)
 
 
 async def soak(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
     questions = QUESTIONS[: arguments.questions]
-    async with clients_of(served.url, arguments) as target:
+    async with clients_of(served.url, arguments.clients, arguments.patience) as target:
         log(f"asking {len(questions)} questions alone")
         alone = await ask_alone(target, questions, arguments.max_new_tokens)
         log("warming up")
@@ -244,7 +276,7 @@ def describe(result: Load, alone: dict[str, str], arguments: argparse.Namespace)
     for (kind, outcome), number in sorted(result.outcomes.items()):
         outcomes[kind][outcome] = number
     return {
-        "command": shlex.join(["python", "-m", "bench.soak", *sys.argv[1:]]),
+        "command": command("soak"),
         "model": arguments.model,
         "weights": arguments.weights,
         "clients": arguments.clients,
@@ -283,10 +315,6 @@ def failures(document: dict[str, Any], memory_share: float) -> list[str]:
     return found
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{share}": float(np.percentile(values, share)) for share in (50, 99, 100)} if values else {}
-
-
 def report(document: dict[str, Any]) -> str:
     memory = document["memory_mib"]
     lines = [
@@ -317,9 +345,9 @@ def counted(outcomes: dict[str, int]) -> str:
 
 
 def parse_arguments(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--weights", choices=["stock", "float", "int8"], default="stock")
+    parser.add_argument("--weights", choices=WEIGHTS, default="stock")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of the server")
     parser.add_argument("--max-rows", type=int, default=16)

@@ -31,6 +31,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import specdec
+from bench._script import RESULTS, command, log, parser_of, pipe_table, write_report
 from specdec.bench.equality import Verdict, compare
 from specdec.bench.suite import Suite, load_suite
 from specdec.drafters import Auto, Drafter, Plain
@@ -38,7 +39,6 @@ from specdec.engine import Engine, Request
 from specdec.models import load
 from specdec.prompting import encode_prompts
 
-RESULTS = Path(__file__).parent / "results"
 AUTO, PLAIN = "engine-auto", "engine-plain"
 PEERS = ("transformers-float32", "transformers-bfloat16", "transformers-int8", "continuous-float32")
 
@@ -47,7 +47,7 @@ Decode = Callable[[Batch], Batch]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--sizes", default="1,2,4,8,16")
     parser.add_argument("--prompts", type=Path)
@@ -186,7 +186,7 @@ def _verdicts(contenders: Contenders, batch: Batch, output: Batch) -> list[str]:
         comparison = compare(contenders.int8, torch.tensor(prompt), contenders.alone(prompt), tokens, settings)
         found.append(comparison.verdict.name.lower())
         if comparison.verdict is Verdict.DIFFERENT:
-            print(f"different: {comparison}", file=sys.stderr)
+            log(f"different: {comparison}")
     return found
 
 
@@ -208,11 +208,8 @@ def render(name: str, document: dict[str, Any]) -> str:
     lines = [f"# {name}", "", *(f"    {command}" for command in document["commands"]), "", document["machine"], ""]
     for title, column in (("tokens per second", "tokens_per_second"), ("engine-auto over", "auto_over")):
         shown = [each for each in names if column == "tokens_per_second" or each != AUTO]
-        lines += [f"| {title}: batch | {' | '.join(shown)} |", "|--:|" + "--:|" * len(shown)]
-        for size in sorted(sizes, key=int):
-            cells = (str(sizes[size][column].get(each, "")) for each in shown)
-            lines.append(f"| {size} | {' | '.join(cells)} |")
-        lines.append("")
+        rows = [[size, *(sizes[size][column].get(each, "") for each in shown)] for size in sorted(sizes, key=int)]
+        lines += [pipe_table([f"{title}: batch", *shown], rows), ""]
     outputs = sum((Counter(row["outputs"]) for row in sizes.values()), Counter[str]())
     lines += [
         "transformers decodes the first batch of each size only (once, unless --peer-repetitions says otherwise), the "
@@ -222,25 +219,20 @@ def render(name: str, document: dict[str, Any]) -> str:
         "",
     ]
     lines.append(f"The engine's outputs beside those of model.generate() for each prompt alone: {dict(outputs)}.")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def write(name: str, rows: dict[str, Any], threads: int) -> None:
     path = RESULTS / f"{name}.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commands": [], "sizes": {}}
     document["machine"] = f"{threads} thread(s), torch {torch.__version__}, {specdec.kernels.native.describe()}."
-    document["commands"] = list(dict.fromkeys([*document["commands"], f"python -m bench.throughput {_words()}"]))
+    document["commands"] = list(dict.fromkeys([*document["commands"], command("throughput")]))
     for size, row in rows.items():
         kept = document["sizes"].get(size, {})
         document["sizes"][size] = {
             key: {**kept.get(key, {}), **value} if isinstance(value, dict) else value for key, value in row.items()
         }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(render(name, document), encoding="utf-8")
-
-
-def _words() -> str:
-    return " ".join(word if word.startswith("-") else word.rsplit("/", 1)[-1] for word in sys.argv[1:])
+    write_report(RESULTS / name, document, render(name, document))
 
 
 def main() -> None:

@@ -15,17 +15,17 @@ class Screen:
     """
 
     def __init__(self, width: int, height: int):
-        self.width, self.height = width, height
-        self.rows = [""]
-        self._is_broken = [False]
-        """Whether a row goes on in the next one."""
+        self._width, self._height = width, height
+        self._rows = [""]
         self._row = self._column = 0
 
     @property
     def text(self) -> str:
-        """All lines that were ever on it, however they are broken now, without spaces at their ends."""
-        self._drop_empty_rows()
-        return "\n".join(line.rstrip() for line in self._lines())
+        """All rows that were ever on it, without spaces at their ends, to where the cursor is."""
+        rows = [row.rstrip() for row in self._rows]
+        while len(rows) > self._row + 1 and not rows[-1]:
+            rows.pop()
+        return "\n".join(rows)
 
     def feed(self, data: str) -> None:
         position = 0
@@ -38,42 +38,13 @@ class Screen:
                 self._put(data[position])
                 position += 1
 
-    def resize(self, width: int, height: int) -> None:
-        """As most terminals do: lines are broken anew. The cursor must be in the last row."""
-        self._drop_empty_rows()
-        assert self._row == len(self.rows) - 1
-        lines = self._lines()
-        self.width, self.height = width, height
-        self.rows, self._is_broken = [], []
-        for line in lines:
-            parts = [line[start : start + width] for start in range(0, len(line), width)] or [""]
-            self.rows += parts
-            self._is_broken += [True] * (len(parts) - 1) + [False]
-        self._row, self._column = len(self.rows) - 1, len(self.rows[-1])
-
-    def _drop_empty_rows(self) -> None:
-        """Those below the cursor."""
-        while self._row < len(self.rows) - 1 and not self.rows[-1]:
-            self.rows.pop()
-            self._is_broken.pop()
-
-    def _lines(self) -> list[str]:
-        lines: list[str] = [""]
-        for row, is_broken in zip(self.rows, self._is_broken, strict=True):
-            lines[-1] += row
-            if not is_broken:
-                lines.append("")
-        return lines[:-1]
-
     def _control(self, kind: str, arguments: str) -> None:
         if kind == "A":
-            top = max(0, len(self.rows) - self.height)
-            self._row = max(top, self._row - int(arguments or 1))
+            self._row = max(0, len(self._rows) - self._height, self._row - int(arguments))
         elif (kind, arguments) == ("K", "2"):
-            self.rows[self._row] = ""
-            self._is_broken[max(0, self._row - 1) : self._row + 1] = [False] * min(2, self._row + 1)
+            self._rows[self._row] = ""
         else:
-            assert kind == "m", f"unknown sequence {arguments}{kind}"
+            assert kind == "m" or arguments == "?25", f"unknown sequence {arguments}{kind}"
 
     def _put(self, char: str) -> None:
         if char == "\r":
@@ -82,15 +53,13 @@ class Screen:
             self._next_row()
         else:
             assert char.isprintable(), f"{char!r} was sent"
-            if self._column == self.width:
-                self._is_broken[self._row] = True
+            if self._column == self._width:
                 self._next_row()
-            row = self.rows[self._row].ljust(self._column)
-            self.rows[self._row] = row[: self._column] + char + row[self._column + 1 :]
+            row = self._rows[self._row].ljust(self._column)
+            self._rows[self._row] = row[: self._column] + char + row[self._column + 1 :]
             self._column += 1
 
     def _next_row(self) -> None:
         self._row, self._column = self._row + 1, 0
-        if self._row == len(self.rows):
-            self.rows.append("")
-            self._is_broken.append(False)
+        if self._row == len(self._rows):
+            self._rows.append("")

@@ -10,11 +10,14 @@ import httpx2
 import pytest
 from typer.testing import Result
 
-from specdec.cli.chat.remote import RemoteDialogue, RemoteLoader, Server, ServerError
+from specdec.cli.chat import remote
+from specdec.cli.chat.remote import RemoteDialogue, RemoteSpeaker, ServerError, connect
 from tests.test_cli import error_of, specdec_command
 
-for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
-    pytest.importorskip(extra, reason=f"{extra} is not installed: pip install -e .[serve]")
+for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai"):
+    pytest.importorskip(extra, reason=f"{extra} is not installed: pip install -e .[serve,remote]")
+
+from openai import OpenAI
 
 from tests.serving import NAME, Running, chat_prompt, plain_ids, running, served_model, text_of
 
@@ -109,39 +112,38 @@ def test_options_that_do_not_go_together(args: tuple[str, ...], message: str):
 
 def test_the_wrong_key(served: Running, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SPECDEC_API_KEY")
-    assert "asks for its API key" in error_of(chat(served, "hello"))
+    assert "the API key is wrong" in error_of(chat(served, "hello"))
     assert "the API key is wrong" in error_of(chat(served, "hello", options=("--api-key", "wrong")))
 
 
 # servers that misbehave
 
 
-def server(answer: Callable[[httpx2.Request], httpx2.Response]) -> Server:
-    return Server("http://server.example", transport=httpx2.MockTransport(answer))
-
-
-def dialogue_with(answer: Callable[[httpx2.Request], httpx2.Response]) -> RemoteDialogue:
-    return RemoteDialogue(server(answer), "model")
+def client(answer: Callable[[httpx2.Request], httpx2.Response]) -> OpenAI:
+    return connect("http://server.example").with_options(
+        http_client=httpx2.Client(transport=httpx2.MockTransport(answer))
+    )
 
 
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        (httpx2.Response(500), "the server answers with status 500"),
+        (httpx2.Response(500), "the server answers: Error code: 500"),
         (httpx2.Response(200, text="<html>"), "does not answer as OpenAI's API does"),
-        (httpx2.Response(200, json={"models": []}), "does not answer as OpenAI's API does"),
+        (httpx2.Response(200, json={"models": []}), "it has: none"),
         (httpx2.Response(200, json={"data": []}), "it has: none"),
         (httpx2.Response(400, json={"error": {"message": "no"}}), "no"),
     ],
 )
 def test_a_server_that_is_none(response: httpx2.Response, message: str):
     with pytest.raises(ServerError, match=message):
-        RemoteLoader(server(lambda request: response)).load(None)
+        RemoteSpeaker.of(client(lambda request: response), None)
 
 
 def events(*documents: Any) -> httpx2.Response:
     lines = [f"data: {json.dumps(document)}\n\n" for document in documents]
-    return httpx2.Response(200, text="".join([": a comment\n\n", *lines, "data: [DONE]\n\n"]))
+    text = "".join([": a comment\n\n", *lines, "data: [DONE]\n\n"])
+    return httpx2.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
 
 
 def delta(text: str) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def test_a_reply_that_breaks_off_is_not_kept():
             return events(delta("half"), {"error": {"message": "the generation failed", "code": None}})
         return events(delta("who"), delta("le"))
 
-    dialogue = dialogue_with(answer)
+    dialogue = RemoteDialogue(client(answer), "model")
     shown: list[str] = []
     options = {
         "max_new_tokens": 5,
@@ -176,7 +178,7 @@ def test_a_reply_that_breaks_off_is_not_kept():
 
 
 def test_a_reply_is_stopped_on_request():
-    dialogue = dialogue_with(lambda request: events(*(delta(str(number)) for number in range(9))))
+    dialogue = RemoteDialogue(client(lambda request: events(*map(delta, "012345678"))), "model")
     shown: list[str] = []
     reply = dialogue.say(
         "count",
@@ -187,3 +189,9 @@ def test_a_reply_is_stopped_on_request():
     )
     assert (reply.text, reply.stopped) == ("012", True)
     assert dialogue.messages[-1]["content"] == "012"
+
+
+def test_without_the_client(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--url needs the openai client: pip install 'specdec-runtime\[remote\]'"):
+        connect("http://server.example")

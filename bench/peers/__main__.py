@@ -29,16 +29,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from bench._script import log, parser_of, write_json
 from bench.peers.configurations import drafted_by, llama_configurations, prepared_copy, transformers_modes
-from bench.peers.contest import (
-    FLOAT,
-    INT8,
-    Configuration,
-    Task,
-    log,
-    measure,
-    warm_up,
-)
+from bench.peers.contest import FLOAT, INT8, Configuration, Task, measure, warm_up
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
@@ -58,7 +51,7 @@ SMALL_MODEL_PARAMETERS = 500_000_000
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--draft", help="a smaller model of the same tokenizer")
     parser.add_argument("--gguf", type=Path, help="what llama.cpp reads")
@@ -137,12 +130,10 @@ def run(arguments: argparse.Namespace) -> bool:
     rows = summarise(running, tasks)
     found = ratios(rows, is_small)
     document = heading | to_json(configurations, tasks, rows, found)
-    text = json.dumps(document, indent=2, allow_nan=False)
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.output, document)
     if arguments.json:
-        print(text)
+        print(json.dumps(document, indent=2, allow_nan=False))
     else:
         show(document, rows, found)
     wrong = [row for row in rows if row.category == ALL and row.side != LLAMA_CPP and is_wrong(row)]

@@ -10,11 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
-from bench.peers.contest import (
-    Configuration,
-    Sample,
-    Task,
-)
+from bench.peers.contest import Configuration, Sample, Task
 from specdec.bench.equality import Verdict, compare, compare_texts
 from specdec.bench.harness import Harness, Method, Settings
 from specdec.bench.peers import LLAMA_CPP, PeerSpec

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench._script import log
 from specdec.bench.equality import Verdict
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.running import Run
@@ -117,7 +117,3 @@ def measure(configurations: list[Configuration], tasks: list[Task], max_new_toke
 def timed(configuration: Configuration, task: Task, max_new_tokens: int) -> Sample:
     time.sleep(PAUSE_S)
     return configuration.decode(task, max_new_tokens)
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -19,14 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import specdec
-from bench.peers.contest import (
-    FLOAT,
-    INT8,
-    METRICS,
-    Configuration,
-    Sample,
-    Task,
-)
+from bench.peers.contest import FLOAT, INT8, METRICS, Configuration, Sample, Task
 from specdec import kernels
 from specdec.bench.equality import Verdict
 from specdec.bench.peers import LLAMA_CPP

@@ -8,7 +8,7 @@
     streamer.py      tokens become text, and which of them were drafted; reply.py: what a reply is
     speakers.py      the model that speaks, and what drafts for it
     commands.py      what can be typed after a slash
-    rendering.py     replies on the screen: markdown.py makes lines, live_lines.py keeps the last ones up to date
+    rendering.py     replies on the screen: markdown.py makes lines of them
     reading.py       lines from a terminal or a pipe; keyboard.py: the keys while a reply is written
 
 A conversation knows no terminal, rendering knows no model.

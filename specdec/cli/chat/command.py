@@ -24,7 +24,7 @@ from specdec.model_options import ModelOptions
 from specdec.specs import choose_drafter
 
 if TYPE_CHECKING:
-    from specdec.cli.chat.speakers import Loader, Speaker
+    from specdec.cli.chat.speakers import Speaker
 
 _OF_THE_SERVER = ("draft", "drafter", *MODEL_OPTIONS)
 
@@ -76,12 +76,11 @@ def chat(
     from specdec.cli.chat.session import ChatSession
 
     if url is None:
-        speaker, loader = _local(model, drafter, draft, loading)
+        speaker = _local(model, drafter, draft, loading)
     else:
-        speaker, loader = _remote(url, api_key, model if "model" in given else None)
+        speaker = _remote(url, api_key, model if "model" in given else None)
     session = ChatSession(
         speaker,
-        loader=loader,
         obey=obey,
         reader=make_reader(candidates),
         console=reply_console(),
@@ -94,20 +93,19 @@ def chat(
         raise typer.Exit(INTERRUPTED)
 
 
-def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> tuple[Speaker, Loader]:
+def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> Speaker:
     drafter_spec = choose_drafter(drafter, draft)
-    from specdec.cli.chat.speakers import SpeakerLoader
+    from specdec.cli.chat.speakers import LocalSpeaker
 
-    loader = SpeakerLoader(options)
-    return loader.load(model, drafter_spec, draft), loader
+    return LocalSpeaker.load(model, options, drafter_spec, draft)
 
 
-def _remote(url: str, api_key: str | None, model: str | None) -> tuple[Speaker, Loader]:
-    from specdec.cli.chat.remote import RemoteLoader, Server
+def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
+    from specdec.cli.chat.remote import RemoteSpeaker, connect
 
-    loader = RemoteLoader(Server(url, api_key))
+    client = connect(url, api_key)
     try:
-        return loader.load(model), loader
+        return RemoteSpeaker.of(client, model)
     except OSError as error:
         raise ValueError(f"{error}; is `specdec serve` running there?") from error
 

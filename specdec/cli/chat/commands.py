@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from specdec.cli.chat import settings
 from specdec.cli.chat.session import ChatSession
@@ -18,27 +19,27 @@ Alt-Enter, or a backslash at the end of a line, starts a new line.
 Tab completes commands; the arrow keys bring back what was typed before."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """A command and what may follow it.
 
     Args:
         argument: its name in the help; in brackets if it may be left out, "" if there is none.
-        run: does it, with the stripped argument.
+        run: does it, with the stripped argument or "".
         choices: what the argument may begin with.
     """
 
+    name: str
     argument: str
     meaning: str
     run: Callable[[ChatSession, str], None]
     choices: Callable[[], Iterable[str]] = tuple
 
-    def check(self, name: str, argument: str) -> None:
+    def check(self, argument: str) -> None:
         """Raise `ValueError` if the argument is missing or too much."""
         if argument and not self.argument:
-            raise ValueError(f"{name} takes nothing after it, got {argument!r}")
+            raise ValueError(f"{self.name} takes nothing after it, got {argument!r}")
         if not argument and self.argument and not self.argument.startswith("["):
-            raise ValueError(f"{name} needs its {self.argument}; /help lists the commands")
+            raise ValueError(f"{self.name} needs its {self.argument}; /help lists the commands")
 
 
 def obey(session: ChatSession, line: str) -> None:
@@ -47,14 +48,14 @@ def obey(session: ChatSession, line: str) -> None:
     Raises:
         ValueError: there is no such command, or its argument is wrong.
     """
-    name, argument = _split(line)
+    name, _, argument = re.sub(r"\s+", " ", line, count=1).partition(" ")
     if name not in COMMANDS:
         raise ValueError(
             f"unknown command {name}; /help lists the commands, and // begins a message that starts with a slash"
         )
     command = COMMANDS[name]
-    command.check(name, argument)
-    command.run(session, argument)
+    command.check(argument.strip())
+    command.run(session, argument.strip())
 
 
 def candidates(typed: str) -> list[tuple[str, str]]:
@@ -68,111 +69,50 @@ def candidates(typed: str) -> list[tuple[str, str]]:
 
 
 def help_text() -> str:
-    usages = {f"{name} {command.argument}": command.meaning for name, command in COMMANDS.items()}
-    return "\n".join([*(f"{usage:24} {meaning}" for usage, meaning in usages.items()), _KEYS])
-
-
-def _split(line: str) -> tuple[str, str]:
-    words = line.split(maxsplit=1)
-    return words[0], line[len(words[0]) :].strip()
-
-
-def _edit(session: ChatSession, argument: str) -> None:
-    session.edit(argument or None)
-
-
-def _system(session: ChatSession, argument: str) -> None:
-    session.set_system(argument or None)
-
-
-def _set(session: ChatSession, argument: str) -> None:
-    name, _, value = argument.partition(" ")
-    if not value:
-        session.show_settings(name or None)
-    else:
-        session.change_setting(name, value.strip())
-
-
-def _save(session: ChatSession, argument: str) -> None:
-    session.save(_path(argument) if argument else None)
-
-
-def _load(session: ChatSession, argument: str) -> None:
-    session.load(_path(argument))
-
-
-def _show(session: ChatSession, argument: str) -> None:
-    if argument not in ("", "on", "off"):
-        raise ValueError(f"/show takes on, off or nothing, got {argument!r}")
-    if argument:
-        session.set_tinted(argument == "on")
-    else:
-        session.show_last_reply()
-
-
-def _model(session: ChatSession, argument: str) -> None:
-    session.change_model(argument or None)
-
-
-def _draft(session: ChatSession, argument: str) -> None:
-    drafter, _, draft = argument.partition(" ")
-    session.change_drafter(drafter or None, draft.strip() or None)
-
-
-def _path(text: str) -> Path:
-    """A file, `.json` if it has no suffix."""
-    path = Path(text).expanduser()
-    return path if path.suffix else path.with_suffix(".json")
+    return "\n".join([*(f"{f'{name} {argument}':24} {meaning}" for name, argument, meaning, *_ in _ALL), _KEYS])
 
 
 def _conversations() -> Iterable[str]:
     return sorted(str(path) for path in Path().glob("*.json"))
 
 
-COMMANDS = {
-    "/help": Command(argument="", meaning="this text", run=lambda session, _: session.notify(help_text())),
-    "/exit": Command(argument="", meaning="leave, as Ctrl-D does", run=lambda session, _: session.leave()),
-    "/clear": Command(
-        argument="",
-        meaning="forget the conversation, keep the system prompt",
-        run=lambda session, _: session.clear(),
+_ALL = (
+    Command("/help", "", "this text", lambda session, _: session.notify(help_text())),
+    Command("/exit", "", "leave, as Ctrl-D does", lambda session, _: session.leave()),
+    Command("/clear", "", "forget the conversation, keep the system prompt", lambda session, _: session.clear()),
+    Command("/regen", "", "reply to the last message again", lambda session, _: session.regenerate()),
+    Command("/edit", "[TEXT]", "change the last message, and reply to that", ChatSession.edit),
+    Command("/system", "[TEXT]", "set the system prompt; without TEXT, remove it", ChatSession.set_system),
+    Command(
+        "/set",
+        "[NAME VALUE]",
+        "change how replies are decoded; alone, list the values",
+        ChatSession.set,
+        lambda: settings.NAMES,
     ),
-    "/regen": Command(
-        argument="", meaning="reply to the last message again", run=lambda session, _: session.regenerate()
+    Command("/save", "[FILE]", "write the conversation to a JSON file", ChatSession.save, _conversations),
+    Command("/load", "FILE", "go on with a saved conversation", ChatSession.load, _conversations),
+    Command("/stats", "", "what the last reply and all replies took", lambda session, _: session.show_stats()),
+    Command(
+        "/show",
+        "[on|off]",
+        "tint drafted tokens, of the last reply or (on) of all",
+        ChatSession.show,
+        lambda: ("on", "off"),
     ),
-    "/edit": Command(argument="[TEXT]", meaning="change the last message, and reply to that", run=_edit),
-    "/system": Command(argument="[TEXT]", meaning="set the system prompt; without TEXT, remove it", run=_system),
-    "/set": Command(
-        argument="[NAME VALUE]",
-        meaning="change how replies are decoded; alone, list the values",
-        run=_set,
-        choices=lambda: settings.NAMES,
+    Command(
+        "/model",
+        "[MODEL]",
+        "go on with another model; without one, name it",
+        ChatSession.change_model,
+        lambda: ("demo",),
     ),
-    "/save": Command(
-        argument="[FILE]", meaning="write the conversation to a JSON file", run=_save, choices=_conversations
+    Command(
+        "/draft",
+        "[DRAFTER [MODEL]]",
+        "draft with another drafter, some with a MODEL",
+        ChatSession.change_drafter,
+        lambda: DRAFTERS,
     ),
-    "/load": Command(argument="FILE", meaning="go on with a saved conversation", run=_load, choices=_conversations),
-    "/stats": Command(
-        argument="",
-        meaning="what the last reply and all replies took",
-        run=lambda session, _: session.show_stats(),
-    ),
-    "/show": Command(
-        argument="[on|off]",
-        meaning="tint drafted tokens, of the last reply or (on) of all",
-        run=_show,
-        choices=lambda: ("on", "off"),
-    ),
-    "/model": Command(
-        argument="[MODEL]",
-        meaning="go on with another model; without one, name it",
-        run=_model,
-        choices=lambda: ["demo"],
-    ),
-    "/draft": Command(
-        argument="[DRAFTER [MODEL]]",
-        meaning="draft with another drafter, some with a MODEL",
-        run=_draft,
-        choices=lambda: DRAFTERS,
-    ),
-}
+)
+COMMANDS = {command.name: command for command in _ALL}

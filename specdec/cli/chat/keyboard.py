@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -15,33 +14,22 @@ except ImportError:  # Windows, where a terminal that is not read does not show 
     termios = None  # type: ignore[assignment]
 
 
-class Interrupt:
-    """Ctrl-C during a reply: the first one asks to stop, any further one raises `KeyboardInterrupt`.
-
-    Args:
-        can_stop: whether there is something that would notice; if not, the first one raises too.
-    """
-
-    def __init__(self, can_stop: Callable[[], bool]):
-        self.asked = False
-        self._can_stop = can_stop
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked or not self._can_stop():
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 @contextlib.contextmanager
-def handling(interrupt: Interrupt) -> Iterator[None]:
-    """Let `interrupt` answer to Ctrl-C, unless this process was started to ignore it."""
+def stoppable(has_begun: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed; a second one, or one before there is anything, is a `KeyboardInterrupt`."""
+    is_stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_stopped
+        if is_stopped or not has_begun():
+            raise KeyboardInterrupt
+        is_stopped = True
+
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    if before is not signal.SIG_IGN:  # as a background process is started
+        signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        yield lambda: is_stopped
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -52,12 +40,10 @@ def unseen_keys() -> Iterator[None]:
     if termios is None or not sys.stdin.isatty():
         yield
         return
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    quiet = termios.tcgetattr(descriptor)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    before = termios.tcgetattr(sys.stdin)
+    local_modes = before[3]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:3], local_modes & ~termios.ECHO, *before[4:]])
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

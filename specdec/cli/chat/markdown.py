@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown
-from rich.segment import Segment
+from rich.markdown import CodeBlock, Markdown
 from rich.style import Style
 from rich.syntax import Syntax
 from rich.text import Text
-
-from specdec.cli.chat.live_lines import Line
 
 _CODE_THEME = "ansi_dark"
 """The terminal's own colours, on its own background."""
@@ -37,35 +34,17 @@ def num_finished(text: str) -> int:
     return _block_starts(sure)[-1]
 
 
-def render(text: str, console: Console, width: int) -> list[Line]:
-    """Lines of at most `width` cells; a blank one stands between two blocks, and none at the ends."""
+def render(text: str, console: Console) -> list[Text]:
+    """The lines of a text; a blank one stands between two blocks, and none at the ends."""
     starts = _block_starts(text)
-    lines: list[Line] = []
-    for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
-        block = _render_block(text[start:stop], console, width)
-        lines += [[], *block] if lines and block else block
+    lines: list[Text] = []
+    for start, stop in itertools.pairwise([*starts, len(text)]):
+        block = _render_block(text[start:stop], console)
+        lines += [Text(), *block] if lines and block else block
     return lines
 
 
-def _block_starts(text: str) -> list[int]:
-    """Where each of the top-level blocks starts; the first one at 0."""
-    tokens = [token for token in _PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
-    ends = list(itertools.accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
-    return [0, *(ends[token.map[0]] for token in tokens[1:] if token.map)]
-
-
-def _render_block(text: str, console: Console, width: int) -> list[Line]:
-    options = console.options.update(width=width, height=None)
-    lines = console.render_lines(_ChatMarkdown(text), options, pad=False)
-    lines = [_without_trailing_space(line) for line in lines]
-    while lines and not lines[-1]:
-        lines.pop()
-    while lines and not lines[0]:
-        lines.pop(0)
-    return lines
-
-
-def tint(lines: Sequence[Line], text: str, marks: Sequence[bool], style: Style) -> list[Line]:
+def tint(lines: Sequence[Text], text: str, marks: Sequence[bool], style: Style) -> None:
     """Restyle the characters of `lines` that come from marked characters of `text`.
 
     The lines show the characters of their source in its order, without mark-up and with ornaments. So each shown
@@ -75,76 +54,54 @@ def tint(lines: Sequence[Line], text: str, marks: Sequence[bool], style: Style) 
     Args:
         marks: for each character of `text`.
     """
-    places = _places(_characters(lines), text)
-    return [[part for segment in line for part in _tint_segment(segment, places, marks, style)] for line in lines]
-
-
-def _tint_segment(
-    segment: Segment, places: Iterator[int | None], marks: Sequence[bool], style: Style
-) -> Iterator[Segment]:
-    run, run_marked = "", False
-    for char in segment.text:
-        marked = run_marked  # a space is as its neighbour
-        if not char.isspace():
-            place = next(places)
-            marked = place is not None and marks[place]
-        if run and marked != run_marked:
-            yield _segment(run, segment.style, style if run_marked else None)
-            run = ""
-        run, run_marked = run + char, marked
-    if run:
-        yield _segment(run, segment.style, style if run_marked else None)
-
-
-def _segment(text: str, style: Style | None, over: Style | None) -> Segment:
-    return Segment(text, style if over is None else Style.combine([style or Style.null(), over]))
-
-
-def _characters(lines: Iterable[Line]) -> Iterator[str]:
-    return (char for line in lines for segment in line for char in segment.text if not char.isspace())
-
-
-def _places(shown: Iterable[str], text: str) -> Iterator[int | None]:
-    """For each shown character its place in the text, or None."""
     start = 0
-    for char in shown:
-        place = text.find(char, start, start + _LOOK_AHEAD)
-        if place >= 0:
-            start = place + 1
-        yield None if place < 0 else place
+    for line in lines:
+        is_marked: list[bool] = []
+        for char in line.plain:
+            if char.isspace():
+                is_marked.append(bool(is_marked) and is_marked[-1])
+                continue
+            place = text.find(char, start, start + _LOOK_AHEAD)
+            is_marked.append(place >= 0 and marks[place])
+            start = max(start, place + 1)
+        column = 0
+        for mark, run in itertools.groupby(is_marked):
+            first, column = column, column + len(list(run))
+            if mark:
+                line.stylize(style, first, column)
 
 
-def _without_trailing_space(line: Line) -> Line:
-    kept = list(line)
-    while kept and not kept[-1].text.strip():
-        kept.pop()
-    if kept:
-        last = kept[-1]
-        kept[-1] = Segment(last.text.rstrip(), last.style)
-    return kept
+def _block_starts(text: str) -> list[int]:
+    """Where each of the top-level blocks starts; the first one at 0."""
+    tokens = [token for token in _PARSER.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+    ends = list(itertools.accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
+    return [0, *(ends[token.map[0]] for token in tokens[1:] if token.map)]
+
+
+def _render_block(text: str, console: Console) -> list[Text]:
+    segments = console.render_lines(_ChatMarkdown(text), console.options.update(height=None), pad=False)
+    lines = [Text.assemble(*((part.text, part.style or "") for part in line), no_wrap=True) for line in segments]
+    for line in lines:
+        line.rstrip()
+    while lines and not lines[-1]:
+        lines.pop()
+    return list(itertools.dropwhile(lambda line: not line, lines))
 
 
 class _Code(CodeBlock):
     """Code between its fences, without an indent: it can be copied as it is shown."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        fence = "" if self.lexer_name == "text" else self.lexer_name
-        yield Text(f"```{fence}", style="dim")
-        yield Syntax(
-            str(self.text).rstrip(), self.lexer_name, theme=self.theme, word_wrap=True, background_color="default"
-        )
+        code = str(self.text).rstrip()
+        yield Text(f"```{'' if self.lexer_name == 'text' else self.lexer_name}", style="dim")
+        yield Syntax(code, self.lexer_name, theme=self.theme, word_wrap=True, background_color="default")
         yield Text("```", style="dim")
-
-
-class _Heading(Heading):
-    LEVEL_ALIGN: ClassVar = {}
-    """All headings to the left."""
 
 
 class _ChatMarkdown(Markdown):
     """Markdown as chat models write it: line breaks are kept, HTML and addresses are shown."""
 
-    elements: ClassVar = {**Markdown.elements, "fence": _Code, "code_block": _Code, "heading_open": _Heading}
+    elements: ClassVar = {**Markdown.elements, "fence": _Code, "code_block": _Code}
 
     def __init__(self, text: str):
         super().__init__("", code_theme=_CODE_THEME, hyperlinks=False)

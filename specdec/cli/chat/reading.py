@@ -52,40 +52,21 @@ def state_folder() -> Path:
 
 
 class LineReader:
-    """One message a line; a line that ends with a backslash goes on with the next one.
+    """Reads one message a line; a line that ends with a backslash goes on with the next one."""
 
-    Args:
-        file: where lines come from.
-        prompt: shown before each line to the person who types them; "" says that nobody does.
-    """
+    is_person = can_edit = False
 
-    can_edit = False
-
-    def __init__(self, file: TextIO, prompt: str = ""):
-        self.is_person = bool(prompt)
+    def __init__(self, file: TextIO):
         self._file = file
-        self._prompt = prompt
 
     def read(self, default: str = "") -> str | None:
-        parts: list[str] = []
-        while (line := self._read_line(_CONTINUATION if parts else self._prompt)) is not None:
-            if not line.endswith("\\"):
-                return "\n".join([*parts, line]).strip()
-            parts.append(line[:-1])
-        return "\n".join(parts).strip() if parts else None
-
-    def _read_line(self, prompt: str) -> str | None:
-        if not self.is_person:
-            line = self._file.readline()
-            return line.removesuffix("\n") if line else None
-        try:
-            return input(prompt)
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
-            raise
+        lines: list[str] = []
+        for line in self._file:
+            lines.append(line.removesuffix("\n"))
+            if not lines[-1].endswith("\\"):
+                break
+            lines[-1] = lines[-1][:-1]
+        return "\n".join(lines).strip() if lines else None
 
 
 class TerminalReader:
@@ -97,9 +78,9 @@ class TerminalReader:
     """
 
     is_person = True
-    can_edit = True
 
     def __init__(self, candidates: Callable[[str], Candidates], history_file: Path):
+        self.can_edit = not is_dumb_terminal()
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             history=_open_history(history_file),
@@ -108,7 +89,8 @@ class TerminalReader:
             key_bindings=_key_bindings(),
             completer=_CommandCompleter(candidates),
             complete_while_typing=Condition(self._is_command),
-            output=create_output(always_prefer_tty=True),
+            # of a terminal that can only write lines, prompt_toolkit takes care itself
+            output=create_output(always_prefer_tty=True) if self.can_edit else None,
         )
 
     def read(self, default: str = "") -> str | None:
@@ -125,8 +107,6 @@ def make_reader(candidates: Callable[[str], Candidates]) -> Reader:
     """A reader of stdin."""
     if not sys.stdin.isatty():
         return LineReader(sys.stdin)
-    if is_dumb_terminal():
-        return LineReader(sys.stdin, PROMPT)
     return TerminalReader(candidates, state_folder() / "chat_history")
 
 

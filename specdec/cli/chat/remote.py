@@ -1,20 +1,23 @@
-"""A model behind OpenAI's API, as `specdec serve` offers it."""
+"""A model behind OpenAI's API, as `specdec serve` offers it. The `openai` client speaks to it (the extra `remote`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
 import torch
 
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.prompting import Message
 from specdec.stats import DecodingStats
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 _CONNECT_SECONDS = 10.0
 _TOO_LONG = "context_length_exceeded"
@@ -32,71 +35,36 @@ class ServerError(ValueError):
         self.code = code
 
 
-class Server:
-    """A server, by the address of its API.
+def connect(url: str, api_key: str | None = None) -> OpenAI:
+    """A client of the API at an address, with or without the `/v1` at its end.
 
-    Args:
-        url: with or without the `/v1` at its end.
-        api_key: sent if it is given.
-        transport: for tests; None opens connections.
+    Raises:
+        ValueError: it is no address, or the `openai` client is not installed.
     """
+    address = url.rstrip("/").removesuffix("/v1")
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"--url takes an address that starts with http:// or https://, got {url!r}")
+    if find_spec("openai") is None:
+        raise ValueError("--url needs the openai client: pip install 'specdec-runtime[remote]'")
+    from openai import OpenAI, Timeout
 
-    def __init__(self, url: str, api_key: str | None = None, *, transport: httpx2.BaseTransport | None = None):
-        address = url.rstrip("/")
-        if not address.startswith(("http://", "https://")):
-            raise ValueError(f"--url takes an address that starts with http:// or https://, got {url!r}")
-        self.url = address if address.endswith("/v1") else f"{address}/v1"
-        # how long a reply may take is the server's decision
-        self._client = httpx2.Client(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=httpx2.Timeout(_CONNECT_SECONDS, read=None),
-            transport=transport,
-        )
-
-    def models(self) -> list[str]:
-        """Names of the models that are served. Raises `ServerError`, or `OSError` if the server is not there."""
-        try:
-            response = self._client.get(f"{self.url}/models", timeout=_CONNECT_SECONDS)
-            _check(response)
-            return [str(card["id"]) for card in response.json()["data"]]
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise ConnectionError(f"cannot reach {self.url}: {error}") from error
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ServerError(f"{self.url} does not answer as OpenAI's API does") from error
-
-    def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed reply; closing the iterator ends the reply at the server. Raises as `models`."""
-        try:
-            with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
-                if response.is_error:
-                    response.read()
-                    _check(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or data == "[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise _error_of(event)
-                    yield event
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise ConnectionError(f"the connection to {self.url} broke: {error}") from error
+    # how long a reply may take is the server's decision
+    timeout = Timeout(None, connect=_CONNECT_SECONDS)
+    return OpenAI(base_url=f"{address}/v1", api_key=api_key or "none", timeout=timeout, max_retries=0)
 
 
-def _check(response: httpx2.Response) -> None:
-    if response.is_error:
-        try:
-            document = response.json()
-        except json.JSONDecodeError:
-            document = {}
-        raise _error_of(document, f"the server answers with status {response.status_code}")
+@contextmanager
+def _in_its_words() -> Iterator[None]:
+    """Raise `ServerError` for what the server refuses, and `ConnectionError` if it is not there."""
+    import openai
 
-
-def _error_of(document: Any, otherwise: str = "the server says that something went wrong") -> ServerError:
-    error = document.get("error") if isinstance(document, dict) else None
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        return ServerError(otherwise)
-    return ServerError(error["message"], error.get("code"))
+    try:
+        yield
+    except openai.APIConnectionError as error:
+        raise ConnectionError(f"cannot reach {error.request.url}: {error.__cause__ or error}") from error
+    except openai.APIError as error:
+        told = error.body if isinstance(error.body, dict) else {}
+        raise ServerError(told.get("message") or f"the server answers: {error.message}", error.code) from error
 
 
 class RemoteDialogue(Dialogue):
@@ -105,9 +73,9 @@ class RemoteDialogue(Dialogue):
     A sampled reply gets its seed from torch's randomness, so that a seeded chat says the same again.
     """
 
-    def __init__(self, server: Server, model: str, **state: Any):
+    def __init__(self, client: OpenAI, model: str, **state: Any):
         super().__init__(**state)
-        self._server = server
+        self._client = client
         self._model = model
 
     def describe_states(self) -> str:
@@ -123,23 +91,30 @@ class RemoteDialogue(Dialogue):
         stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
         options = _options(max_new_tokens, generation_kwargs)
-        collected = _Collected(show)
+        answer = _Answer(show)
         kept = messages
         while True:
             try:
-                collected.read(self._chunks(kept, options), stop)
+                with _in_its_words():
+                    answer.read(self._stream(kept, options), stop)
                 break
             except ServerError as error:
                 if error.code != _TOO_LONG or len(kept) == 1:
                     raise
                 kept = kept[2:]
-        reply = collected.reply(num_forgotten=len(messages) - len(kept))
+        reply = answer.reply(num_forgotten=len(messages) - len(kept))
         self.messages = [*kept, {"role": "assistant", "content": reply.text}]
         return reply
 
-    def _chunks(self, messages: list[Message], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        asked = {"model": self._model, "messages": self._with_system(messages), "stream": True}
-        return self._server.chunks({**asked, "stream_options": {"include_usage": True}, **options})
+    def _stream(self, messages: list[Message], options: dict[str, Any]) -> Any:
+        sent: Any = self._with_system(messages)
+        return self._client.chat.completions.create(
+            model=self._model,
+            messages=sent,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=options,
+        )
 
 
 def _options(max_new_tokens: int, generation_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +125,7 @@ def _options(max_new_tokens: int, generation_kwargs: dict[str, Any]) -> dict[str
     return {"temperature": 0, **options}
 
 
-class _Collected:
+class _Answer:
     """A reply while it comes."""
 
     def __init__(self, show: Callable[[Sequence[Piece]], None]):
@@ -162,24 +137,23 @@ class _Collected:
         self._first_at: float | None = None
         self._is_stopped = False
 
-    def read(self, chunks: Iterator[dict[str, Any]], stop: Callable[[], bool]) -> None:
-        """Show what comes until the end, or until it is stopped.
+    def read(self, stream: Any, stop: Callable[[], bool]) -> None:
+        """Show what comes until the end, or until it is stopped, which ends it at the server too.
 
         Raises:
             KeyboardInterrupt: before the first token; later it stops the reply.
         """
-        try:
-            for chunk in chunks:
-                self._take(chunk)
-                if stop():
-                    self._is_stopped = True
-                    break
-        except KeyboardInterrupt:
-            if not self._pieces:
-                raise
-            self._is_stopped = True
-        finally:
-            chunks.close()  # type: ignore[attr-defined]
+        with stream:
+            try:
+                for chunk in stream:
+                    self._take(chunk.to_dict())
+                    if stop():
+                        self._is_stopped = True
+                        break
+            except KeyboardInterrupt:
+                if not self._pieces:
+                    raise
+                self._is_stopped = True
 
     def _take(self, chunk: dict[str, Any]) -> None:
         self._usage = chunk.get("usage") or self._usage
@@ -223,31 +197,33 @@ class _Collected:
 class RemoteSpeaker:
     """A model of a server."""
 
-    server: Server
+    client: OpenAI
     name: str
     drafter_name: str = "the server's"
     drafter: None = None
     tells_drafted: bool = False
 
-    def converse(self, **state: Any) -> RemoteDialogue:
-        return RemoteDialogue(self.server, self.name, **state)
-
-
-class RemoteLoader:
-    """Models of one server."""
-
-    def __init__(self, server: Server):
-        self._server = server
-
-    def load(self, model: str | None) -> RemoteSpeaker:
+    @classmethod
+    def of(cls, client: OpenAI, model: str | None) -> RemoteSpeaker:
         """A model by its name; None takes the first one. Raises `ServerError`, or `OSError` if no server is there."""
-        names = self._server.models()
+        with _in_its_words():
+            names = _served_names(client)
         if not names or model not in (None, *names):
-            raise ServerError(f"{self._server.url} has no model {model}; it has: {', '.join(names) or 'none'}")
-        return RemoteSpeaker(server=self._server, name=model or names[0])
+            raise ServerError(f"{client.base_url} has no model {model}; it has: {', '.join(names) or 'none'}")
+        return cls(client=client, name=model or names[0])
 
-    def load_instead(self, speaker: RemoteSpeaker, model: str) -> RemoteSpeaker:
-        return replace(speaker, name=self.load(model).name)
+    def converse(self, **state: Any) -> RemoteDialogue:
+        return RemoteDialogue(self.client, self.name, **state)
 
-    def with_drafter(self, speaker: RemoteSpeaker, name: str, draft: str | None = None) -> RemoteSpeaker:
+    def with_model(self, name: str) -> RemoteSpeaker:
+        return self.of(self.client, name)
+
+    def with_drafter(self, name: str, draft: str | None = None) -> RemoteSpeaker:
         raise ValueError("what drafts is decided where the server is started: `specdec serve --drafter`")
+
+
+def _served_names(client: OpenAI) -> list[str]:
+    try:
+        return [str(model.id) for model in client.models.list(timeout=_CONNECT_SECONDS)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ServerError(f"{client.base_url} does not answer as OpenAI's API does") from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from time import monotonic
-from typing import Protocol
+from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.style import Style
+from rich.text import Text
 from rich.theme import Theme
 
-from specdec.cli.chat.live_lines import Line, LiveLines
 from specdec.cli.chat.markdown import num_finished, render, tint
 from specdec.cli.chat.reply import Piece
 
@@ -30,14 +31,29 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-class ReplyView(Protocol):
-    """Shows one reply."""
+class ReplyView(ABC):
+    """Shows one reply, and ends it when it is left: the cursor goes to a new line, unless nothing came but an error."""
+
+    has_begun = False
+    """Whether anything has come."""
 
     def show(self, pieces: Sequence[Piece]) -> None:
         """Show what has come."""
+        self.has_begun = True
+        self._show(pieces)
 
-    def end(self) -> None:
-        """That was all, or all that will come; the cursor goes to a new line."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self.has_begun or error is None:
+            self._end()
+
+    @abstractmethod
+    def _show(self, pieces: Sequence[Piece]) -> None: ...
+
+    @abstractmethod
+    def _end(self) -> None: ...
 
 
 def shows_styles(console: Console) -> bool:
@@ -61,100 +77,77 @@ def tint_style(console: Console) -> Style:
     return Style(underline=True) if console.no_color else Style(color="green")
 
 
-class PlainView:
+class PlainView(ReplyView):
     """The text as it comes."""
 
     def __init__(self, console: Console):
         self._file = console.file
         self._is_terminal = console.is_terminal
 
-    def show(self, pieces: Sequence[Piece]) -> None:
+    def _show(self, pieces: Sequence[Piece]) -> None:
         text = "".join(piece.text for piece in pieces)
-        self._file.write(visible(text) if self._is_terminal else text)
+        self._write(visible(text) if self._is_terminal else text)
+
+    def _end(self) -> None:
+        self._write("\n")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
         self._file.flush()
 
-    def end(self) -> None:
-        self._file.write("\n")
-        self._file.flush()
 
+class MarkdownView(ReplyView):
+    """Markdown that grows: finished blocks are printed for good above the last one, which is drawn again and again.
 
-class MarkdownView:
-    """Markdown that grows: finished blocks are printed for good, only the lines of the last one change.
-
-    A block that outgrows the screen is printed for good from its top. Lines that have left the screen stay as they
-    were, also where they would look different by now (a wide cell late in a long table).
+    Of a last block that is taller than the screen, only its end is shown until it is finished.
     """
 
-    def __init__(self, console: Console, *, tinted: bool):
+    def __init__(self, console: Console, *, tinted: bool = False):
         self._console = console
         self._tint = tint_style(console) if tinted else None
-        self._live = LiveLines(console)
+        # redirected output would go to stdout
+        self._live = Live(self, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._text = ""
         """What is not finished, and for each of its characters whether it was drafted."""
         self._marks: list[bool] = []
-        self._printed = _Printed()
+        self._growing: list[Text] = []
+        """The lines of the last block."""
         self._is_first = True
         """Whether no block has been finished yet."""
         self._next_drawing = 0.0
 
-    def show(self, pieces: Sequence[Piece]) -> None:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        is_over = not self._live.is_started
+        yield Text("\n").join(self._growing if is_over else self._growing[-console.height :])
+
+    def _show(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             self._text += visible(piece.text)
             self._marks += [piece.accepted] * len(piece.text)
         if monotonic() >= self._next_drawing:
+            self._live.start()
             self._draw()
             self._next_drawing = monotonic() + _SECONDS_BETWEEN_DRAWINGS
 
-    def end(self) -> None:
-        self._draw(is_end=True)
+    def _end(self) -> None:
+        self._live.start()
+        self._draw()
+        self._live.stop()
 
-    def _draw(self, *, is_end: bool = False) -> None:
-        # the last column stays free: a full line may or may not move the cursor to the next one
-        width = max(1, self._console.width - 1)
+    def _draw(self) -> None:
         count = num_finished(self._text)
-        finished = self._lines(0, count, width, is_first=self._is_first)
-        growing = self._lines(count, len(self._text), width, is_first=self._is_first and not finished)
-        lines = [*finished, *growing]
-        lines = lines[self._printed.num_lines_of(lines) :]
-        num_growing = 0 if is_end else min(len(growing), max(1, self._console.height - 1))
-        num_final = max(0, len(lines) - num_growing)
-        self._live.update(lines, num_final)
-        self._printed.add(lines[:num_final])
-        if count:
-            self._text, self._marks = self._text[count:], self._marks[count:]
-            self._printed = _Printed()
+        finished = self._lines(count)
+        self._text, self._marks = self._text[count:], self._marks[count:]
         self._is_first = self._is_first and not finished
+        self._growing = self._lines(len(self._text))
+        if finished:
+            self._console.print(Text("\n").join(finished))
+        else:
+            self._live.refresh()
 
-    def _lines(self, start: int, stop: int, width: int, *, is_first: bool) -> list[Line]:
-        """The lines of a part of the text, with a blank one before it unless it is the first."""
-        lines = render(self._text[start:stop], self._console, width)
+    def _lines(self, count: int) -> list[Text]:
+        """The lines of so many characters, with a blank one before it unless it is the first."""
+        lines = render(self._text[:count], self._console)
         if self._tint is not None:
-            lines = tint(lines, self._text[start:stop], self._marks[start:stop], self._tint)
-        return lines if is_first or not lines else [[], *lines]
-
-
-class _Printed:
-    """The lines of what is not finished that have been printed for good."""
-
-    def __init__(self) -> None:
-        self._lines: list[Line] = []
-
-    def add(self, lines: Sequence[Line]) -> None:
-        self._lines += lines
-
-    def num_lines_of(self, lines: Sequence[Line]) -> int:
-        """How many of all lines have been printed.
-
-        If they look different by now (a resize, a mark that changes what is before it), those whose letters and digits
-        have all been printed: some may be shown twice, none is missed.
-        """
-        count = len(self._lines)
-        if lines[:count] != self._lines:
-            num_printed = _num_letters(self._lines)
-            count = sum(letters <= num_printed for letters in accumulate(_num_letters([line]) for line in lines))
-            self._lines = list(lines[:count])
-        return count
-
-
-def _num_letters(lines: Iterable[Line]) -> int:
-    return sum(char.isalnum() for line in lines for segment in line for char in segment.text)
+            tint(lines, self._text[:count], self._marks[:count], self._tint)
+        return lines if self._is_first or not lines else [Text(), *lines]

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from specdec.cli.chat import settings
-from specdec.cli.chat.keyboard import Interrupt, handling, unseen_keys
+from specdec.cli.chat.keyboard import stoppable, unseen_keys
 from specdec.cli.chat.reading import Reader
 from specdec.cli.chat.rendering import make_view, shows_styles, visible
-from specdec.cli.chat.reply import Piece, Reply
+from specdec.cli.chat.reply import Reply
 from specdec.cli.chat.settings import Settings
-from specdec.cli.chat.speakers import Loader, Speaker
+from specdec.cli.chat.speakers import Speaker
 from specdec.cli.chat.transcript import Transcript
 from specdec.cli.common import err_console
 from specdec.errors import SpecdecError
@@ -36,7 +36,7 @@ class ChatSession:
     """One run of the command. What it says itself goes to stderr, replies go to `console`.
 
     Args:
-        speaker: the model to begin with; `loader` loads others.
+        speaker: the model to begin with.
         obey: carries out a line that starts with a slash.
 
     Raises:
@@ -47,7 +47,6 @@ class ChatSession:
         self,
         speaker: Speaker,
         *,
-        loader: Loader,
         obey: Callable[[ChatSession, str], None],
         reader: Reader,
         console: Console,
@@ -55,7 +54,6 @@ class ChatSession:
         system: str | None = None,
     ) -> None:
         self._speaker = speaker
-        self._loader = loader
         self._obey = obey
         self._reader = reader
         self._console = console
@@ -109,37 +107,34 @@ class ChatSession:
         if has_replied and self._conversation.messages[-1] == before and not self._settings.sampling.sample:
             self.notify("the same, because decoding is greedy: /set sample on makes replies differ")
 
-    def edit(self, text: str | None) -> None:
-        """Reply to `text` in place of the last message; None asks the user for it."""
+    def edit(self, text: str) -> None:
+        """Reply to `text` in place of the last message; "" asks the user for it."""
         before = self._conversation.last_question
-        if text is None:
-            if not self._reader.can_edit:
-                raise ValueError("the message cannot be edited here: /edit TEXT puts another one in its place")
-            text = self._reader.read(default=before)
-        if text:
+        if not text and not self._reader.can_edit:
+            raise ValueError("the message cannot be edited here: /edit TEXT puts another one in its place")
+        if text := text or self._reader.read(default=before) or "":
             self._reply(self._conversation.say_instead, text)
 
-    def set_system(self, text: str | None) -> None:
-        self._conversation.system = text
+    def set_system(self, text: str) -> None:
+        self._conversation.system = text or None
         self.notify("system prompt set" if text else "system prompt removed")
 
-    def show_settings(self, name: str | None) -> None:
+    def set(self, text: str) -> None:
+        """Change a setting, given as "NAME VALUE"; without a value, show one, or all of them."""
+        name, _, value = text.partition(" ")
+        if value:
+            self._settings = self._settings.changed(name, value.strip())
+            if name == "seed":
+                self._settings.sampling.seed_torch()
         values = self._settings.values()
-        if name is not None and name not in values:
+        if name and name not in values:
             raise ValueError(f"there is no setting {name!r}; choose from: {', '.join(values)}")
-        asked = values if name is None else {name: values[name]}
-        self.notify("\n".join(f"{name:16}{settings.describe(value)}" for name, value in asked.items()))
+        shown = {name: values[name]} if name else values
+        self.notify("\n".join(f"{name:16}{settings.describe(value)}" for name, value in shown.items()))
 
-    def change_setting(self, name: str, value: str) -> None:
-        changed = self._settings.changed(name, value)
-        self._settings = changed
-        if name == "seed":
-            changed.sampling.seed_torch()
-        self.notify(f"{name} {settings.describe(changed.values()[name])}")
-
-    def save(self, path: Path | None) -> None:
-        """Write the conversation; None is the file that it was last saved to or loaded from."""
-        path = path or self._file
+    def save(self, file: str) -> None:
+        """Write the conversation; "" is the file that it was last saved to or loaded from."""
+        path = _path(file) if file else self._file
         if path is None:
             raise ValueError("there is no file yet: /save FILE")
         if path.exists() and path != self._file:
@@ -155,8 +150,9 @@ class ChatSession:
         self._file = path
         self.notify(f"saved {len(conversation.messages)} messages to {path}")
 
-    def load(self, path: Path) -> None:
+    def load(self, file: str) -> None:
         """Go on with a saved conversation, its system prompt and its settings; the model stays."""
+        path = _path(file)
         saved = Transcript.load(path)
         self._conversation.messages, self._conversation.system = saved.messages, saved.system
         self._settings, self._file = saved.settings, path
@@ -182,35 +178,39 @@ class ChatSession:
         }
         self.notify("\n".join(f"{name:14}{text}" for name, text in lines.items()))
 
-    def set_tinted(self, is_tinted: bool) -> None:
-        self._check_styles()
-        self._is_tinted = is_tinted
-        self.notify("drafted and accepted tokens are tinted" if is_tinted else "replies are not tinted")
-
-    def show_last_reply(self) -> None:
-        """Show the last reply again, tinted."""
-        self._check_styles()
+    def show(self, which: str) -> None:
+        """Tint drafted tokens from now on ("on") or no longer ("off"); "" shows the last reply again, tinted."""
+        if which not in ("", "on", "off"):
+            raise ValueError(f"/show takes on, off or nothing, got {which!r}")
+        if not self._speaker.tells_drafted:
+            raise ValueError("the server does not say which tokens were drafted, so they cannot be tinted")
+        if not shows_styles(self._console):
+            raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be tinted")
+        if which:
+            self._is_tinted = which == "on"
+            self.notify("drafted and accepted tokens are tinted" if self._is_tinted else "replies are not tinted")
+            return
         if self._last_reply is None:
             raise ValueError("there is no reply yet")
-        view = make_view(self._console, tinted=True)
-        view.show(self._last_reply.pieces)
-        view.end()
+        with make_view(self._console, tinted=True) as view:
+            view.show(self._last_reply.pieces)
         self.notify("tinted: drafted, and accepted by the model; the rest is the model's own")
 
-    def change_model(self, name: str | None) -> None:
-        """Go on with another model; None names the present one."""
-        if name is not None:
-            conversation = self._conversation
+    def change_model(self, name: str) -> None:
+        """Go on with another model; "" names the present one."""
+        if name:
+            said = self._conversation
             self.notify(f"loading {name}")
-            new = self._loader.load_instead(self._speaker, name)
-            self._conversation = new.converse(system=conversation.system, messages=conversation.messages)
+            new = self._speaker.with_model(name)
+            self._conversation = new.converse(system=said.system, messages=said.messages)
             self._speaker = new
         self.notify(f"model {self._speaker.name}, drafter {self._speaker.drafter_name}")
 
-    def change_drafter(self, name: str | None, draft: str | None) -> None:
-        """Draft with another drafter; None names the present one."""
-        if name is not None:
-            self._speaker = self._loader.with_drafter(self._speaker, name, draft)
+    def change_drafter(self, names: str) -> None:
+        """Draft with another drafter, given as "DRAFTER MODEL" or "DRAFTER"; "" names the present one."""
+        name, _, draft = names.partition(" ")
+        if name:
+            self._speaker = self._speaker.with_drafter(name, draft.strip() or None)
             self._conversation.drafter = self._speaker.drafter
         self.notify(f"drafter {self._speaker.drafter_name}")
 
@@ -223,25 +223,12 @@ class ChatSession:
     def _reply(self, say: Callable[..., Reply], message: str) -> bool:
         """Show a reply as it comes; whether there was one before Ctrl-C."""
         view = make_view(self._console, tinted=self._is_tinted)
-        has_begun = False
-
-        def show(pieces: list[Piece]) -> None:
-            nonlocal has_begun
-            has_begun = True
-            view.show(pieces)
-
-        interrupt = Interrupt(can_stop=lambda: has_begun)
         try:
-            with unseen_keys(), handling(interrupt):
-                reply = say(message, show=show, stop=lambda: interrupt.asked, **self._decoding)
+            with unseen_keys(), stoppable(lambda: view.has_begun) as is_stopped, view:
+                reply = say(message, show=view.show, stop=is_stopped, **self._decoding)
         except KeyboardInterrupt:
             self.notify("stopped before the first token: the message is taken back")
             return False
-        except _RECOVERABLE:
-            if has_begun:
-                view.end()
-            raise
-        view.end()
         self._note(reply)
         return True
 
@@ -275,8 +262,8 @@ class ChatSession:
                 f"{stats.num_accepted} of {stats.num_drafted} drafted accepted"
             )
 
-    def _check_styles(self) -> None:
-        if not self._speaker.tells_drafted:
-            raise ValueError("the server does not say which tokens were drafted, so they cannot be tinted")
-        if not shows_styles(self._console):
-            raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be tinted")
+
+def _path(text: str) -> Path:
+    """A file, `.json` if it has no suffix."""
+    path = Path(text).expanduser()
+    return path if path.suffix else path.with_suffix(".json")

@@ -35,18 +35,14 @@ class Speaker(Protocol):
     def converse(self, **state: Any) -> Dialogue:
         """Begin or go on with a dialogue; arguments as of `Dialogue`."""
 
-
-class Loader(Protocol):
-    """Where speakers come from."""
-
-    def load_instead(self, speaker: Any, model: str) -> Speaker:
-        """Another model in place of `speaker`, which stays as it is.
+    def with_model(self, name: str) -> Speaker:
+        """Another model in place of this one, which stays as it is.
 
         Raises:
             SpecdecError, ValueError, OSError: there is none of that name.
         """
 
-    def with_drafter(self, speaker: Any, name: str, draft: str | None = None) -> Speaker:
+    def with_drafter(self, name: str, draft: str | None = None) -> Speaker:
         """The same model with another drafter, given as after --drafter (and --draft).
 
         Raises:
@@ -59,13 +55,32 @@ class LocalSpeaker:
     """A loaded model and its drafter.
 
     Args:
+        options: how models are loaded.
         draft: the draft model that was loaded for it, also while another drafter is at work.
     """
 
     loaded: LoadedModel
+    options: ModelOptions
     drafter_spec: DrafterSpec
     drafter: Drafter | str
     draft: LoadedModel | None = None
+    tells_drafted: bool = True
+
+    @classmethod
+    def load(
+        cls, model: str, options: ModelOptions, drafter_spec: DrafterSpec, draft: str | None = None
+    ) -> LocalSpeaker:
+        """Load a model, and its draft model if one is named.
+
+        Raises:
+            ModelError, DraftError: as `load_pair`.
+        """
+        return cls._of(load_pair(model, draft, options, translates=drafter_spec.translates), options, drafter_spec)
+
+    @classmethod
+    def _of(cls, pair: LoadedPair, options: ModelOptions, spec: DrafterSpec) -> LocalSpeaker:
+        drafter = pair.build(spec)
+        return cls(loaded=pair.target, options=options, drafter_spec=spec, drafter=drafter, draft=pair.draft)
 
     @property
     def name(self) -> str:
@@ -75,50 +90,25 @@ class LocalSpeaker:
     def drafter_name(self) -> str:
         return self.drafter_spec.text
 
-    @property
-    def tells_drafted(self) -> bool:
-        return True
-
     def converse(self, **state: Any) -> Conversation:
         return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)
 
+    def with_model(self, name: str) -> LocalSpeaker:
+        kept = DrafterSpec.parse(AUTO) if self.drafter_spec.needs_draft else self.drafter_spec
+        return self.load(name, self.options, kept)
 
-@dataclass(frozen=True)
-class SpeakerLoader:
-    """Loads models as the options of the command say."""
-
-    options: ModelOptions
-
-    def load(self, model: str, drafter_spec: DrafterSpec, draft: str | None = None) -> LocalSpeaker:
-        """Load a model, and its draft model if one is named.
-
-        Raises:
-            ModelError, DraftError: as `load_pair`.
-        """
-        pair = load_pair(model, draft, self.options, translates=drafter_spec.translates)
-        return _speaker(pair, drafter_spec)
-
-    def load_instead(self, speaker: LocalSpeaker, model: str) -> LocalSpeaker:
-        kept = DrafterSpec.parse(AUTO) if speaker.drafter_spec.needs_draft else speaker.drafter_spec
-        return self.load(model, kept)
-
-    def with_drafter(self, speaker: LocalSpeaker, name: str, draft: str | None = None) -> LocalSpeaker:
+    def with_drafter(self, name: str, draft: str | None = None) -> LocalSpeaker:
         spec = DrafterSpec.parse(name)
-        small = _usable(speaker, spec) if draft is None else None
+        small = self._usable_draft(spec) if draft is None else None
         if small is None:
             check_draft([spec], draft)
         if draft is not None:
-            small = load_draft(draft, speaker.loaded, self.options, translates=spec.translates)
-        return _speaker(LoadedPair(speaker.loaded, small), spec)
+            small = load_draft(draft, self.loaded, self.options, translates=spec.translates)
+        return self._of(LoadedPair(self.loaded, small), self.options, spec)
 
-
-def _usable(speaker: LocalSpeaker, spec: DrafterSpec) -> LoadedModel | None:
-    """The draft model that is there already, unless the drafter would use it and cannot."""
-    small = speaker.draft
-    if small is None or spec.translates or not spec.may_use_draft:
-        return small
-    return small if have_same_ids(speaker.loaded.tokenizer, small.tokenizer) else None
-
-
-def _speaker(pair: LoadedPair, spec: DrafterSpec) -> LocalSpeaker:
-    return LocalSpeaker(loaded=pair.target, drafter_spec=spec, drafter=pair.build(spec), draft=pair.draft)
+    def _usable_draft(self, spec: DrafterSpec) -> LoadedModel | None:
+        """The draft model that is there already, unless the drafter would use it and cannot."""
+        small = self.draft
+        if small is None or spec.translates or not spec.may_use_draft:
+            return small
+        return small if have_same_ids(self.loaded.tokenizer, small.tokenizer) else None

@@ -1,6 +1,6 @@
 """DEL beside fixed exits, on a model that was trained to exit early.
 
-    python -m bench.del [--model-dir FOLDER] [--steps 500] [--name small] [--trace FILE.jsonl]
+    python -m bench.del_baseline [--model-dir FOLDER] [--steps 500] [--name small] [--trace FILE.jsonl]
 
 A small llama (16 layers) is trained from scratch on six kinds of texts, once (`bench/del_model.py`); one core takes
 about a quarter of an hour. All that is compared decodes greedily on prompts that were not trained on:
@@ -314,7 +314,7 @@ def main() -> None:
     )
     tasks = summarise(bench, report, results)
     document = {
-        "command": f"python -m bench.del {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m bench.del_baseline {' '.join(sys.argv[1:])}".strip(),
         "torch": torch.__version__,
         "common": str(common),
         "oracles": {task: str(setting) for task, setting in oracles.items()},

@@ -1,0 +1,50 @@
+"""What the scripts share: arguments, progress, tables and reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+WEIGHTS = ("stock", "float", "int8")
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command(name: str) -> str:
+    """How a script was called; of an absolute path only its last part: where it lies is nobody's business."""
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return shlex.join(["python", "-m", f"bench.{name}", *words])
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def pipe_table(headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+def write_json(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_report(output: Path, document: Any, *parts: str) -> None:
+    """OUTPUT.json, and OUTPUT.md of parts with a blank line between them."""
+    write_json(Path(f"{output}.json"), document)
+    Path(f"{output}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def percentiles(values: Sequence[float], shares: Sequence[int] = (50, 99, 100)) -> dict[str, float]:
+    return {f"p{share}": float(np.percentile(values, share)) for share in shares} if values else {}
