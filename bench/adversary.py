@@ -32,10 +32,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from bench._script import RESULTS, command, parser_of, write_json
-from specdec.bench.suite import load_suite
 from specdec.drafters import Auto, Drafter, DraftSession, Plain, Run, SmallModel
 from specdec.models import load
-from specdec.prompting import encode_prompts
+from specdec.suites import load_suite
+from specdec.text.prompting import encode_prompts
 from trees import Draft, TokenTree, TreeBatch
 
 LENGTH = 12

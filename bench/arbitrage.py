@@ -36,9 +36,9 @@ import specdec
 from bench._script import command, log, parser_of, pipe_table
 from routers import Router
 from specdec.drafters import Auto, SmallModel
-from specdec.loading import load_pair
 from specdec.model_options import ModelOptions
-from specdec.routing.collect import Problem, encode_problems, final_answer, read_problems
+from specdec.models.pair import load_pair
+from specdec.training.routers.collect import Problem, encode_problems, final_answer, read_problems
 
 BASELINE = "speculative"
 METHODS = (BASELINE, "draft", "random@0.3", "likelihood@0.3", "grade@0.3", "arbitrage@0.3")

@@ -26,11 +26,11 @@ import torch
 
 import specdec
 from bench._script import RESULTS, WEIGHTS, command, log, parser_of, write_report
-from specdec.bench.equality import Verdict, compare
-from specdec.bench.suite import Prompt
 from specdec.models import load
-from specdec.prompting import encode_prompts
 from specdec.specs import DrafterSpec
+from specdec.suites import Prompt
+from specdec.testing.equality import Verdict, compare
+from specdec.text.prompting import encode_prompts
 
 PLAIN, AUTO = "plain", "auto"
 GRID = ["prompt-lookup:num_tokens=3:min_match=1", "prompt-lookup:num_tokens=10"]

@@ -41,9 +41,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import specdec
 from bench import del_model
 from specdec import kernels
-from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Drafter, EarlyExit, Plain
-from specdec.target import TreeModel
+from specdec.testing.equality import Verdict, compare
+from specdec.tree_model.model import TreeModel
 
 RESULTS = Path(__file__).parent / "results"
 EXITS = (1, 2, 3, 4, 5, 6, 8, 10, 12)

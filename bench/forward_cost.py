@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bench._script import WEIGHTS, parser_of
 from specdec import kernels
-from specdec.cache import TreeCache
 from specdec.hf import CACHE
+from specdec.tree_model.cache import TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16)
 

@@ -30,11 +30,11 @@ import specdec
 from bench._script import command, log, parser_of, pipe_table
 from bench.trees import Question, load_questions, write
 from specdec import kernels
-from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Drafter, Plain, SmallModel
 from specdec.models import load
-from specdec.prompting import encode_prompts
 from specdec.specs import PLAIN
+from specdec.testing.equality import Verdict, compare
+from specdec.text.prompting import encode_prompts
 from trees import DySpec, GrowthPolicy
 
 OPTIONS = {"do_sample": False, "repetition_penalty": 1.0}

@@ -40,13 +40,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 
 import specdec
 from bench._script import parser_of
-from specdec import masks
 from specdec.acceptance import to_host
-from specdec.cache import TreeCache
+from specdec.decoding.sampling import Sampler
 from specdec.drafters import Plain, PromptLookup, SmallModel
-from specdec.kernels.draws import open_urn
-from specdec.kernels.growth import STAND_INS
-from specdec.sampling import Sampler
+from specdec.kernels.trees.growth import STAND_INS
+from specdec.kernels.trees.urn import open_urn
+from specdec.tree_model import masks
+from specdec.tree_model.cache import TreeCache
 from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowingTrees, GrowthPolicy, Round, Sequoia
 
 VOCAB_SIZE = 8192

@@ -9,7 +9,8 @@ alone, greedily, without speculation, computed beforehand in this process. An an
     lost        no answer came, or an error
     mixed up    it is the answer to another question
     truncated   it is the beginning of the right one
-    different   anything else, unless the first difference is a numerical tie (`specdec.bench.equality`), which is told
+    different   anything else, unless the first difference is a numerical tie (`specdec.testing.equality`), which is
+    told
 
 Exit code 1 if there are any. Questions differ in a name, so that answers do too; how many do is told.
 """
@@ -34,12 +35,12 @@ from bench._script import WEIGHTS, command, log, parser_of, percentiles, pipe_ta
 from bench.served import server
 from bench.soak import BAD, QUESTIONS, Answer, clients_of, gauges, honest, told
 from specdec import kernels
-from specdec.bench.equality import Verdict, compare
 from specdec.drafters import Plain
-from specdec.loading import load_target
 from specdec.model_options import ModelOptions
 from specdec.models import LoadedModel
-from specdec.prompting import encode_chats, user_turn
+from specdec.models.pair import load_target
+from specdec.testing.equality import Verdict, compare
+from specdec.text.prompting import encode_chats, user_turn
 
 GREEDY = {"do_sample": False}
 SHARES = (50, 90, 99)

@@ -32,12 +32,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import specdec
 from bench._script import RESULTS, command, log, parser_of, pipe_table, write_report
-from specdec.bench.equality import Verdict, compare
-from specdec.bench.suite import Suite, load_suite
 from specdec.drafters import Auto, Drafter, Plain
 from specdec.engine import Engine, Request
 from specdec.models import load
-from specdec.prompting import encode_prompts
+from specdec.suites import Suite, load_suite
+from specdec.testing.equality import Verdict, compare
+from specdec.text.prompting import encode_prompts
 
 AUTO, PLAIN = "engine-auto", "engine-plain"
 PEERS = ("transformers-float32", "transformers-bfloat16", "transformers-int8", "continuous-float32")

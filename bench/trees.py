@@ -55,16 +55,16 @@ from bench.trees_report import (
 )
 from specdec import kernels
 from specdec.bench import harness
-from specdec.bench.equality import Verdict, compare
 from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
-from specdec.bench.suite import Prompt
 from specdec.drafters import Plain, SmallModel
 from specdec.hf import CACHE
-from specdec.loading import load_pair
 from specdec.model_options import ModelOptions
-from specdec.prompting import encode_prompts
+from specdec.models.pair import load_pair
 from specdec.specs import PLAIN
+from specdec.suites import Prompt
+from specdec.testing.equality import Verdict, compare
+from specdec.text.prompting import encode_prompts
 from trees import Calibration, Chain, DySpec, DySpecThreshold, GrowthPolicy, Sequoia
 
 LAST_MT_BENCH_ID = 160

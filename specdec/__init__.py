@@ -22,10 +22,10 @@ from specdec.errors import (
 
 if TYPE_CHECKING:
     from specdec import drafters
+    from specdec.decoding.stats import DecodingStats, SpeculativeOutput
     from specdec.generation import disable, enable, generate
     from specdec.kernels import prepare, unprepare
-    from specdec.routing.endpoint import Endpoint
-    from specdec.stats import DecodingStats, SpeculativeOutput
+    from specdec.routing.remote.endpoint import Endpoint
 
 __version__ = "0.1.0"
 
@@ -53,9 +53,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "DecodingStats": "specdec.stats",
-    "Endpoint": "specdec.routing.endpoint",
-    "SpeculativeOutput": "specdec.stats",
+    "DecodingStats": "specdec.decoding.stats",
+    "Endpoint": "specdec.routing.remote.endpoint",
+    "SpeculativeOutput": "specdec.decoding.stats",
     "disable": "specdec.generation",
     "enable": "specdec.generation",
     "generate": "specdec.generation",

@@ -26,21 +26,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from routers import Router
 from specdec import options
-from specdec.compatibility import check_model, check_positions, position_limit
-from specdec.devices import num_processes
+from specdec.decoding.loop import DecodingLoop
+from specdec.decoding.recording import Recorder, pad_token_id
+from specdec.decoding.sampling import Sampler
+from specdec.decoding.sequences import Sequences
+from specdec.decoding.stats import SpeculativeOutput
+from specdec.decoding.stopping import StopChecker
+from specdec.decoding.tensor_parallel import LedSampler, LedStopChecker, Processes, start_session
+from specdec.devices import home_device, num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE
-from specdec.loop import DecodingLoop
-from specdec.processes import LedSampler, LedStopChecker, Processes, start_session
-from specdec.recording import Recorder, pad_token_id
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
-from specdec.sampling import Sampler
-from specdec.sequences import Sequences
-from specdec.stats import SpeculativeOutput
-from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
-from specdec.target import TreeModel, home_device
+from specdec.tree_model.compatibility import check_model, check_positions, position_limit
+from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
 _MAX_RESERVED = 1024

@@ -24,11 +24,11 @@ from transformers.generation import GenerationMode
 from transformers.generation import logits_process as lp
 
 from routers import Router
+from specdec.decoding.stopping import StopChecker
+from specdec.devices import home_device
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE, with_cache_named
-from specdec.positions import text_positions
-from specdec.stopping import StopChecker
-from specdec.target import home_device
+from specdec.tree_model.positions import text_positions
 from trees import GrowthPolicy
 
 _REFUSED_ARGUMENTS = {

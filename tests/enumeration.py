@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import trees.layered
-import trees.urn
+import trees.token_source
 from trees import ROOT, Draft, Grower, GrowthPolicy, Round, TokenTree
 
 VOCAB_SIZE = 3
@@ -143,7 +143,7 @@ def every_draft(
     """All drafts that the policy can draw, with their probabilities."""
     script, drafts = Script(), []
     monkeypatch.setattr(trees.layered, "batch_size", lambda batch, num_slots: batch_size)
-    monkeypatch.setattr(trees.urn, "draw_index", script.draw_index)
+    monkeypatch.setattr(trees.token_source, "draw_index", script.draw_index)
     while script.advance():
         draft = grow(policy, models, [MAX_DEPTH] * len(models))
         drafts.append((script.prob, draft))

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec import SpeculativeOutput
+from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter
-from specdec.sequences import Sequences
 from specdec.testing import BYTE_VOCAB_SIZE
 from trees import ROOT, TokenTree
 

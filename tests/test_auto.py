@@ -22,11 +22,10 @@ from specdec.drafters import (
     QuantizedSelf,
     Run,
     SmallModel,
-    auto,
-    auto_knowledge,
-    auto_sources,
 )
-from specdec.drafters.auto_knowledge import Trust
+from specdec.drafters.auto import drafter as auto
+from specdec.drafters.auto import knowledge, sources
+from specdec.drafters.auto.knowledge import Trust
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -43,16 +42,16 @@ SOURCES = {
 
 
 def set_costs(monkeypatch: pytest.MonkeyPatch, costs_of: Callable[[object], ForwardCosts]) -> None:
-    for module in (auto, auto_sources):
+    for module in (auto, sources):
         monkeypatch.setattr(module, "costs_of", lambda model, num_rows=1: costs_of(model))
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What other tests have shown of a drafter is no part of this one."""
-    auto_knowledge.known.clear()
+    knowledge.known.clear()
     yield
-    auto_knowledge.known.clear()
+    knowledge.known.clear()
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from specdec.control import ForwardCosts, costs_of
-from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Run, SmallModel, auto, auto_knowledge, auto_sources
-from specdec.drafters.dropped import is_dropped
+from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Run, SmallModel
+from specdec.drafters.auto import drafter as auto
+from specdec.drafters.auto import knowledge, sources
+from specdec.drafters.auto.dropped import is_dropped
 from specdec.engine import Engine, Request
 from specdec.errors import DraftError
 from specdec.testing import random_prompts, tiny_model
@@ -65,9 +67,9 @@ class Breaks(SmallModel):
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    auto_knowledge.known.clear()
+    knowledge.known.clear()
     yield
-    auto_knowledge.known.clear()
+    knowledge.known.clear()
 
 
 class FixedCosts(ForwardCosts):
@@ -83,7 +85,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def cheap(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
         return costs.setdefault(model, FixedCosts({1: 1e-6 if costs else 1.0}))
 
-    for module in (auto, auto_sources):
+    for module in (auto, sources):
         monkeypatch.setattr(module, "costs_of", cheap)
 
 
@@ -259,7 +261,7 @@ def test_threads_share_what_auto_learns() -> None:
     run_threads([lambda start=start: work(start) for start in range(4)])
     assert not wrong
     assert costs_of(model) is costs_of(model)
-    for known in auto_knowledge.known[model].values():
+    for known in knowledge.known[model].values():
         memory = known.acceptance
         assert all(0 <= taken <= seen for taken, seen in zip(memory.accepted, memory.seen, strict=True))
         assert known.yields.num_runs <= 24

@@ -22,8 +22,8 @@ from specdec.batch.lines import Job, Line, parse, read_lines
 from specdec.batch.worker import Answer, Pending
 from specdec.cli.app import app
 from specdec.errors import BatchError, WorkerError
-from specdec.prompting import encode_chats, user_turn
 from specdec.testing import ByteTokenizer, tiny_model
+from specdec.text.prompting import encode_chats, user_turn
 from tests import batch_process
 from tests.batch_process import SETTINGS, make_worker
 

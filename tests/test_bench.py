@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import specdec
 import trees
 from specdec import drafters
-from specdec.bench.equality import TIE_BOUND, Comparison, Verdict, compare, compare_texts
 from specdec.bench.harness import BatchResult, Harness, Method, Settings
 from specdec.bench.intervals import Timing, speedup_interval
 from specdec.bench.methods import choose_methods
 from specdec.bench.ranks import measure_ranks
 from specdec.bench.report import mismatches, summarise, token_costs_ms
 from specdec.bench.running import Run, without_padding
-from specdec.bench.suite import Prompt, load_suite, of_lengths
 from specdec.errors import SpecdecError
 from specdec.specs import AUTO, TRANSFORMERS, DrafterSpec, TreeSpec, choose_drafter
+from specdec.suites import Prompt, load_suite, of_lengths
+from specdec.testing.equality import TIE_BOUND, Comparison, Verdict, compare, compare_texts
 from tests.references import with_noise
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specdec import drafters
 from specdec.bench.explain import NOBODY, explain, to_table
 from specdec.bench.harness import Harness, Method, Settings
-from specdec.bench.suite import Prompt
+from specdec.suites import Prompt
 from tests.references import with_noise
 
 PROMPTS = [Prompt(text="to be or not to be or not to", category="repeat"), Prompt(text="1 + 1 =", category="math")]

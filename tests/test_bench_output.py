@@ -17,8 +17,8 @@ from specdec.bench.building import Models, build_peers
 from specdec.bench.document import Document, make_document, schema, to_csv, to_json, to_jsonl
 from specdec.bench.harness import BatchResult, Harness, Method, Settings
 from specdec.bench.peers import choose_peers
-from specdec.bench.suite import Prompt
 from specdec.bench.tables import draft_grid, speed_grid, to_markdown, to_text
+from specdec.suites import Prompt
 from tests.references import with_noise
 
 PROMPTS = [

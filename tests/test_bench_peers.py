@@ -11,9 +11,9 @@ from specdec.bench.harness import BatchResult, Harness, Method, Settings, encode
 from specdec.bench.peers import PeerSpec, choose_peers, llama_cpp
 from specdec.bench.report import mismatches, summarise
 from specdec.bench.running import Peer, Run
-from specdec.bench.suite import Prompt, load_suite
 from specdec.drafters import Plain
 from specdec.models import pull_demo
+from specdec.suites import Prompt, load_suite
 from tests.references import with_noise
 
 PROMPTS = [Prompt(text=text, category="few") for text in ("to be or not to be or not to", "one two one two")]

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec import UnsupportedModelError, UnsupportedOptionError
-from specdec.cache import LayerKind, TreeCache, layer_kinds, refill
 from specdec.hf import CACHE
-from specdec.target import TreeModel
 from specdec.testing import random_prompts, tiny_model
+from specdec.tree_model.cache import LayerKind, TreeCache, layer_kinds, refill
+from specdec.tree_model.model import TreeModel
 from tests.strategies import token_trees
 from trees import TokenTree, TreeBatch
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from specdec.control.capacity import Capacity, RowTimer, best_rows, measure_rows, slot_bytes, weight_bytes
-from specdec.target import TreeModel
 from specdec.testing import FAMILIES, tiny_model
+from specdec.tree_model.model import TreeModel
 
 
 @pytest.mark.parametrize("family", FAMILIES)

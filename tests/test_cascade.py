@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from specdec import DraftError, UnsupportedOptionError, acceptance
 from specdec.acceptance import coins as coins_module
+from specdec.decoding.drafter import DraftSession, Run
 from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
-from specdec.drafters.base import DraftSession, Run
-from specdec.drafters.nested import NestedSession
+from specdec.drafters.composite.nested import NestedSession
 from specdec.testing import assert_same_tokens, tiny_model
 from tests.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, every_draft
 from tests.references import rows_of, speculate, with_noise

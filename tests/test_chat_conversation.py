@@ -16,7 +16,7 @@ from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.drafters import EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
-from specdec.text import Detokenizer
+from specdec.text.detokenize import Detokenizer
 
 NUM_NEW = 12
 LONGEST_ROUND = 12

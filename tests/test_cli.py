@@ -311,7 +311,7 @@ def test_bench_samples(tiny: str, few: str) -> None:
 
 
 def test_bench_exits_with_1_if_an_output_differs(tiny: str, few: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from specdec.bench import equality
+    from specdec.testing import equality
 
     monkeypatch.setitem(equality.TIE_BOUND, AutoModelForCausalLM.from_pretrained(tiny).dtype, 0.0)
     generate = specdec.generate

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from specdec.cache import layer_kinds
-from specdec.compatibility import check_layers, check_model
 from specdec.errors import SpecdecError
 from specdec.kernels import quantized_copy
 from specdec.testing import FAMILIES, tiny_model
+from specdec.tree_model.cache import layer_kinds
+from specdec.tree_model.compatibility import check_layers, check_model
 from tests.test_families import REFUSED, UNLISTED
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "compatibility.md"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.drafters.continuations import Source, likeliest_paths, predict
-from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.lookup.continuations import Source, likeliest_paths, predict
+from specdec.drafters.lookup.suffix_automaton import SuffixAutomaton
 from trees import TokenTree
 
 VOCAB_SIZE = 3

@@ -20,8 +20,8 @@ from specdec.control import (
     first_beliefs,
 )
 from specdec.control import costs as costs_module
-from specdec.control.acceptance import monotone
 from specdec.control.costs import costs_of, measure_forwards
+from specdec.control.estimates import monotone
 from specdec.control.rounds import UNKNOWN_SOURCE, Guard, Pace, Probes
 from specdec.testing import tiny_model
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specdec import SpecdecError
-from specdec.bench.suite import load_suite
-from specdec.exits.collect import _texts
 from specdec.exits.module import load_exits, save_exits
 from specdec.models import load
+from specdec.suites import load_suite
 from specdec.testing import ByteTokenizer, tiny_model
+from specdec.training.exits.collect import _texts
 from tests.test_early_exit import random_exit
 from tests.test_models import write_tiny_gguf
 

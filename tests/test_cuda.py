@@ -17,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 import routers
 import specdec
 from specdec import UnsupportedModelError
-from specdec.bench.equality import TIE_BOUND
 from specdec.control.costs import measure_forwards
 from specdec.drafters import (
     Auto,
@@ -30,12 +29,13 @@ from specdec.drafters import (
     QuantizedSelf,
     SmallModel,
 )
-from specdec.exits.collect import self_generation
 from specdec.exits.module import Exit, load_exits, save_exits
-from specdec.exits.run import ExitTraining, Source
-from specdec.exits.training import Recipe
 from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.testing.equality import TIE_BOUND
+from specdec.training.exits.collect import self_generation
+from specdec.training.exits.run import ExitTraining, Source
+from specdec.training.exits.training import Recipe
 from tests.goodness import assert_drawn_from
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia

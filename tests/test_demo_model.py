@@ -5,11 +5,11 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from specdec import ModelError
-from specdec.bench.suite import Prompt, load_suite
 from specdec.drafters import Plain, PromptLookup, QuantizedSelf
 from specdec.models import LoadedModel, load
-from specdec.prompting import encode_prompts
+from specdec.suites import Prompt, load_suite
 from specdec.testing import assert_same_tokens
+from specdec.text.prompting import encode_prompts
 from tests.references import plain_alone, rows_of, speculate
 from trees import DySpec, DySpecThreshold, Fixed, Sequoia
 

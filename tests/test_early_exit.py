@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec import DraftError, UnsupportedModelError
-from specdec.compatibility import check_layers
 from specdec.drafters import Drafter, EarlyExit, Run
-from specdec.drafters.exit_choice import TokensPerSecond
-from specdec.drafters.exit_heads import TrainedHead
-from specdec.drafters.exit_rule import ExitChoice
+from specdec.drafters.early_exit.choice import TokensPerSecond
+from specdec.drafters.early_exit.heads import TrainedHead
+from specdec.drafters.early_exit.rule import ExitChoice
 from specdec.exits.module import Exit
-from specdec.layers import LayerViews
-from specdec.target import TreeModel
 from specdec.testing import FAMILIES, assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.compatibility import check_layers
+from specdec.tree_model.layer_views import LayerViews
+from specdec.tree_model.model import TreeModel
 from tests.references import plain_alone, rows_of, speculate
 from trees import ROOT, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch, WorthwhileComb
 
@@ -115,7 +115,7 @@ def always_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
         return ExitChoice(2, policy) if max(max_depths) else None
 
     monkeypatch.setattr(TokensPerSecond, "choose", choose_exit_2)
-    monkeypatch.setattr("trees.worthwhile.MAX_LEAVES", 20)
+    monkeypatch.setattr("trees.gain_limited.MAX_LEAVES", 20)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -210,7 +210,7 @@ def test_a_trained_exit_sees_what_a_forward_from_scratch_would_show_it(
     """In every round that drafts, also after rounds that did not, the scores after the root are the oracle's."""
     model, scored = early_model(family), []
     module, num_positions = random_exit(model, layer), 8 if mode == "fixed" else 6
-    monkeypatch.setattr("specdec.drafters.exit_heads.PROMPT_POSITIONS", num_positions)
+    monkeypatch.setattr("specdec.drafters.early_exit.heads.PROMPT_POSITIONS", num_positions)
 
     class Watched(TrainedHead):
         def score_root(self, hidden_B1C: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import PreTrainedModel
 
-from specdec.cache import layer_kinds
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.cache import layer_kinds
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, Sequoia, TokenTree
 

@@ -1,7 +1,7 @@
 """Sampling is lossless: every draw, every coin and every last token of a round is enumerated, through the real code.
 
 A target p and a draft q over a small vocabulary depend on the whole prefix. For each sequence of draws that a grower
-can make (`trees.urn.draw_index` is scripted), and each outcome of the coins of the verification
+can make (`trees.token_source.draw_index` is scripted), and each outcome of the coins of the verification
 (`specdec.acceptance.coins.bernoulli` is scripted; all of them are rows of one batch), we have the committed tokens and
 the exact distribution of the last one. Continued with p they must be distributed as p^L, to the precision of float64.
 """
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import trees.urn
+import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
 from tests.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes, q_of
@@ -450,7 +450,7 @@ def sequences_without_replacement(q: Sequence[Fraction], count: int) -> Iterator
 def test_urns_draw_without_replacement(vocab_size: int):
     (q,) = random_distributions(1, vocab_size, seed=28)
     q_MV = as_batch([q])[:, 0].clone()
-    urn = trees.urn.Urn(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
+    urn = trees.token_source.Urn(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
     slots_M = torch.arange(len(q_MV))
     batches = [urn.take(slots_M, 4) for _ in range(6)]
     urn.refill()
@@ -466,6 +466,6 @@ def test_urns_draw_without_replacement(vocab_size: int):
 def test_urns_draw_from_large_vocabularies():
     """Blocks of 17 tokens and a last one of 11; 100 000 draws, false alarm 1e-6."""
     q_V = (1.5 * torch.randn(300, generator=torch.Generator().manual_seed(31))).softmax(-1)
-    urn = trees.urn.Urn(q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32))
+    urn = trees.token_source.Urn(q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32))
     drawn_N1, _ = urn.take(torch.zeros(100_000, dtype=torch.long), 1)
     assert_drawn_from(drawn_N1[:, 0].tolist(), dict(enumerate(q_V.tolist())))

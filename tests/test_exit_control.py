@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from specdec.control import ForwardCosts
-from specdec.drafters import Outcome, exit_choice
-from specdec.drafters.del_rule import TokensPerLayer
-from specdec.drafters.exit_choice import TokensPerSecond
-from specdec.drafters.exit_costs import ExitCosts
-from specdec.drafters.exit_rule import ExitChoice, ExitRule, reached_slots
-from specdec.drafters.exit_shadows import Seen
-from specdec.drafters.exit_sources import likely_yield
+from specdec.drafters import Outcome
+from specdec.drafters.early_exit import choice as exit_choice
+from specdec.drafters.early_exit.choice import TokensPerSecond
+from specdec.drafters.early_exit.costs import ExitCosts
+from specdec.drafters.early_exit.del_rule import TokensPerLayer
+from specdec.drafters.early_exit.rule import ExitChoice, ExitRule, reached_slots
+from specdec.drafters.early_exit.shadows import Seen
+from specdec.drafters.early_exit.sources import likely_yield
 from trees import ROOT, ConfidentChain, Draft, TokenTree, TreeBatch, WorthwhileComb
 
 NUM_LAYERS = 8

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from specdec.cli.app import app
 from specdec.errors import DraftError
-from specdec.exits import collect
-from specdec.exits.collect import Collector, Template, converse, given_texts, self_generation
 from specdec.exits.module import Exit, fingerprint, load_exits, read_metadata, save_exits
-from specdec.exits.run import ExitTraining, Source
-from specdec.exits.training import Corpus, Recipe, Trainer, Unroller, pass_mask
 from specdec.hf import CACHE
 from specdec.kernels import prepare, quantized_copy
-from specdec.layers import LayerViews
 from specdec.testing import ByteTokenizer, tiny_model
+from specdec.training.exits import collect
+from specdec.training.exits.collect import Collector, Template, converse, given_texts, self_generation
+from specdec.training.exits.run import ExitTraining, Source
+from specdec.training.exits.training import Corpus, Recipe, Trainer, Unroller, pass_mask
+from specdec.tree_model.layer_views import LayerViews
 
 LENGTH, ROWS = 48, 4
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "olmo", "gpt2")
@@ -272,7 +272,7 @@ class TestRun:
         return training.finish()
 
     def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, model, tmp_path, monkeypatch):
-        monkeypatch.setattr("specdec.exits.run._SAVE_EVERY_S", 0)
+        monkeypatch.setattr("specdec.training.exits.run._SAVE_EVERY_S", 0)
         self.run(model, tmp_path / "whole.safetensors")
         self.run(model, tmp_path / "broken.safetensors", stop_after=3)
         assert (tmp_path / "broken.safetensors.work" / "trainer.safetensors").exists()

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import UnsupportedModelError
-from specdec.compatibility import VERIFIED_FAMILIES, check_model
 from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.testing import FAMILIES, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.compatibility import VERIFIED_FAMILIES, check_model
 from tests.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
 
 NUM_NEW = 24

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 import specdec
 from specdec import DraftError
 from specdec.drafters import ForeignModel, Mixed, PromptLookup
-from specdec.drafters.translation import Translator, continuation, decode_from, shared_tokens
 from specdec.models import load
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
+from specdec.text.translation import Translator, continuation, decode_from, shared_tokens
 from tests.references import plain_alone, rows_of, speculate
 from tests.test_sampling import VOCAB_SIZE, assert_ragged_rows_are_exact, tiny
 from trees import DySpec

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.control import ForwardCosts
-from specdec.drafters import Auto, Cascade, Drafter, PromptLookup, QuantizedSelf, SmallModel, auto
-from specdec.kernels.changes import state_of, structure_of
+from specdec.drafters import Auto, Cascade, Drafter, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters.auto import drafter as auto
+from specdec.kernels.model.changes import state_of, structure_of
 from specdec.testing import random_prompts, tiny_model
 
 PROMPT = random_prompts([9], vocab_size=60)

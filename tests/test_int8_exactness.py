@@ -13,8 +13,8 @@ import specdec
 from specdec.drafters import PromptLookup, SmallModel
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.linear import Int8Linear
-from specdec.kernels.prepare import prepared
+from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.prepare import prepared
 from specdec.testing import tiny_model
 
 FOREIGN_LAYERS = ("gemma3_text", "phi3", "olmo2", "gpt_neox", "cohere2")

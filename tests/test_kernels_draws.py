@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from specdec import acceptance
-from specdec.kernels import native, verification
-from specdec.kernels.draws import NativeUrn, open_urn
-from specdec.kernels.growth import STAND_INS, NativeShapedGrower, NativeValueGrower
+from specdec.kernels import native
+from specdec.kernels.trees import verification
+from specdec.kernels.trees.growth import STAND_INS, NativeShapedGrower, NativeValueGrower
+from specdec.kernels.trees.urn import NativeUrn, open_urn
 from tests.enumeration import MAX_DEPTH, ToyModel, drive, every_draft, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import oracle as topdown_oracle
@@ -35,7 +36,7 @@ from trees import (
     TreeBatch,
 )
 from trees.dynamic import ValueGrower
-from trees.urn import TorchSource
+from trees.token_source import TorchSource
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 
@@ -202,7 +203,7 @@ def test_native_trees_have_the_chances_of_their_oracles(name: str, monkeypatch: 
     for chance, draft in every_draft(policy, [model], monkeypatch):
         expected[shape_of(draft.trees.row(0))] += chance
     monkeypatch.undo()
-    monkeypatch.setattr("specdec.kernels.growth._NUM_COINS", 1)
+    monkeypatch.setattr("specdec.kernels.trees.growth._NUM_COINS", 1)
     monkeypatch.setattr(model, "_scores", {prefix: scores.float() for prefix, scores in model._scores.items()})
     generator, found = torch.Generator().manual_seed(32), []
     for _ in range(6):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.kernels import linear as linears
 from specdec.kernels import naive, native
-from specdec.kernels.linear import Int8Linear
+from specdec.kernels.model import linear as linears
+from specdec.kernels.model.linear import Int8Linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 

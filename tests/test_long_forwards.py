@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import Plain
 from specdec.kernels import native
-from specdec.kernels.linear import Int8Linear
-from specdec.kernels.stack import is_lean
-from specdec.target import TreeModel
+from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.stack import is_lean
 from specdec.testing import random_prompts, tiny_model
+from specdec.tree_model.model import TreeModel
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 

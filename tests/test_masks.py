@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec import masks
-from specdec.kernels import native, visibility
+from specdec.kernels import native
+from specdec.kernels.trees import masks as visibility
+from specdec.tree_model import masks
 
 
 @pytest.fixture(params=["native", "torch"], scope="module", autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import trees.layered
-import trees.urn
+import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
 from tests.enumeration import EXACT, LENGTH, MAX_DEPTH, Script, ToyModel, grow, prefixes
@@ -50,7 +50,7 @@ def every_mix(sources: Sequence[Source], monkeypatch: pytest.MonkeyPatch) -> lis
     """All that the sources, asked in turn, can draw together, with the probabilities."""
     script, mixes = Script(), []
     monkeypatch.setattr(trees.layered, "batch_size", lambda batch, num_slots: 1)
-    monkeypatch.setattr(trees.urn, "draw_index", script.draw_index)
+    monkeypatch.setattr(trees.token_source, "draw_index", script.draw_index)
     while script.advance():
         drafts: list[Draft] = []
         for source in sources:

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec import download, models
-from specdec.download import WheelFile
+from specdec import models
 from specdec.errors import ModelError, SpecdecError
+from specdec.models import download
+from specdec.models.download import WheelFile
 from specdec.testing import ByteTokenizer, tiny_model
 
 HIDDEN_SIZE = 32

@@ -21,8 +21,11 @@ from torch import nn
 
 from specdec import kernels
 from specdec.errors import UnsupportedOptionError
-from specdec.kernels import build, draws, growth, linear, native, verification
-from specdec.kernels.linear import Int8Linear
+from specdec.kernels import native
+from specdec.kernels.model import linear
+from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.native import build, structs
+from specdec.kernels.trees import growth, urn, verification
 from specdec.testing import tiny_model
 from trees import Draft, TokenTree, TreeBatch
 
@@ -256,8 +259,8 @@ def test_several_at_once_are_safe(machine, real):
 # ---- layout ----
 
 
-REORDERED = tuple(native.Matrix._fields_[i] for i in (0, 1, 2, 4, 3))  # k before n: the same size
-LONGER = (*native.Matrix._fields_, ("padding", ctypes.c_int64))
+REORDERED = tuple(structs.Matrix._fields_[i] for i in (0, 1, 2, 4, 3))  # k before n: the same size
+LONGER = (*structs.Matrix._fields_, ("padding", ctypes.c_int64))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ LONGER = (*native.Matrix._fields_, ("padding", ctypes.c_int64))
 def test_structures_that_differ_are_refused(real, monkeypatch, fields, named):
     """One field moved in one of the two languages would write where nobody expects it."""
     altered = type("Matrix", (ctypes.Structure,), {"_fields_": fields})
-    others = [structure for structure in native.STRUCTURES if structure is not native.Matrix]
+    others = [structure for structure in native.STRUCTURES if structure is not structs.Matrix]
     monkeypatch.setattr(native, "STRUCTURES", (altered, *others))
     with pytest.raises(OSError, match=f"disagree about the layout of {named}$"):
         native.open_library(real)
@@ -368,7 +371,7 @@ def _forward(library):
 
 def _take(library):
     scores_MV = torch.linspace(0, 1, 500).expand(2, -1).contiguous()
-    return lambda: draws.NativeUrn(scores_MV, sample=False, generator=None).take([0, 1], 3)
+    return lambda: urn.NativeUrn(scores_MV, sample=False, generator=None).take([0, 1], 3)
 
 
 def _verify(library):
@@ -381,10 +384,10 @@ def _verify(library):
 def _tree(library, shape=()):
     """Layer after layer to the end, with coins."""
     scores_MV = torch.linspace(0, 3, 300).expand(400, -1).contiguous()
-    settings = native.TreeSettings(300, 300, 5, 1, 0.0, 1e-6)
+    settings = structs.TreeSettings(300, 300, 5, 1, 0.0, 1e-6)
     if shape:
         starts, spots = np.array(shape[0]), np.array(shape[1])
-        settings = native.TreeSettings(300, len(spots), 5, 1, 0.0, 0.0, starts.ctypes.data, spots.ctypes.data)
+        settings = structs.TreeSettings(300, len(spots), 5, 1, 0.0, 0.0, starts.ctypes.data, spots.ctypes.data)
         settings.alive = (starts, spots)
 
     def grow():
@@ -394,7 +397,7 @@ def _tree(library, shape=()):
             width = tree.grow(scores_MV.data_ptr(), generator)
             num_slots += width
             numbers, seen = np.empty((3, 1, width), np.int64), np.zeros((1, width, num_slots), np.bool_)
-            tree.write_layer(width, 0, native.NextLayer(1, 0, numbers.ctypes.data, seen.ctypes.data))
+            tree.write_layer(width, 0, structs.NextLayer(1, 0, numbers.ctypes.data, seen.ctypes.data))
         finished = tree.finish().tree
         return finished.tokens, finished.parents, finished.probs
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
-from specdec.kernels import native, persistence
-from specdec.kernels.linear import BANDS, NATIVE
+from specdec.kernels import native
+from specdec.kernels.model import persistence
+from specdec.kernels.model.linear import BANDS, NATIVE
 from specdec.testing import random_prompts, tiny_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192}
@@ -187,7 +188,7 @@ def test_a_prepared_float_model_that_changes_computes_with_what_it_is_now(
 ) -> None:
     """It went on with the memory of the old weights, and without the adapter."""
     monkeypatch.setattr(
-        sys.modules["specdec.kernels.prepare"], "calibrate", lambda linears: dict.fromkeys(BANDS, NATIVE)
+        sys.modules["specdec.kernels.model.prepare"], "calibrate", lambda linears: dict.fromkeys(BANDS, NATIVE)
     )
     model, stock = specdec.prepare(tiny_model("llama", **SIZES)), tiny_model("llama", **SIZES)
     assert model._specdec_prepared.num_lean_layers == 2

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import specdec
 from specdec import UnsupportedOptionError
+from specdec.decoding.sampling import Sampler
+from specdec.decoding.sequences import Sequences
 from specdec.drafters import Outcome, PromptLookup, Run
-from specdec.drafters.prompt_lookup import LookupSession
-from specdec.drafters.suffix_automaton import NOWHERE, Match, SuffixAutomaton
-from specdec.sampling import Sampler
-from specdec.sequences import Sequences
+from specdec.drafters.lookup.prompt_lookup import LookupSession
+from specdec.drafters.lookup.suffix_automaton import NOWHERE, Match, SuffixAutomaton
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from tests.goodness import assert_drawn_from
 from tests.references import plain_alone, speculate

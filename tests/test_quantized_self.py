@@ -44,7 +44,7 @@ def test_the_target_keeps_its_float_weights(model):
 
 
 def test_the_copy_is_made_once(model, monkeypatch):
-    from specdec.drafters import int8_copy
+    from specdec.drafters.model import int8_copy
 
     made = []
     original = int8_copy.quantized_copy

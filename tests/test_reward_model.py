@@ -77,7 +77,7 @@ def test_a_value_head_is_read_at_the_separator(valued: Path):
     assert RewardModel(valued).of_texts(TEXTS) == pytest.approx(expected, rel=1e-4)
 
 
-def routed(reward: RewardModel) -> list[specdec.stats.StepRecord]:
+def routed(reward: RewardModel) -> list[specdec.decoding.stats.StepRecord]:
     model = tiny_model("llama")
     out = specdec.generate(
         model,

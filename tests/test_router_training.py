@@ -37,10 +37,10 @@ from routers.text_router import TextRecipe, TextRouter, as_text, train_text
 from routers.training import LightRecipe, train_light
 from specdec.cli.app import app
 from specdec.drafters import SmallModel
-from specdec.routing import rollouts
-from specdec.routing.collect import Problem, collect, final_answer, read_problems
-from specdec.routing.rollouts import Rollouts
 from specdec.testing import ByteTokenizer, tiny_model
+from specdec.training.routers import rollouts
+from specdec.training.routers.collect import Problem, collect, final_answer, read_problems
+from specdec.training.routers.rollouts import Rollouts
 from tests.references import with_noise
 
 RANDOM = np.random.default_rng(0)

@@ -17,9 +17,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as lp
 
 import specdec
+from specdec.decoding.sampling import Prefixes, Sampler
+from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel
-from specdec.sampling import Prefixes, Sampler
-from specdec.sequences import Sequences
 from specdec.testing import ScriptedDrafter, tiny_model
 from tests.goodness import assert_drawn_from
 from tests.test_early_exit import WithModules, random_exit

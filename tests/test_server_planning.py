@@ -22,11 +22,11 @@ import httpx2
 import torch
 from pydantic import ValidationError
 
-from specdec.prompting import render_chat
 from specdec.server import preprocessing
 from specdec.server.grammar import Grammars
 from specdec.server.protocol import ChatRequest, CompletionRequest
 from specdec.testing import ByteTokenizer
+from specdec.text.prompting import render_chat
 from tests.attacks import ATTACKS, CHAT, Attack, schema_bomb, wanting
 from tests.serving import (
     EOS,

@@ -23,9 +23,9 @@ from specdec.cli.grafting import grafted
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.engine import Engine
 from specdec.errors import DraftError
-from specdec.loading import LoadedPair, load_pair
 from specdec.model_options import ModelOptions
 from specdec.models import load
+from specdec.models.pair import LoadedPair, load_pair
 from specdec.specs import (
     DRAFTERS,
     DRAFTERS_OF_A_MODEL,

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
+from specdec.decoding.stats import DecodingStats
 from specdec.drafters import Drafter, DraftSession, Plain, PromptLookup, Run, SmallModel
-from specdec.stats import DecodingStats
 from specdec.testing import ScriptedDrafter, tiny_model
 from trees import ROOT, Chain, Draft, Fixed, GrowthPolicy, TokenTree, TreeBatch
 

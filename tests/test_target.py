@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.target import TreeModel
 from specdec.testing import random_prompts, tiny_model
+from specdec.tree_model.model import TreeModel
 from tests.strategies import token_trees
 from trees import ROOT, TokenTree, TreeBatch
 

@@ -9,7 +9,7 @@ from transformers import StoppingCriteriaList
 import specdec
 from specdec.drafters import PromptLookup
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
-from specdec.text import StopAtText, TextStream
+from specdec.text.detokenize import StopAtText, TextStream
 
 TOKENIZER = ByteTokenizer()
 MODEL = tiny_model("llama", eos_token_id=TOKENIZER.eos_token_id, pad_token_id=TOKENIZER.pad_token_id)

@@ -13,9 +13,9 @@ import specdec
 from specdec import UnsupportedOptionError
 from specdec.drafters import SmallModel
 from specdec.options import check_model_inputs
-from specdec.positions import next_positions, text_positions
-from specdec.target import TreeModel
 from specdec.testing import BYTE_VOCAB_SIZE, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.model import TreeModel
+from specdec.tree_model.positions import next_positions, text_positions
 from tests.references import TruthAmongLies, speculate
 from trees import Fixed
 

@@ -12,12 +12,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import specdec
-from specdec import UnsupportedModelError, UnsupportedOptionError, compatibility, masks, target
-from specdec.compatibility import check_model
+from specdec import UnsupportedModelError, UnsupportedOptionError
 from specdec.engine import Engine, Request
 from specdec.hf import CACHE
 from specdec.testing import tiny_model
-from specdec.trial import trial_logits
+from specdec.tree_model import compatibility, masks
+from specdec.tree_model import model as target
+from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.trial import trial_logits
 from tests.test_families import CHUNKED, INDEXED, UNLISTED
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import specdec
 from specdec.hf import CACHE
-from specdec.kernels.layer import LeanForward
+from specdec.kernels.model.layer import LeanForward
 from specdec.testing import tiny_model
 
 PROMPT = torch.tensor([list(b"a rose is a rose is a")])

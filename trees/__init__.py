@@ -2,16 +2,16 @@
 
 from trees.calibration import Calibration, count_shares, measure_calibration
 from trees.chain import Chain
-from trees.combs import Leaf, chain_length, comb, comb_places
-from trees.confident import ConfidentChain
+from trees.confidence_chain import ConfidentChain
 from trees.draft import Draft, Part
 from trees.dynamic import DySpec, DySpecThreshold
-from trees.growing import GrowingTrees
-from trees.growth import Grower, GrowthPolicy, Layer, Round
+from trees.gain_limited import WorthwhileComb, leaf_confidence
 from trees.merging import Merged, Merger, merge
+from trees.policy import Grower, GrowthPolicy, Layer, Round
+from trees.side_leaves import Leaf, chain_length, comb, comb_places
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
-from trees.worthwhile import WorthwhileComb, leaf_confidence
+from trees.tree_builder import GrowingTrees
 
 __all__ = [
     "ROOT",

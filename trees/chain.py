@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trees.draft import Draft
-from trees.growth import Grower, GrowthPolicy, Layer, Round
+from trees.policy import Grower, GrowthPolicy, Layer, Round
+from trees.token_source import Urn
 from trees.tree import ROOT, TreeBatch
-from trees.urn import Urn
 
 
 @dataclass(frozen=True)

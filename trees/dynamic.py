@@ -9,8 +9,8 @@ from itertools import count
 from math import sqrt
 
 from trees.calibration import Calibration
-from trees.growth import Grower, GrowthPolicy, Round
 from trees.layered import LayeredGrower, Node
+from trees.policy import Grower, GrowthPolicy, Round
 
 _SMALLEST_THRESHOLD = 1e-9
 _CAUTION = 0.8

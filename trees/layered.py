@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trees.calibration import Calibration, share_of
 from trees.draft import Draft, LayeredDistributions
-from trees.growth import Grower, Layer, Round
+from trees.policy import Grower, Layer, Round
+from trees.token_source import TokenSource
 from trees.tree import ROOT, TokenTree, TreeBatch
-from trees.urn import TokenSource
 
 
 @dataclass(slots=True, eq=False)

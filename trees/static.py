@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from trees.growth import Grower, GrowthPolicy, Round
 from trees.layered import LayeredGrower, Node
+from trees.policy import Grower, GrowthPolicy, Round
 from trees.tree import TokenTree
 
 

@@ -36,12 +36,12 @@ from bench.peers.report import available, environment, is_wrong, ratios, show, s
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
-from specdec.bench.suite import ALL, load_suite
 from specdec.errors import SpecdecError
-from specdec.loading import load_pair
 from specdec.model_options import ModelOptions
-from specdec.prompting import encode_prompts
+from specdec.models.pair import load_pair
 from specdec.specs import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.suites import ALL, load_suite
+from specdec.text.prompting import encode_prompts
 
 INT8_METHODS = "plain,prompt-lookup,small-model"
 FLOAT_METHODS = "plain,prompt-lookup,quantized-self,small-model"

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from bench.peers.contest import Configuration, Sample, Task
-from specdec.bench.equality import Verdict, compare, compare_texts
 from specdec.bench.harness import Harness, Method, Settings
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, llama_lacks
 from specdec.bench.peers.transformers_modes import OwnGenerate
 from specdec.specs import PLAIN, TRANSFORMERS, DrafterSpec
+from specdec.testing.equality import Verdict, compare, compare_texts
 
 
 def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method) -> Configuration:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench._script import log
-from specdec.bench.equality import Verdict
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.running import Run
-from specdec.bench.suite import Prompt
+from specdec.suites import Prompt
+from specdec.testing.equality import Verdict
 
 INT8, FLOAT = "int8", "float32"
 METRICS = {"decode": "decode tok/s", "end_to_end": "end-to-end"}

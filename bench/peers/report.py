@@ -21,11 +21,11 @@ from rich.table import Table
 import specdec
 from bench.peers.contest import FLOAT, INT8, METRICS, Configuration, Sample, Task
 from specdec import kernels
-from specdec.bench.equality import Verdict
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe
-from specdec.bench.suite import ALL
 from specdec.specs import PLAIN, QUANTIZED_SELF, TRANSFORMERS
+from specdec.suites import ALL
+from specdec.testing.equality import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trees.urn import Urn
+from trees.token_source import Urn
 
 
 def bernoulli(chance: Tensor, generator: torch.Generator | None) -> Tensor:

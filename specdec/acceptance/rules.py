@@ -19,7 +19,7 @@ from torch import Tensor
 from specdec.acceptance import coins
 from specdec.acceptance.families import Contest, contests_of, links_of
 from specdec.acceptance.outcome import Acceptance, HostAcceptance
-from specdec.kernels import verification
+from specdec.kernels.trees import verification
 from trees import Draft, TreeBatch
 from trees.blocks import argmax
 

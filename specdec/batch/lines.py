@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from specdec.errors import BatchError
-from specdec.prompting import Message
+from specdec.text.prompting import Message
 
 LineId: TypeAlias = str | int
 

@@ -50,7 +50,7 @@ class SpecdecBatch:
         max_rows: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ):
-        from specdec.loading import load_pair
+        from specdec.models.pair import load_pair
         from specdec.specs import choose_drafter
 
         spec = choose_drafter(drafter, draft, for_engine=True)

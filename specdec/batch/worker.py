@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.lines import Job
-from specdec.compatibility import position_limit
 from specdec.control.capacity import RowTimer, best_rows
 from specdec.drafters import Drafter
 from specdec.engine import Engine, EngineThread, Generation, Request
 from specdec.errors import SpecdecError, WorkerError
-from specdec.prompting import encode_rendered, encode_texts, has_chat_template, render_chat, user_turn
+from specdec.text.prompting import encode_rendered, encode_texts, has_chat_template, render_chat, user_turn
+from specdec.tree_model.compatibility import position_limit
 
 CHUNKS_IN_HAND = 2
 """Calls of `answer` at the same time: while the last jobs of one are finished, those of the next have begun."""

@@ -17,10 +17,10 @@ from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, find_gguf, llama
 from specdec.bench.peers.transformers_modes import OwnGenerate
 from specdec.bench.ranks import measure_ranks
 from specdec.bench.running import Peer
-from specdec.bench.suite import Prompt
 from specdec.drafters import Drafter
-from specdec.loading import LoadedPair
+from specdec.models.pair import LoadedPair
 from specdec.specs import SEQUOIA, DrafterSpec
+from specdec.suites import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,10 @@ import transformers
 from transformers import PreTrainedModel
 
 import specdec
-from specdec.bench.equality import TIE_BOUND
 from specdec.bench.harness import BatchResult, Method, NotAvailable, Settings
 from specdec.bench.intervals import CONFIDENCE
 from specdec.bench.report import MethodReport, summarise
+from specdec.testing.equality import TIE_BOUND
 
 SCHEMA_VERSION = 1
 _SWEPT = ("batch_size", "max_new_tokens")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.bench.equality import Comparison, compare, compare_texts
 from specdec.bench.memory import PeakMemory
 from specdec.bench.peers.transformers_modes import OwnGenerate
 from specdec.bench.running import Peer, Run, decode, pad_id
-from specdec.bench.suite import Prompt
-from specdec.compatibility import position_limit
 from specdec.drafters import Drafter
 from specdec.errors import SpecdecError
-from specdec.prompting import encode_prompts
+from specdec.suites import Prompt
+from specdec.testing.equality import Comparison, compare, compare_texts
+from specdec.text.prompting import encode_prompts
+from specdec.tree_model.compatibility import position_limit
 from trees import GrowthPolicy
 
 

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from specdec.bench.harness import Settings, generation_kwargs
-from specdec.bench.suite import Prompt
 from specdec.drafters import Drafter, DraftSession, Outcome, Run
 from specdec.generation import as_drafter
-from specdec.prompting import encode_prompts
+from specdec.suites import Prompt
+from specdec.text.prompting import encode_prompts
 from trees import (
     Calibration,
     Draft,

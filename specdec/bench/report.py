@@ -8,12 +8,12 @@ from itertools import pairwise
 from statistics import mean, median, stdev
 from typing import Any
 
-from specdec.bench.equality import Verdict
 from specdec.bench.harness import BatchResult, Settings
 from specdec.bench.intervals import Timing, speedup_interval
 from specdec.bench.running import Run
-from specdec.bench.suite import ALL
 from specdec.specs import PLAIN
+from specdec.suites import ALL
+from specdec.testing.equality import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from specdec.bench.document import Document
 from specdec.bench.report import MethodReport
-from specdec.bench.suite import ALL
+from specdec.suites import ALL
 
 NOT_IDENTICAL = "NO"
 _NOT_MEASURED = "-"

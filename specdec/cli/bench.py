@@ -13,7 +13,6 @@ from rich.text import Text
 
 from specdec.bench.methods import MethodSpec, choose_methods
 from specdec.bench.peers import choose_peers
-from specdec.bench.suite import load_suite, of_lengths
 from specdec.cli.bench_options import (
     TABLE_ONLY,
     BatchSizesOption,
@@ -46,10 +45,11 @@ from specdec.cli.options import (
     VerifyOption,
 )
 from specdec.errors import SpecdecError
+from specdec.suites import load_suite, of_lengths
 
 if TYPE_CHECKING:
     from specdec.bench.harness import BatchResult, Harness
-    from specdec.bench.suite import Prompt
+    from specdec.suites import Prompt
 
 NOT_IDENTICAL = 1
 PROMPTS_OF_A_LENGTH = 2
@@ -101,7 +101,7 @@ def bench(
     from specdec.bench.document import make_document
     from specdec.bench.harness import Harness, Settings
     from specdec.bench.peers.llama_cpp import describe
-    from specdec.loading import load_pair
+    from specdec.models.pair import load_pair
 
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
     llama = llama_files(peer_specs, model=model, draft=draft, gguf=gguf, draft_gguf=draft_gguf)

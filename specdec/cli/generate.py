@@ -78,7 +78,7 @@ def generate(
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
     text = _read_prompt(prompt)
 
-    from specdec.loading import load_pair
+    from specdec.models.pair import load_pair
 
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
     inputs = _encode(pair.target.tokenizer, text, system=system, raw=raw).to(pair.target.model.device)
@@ -127,7 +127,7 @@ def _read_stdin() -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, system: str | None, raw: bool) -> BatchEncoding:
-    from specdec.prompting import encode_chats, encode_texts, has_chat_template, user_turn
+    from specdec.text.prompting import encode_chats, encode_texts, has_chat_template, user_turn
 
     if not raw and has_chat_template(tokenizer):
         return encode_chats(tokenizer, [user_turn(text, system)])

@@ -90,7 +90,7 @@ def serve(
         raise ValueError("--no-api-key lets everyone in, and there is an API key: give only one of them")
 
     from specdec.engine import Engine
-    from specdec.loading import load_pair
+    from specdec.models.pair import load_pair
     from specdec.server import running
 
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)

@@ -15,9 +15,9 @@ from specdec.cli.options import MODEL_OPTIONS
 from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
-    from specdec.exits.report import Acceptance
-    from specdec.exits.run import ExitTraining, FullTraining, Source
     from specdec.models import LoadedModel
+    from specdec.training.exits.report import Acceptance
+    from specdec.training.exits.run import ExitTraining, FullTraining, Source
 
 _LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("device", "threads", "trust_remote_code")}
 _FLOAT32 = ModelOptions(dtype="float32")
@@ -34,7 +34,7 @@ class _Recipe:
     passes: int | None = None
 
     def given(self) -> dict[str, Any]:
-        """By the names of `specdec.exits.training.Recipe`."""
+        """By the names of `specdec.training.exits.training.Recipe`."""
         settings = {
             "layers": None if self.exits is None else _parse_layers(self.exits),
             "vocabulary": self.vocabulary,
@@ -108,8 +108,8 @@ def train_exits(
             "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
         )
 
-    from specdec.exits.collect import NUM_ROWS
-    from specdec.loading import load_target
+    from specdec.models.pair import load_target
+    from specdec.training.exits.collect import NUM_ROWS
 
     target = load_target(model, loading)
     source = _source(target, self_generate, data)
@@ -121,8 +121,8 @@ def train_exits(
 
 
 def _source(target: "LoadedModel", num_tokens: int | None, data: Path | None) -> "Source":
-    from specdec.exits.collect import given_texts, self_generation
-    from specdec.exits.run import Source
+    from specdec.training.exits.collect import given_texts, self_generation
+    from specdec.training.exits.run import Source
 
     if data is not None:
         return Source(str(data), *given_texts(target.tokenizer, data))
@@ -131,7 +131,7 @@ def _source(target: "LoadedModel", num_tokens: int | None, data: Path | None) ->
 
 
 def _train_model(target: "LoadedModel", source: "Source", out: Path, **settings: int) -> None:
-    from specdec.exits.run import FullTraining
+    from specdec.training.exits.run import FullTraining
 
     training = FullTraining(target.model, source, out, **settings)
     with naming(out):
@@ -142,8 +142,8 @@ def _train_model(target: "LoadedModel", source: "Source", out: Path, **settings:
 def _train_exits(
     target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
 ) -> None:
-    from specdec.exits.run import ExitTraining
-    from specdec.exits.training import Recipe
+    from specdec.training.exits.run import ExitTraining
+    from specdec.training.exits.training import Recipe
 
     recipe = Recipe(**settings)
     training = ExitTraining(target.model, source, recipe, out, **collecting)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from routers.measures import Report
     from routers.text_router import TextRouter
     from routers.training import LightRecipe
-    from specdec.loading import LoadedPair
-    from specdec.routing.collect import Problem
+    from specdec.models.pair import LoadedPair
+    from specdec.training.routers.collect import Problem
 
     Load = Callable[[], LoadedPair]
 
@@ -116,8 +116,8 @@ def train_router(
     """
     from routers import TargetRegret
     from routers.training import LightRecipe, train_light
-    from specdec.loading import load_pair
-    from specdec.routing.collect import INSTRUCTION, read_problems
+    from specdec.models.pair import load_pair
+    from specdec.training.routers.collect import INSTRUCTION, read_problems
 
     prm, by_rollouts = collecting.prm, rolling_out.rollouts is not None
     if by_rollouts and prm is not None:
@@ -174,7 +174,7 @@ def _check_scikit_learn() -> None:
 def _collect(folder: Path, problems: "Sequence[Problem]", plan: Mapping[str, Any], load: "Load") -> "Collection":
     from routers import RewardModel, Steps, TargetRegret
     from routers.collecting import Collection
-    from specdec.routing.collect import collect
+    from specdec.training.routers.collect import collect
 
     collection = Collection(folder, plan)
     if all(collection.has(part) for part in range(-(-len(problems) // plan["batch_size"]))):
@@ -204,7 +204,7 @@ def _roll_out(
 ) -> "Collection":
     """The collection with rewards by roll-out. Says what that costs before it begins."""
     from routers.collecting import Collection
-    from specdec.routing.rollouts import Rollouts, cost, label, tokens_per_second
+    from specdec.training.routers.rollouts import Rollouts, cost, label, tokens_per_second
 
     how = Rollouts(count=plan["rollouts"], max_new_tokens=plan["rollout_tokens"], batch_size=plan["batch_size"])
     labelled, tuples = Collection(folder, plan), collected.read()

@@ -14,9 +14,9 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdec.compatibility import position_limit
 from specdec.control.costs import ForwardCosts, synchroniser
-from specdec.target import TreeModel
+from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.model import TreeModel
 
 MOST_ROWS = 64
 LENGTH = 128

@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from specdec.compatibility import position_limit
-from specdec.kernels.changes import structure_of
-from specdec.target import TreeModel
+from specdec.kernels.model.changes import structure_of
+from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.model import TreeModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of the forwards that are timed. All of them cost the demo model half a second, once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec.drafters.base import Drafter, DraftSession, Run
+from specdec.decoding.drafter import Drafter, DraftSession, Run
 from trees import Draft, TreeBatch
 
 

@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec import options
-from specdec.cache import RowStates
-from specdec.compatibility import check_model, position_limit
+from specdec.decoding.sequences import Sequences
 from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
 from specdec.engine.chunking import ChunkSizer
@@ -29,8 +28,9 @@ from specdec.engine.reading import PromptReader
 from specdec.engine.request import FinishReason, Generation, Request
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.generation import as_drafter
-from specdec.sequences import Sequences
-from specdec.target import TreeModel
+from specdec.tree_model.cache import RowStates
+from specdec.tree_model.compatibility import check_model, position_limit
+from specdec.tree_model.model import TreeModel
 
 _MEMORY_SHARE = 0.5
 """Of what is free at the start, for keys and values: buffers that grow are copied, and drafters keep some too."""

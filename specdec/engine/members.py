@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from specdec.acceptance import Acceptance, follow
-from specdec.cache import RowStates
+from specdec.decoding.loop import Committed, DecodingLoop
+from specdec.decoding.recording import Recorder
+from specdec.decoding.sampling import Prefixes, Sampler
+from specdec.decoding.sequences import Sequences
+from specdec.decoding.stopping import Scores, StopChecker
 from specdec.engine.noise import GumbelNoise
 from specdec.engine.prepared import PreparedRequest
 from specdec.engine.request import FinishReason, Generation, TokenLogprobs
 from specdec.errors import NumericalError
-from specdec.loop import Committed, DecodingLoop
-from specdec.recording import Recorder
-from specdec.sampling import Prefixes, Sampler
-from specdec.sequences import Sequences
-from specdec.stopping import Scores, StopChecker
+from specdec.tree_model.cache import RowStates
 from trees import Draft
 
 

@@ -14,7 +14,7 @@ from itertools import count
 
 import torch
 
-from specdec.cache import RowStates
+from specdec.tree_model.cache import RowStates
 
 BLOCK = 16
 """Tokens of a block; what is shared is a multiple of it."""

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from specdec import options
-from specdec.compatibility import check_positions, rotation_limit
+from specdec.decoding.stopping import StopChecker
 from specdec.engine.request import Request
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE
-from specdec.stopping import StopChecker
+from specdec.tree_model.compatibility import check_positions, rotation_limit
 
 _UNKEPT = ("return_dict_in_generate", "output_scores", "output_logits")
 

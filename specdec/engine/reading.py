@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cache import RowStates
 from specdec.engine.members import Member
 from specdec.engine.prefixes import PrefixCache
-from specdec.target import TreeModel
+from specdec.tree_model.cache import RowStates
+from specdec.tree_model.model import TreeModel
 
 
 class PromptReader:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import DraftError, UnsupportedModelError
-from specdec.kernels.linear import Int8Linear
-from specdec.layers import LayerViews
+from specdec.kernels.model.linear import Int8Linear
+from specdec.tree_model.layer_views import LayerViews
 
 FORMAT = "1"
 

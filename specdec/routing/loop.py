@@ -14,14 +14,14 @@ from typing import NamedTuple, TypeAlias
 
 from routers import Decision, DraftedStep, Router
 from routers.base import Writer
+from specdec.decoding.recording import Recorder
+from specdec.decoding.sequences import num_shared
+from specdec.decoding.stats import StepRecord
 from specdec.errors import EndpointError
-from specdec.recording import Recorder
-from specdec.routing.remote import RemoteWriter
-from specdec.routing.remote_view import RemoteView
+from specdec.routing.remote.view import RemoteView
+from specdec.routing.remote.writer import RemoteWriter
 from specdec.routing.view import WriterView
 from specdec.routing.writer import StepWriter
-from specdec.sequences import num_shared
-from specdec.stats import StepRecord
 from specdec.streaming import StreamFeed
 
 AnyWriter: TypeAlias = StepWriter | RemoteWriter

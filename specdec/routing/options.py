@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from specdec.drafters import SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE
-from specdec.routing.endpoint import Endpoint
+from specdec.routing.remote.endpoint import Endpoint
 
 
 def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from specdec.drafters.base import DraftSession, Run
+from specdec.decoding.drafter import DraftSession, Run
 from specdec.routing.writer import StepWriter
 from trees import Draft, TokenTree, TreeBatch
 

@@ -18,24 +18,24 @@ from transformers import (
 )
 
 from routers import Need, Router, Segmenter
-from specdec.compatibility import check_positions, position_limit
+from specdec.decoding.drafter import DraftSession
+from specdec.decoding.recording import Recorder
+from specdec.decoding.sampling import Sampler
+from specdec.decoding.sequences import Sequences
+from specdec.decoding.stats import SpeculativeOutput
+from specdec.decoding.stopping import StopChecker
 from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
-from specdec.drafters.base import DraftSession
 from specdec.errors import EndpointError, UnsupportedOptionError
-from specdec.recording import Recorder
-from specdec.routing.endpoint import Endpoint
 from specdec.routing.loop import AnyWriter, StepLoop
 from specdec.routing.options import check_routing
-from specdec.routing.remote import RemoteWriter, as_prompt
+from specdec.routing.remote.endpoint import Endpoint
+from specdec.routing.remote.writer import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
 from specdec.routing.stop import StepStop
 from specdec.routing.writer import StepWriter
-from specdec.sampling import Sampler
-from specdec.sequences import Sequences
-from specdec.stats import SpeculativeOutput
-from specdec.stopping import StopChecker
 from specdec.streaming import StreamFeed
-from specdec.target import TreeModel
+from specdec.tree_model.compatibility import check_positions, position_limit
+from specdec.tree_model.model import TreeModel
 from trees import Chain, GrowthPolicy
 
 _COPIED = PromptLookup(num_tokens=4, min_match=3)

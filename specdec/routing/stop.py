@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import StoppingCriteriaList
 
 from routers import Segmenter
-from specdec.sequences import Sequences
-from specdec.stopping import Scores, StopChecker
+from specdec.decoding.sequences import Sequences
+from specdec.decoding.stopping import Scores, StopChecker
 
 
 @dataclass(kw_only=True)

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from routers import Signals
 from specdec.acceptance import Accepted, to_host
-from specdec.drafters.base import Outcome
-from specdec.loop import Committed, DecodingLoop
+from specdec.decoding.drafter import Outcome
+from specdec.decoding.loop import Committed, DecodingLoop
+from specdec.decoding.sampling import Prefixes
 from specdec.routing.stop import StepStop
-from specdec.sampling import Prefixes
-from specdec.target import TreeModel
+from specdec.tree_model.model import TreeModel
 from trees import Draft, TokenTree, TreeBatch
 
 _LONGEST_LEAD = 256

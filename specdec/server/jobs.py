@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from specdec.errors import CapacityError, UnsupportedOptionError
 from specdec.server.errors import ApiError, invalid, queue_full
 from specdec.server.planning import ChoicePlan
-from specdec.text import TextStream
+from specdec.text.detokenize import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

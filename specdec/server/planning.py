@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from specdec.prompting import encode_rendered, encode_texts, has_chat_template
 from specdec.server.errors import ApiError, invalid
 from specdec.server.processors import RepetitionPenalties
 from specdec.server.protocol import ChatRequest, CompletionRequest
-from specdec.text import StopAtText
+from specdec.text.detokenize import StopAtText
+from specdec.text.prompting import encode_rendered, encode_texts, has_chat_template
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from specdec.prompting import render_chat, template_failure, template_refusal
 from specdec.server.errors import ApiError, invalid, queue_full
 from specdec.server.grammar import ANY_OBJECT, OVERRIDES, GrammarError, as_document, refusal
 from specdec.server.planning import Planner
 from specdec.server.protocol import ChatRequest, CompletionRequest, ResponseFormat
 from specdec.server.sandbox import BOUNDS, Answer, Sandbox
+from specdec.text.prompting import render_chat, template_failure, template_refusal
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
-from specdec.compatibility import position_limit, rotation_limit
 from specdec.engine import Engine, EngineThread
 from specdec.server.answers import TokenSpeller
 from specdec.server.app import create_app
@@ -21,6 +20,7 @@ from specdec.server.grammar import Grammars
 from specdec.server.options import ServerOptions
 from specdec.server.planning import ModelFacts, Planner
 from specdec.server.service import Service
+from specdec.tree_model.compatibility import position_limit, rotation_limit
 
 if TYPE_CHECKING:
     from specdec.models import LoadedModel

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 import specdec
-from specdec.cache import beginning
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
-from specdec.compatibility import position_limit
 from specdec.drafters import Drafter
-from specdec.prompting import Message, encode_chats, has_chat_template
+from specdec.text.prompting import Message, encode_chats, has_chat_template
+from specdec.tree_model.cache import beginning
+from specdec.tree_model.compatibility import position_limit
 
 
 class Conversation(Dialogue):

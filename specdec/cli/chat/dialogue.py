@@ -8,7 +8,7 @@ from typing import Any
 
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.drafters import Drafter
-from specdec.prompting import Message
+from specdec.text.prompting import Message
 
 
 class Dialogue(ABC):

@@ -13,8 +13,8 @@ import torch
 
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
-from specdec.prompting import Message
-from specdec.stats import DecodingStats
+from specdec.decoding.stats import DecodingStats
+from specdec.text.prompting import Message
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specdec.stats import DecodingStats
+from specdec.decoding.stats import DecodingStats
 
 
 class Piece(NamedTuple):

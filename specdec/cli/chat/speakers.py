@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from specdec.cli.chat.conversation import Conversation
 from specdec.cli.chat.dialogue import Dialogue
 from specdec.drafters import Drafter
-from specdec.loading import LoadedPair, have_same_ids, load_draft, load_pair
 from specdec.model_options import ModelOptions
 from specdec.models import LoadedModel
+from specdec.models.pair import LoadedPair, have_same_ids, load_draft, load_pair
 from specdec.specs import AUTO, DrafterSpec, check_draft
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.cli.chat.reply import Piece
 from specdec.streaming import RoundStreamer
-from specdec.text import Detokenizer
+from specdec.text.detokenize import Detokenizer
 
 
 class ReplyStreamer(RoundStreamer):

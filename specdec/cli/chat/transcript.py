@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.cli.chat.settings import Settings
-from specdec.prompting import Message
+from specdec.text.prompting import Message
 
 FORMAT = "specdec-chat"
 VERSION = 1

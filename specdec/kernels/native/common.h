@@ -18,7 +18,7 @@
 #define NUM_BLOCKS(vocab) (((vocab) + BLOCK - 1) / BLOCK)
 #define PADDED_BLOCKS(vocab) ((NUM_BLOCKS(vocab) + 15) / 16 * 16) /* whole vectors, whatever their width */
 
-/* The structures from here to Verification are described in native.py too; layout.c lets it compare. */
+/* The structures from here to Verification are described in __init__.py too; layout.c lets it compare. */
 
 /* float32 weights [n][k] (scale NULL), or packed int8 ones with a scale per output. */
 typedef struct {
@@ -85,7 +85,7 @@ typedef struct {
     double *probs, *values, *norms;
 } FinishedTree;
 
-/* What the new tokens of a forward see; see specdec.masks.visible_slots. The keys of `seen` are contiguous. */
+/* What the new tokens of a forward see; see specdec.tree_model.masks.visible_slots. The keys of `seen` are contiguous. */
 typedef struct {
     int64_t num_rows, num_new, num_tail, num_slots, prompt_size;
     const uint8_t *seen; /* [row * seen_strides[0] + token * seen_strides[1] + tail slot] */

@@ -1,4 +1,4 @@
-/* How this library lays out what native.py describes too: a field that one of them forgets or moves is found at load,
+/* How this library lays out what __init__.py describes too: a field that one of them forgets or moves is found at load,
  * not in somebody's memory. */
 #include "common.h"
 

@@ -1,7 +1,7 @@
 /* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
  *
  * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
- * seconds. Python (native.py) owns all tensors and checks all shapes; without this library torch does the work.
+ * seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
  * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed.
  *
  * What needs memory returns OUT_OF_MEMORY (new_tree: NULL) where there is none, and the next call works. */
@@ -113,7 +113,7 @@ EXPORT void specdec_write_layer(GrowingTree *t, int64_t width, int64_t spare, co
 
 EXPORT int64_t specdec_finish_tree(const GrowingTree *t, FinishedTree *out) { return kernels->finish_tree(t, out); }
 
-/* Verifies a drafted tree: 0 walks to the greatest scores, 1 is topdown, 2 is traversal (see acceptance.py). */
+/* Verifies a drafted tree: 0 walks to the greatest scores, 1 is topdown, 2 is traversal (see control/estimates.py). */
 EXPORT int64_t specdec_verify(Verification *v, int rule) {
     CALL(1, verify(v, rule));
 }

@@ -1,0 +1,313 @@
+"""Decides every round who drafts, how far, or that nobody does: whatever makes the most tokens per second.
+
+`specdec/control` holds the decisions, `sources.py` the drafters at work and what is known of them; here they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
+from math import inf
+from operator import methodcaller
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from specdec.control import Plan, RoundControl, affordable, costs_of
+from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
+from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.devices import num_processes
+from specdec.drafters.auto.dropped import drop, is_dropped, take_back
+from specdec.drafters.auto.sources import (
+    LONGEST_DRAFT,
+    LONGEST_LOOKUP,
+    LOOKUP,
+    LookupSource,
+    ModelSource,
+    Outlook,
+    Source,
+)
+from specdec.drafters.composite.cascade import Cascade
+from specdec.drafters.lookup.prompt_lookup import PromptLookup
+from specdec.drafters.model.quantized_self import QuantizedSelf
+from specdec.errors import SpecdecError, UnsupportedOptionError
+from specdec.kernels import native, prepared
+from trees import Draft, TreeBatch
+
+_MIN_COPY_TOKENS = 32
+"""Shorter runs are not worth making an int8 copy of the target for."""
+
+_REMAKING_SHARE = 0.2
+"""Of the time of a run may go into making the copy again, of a model that has changed since the last one."""
+
+_quantized_self = QuantizedSelf()
+
+
+class Auto(Drafter):
+    """Chooses among drafters, every round, what makes the most tokens per second; plain decoding is always a choice.
+
+    Costs are measured at the first call for a model and corrected by every round. Lossless, as all its drafters are. A
+    drafter that raises is dropped with a warning, and the call goes on with the others: so do later calls, until
+    `reset`. What it has learned is shared by all calls for a model, also of several threads.
+
+    Args:
+        drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
+            float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
+            they draft too (`Cascade`).
+
+    Raises:
+        UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
+        SpecdecError: at the call, what a drafter that was named says of a target that it does not fit.
+    """
+
+    def __init__(self, *drafters: Drafter):
+        self.drafters = drafters
+        self.rewinds = all(drafter.rewinds for drafter in drafters)
+
+    def reset(self) -> None:
+        """Take drafters back that were dropped because they had raised."""
+        for drafter in (*self.drafters, _quantized_self):
+            take_back(drafter)
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        return chain.from_iterable(drafter.models() for drafter in self.drafters)
+
+    def is_warm(self, target: PreTrainedModel) -> bool:
+        return costs_are_known(target)
+
+    def warm_up(self, target: PreTrainedModel) -> None:
+        remember_costs(target, measure_forwards(target, time_limit_s=inf))  # all processes make as many forwards
+
+    def start(self, run: Run) -> DraftSession:
+        if run.tree is not None:
+            raise UnsupportedOptionError(
+                f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
+            )
+        lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
+        brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in self.drafters)
+        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None)
+        try:
+            for drafter in self.drafters:
+                session.add(drafter)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
+    """What a target brings along to draft for itself: its copy, for which the others draft."""
+    model, done = run.target.model, prepared(run.target.model)
+    is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
+    is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
+    if not is_here or not is_float or not native.library() or is_dropped(model, _quantized_self):
+        return []
+    num_bytes = sum(parameter.numel() for parameter in model.parameters())
+    has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes
+    if not has_room:
+        return []
+    if not auto.rewinds:
+        return [_quantized_self]
+    return [Cascade(auto, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
+
+
+def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
+    """Whether a copy is at hand, or making it again pays for a model that keeps changing.
+
+    Args:
+        seconds_left: that plain decoding of the run would take, for the most tokens that it may make.
+    """
+    is_quick = _quantized_self.copy_seconds(model) <= _REMAKING_SHARE * seconds_left
+    return is_quick or _quantized_self.has_copy(model)
+
+
+class _AutoSession(DraftSession):
+    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None):
+        self._run = run
+        self._lookup = lookup
+        self._models: list[ModelSource] = []
+        self._control = RoundControl()
+        self._auto = auto
+        """Until the target has been asked for the drafters that it brings along."""
+        self._round: _Round | None = None
+        self._control_seconds = 0.0
+        # what they depend on does not change in a run, and takes long to look up
+        self._costs_of = cache(lambda num_rows: costs_of(run.target.model, num_rows))
+
+    def add(self, drafter: Drafter) -> None:
+        """Start a drafter that the caller has named, unless it has been dropped.
+
+        Raises:
+            SpecdecError: it does not fit the target or the call.
+        """
+        self._add(drafter, drafter, SpecdecError)
+
+    def _add(self, drafter: Drafter, root: Drafter, tells: type[Exception] | tuple[()] = ()) -> None:
+        target = self._run.target.model
+        if is_dropped(target, root):
+            return
+        try:
+            self._models.append(ModelSource(self._run, drafter, root))
+        except tells:
+            raise
+        except Exception as error:
+            drop(target, root, error)
+
+    @property
+    def num_forwards(self) -> int:
+        return sum(source.session.num_forwards for source in self._models)
+
+    @property
+    def control_seconds(self) -> float:
+        return self._control_seconds
+
+    def explain(self) -> dict[str, Any]:
+        if self._round is None:
+            return {}
+        plan, plain = self._round.plan, self._round.outlook.plain
+        return {
+            "drafter": None if plan.source is None else self._sources[plan.source].name,
+            "expected_tokens": plan.tokens,
+            "expected_ms": 1000 * plan.seconds,
+            "plain_ms": 1000 * plain.seconds,
+            "ms": 1000 * (perf_counter() - self._round.started),
+        }
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        started = perf_counter()
+        outlook = self._look(max_depths)
+        if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
+            if _pays(self._run.target.model, max(max_depths) * outlook.plain.seconds):
+                for drafter in _own_drafters(self._run, self._auto):
+                    self._add(drafter, _quantized_self)
+            self._auto = None
+        offer = self._lookup.plan(outlook)
+        plan = self._choose(outlook, offer)
+        decided = perf_counter()
+        self._control_seconds += decided - started
+        draft = self._draft(plan, outlook)
+        if draft is None:
+            plan, decided = outlook.plain, perf_counter()
+            draft = Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        self._round = _Round(
+            outlook=outlook,
+            offer=offer,
+            plan=plan,
+            draft=draft,
+            started=started,
+            decided=decided,
+            drafted=perf_counter(),
+        )
+        return draft
+
+    def _draft(self, plan: Plan, outlook: Outlook) -> Draft | None:
+        """None: nothing is drafted, or the drafter has raised."""
+        if plan.source is None:
+            return None
+        if plan.source == LOOKUP:
+            return self._lookup.draft(plan.length)
+        source, pace = self._model_of(plan), affordable(outlook.pace, [outlook.plain, plan])
+        draft = source.attempt(ModelSource.draft, replace(outlook, pace=pace))
+        if source.is_gone:
+            self._run.target.forget_tail()  # it may have left its work there
+        return draft
+
+    def observe(self, outcome: Outcome) -> None:
+        now, round_ = perf_counter(), self._round if outcome.is_own or outcome.own else None
+        if round_ is not None:
+            self._learn(round_, outcome, now)
+        for place, source in enumerate(self._sources):
+            is_own = round_ is None or round_.plan.source in (None, place)  # a draft without nodes is part of any
+            source.tell(methodcaller("observe", outcome if is_own else outcome.of_another()))
+        self._control_seconds += perf_counter() - now
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        for source in self._sources:
+            source.tell(methodcaller("select_rows", rows))
+
+    @property
+    def takes_rows(self) -> bool:  # type: ignore[override]
+        return all(source.session.takes_rows for source in self._sources)
+
+    def join(self) -> None:
+        for source in self._sources:
+            source.tell(methodcaller("join"))
+
+    def rewind(self) -> None:
+        for source in self._sources:
+            source.tell(methodcaller("rewind"))
+
+    def close(self) -> None:
+        self._lookup.session.close()
+        for source in self._models:
+            source.close(self._control.elapsed_seconds)
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [self._lookup, *self._models]
+
+    def _model_of(self, plan: Plan) -> ModelSource:
+        assert plan.source is not None
+        return self._models[plan.source - 1]
+
+    def _look(self, max_depths: Sequence[int]) -> Outlook:
+        num_rows = len(max_depths)
+        costs = self._costs_of(num_rows)
+        plain = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
+        return Outlook(max_depths=max_depths, costs=costs, plain=plain, pace=self._control.pace.now(plain))
+
+    def _choose(self, outlook: Outlook, offer: Plan | None) -> Plan:
+        if not max(outlook.max_depths):
+            return outlook.plain
+        plans = [] if offer is None else [offer]
+        trials = []
+        for place, source in enumerate(self._models, start=LOOKUP + 1):
+            plan = source.attempt(ModelSource.plan, place, outlook)
+            if plan is not None:
+                plans.append(plan)
+                if source.has_begun:
+                    trials.append(plan)
+        best = self._control.choose(outlook.plain, plans, trials)
+        for place, source in enumerate(self._models, start=LOOKUP + 1):
+            if best.source not in (None, LOOKUP):
+                break
+            if trial := source.attempt(ModelSource.trial, place, best, outlook):
+                return trial
+        return best
+
+    def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
+        outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees
+        if plan.source in (None, LOOKUP) or not self._model_of(plan).session.runs_target:
+            outlook.costs.note(outlook.num_rows * (trees.width + 1), now - round_.drafted)
+        seconds = now - round_.decided  # measuring costs, which comes before it, is done once
+        if plan.source not in (None, LOOKUP):
+            source = self._model_of(plan)
+            seconds = max(seconds - source.reading_seconds, 0.0)
+            if not source.has_begun:  # how long reading a prompt takes is a guess
+                seconds = min(seconds, plan.seconds)
+            source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
+        self._lookup.learn(outcome, plan if plan.source == LOOKUP else None)
+        tokens, missed = sum(map(len, outcome.tokens)), 0.0
+        if round_.offer is not None and plan.source is None:
+            would = self._lookup.would_commit(outcome, round_.offer.length)
+            missed = would / outlook.num_rows * outlook.plain.seconds - round_.offer.seconds
+        self._control.note(outlook.plain, plan, tokens, seconds, missed_seconds=missed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    """The round under way, and when its parts were done."""
+
+    outlook: Outlook
+    offer: Plan | None
+    """What prompt lookup had to say."""
+    plan: Plan
+    draft: Draft
+    started: float
+    decided: float
+    drafted: float

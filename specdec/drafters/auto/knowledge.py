@@ -1,0 +1,100 @@
+"""What runs on a target have shown of the drafters that `Auto` chooses among; it outlives them.
+
+Runs of several threads may read it, and add to it, at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Lock
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, YieldMemory, first_beliefs
+from specdec.decoding.drafter import Drafter, Run
+
+_TRUST_TOKENS = 16.0
+"""Tokens that full trust in proposals is worth at first."""
+_TRUST_DECAY = 0.98
+_TRIAL_SHARE = 0.04
+"""Of the time of the runs without a drafter may go into trying it again; halved for each run in a row in
+which it did not pay."""
+_MOST_FAILURES = 5
+
+
+@dataclass(eq=False)
+class Trust:
+    """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
+
+    Where nothing is chosen, it goes back to full trust bit by bit.
+    """
+
+    promised: float = _TRUST_TOKENS
+    kept: float = _TRUST_TOKENS
+
+    @property
+    def share(self) -> float:
+        return min(self.kept / self.promised, 1.0)
+
+    def note(self, promised: float, kept: float) -> None:
+        """Drafted tokens of a round that were expected to be accepted, and that were."""
+        self.promised = _TRUST_DECAY * self.promised + promised
+        self.kept = _TRUST_DECAY * self.kept + kept
+
+    def passed_over(self) -> None:
+        self.promised += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.promised)
+        self.kept += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.kept)
+
+
+@dataclass(eq=False)
+class Known:
+    """What runs on a target have shown of a drafter."""
+
+    acceptance: AcceptanceMemory
+    yields: YieldMemory
+    leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
+    """Of those beside a chain, by whether they were drawn."""
+    trust: dict[int, Trust] = field(default_factory=dict)
+    """In proposals, by rows."""
+    steps: dict[int, ForwardCosts] = field(default_factory=dict)
+    """Of drafters without a model of their own, by rows."""
+    failures: int = 0
+    """Runs in a row in which it was at work and did not pay."""
+    seconds_without: float = 0.0
+    """Of the runs since then, in which it was not at work."""
+
+    @classmethod
+    def at_first(cls, drafter: Drafter) -> Known:
+        """Before any run has shown anything."""
+        acceptance = AcceptanceMemory(agreement=drafter.agreement)
+        return cls(acceptance=acceptance, yields=YieldMemory(first_beliefs(drafter.agreement)))
+
+    def trust_in(self, num_rows: int) -> Trust:
+        return self.trust.setdefault(num_rows, Trust())
+
+    def leaves_when(self, drawn: bool) -> AcceptanceMemory:
+        return self.leaves.setdefault(drawn, AcceptanceMemory(LEAF_EDGES))
+
+    def note_run(self, pays: bool | None, elapsed_seconds: float) -> None:
+        """pays: None for a run in which it was not at work."""
+        with _noting:
+            if pays is None:
+                self.seconds_without += elapsed_seconds
+            else:
+                self.seconds_without, self.failures = 0.0, 0 if pays else self.failures + 1
+
+    def trial_seconds(self) -> float:
+        """What may be lost by beginning with it all the same."""
+        return _TRIAL_SHARE * self.seconds_without / 2 ** min(self.failures, _MOST_FAILURES)
+
+
+_noting = Lock()
+known: WeakKeyDictionary[PreTrainedModel, dict[object, Known]] = WeakKeyDictionary()
+"""By target, and by the kind of drafter and its model."""
+
+
+def known_of(run: Run, drafter: Drafter) -> Known:
+    model = getattr(drafter, "model", None)
+    key = type(drafter), None if model is None else id(model)
+    return known.setdefault(run.target.model, {}).setdefault(key, Known.at_first(drafter))

@@ -1,0 +1,145 @@
+"""An exit as a source of drafts: how its confidence relates to acceptance, and what its rounds yield."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from statistics import mean
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, Yield
+from specdec.drafters.auto.sources import Outlook
+from specdec.drafters.early_exit.heads import ExitHead
+from specdec.drafters.early_exit.rule import reached_slots
+from specdec.drafters.early_exit.shadows import Seen
+from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
+
+_SURPLUS_RATE = 0.03
+"""Of what is believed of the surplus a round changes."""
+
+
+class _Surplus:
+    """What rounds came to beyond what was expected of their chains: there are leaves, and chains stop where they are
+    unsure. Averages of tokens, steps and nodes over the last rounds, of all runs."""
+
+    def __init__(self) -> None:
+        self._mean = Yield(tokens=0.0, steps=0.0, nodes=0.0)
+
+    def on(self, expected: Yield) -> Yield:
+        """What is to be expected with it."""
+        mean = self._mean
+        return Yield(
+            tokens=max(expected.tokens + mean.tokens, 1.0),
+            steps=max(expected.steps + mean.steps, 1.0),
+            nodes=max(expected.nodes + mean.nodes, 1.0),
+        )
+
+    def note(self, actual: Yield, expected: Yield) -> None:
+        mean, rate = self._mean, _SURPLUS_RATE
+        self._mean = Yield(
+            tokens=mean.tokens + rate * (actual.tokens - expected.tokens - mean.tokens),
+            steps=mean.steps + rate * (actual.steps - expected.steps - mean.steps),
+            nodes=mean.nodes + rate * (actual.nodes - expected.nodes - mean.nodes),
+        )
+
+
+@dataclass(eq=False)
+class _Known:
+    """What runs have shown of an exit; it outlives them."""
+
+    acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
+    surplus: _Surplus = field(default_factory=_Surplus)
+    leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
+    """Of those beside a chain, by whether they were drawn."""
+
+
+_known: WeakKeyDictionary[nn.Module, dict[int, _Known]] = WeakKeyDictionary()
+"""By what an exit drafts with (`ExitHead.weights`), and its layer."""
+
+
+class ExitSource:
+    """An exit at work in a run, and what is known of it.
+
+    Args:
+        sample: whether tokens are drawn.
+        is_watched: whether shadow tokens tell of it; else its own drafts alone do.
+
+    Attributes:
+        is_seen: whether anything may be said of it.
+        is_up_to_date: it has drafted the round before; else it reads first what it has missed.
+    """
+
+    def __init__(self, head: ExitHead, *, sample: bool, is_watched: bool):
+        known = _known.setdefault(head.weights, {}).setdefault(head.layer, _Known())
+        self.layer = head.layer
+        self.acceptance = AcceptanceModel(known.acceptance)
+        self.is_seen = not is_watched
+        self.is_up_to_date = False
+        self._leaves = AcceptanceModel(known.leaves.setdefault(sample, AcceptanceMemory(LEAF_EDGES)))
+        self._surplus = known.surplus
+        self._expected = likely_yield(0.0, (), 1)
+        self._has_begun = False
+        self._sample = sample
+        self._is_watched = is_watched
+        self._coins = Random(0)
+
+    @property
+    def is_worth_a_trial(self) -> bool:
+        """Whether only a draft shows what it is worth now."""
+        return self._has_begun or not self._is_watched
+
+    def plan(self, place: int, outlook: Outlook, step_seconds: float, prices: Sequence[float]) -> Plan:
+        """What a round of it is expected to bring and to take.
+
+        Args:
+            prices: of the tokens of its chain (see `WorthwhileComb`).
+        """
+        self._expected = likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows)
+        expected = self._surplus.on(self._expected)
+        return Plan(
+            source=place,
+            length=len(prices) + 1,
+            tokens=expected.tokens * outlook.num_rows,
+            seconds=expected.steps * step_seconds + outlook.seconds(expected.nodes),
+        )
+
+    def policy(self, prices: Sequence[float], leaf_prices: Sequence[float]) -> GrowthPolicy:
+        return WorthwhileComb(
+            prices=prices,
+            chance=self.acceptance.chance,
+            next_chance=self.acceptance.mean_chance,
+            leaf_prices=leaf_prices,
+            leaf_chance=self._leaves.chance,
+        )
+
+    def learn(self, trees: TreeBatch, paths: Sequence[Sequence[int]], num_steps: int) -> None:
+        """What became of its draft, which took so many forwards."""
+        self._has_begun = True
+        tokens = 1 + mean(map(len, paths))
+        self._surplus.note(Yield(tokens=tokens, steps=num_steps, nodes=trees.width), self._expected)
+        for probs, accepted in reached_slots(trees, paths):
+            self.acceptance.note(probs[0], accepted == 0)
+            for place in range(1, len(probs)):
+                confidence = leaf_confidence(probs[place], probs[:place], self._sample)
+                self._leaves.note(confidence, accepted == place)
+
+    def observe(self, seen: Seen) -> None:
+        """How it agreed with the target without drafting. Of a chance a coin says whether it came true."""
+        self.is_seen = True
+        for confidence, agreement in zip(seen.confidences, seen.agreements, strict=True):
+            self.acceptance.note(confidence, self._coins.random() < agreement)
+
+
+def likely_yield(chance: float, prices: Sequence[float], num_rows: int) -> Yield:
+    """Of a chain that goes on while that is worth its price, if each of its tokens is accepted with this chance."""
+    tokens, reach, num_steps = 1.0 + chance, chance, 1
+    for price in prices:
+        if num_rows * reach * chance < price:
+            break
+        reach *= chance
+        tokens += reach
+        num_steps += 1
+    return Yield(tokens=tokens, steps=num_steps, nodes=num_steps)

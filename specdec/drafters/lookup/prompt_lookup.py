@@ -1,0 +1,233 @@
+"""Copy what followed before: prompt lookup over a suffix automaton.
+
+Prompt lookup decoding (Saxena 2023) with the matching of SAM-Decoding (Hu et al. 2024, section 3): the longest
+suffix of the whole text so far that occurred before. It may have occurred more than once. A text that repeats itself
+is best copied from the latest place, an edit or an extract of the prompt from the earliest: what a chain copies is that
+of the two which has foretold more of the row's text lately. A tree holds several continuations, of that suffix and of
+shorter ones; `continuations.py` says which.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from operator import ne
+
+from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.lookup.continuations import Source, likeliest_paths
+from specdec.drafters.lookup.suffix_automaton import NOWHERE, Context, SuffixAutomaton
+from specdec.errors import UnsupportedOptionError
+from trees import Chain, Draft, DySpec, TokenTree, TreeBatch
+
+_DECAY = 0.8
+"""Of what the two places have foretold, from round to round."""
+
+_BOUNDARY = -1
+"""Stands between the texts of a corpus; equal to no token, so that no match crosses it."""
+
+
+class PromptLookup(Drafter):
+    """Drafts the continuation of the longest repeated suffix; costs no forward.
+
+    The longer the suffix, the surer its continuation: short ones are followed by short chains.
+
+    A call may name a tree: `trees.Chain(length)` sets the length, `trees.DySpec(budget)` drafts the `budget` likeliest
+    continuations (`max_depth` and `shared` are honoured). Other policies choose among the tokens of a draft model and
+    are refused.
+
+    Args:
+        num_tokens: most tokens of the chain that it drafts, unless the call names a tree.
+        min_match: shortest suffix worth copying after. 1 drafts more often and is wrong more often.
+        corpus: token ids of further texts to copy from (each a sequence of ids); the row's own text wins ties.
+        tokens_per_match: most tokens of the chain for each token of the suffix; None for no such limit.
+
+    Raises:
+        ValueError: a number is not positive, or a corpus text is not a sequence of token ids.
+    """
+
+    rewinds = True
+
+    def __init__(
+        self,
+        num_tokens: int = 20,
+        min_match: int = 1,
+        corpus: Iterable[Sequence[int]] | None = None,
+        tokens_per_match: int | None = 5,
+    ):
+        numbers = {"num_tokens": num_tokens, "min_match": min_match}
+        if tokens_per_match is not None:
+            numbers["tokens_per_match"] = tokens_per_match
+        for name, value in numbers.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"PromptLookup({name}={value!r}): {name} is a positive integer")
+        self.num_tokens = num_tokens
+        self.min_match = min_match
+        self.tokens_per_match = tokens_per_match
+        self.corpus = _corpus_automaton(corpus) if corpus is not None else None
+
+    def start(self, run: Run) -> LookupSession:
+        policy = Chain(self.num_tokens) if run.tree is None else run.tree
+        if isinstance(policy, Chain):
+            return _ChainSession(self, run, policy)
+        if isinstance(policy, DySpec):
+            return _TreeSession(self, run, policy)
+        raise UnsupportedOptionError(
+            f"PromptLookup has no draft model to grow tree={policy!r}: pass trees.Chain(length) or "
+            "trees.DySpec(budget), or draft with specdec.drafters.SmallModel(model)"
+        )
+
+
+def _corpus_automaton(corpus: Iterable[Sequence[int]]) -> SuffixAutomaton:
+    automaton = SuffixAutomaton()
+    for text in corpus:
+        if isinstance(text, str) or not all(isinstance(token, int) and token >= 0 for token in text):
+            raise ValueError(
+                "PromptLookup(corpus=...): each text is a sequence of token ids, for example tokenizer(text).input_ids"
+            )
+        for token in (*text, _BOUNDARY):
+            automaton.append(token)
+    return automaton
+
+
+@dataclass
+class _RowText:
+    """A row's own text, and how much of its end the corpus contains.
+
+    Args:
+        lead: how many tokens more the latest place of a suffix has foretold than its earliest, decayed.
+    """
+
+    own: SuffixAutomaton
+    in_corpus: Context = NOWHERE
+    lead: float = 0.0
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where the token after the longest repeated suffix stands: latest and earliest."""
+        return self.own.longest_match().next, self.own.first_position_after(self.own.known_suffix().state)
+
+    def judge(self, tokens: Sequence[int]) -> None:
+        """Compare what the two places have foretold with the tokens that are next."""
+        latest, earliest = self.places
+        if latest != earliest:
+            lead = self._num_foretold(latest, tokens) - self._num_foretold(earliest, tokens)
+            self.lead = _DECAY * self.lead + lead
+
+    def _num_foretold(self, place: int, tokens: Sequence[int]) -> int:
+        copied = _copy(self.own.tokens, place, len(tokens))
+        return next((count for count, pair in enumerate(zip(copied, tokens, strict=True)) if ne(*pair)), len(tokens))
+
+
+class LookupSession(DraftSession):
+    takes_rows = True
+
+    def __init__(self, drafter: PromptLookup, run: Run):
+        self._drafter = drafter
+        self._run = run
+        self._rows: list[_RowText] = []
+        for tokens in run.sequences.tokens:
+            self._add(tokens)
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        return Draft(trees=TreeBatch.stack(self.trees(max_depths), self._run.device))
+
+    @abstractmethod
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        """What `propose` proposes, on the host: a tree for each row."""
+
+    def observe(self, outcome: Outcome) -> None:
+        for row, tokens in zip(self._rows, outcome.tokens, strict=True):
+            self._read(row, tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._rows = [self._rows[row] for row in rows]
+
+    def join(self) -> None:
+        self._add(self._run.sequences.tokens[-1])
+
+    def rewind(self) -> None:
+        """What was taken back stays a text to copy from, as one that has been written once."""
+
+    def _add(self, tokens: Iterable[int]) -> None:
+        self._rows.append(_RowText(SuffixAutomaton()))
+        self._read(self._rows[-1], tokens)
+
+    def _read(self, row: _RowText, tokens: Iterable[int]) -> None:
+        corpus = self._drafter.corpus
+        for token in tokens:
+            row.own.append(token)
+            if corpus is not None:
+                row.in_corpus = corpus.step(row.in_corpus, token)
+
+    def _longest_suffix(self, row: _RowText) -> tuple[SuffixAutomaton, Context]:
+        """The longest suffix that is known, and the text that knows it."""
+        own, corpus = row.own.known_suffix(), self._drafter.corpus
+        if corpus is None or own.length >= row.in_corpus.length:
+            return row.own, own
+        return corpus, row.in_corpus
+
+
+class _ChainSession(LookupSession):
+    """Copies what followed the longest suffix."""
+
+    def __init__(self, drafter: PromptLookup, run: Run, policy: Chain):
+        super().__init__(drafter, run)
+        self._policy = policy
+
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        lengths = (min(self._policy.length, depth) for depth in max_depths)
+        return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
+
+    def observe(self, outcome: Outcome) -> None:
+        for row, tokens in zip(self._rows, outcome.tokens, strict=True):
+            row.judge(tokens)
+        super().observe(outcome)
+
+    def _continuation(self, row: _RowText, length: int) -> TokenTree:
+        text, suffix = self._longest_suffix(row)
+        if suffix.length < self._drafter.min_match:
+            return TokenTree.chain([])
+        if self._drafter.tokens_per_match is not None:
+            length = min(length, self._drafter.tokens_per_match * suffix.length)
+        if text is row.own:
+            copied = _copy(text.tokens, row.places[row.lead < 0], length)
+        else:
+            start = text.position_after(suffix.state)
+            known = text.tokens[start : start + length]
+            copied = list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, known))
+        # a guess, not a frequency: the more tokens have agreed, the surer is the next one
+        agreed = range(suffix.length, suffix.length + len(copied))
+        return TokenTree.chain(copied, probs=[count / (count + 1) for count in agreed])
+
+
+class _TreeSession(LookupSession):
+    """Takes the likeliest continuations."""
+
+    def __init__(self, drafter: PromptLookup, run: Run, policy: DySpec):
+        super().__init__(drafter, run)
+        self._policy = policy
+
+    def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        policy = self._policy
+        if policy.max_depth is not None:
+            max_depths = [min(depth, policy.max_depth) for depth in max_depths]
+        sources = [
+            Source(*self._longest_suffix(row), max_depth=depth)
+            for row, depth in zip(self._rows, max_depths, strict=True)
+        ]
+        if policy.shared:
+            return self._likeliest(sources, policy.budget * sum(depth > 0 for depth in max_depths))
+        return [tree for source in sources for tree in self._likeliest([source], policy.budget)]
+
+    def _likeliest(self, sources: Sequence[Source], budget: int) -> list[TokenTree]:
+        return likeliest_paths(
+            sources, budget=budget, shortest=self._drafter.min_match, vocab_size=self._run.vocab_size
+        )
+
+
+def _copy(tokens: Sequence[int], start: int, length: int) -> list[int]:
+    """`length` tokens from `start` on; past the end the repetition goes on with its own period."""
+    period = len(tokens) - start
+    return [tokens[start + offset % period] for offset in range(length)]

@@ -1,0 +1,69 @@
+"""Drafts that grow a layer of nodes for each forward of whatever scores them.
+
+Shape legend: B rows, M nodes of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.decoding.drafter import DraftSession, Run
+from specdec.decoding.sampling import Prefixes
+from specdec.kernels.trees.growth import STAND_INS
+from specdec.kernels.trees.urn import open_urn
+from trees import Draft, Grower, GrowingTrees, GrowthPolicy, Round
+
+
+def target_scores(run: Run, logits_BMV: Tensor, prefixes: Prefixes) -> Tensor:
+    """Scores over the target's vocabulary, after the user's processors; the logits may have a smaller vocabulary."""
+    missing = run.vocab_size - logits_BMV.shape[-1]
+    if missing:
+        logits_BMV = torch.nn.functional.pad(logits_BMV, (0, missing), value=-torch.inf)
+    return run.sampler.process(logits_BMV.to(run.device), prefixes)
+
+
+class GrowingSession(DraftSession):
+    """Lets a growth policy shape the trees.
+
+    Attributes:
+        policy: of the next drafts; may be replaced between rounds.
+    """
+
+    def __init__(self, run: Run, policy: GrowthPolicy):
+        self.policy = policy
+        self._run = run
+        self._grower: Grower | None = None
+
+    @abstractmethod
+    def _score_root(self) -> Tensor:
+        """Logits after every row's root, [B, 1, V]; V may be less than the target's vocabulary."""
+
+    @abstractmethod
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        """Logits after the newest layer of the growing trees, [B, M, V]."""
+
+    def _grow(self, max_depths: Sequence[int]) -> Draft:
+        """One round's trees; at least one depth is positive."""
+        sampler = self._run.sampler
+        round_ = Round(
+            max_depths=max_depths,
+            sample=sampler.do_sample,
+            generator=sampler.generator,
+            previous=self._grower,
+            open_urn=open_urn,
+            stand_ins=STAND_INS,
+        )
+        grower = self._grower = self.policy.start(round_)
+        grown = GrowingTrees(len(max_depths), self._run.device)
+        logits_BMV = self._score_root()
+        while True:
+            prefixes = Prefixes(self._run.sequences, grown, grown.newest)
+            layer = grower.grow(target_scores(self._run, logits_BMV, prefixes))
+            if not grower.hungry:
+                return grower.finish()
+            grown.add(layer)
+            logits_BMV = self._score_nodes(grown)

@@ -1,0 +1,105 @@
+"""The target's own int8 copy drafts for the float target: the output is exactly the float model's.
+
+The copy reads the target's own keys and values, so it needs no prefill and no memory for a cache, and its context is
+the true one; what it adds while drafting is forgotten before the target verifies.
+
+Shape legend: B rows, M nodes of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.decoding.drafter import Drafter, DraftSession, Run
+from specdec.drafters.model.growing import GrowingSession
+from specdec.drafters.model.int8_copy import Int8Copy
+from specdec.drafters.model.small_model import SmallModel
+from specdec.tree_model.model import TreeModel
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
+
+
+class QuantizedSelf(Drafter):
+    """Drafts with an int8 copy of the target, made at the first call and kept as long as the drafter. A call that finds
+    the target's weights or adapters changed makes the copy again.
+
+    The copy shares embeddings and norms with the target, and its cache if that is float32; it adds a quarter of the
+    memory of the linears. It agrees with the target on most tokens, and pays where its forward is several times cheaper
+    (float32 on a CPU).
+
+    Args:
+        num_tokens: length of the chain that it drafts, unless the call names a tree.
+
+    Raises:
+        UnsupportedModelError: at the first call, for a target that is not on the CPU or has no `nn.Linear`.
+        ValueError: `num_tokens` is not a positive integer.
+    """
+
+    agreement = 0.9
+
+    def __init__(self, num_tokens: int = 5):
+        self._policy = Chain(num_tokens)
+        self._copies: WeakKeyDictionary[PreTrainedModel, Int8Copy] = WeakKeyDictionary()
+
+    def has_copy(self, target: PreTrainedModel) -> bool:
+        """Whether there is a copy of the target as it is now."""
+        return target in self._copies and self._copies[target].is_current
+
+    def copy_of(self, target: PreTrainedModel) -> PreTrainedModel:
+        """The copy, which is made if there is none yet, and made again if the target has changed."""
+        return self._copies.setdefault(target, Int8Copy(target)).current()
+
+    def copy_seconds(self, target: PreTrainedModel) -> float:
+        """That making the copy took, the last time; 0 if there has been none."""
+        return self._copies[target].seconds if target in self._copies else 0.0
+
+    def shares_cache(self, target: PreTrainedModel) -> bool:
+        """Whether the copy can read the target's keys and values: its own are float32."""
+        return target.dtype == torch.float32
+
+    def start(self, run: Run) -> DraftSession:
+        target = run.target.model
+        copy = self.copy_of(target)
+        if not self.shares_cache(target):
+            return SmallModel(copy, num_tokens=self._policy.length).start(run)
+        return _QuantizedSelfSession(run, copy, run.tree or self._policy)
+
+
+class _QuantizedSelfSession(GrowingSession):
+    takes_rows = True
+
+    def __init__(self, run: Run, copy: PreTrainedModel, policy: GrowthPolicy):
+        super().__init__(run, policy)
+        self._model = TreeModel(copy)
+
+    @property
+    def num_forwards(self) -> int:
+        return self._model.num_forwards
+
+    @property
+    def draft_model(self) -> PreTrainedModel:
+        return self._model.model
+
+    def join(self) -> None:
+        """The row's states are the target's."""
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        if max(max_depths) == 0:
+            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        self._model.read_along(self._run.target)
+        try:
+            return self._grow(max_depths)
+        finally:
+            self._run.target.forget_tail()
+
+    def _score_root(self) -> Tensor:
+        roots_B1 = self._run.sequences.roots_B1
+        return self._model.forward(roots_B1, torch.zeros_like(roots_B1), None)
+
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        seen_BMT = None if grown.is_chain else grown.seen_BMT
+        return self._model.forward(grown.tokens_BM, grown.depths_BM, seen_BMT)

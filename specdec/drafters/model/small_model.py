@@ -1,0 +1,144 @@
+"""A smaller model of the same tokenizer drafts (Leviathan et al. 2023; Chen et al. 2023).
+
+Its cache follows the target's without recomputation: what the target accepts of the drafted tail is kept as it
+is, and the tokens that the draft has not seen yet (the bonus, and the last drafted leaf) open its next round.
+
+Shape legend: B rows, M nodes of a layer, K nodes so far, W pending tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.model.follower import Follower
+from specdec.drafters.model.growing import GrowingSession
+from specdec.drafters.model.int8_copy import Int8Copy
+from specdec.errors import DraftError
+from specdec.tree_model.compatibility import check_model
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
+
+_PADDING_ROWS = 0.01
+"""Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
+
+
+class SmallModel(Drafter):
+    """Drafts with a causal LM.
+
+    Args:
+        model: a decoder-only model with the target's tokenizer.
+        weights: "int8" drafts with an int8 copy of it (CPU), made again if it changes between two calls; None with the
+            model as it is.
+        num_tokens: length of the chain that it drafts, unless the call names a tree.
+
+    Raises:
+        UnsupportedModelError: the model cannot be decoded by tree.
+        ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
+    """
+
+    rewinds = True
+
+    def __init__(self, model: PreTrainedModel, weights: str | None = None, num_tokens: int = 5):
+        self.policy: GrowthPolicy = Chain(num_tokens)
+        if weights not in (None, "int8"):
+            raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
+        check_model(model)
+        self._model: PreTrainedModel | Int8Copy = model
+        if weights is not None:
+            self._model = Int8Copy(model)
+            self._model.current()  # made at once, as the original may be let go
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """That drafts."""
+        return self._model.current() if isinstance(self._model, Int8Copy) else self._model
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        yield self.model
+
+    def start(self, run: Run) -> DraftSession:
+        self.check_fit(run)
+        return _SmallModelSession(self, run)
+
+    def check_fit(self, run: Run) -> None:
+        """Raise `DraftError` if the model cannot read what the target writes."""
+        draft_size = self.model.config.get_text_config(decoder=True).vocab_size
+        if abs(draft_size - run.vocab_size) > _PADDING_ROWS * max(draft_size, run.vocab_size):
+            raise DraftError(
+                f"the draft model has a vocabulary of {draft_size} and the target one of {run.vocab_size}: they do "
+                "not share a tokenizer. Take a draft of the target's own family, or specdec.drafters.ForeignModel"
+            )
+        if len(run.input_ids) and not run.input_ids.shape[1]:
+            raise DraftError(
+                "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
+                "specdec.drafters.PromptLookup()"
+            )
+
+
+class _SmallModelSession(GrowingSession):
+    takes_rows = True
+
+    def __init__(self, drafter: SmallModel, run: Run):
+        super().__init__(run, run.tree or drafter.policy)
+        self._follower = Follower(drafter.model, run)
+        self._draft: Draft | None = None
+
+    @property
+    def num_forwards(self) -> int:
+        return self._follower.num_forwards
+
+    @property
+    def backlog(self) -> int:
+        return self._follower.backlog
+
+    @property
+    def draft_model(self) -> PreTrainedModel:
+        return self._follower.model
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        if max(max_depths) == 0:
+            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        is_read = self._follower.read_prompts()
+        self._draft = self._grow([depth if read else 0 for depth, read in zip(max_depths, is_read, strict=True)])
+        return self._draft
+
+    def observe(self, outcome: Outcome) -> None:
+        self._follower.keep([self._forwarded(row, path) for row, path in enumerate(outcome.own_paths)])
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._follower.select_rows(rows)
+
+    def join(self) -> None:
+        self._follower.join()
+
+    def rewind(self) -> None:
+        self._follower.rewind()
+
+    def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
+        """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
+        places = path
+        if self._draft is not None and self._draft.places is not None:
+            places = [self._draft.places[row][node] for node in path]
+        return [place for place in places if 0 <= place < self._follower.tail]
+
+    def _score_root(self) -> Tensor:
+        """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
+        tokens_BW, sizes = self._follower.pending()
+        offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
+        seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
+        logits_BWV = self._follower.forward(tokens_BW, offsets_BW, seen_BWW)
+        self._follower.keep([range(size) for size in sizes])
+        last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
+        return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        device = self._follower.device
+        return self._follower.forward(
+            grown.tokens_BM.to(device),
+            grown.depths_BM.to(device) - 1,
+            None if grown.is_chain else grown.seen_nodes_BMN.to(device),
+        )

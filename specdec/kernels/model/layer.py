@@ -1,0 +1,440 @@
+"""A decoder layer in two native calls, with the cache's `update` between them.
+
+It takes the place of `layer.forward` for the layout that Llama, Mistral, Qwen2, Qwen3, SmolLM and many others share,
+recognised by structure and then checked against the layer's own forward on random input. What it does not cover (a
+float32 prefill, training, attention weights asked for ...) goes to the layer's own forward. Hooks on a layer run, hooks
+on its parts do not.
+
+Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives, and
+so, with int8 weights, does a token of a prompt, however long and in whatever chunks it is read.
+Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from specdec.hf import CACHE
+from specdec.kernels import native
+from specdec.kernels.model.linear import NATIVE, Int8Linear, float_linear, float_matrix, is_plain
+from specdec.kernels.native import structs
+
+DecoderLayer: TypeAlias = Any  # a transformers decoder layer: attributes as in `_LAYER`, `_ATTENTION`, `_MLP`
+Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [B or 1, T, D]
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_HARMLESS = {"cache_position", "output_hidden_states", "return_dict", "logits_to_keep"}
+
+
+def fits(layer: DecoderLayer) -> bool:
+    """Whether the layer has the structure that the native calls compute, and sizes that they can take."""
+    if _children(layer) != _LAYER or _children(layer.mlp) != _MLP:
+        return False
+    attn = layer.self_attn
+    if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
+        return False
+    if not all(map(_is_native, _linears(layer))):
+        return False
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
+    has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
+    multiples_of_16 = (attn.q_proj.in_features, layer.mlp.gate_proj.out_features)
+    has_sizes = attn.head_dim % 32 == 0 and attn.head_dim <= 256 and not any(n % 16 for n in multiples_of_16)
+    has_norms = all(hasattr(norm, "variance_epsilon") and is_plain(norm.weight) for norm in norms)
+    return has_silu and has_sizes and has_norms
+
+
+class _Places:
+    """The modules and tensors whose addresses a layer's calls are given, to see whether they are still those.
+
+    A cast and back, `share_memory`, `weight.data = ...` or an adapter around a linear would leave the addresses behind.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        norms = [(layer, "input_layernorm"), (layer, "post_attention_layernorm")]
+        norms += [(attn, name) for name in sorted(_HEAD_NORMS) if hasattr(attn, name)]
+        linears = [(attn, name) for name in sorted(_ATTENTION)] + [(mlp, name) for name in sorted(_MLP - {"act_fn"})]
+        links = [(layer, "self_attn"), (layer, "mlp"), *norms, *linears]
+        self._modules = [(parent._modules, name) for parent, name in links]
+        self._tensors = [store for parent, name in (*norms, *linears) for store in _stores(getattr(parent, name))]
+        self._found = self._parts()
+        self._addresses = self._now()
+
+    def _parts(self) -> list[Any]:
+        return [store.get(name) for store, name in self._modules]
+
+    def _now(self) -> list[int | None]:
+        return [native.address(store.get(name)) for store, name in self._tensors]
+
+    def hold_the_same(self) -> bool:
+        """Whether the modules are still those that were compared with the layer's own forward."""
+        return self._parts() == self._found
+
+    def have_moved(self) -> bool:
+        return self._now() != self._addresses
+
+
+def _stores(module: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a module holds its tensors. An int8 linear's are moved together or not at all."""
+    if isinstance(module, Int8Linear):
+        return [(module._buffers, "packed")]
+    names = ["weight", *["bias"] * (module._parameters.get("bias") is not None)]
+    return [(module._parameters, name) for name in names]
+
+
+class _Constants(NamedTuple):
+    """What a layer's calls need and no call changes."""
+
+    places: _Places
+    layer: structs.Layer
+    layer_idx: int
+    scale: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotates: bool
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Once(Generic[Key, Value]):
+    """A function of an object that all layers of one forward share (mask, rotation): computed by the first layer."""
+
+    def __init__(self, function: Callable[[Key], Value]) -> None:
+        self._function = function
+        self._last: tuple[Key, Value] | None = None
+
+    def __call__(self, key: Key) -> Value:
+        last = self._last
+        if last is None or last[0] is not key:
+            self._last = last = key, self._function(key)
+        return last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_function": self._function, "_last": None}
+
+
+def contiguous(rotation: Rotation) -> Rotation:
+    cos, sin = rotation
+    return native.plain(cos).contiguous(), native.plain(sin).contiguous()
+
+
+class LeanForward:
+    """The forward of a recognised layer. Holds no tensors of its own but the last rotation and mask."""
+
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        rotation: Once[Rotation, Rotation] | None = None,
+        model: "NativeModel | None" = None,
+    ) -> None:
+        self.layer = layer
+        self._model = model
+        self._rotation = rotation or Once(contiguous)
+        # torch has no better product for int8, and what it rounds otherwise shows in the tokens
+        self._max_rows = None if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
+        self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constants": None}  # a copy's weights lie elsewhere
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Rotation | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
+        constants = None
+        if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
+            constants = self._prepare(position_embeddings)
+        if constants is None or position_embeddings is None:
+            kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
+            kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            return type(self.layer).forward(self.layer, hidden_states, **kwargs)
+        x_BTC = hidden_states.contiguous()
+        query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
+        key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
+        if cache is not None:
+            key_BKSD, value_BKSD = cache.update(key_BKSD, value_BKSD, constants.layer_idx)
+        T = x_BTC.shape[1]
+        if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
+            key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
+        return self._attention_and_mlp(constants, x_BTC, _Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
+
+    def _attention_inputs(
+        self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [B, T, H, D] and keys, and values, both [B, T, K, D]."""
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
+        B, T, _ = x_BTC.shape
+        query_BTHD = torch.empty(B, T, constants.num_heads, constants.head_dim)
+        key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
+        by_row = [x_BTC, query_BTHD, key_BTKD, torch.empty_like(key_BTKD)]
+        if constants.rotates:
+            cos, sin = self._rotation(rotation)
+            if cos.shape[0] != B:
+                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
+            by_row += [cos, sin]
+        for first in range(0, B * T, native.BLOCK_ROWS):
+            count = min(native.BLOCK_ROWS, B * T - first)
+            x, query, key, value, *angles = [_address(part, first) for part in by_row]
+            library.attention_inputs(constants.layer, x, count, *(angles or (0, 0)), query, key, value, num_threads)
+        return query_BTHD, key_BTKD, by_row[3]
+
+    def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: "_Attended") -> torch.Tensor:
+        library, num_threads = native.library(), torch.get_num_threads()
+        assert library is not None
+        out_BTC = torch.empty_like(x_BTC)
+        for first, part in attended.blocks():
+            attention = native.attention(*part, constants.scale)
+            x, out = _address(x_BTC, first), _address(out_BTC, first)
+            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
+        return out_BTC
+
+    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence["Part"]) -> torch.Tensor:
+        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+
+        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
+        """
+        library, constants = native.library(), self._prepare(rotation)
+        assert library is not None
+        assert constants is not None, "`any_rows` is asked first"
+        states_1R = self._attention_inputs(constants, x_1RC, rotation)
+        attentions, first = [], 0
+        for part in parts:
+            rows = slice(first, first + part.num_rows * part.num_tokens)
+            query_BTHD, key_BTKD, value_BTKD = [
+                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
+            ]
+            key_BKSD, value_BKSD = part.cache.update(
+                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
+            )
+            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
+            first = rows.stop
+        out_1RC = torch.empty_like(x_1RC)
+        library.attention_and_mlp(
+            constants.layer,
+            (structs.Attention * len(parts))(*attentions),
+            len(parts),
+            x_1RC.data_ptr(),
+            out_1RC.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_1RC
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether forwards of any number of rows are native."""
+        return self._max_rows is None
+
+    @property
+    def model_is_native(self) -> bool:
+        """Whether the model's layers are native now."""
+        return self._model is None or self._model.is_native(None)
+
+    def _covers(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation, kwargs: dict[str, Any]
+    ) -> bool:
+        shape = hidden.shape
+        return (
+            (self._max_rows is None or shape[0] * shape[1] <= self._max_rows)
+            and hidden.dtype is torch.float32
+            and not hidden.is_cuda
+            and not (hidden.requires_grad and torch.is_grad_enabled())
+            and (mask is None or mask.dim() == 4)
+            and rotation[0].shape[-1] == self.layer.self_attn.head_dim
+            and not any(value and name not in _HARMLESS for name, value in kwargs.items())
+        )
+
+    def is_unchanged(self) -> bool:
+        """Whether the layer is what it was when it was recognised, and the kernels are here."""
+        constants = self._constants
+        if constants is None:
+            return native.library() is not None and fits(self.layer)
+        return constants.places.hold_the_same()
+
+    def _prepare(self, rotation: object) -> _Constants | None:
+        """None where the layer has to be the model's own. `rotation` tells one forward from another."""
+        if not (self.is_unchanged() if self._model is None else self._model.is_native(rotation)):
+            return None
+        constants = self._constants
+        if constants is None or constants.places.have_moved():
+            constants = self._constants = self._find()
+        return constants
+
+    def _find(self) -> _Constants:
+        attn, first, second = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm
+        q_norm, k_norm = _head_norms(attn) or (None, None)
+        num_heads = attn.q_proj.out_features // attn.head_dim
+        num_kv_heads = attn.k_proj.out_features // attn.head_dim
+        layer = structs.Layer(
+            *map(_matrix, _linears(self.layer)),
+            input_norm=first.weight.data_ptr(),
+            post_norm=second.weight.data_ptr(),
+            q_norm=q_norm and q_norm.weight.data_ptr(),
+            k_norm=k_norm and k_norm.weight.data_ptr(),
+            input_eps=first.variance_epsilon,
+            post_eps=second.variance_epsilon,
+            head_eps=q_norm.variance_epsilon if q_norm else 0,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=attn.head_dim,
+        )
+        rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
+        sizes = num_heads, num_kv_heads, attn.head_dim
+        return _Constants(_Places(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
+
+
+class NativeModel:
+    """The native layers of an int8 model. They quantise activations, which is exact only while all of them are native:
+    once one has changed (an adapter was put in), all go back to the model's own forward, and activations stay float32.
+
+    Args:
+        int8_linears: all of the model.
+    """
+
+    def __init__(self, int8_linears: Sequence[Int8Linear]):
+        self.layers: list[LeanForward] = []
+        self._int8_linears = int8_linears
+        self._check = Once(self._is_unchanged)
+
+    def is_native(self, forward: object) -> bool:
+        """Whether all layers are unchanged; looked at by the first layer of a forward, which `forward` stands for."""
+        if self._int8_linears[0].weight_only:
+            return False
+        return self._is_unchanged(None) if forward is None else self._check(forward)
+
+    def _is_unchanged(self, _: object) -> bool:
+        if all(layer.is_unchanged() for layer in self.layers):
+            return True
+        for linear in self._int8_linears:
+            linear.weight_only = True
+        return False
+
+
+class Part(NamedTuple):
+    """Rows of one cache in a forward of several.
+
+    Args:
+        mask: as of a forward of the part alone, [B, 1, T, S] or None.
+    """
+
+    num_rows: int
+    num_tokens: int
+    mask: torch.Tensor | None
+    cache: Any
+
+
+class _Attended(NamedTuple):
+    """Queries, and what they attend to."""
+
+    query_BTHD: torch.Tensor
+    key_BKSD: torch.Tensor
+    value_BKSD: torch.Tensor
+    mask: torch.Tensor | None
+
+    def blocks(self) -> Iterator[tuple[int, "_Attended"]]:
+        """Parts of at most `BLOCK_ROWS` queries that lie beside each other, and the number of queries before each."""
+        B, T = self.query_BTHD.shape[:2]
+        if B * T <= native.BLOCK_ROWS:
+            yield 0, self
+            return
+        for row, first in itertools.product(range(B), range(0, T, native.BLOCK_ROWS)):
+            part = self._part(slice(row, row + 1), slice(first, min(first + native.BLOCK_ROWS, T)))
+            yield row * T + first, part
+
+    def _part(self, rows: slice, tokens: slice) -> "_Attended":
+        B, T = self.query_BTHD.shape[:2]
+        num_keys = self.key_BKSD.shape[2]
+        if self.mask is None:  # causal: the last query sees the last key
+            mask, num_seen = None, num_keys - T + tokens.stop
+        else:
+            mask, num_seen = self.mask.expand(B, -1, T, -1)[rows, :, tokens], num_keys
+        key, value = self.key_BKSD[rows, :, :num_seen], self.value_BKSD[rows, :, :num_seen]
+        return _Attended(self.query_BTHD[rows, tokens], key, value, mask)
+
+
+@torch.no_grad()
+def agrees(layer: DecoderLayer) -> bool:
+    """Whether the lean forward computes what the layer's own does, on a random masked batch with a past.
+
+    The bound is loose for int8 (a rounding may tip) and still far below what a wrong formula would show.
+    """
+    attn = layer.self_attn
+    B, past, T, channels = 2, 3, 5, attn.q_proj.in_features
+    random = torch.Generator().manual_seed(0)
+    angles_BTD = torch.rand(B, past + T, attn.head_dim // 2, generator=random).mul(6).repeat(1, 1, 2)
+    x_BTC = torch.randn(B, past + T, channels, generator=random)
+    visible = torch.rand(B, 1, T, past + T, generator=random) < 0.7
+    visible[..., 0] = True
+    lowest = torch.finfo(torch.float32).min  # additive masks: what eager and sdpa both take
+    masks = torch.full((1, 1, past, past), lowest).triu(1), torch.where(visible, 0.0, lowest)
+
+    def run(forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+        cache = _OneLayerCache()
+        for part, mask in zip((slice(0, past), slice(past, None)), masks, strict=True):
+            rotation = angles_BTD[:, part].cos(), angles_BTD[:, part].sin()
+            out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
+        return out_BTC
+
+    expected_BTC, actual_BTC = run(layer.forward), run(LeanForward(layer))
+    bound = 0.02 if isinstance(attn.q_proj, Int8Linear) else 1e-4
+    return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC[:, past:]).norm().item()
+
+
+class _OneLayerCache:
+    """The part of a cache that one layer sees."""
+
+    def __init__(self) -> None:
+        self.states: tuple[torch.Tensor, ...] = ()
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        new = key, value
+        self.states = tuple(torch.cat(pair, 2) for pair in zip(self.states, new, strict=True)) if self.states else new
+        return self.states
+
+
+def _address(tensor: torch.Tensor, first: int) -> int:
+    """Of a row of a contiguous float32 tensor [B, T, ...], counted over B and T."""
+    return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel() if first else tensor.data_ptr()
+
+
+def _children(module: DecoderLayer) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _head_norms(attn: Any) -> list[Any]:
+    return [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
+
+
+def _linears(layer: DecoderLayer) -> list[Any]:
+    attn, mlp = layer.self_attn, layer.mlp
+    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _is_native(linear: nn.Module) -> bool:
+    if isinstance(linear, Int8Linear):
+        return linear.library is not None
+    forward: Any = linear.__dict__.get("forward")  # of a float32 linear whose calibration chose the native product
+    if getattr(forward, "func", None) is not float_linear:
+        return False
+    return set(forward.args[1].values()) == {NATIVE} and is_plain(forward.args[0].weight)
+
+
+def _matrix(linear: Any) -> structs.Matrix:
+    return linear.matrix() if isinstance(linear, Int8Linear) else float_matrix(linear)

@@ -1,0 +1,217 @@
+"""prepare() and unprepare(): a model's linears and decoder layers are swapped in place, and back."""
+
+import copy
+import dataclasses
+import itertools
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from specdec.devices import num_processes
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.hf import CACHE
+from specdec.kernels import native
+from specdec.kernels.model.layer import LeanForward, NativeModel, Once, agrees, contiguous, fits
+from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
+from specdec.kernels.model.persistence import guard
+from specdec.kernels.model.weight_readers import read_by_others
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_MARK = "_specdec_prepared"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """What prepare() did to a model; kept on the model.
+
+    activations: "float", or "int8" where the rows of int8 products are quantised too.
+    """
+
+    weights: str | None
+    num_linears: int
+    num_lean_layers: int
+    activations: str = "float"
+
+
+def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
+    """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
+
+    weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
+        weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
+        `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float, and so do linears whose
+        weight the model's code reads itself (some routers). The float weights are then gone, what remains becomes
+        float32, and `unprepare` refuses. So do `to(dtype)`, `to(device)`, `state_dict`, `load_state_dict` and
+        `save_pretrained`; copies, pickles and `torch.save(model)` work. Activations are quantised too, for more speed,
+        where all of the model is native and a token's logits are the same bits whatever else is in its forward (the
+        layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
+        beside others gets the logits that it gets alone, up to rounding.
+    compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
+
+    Idempotent. Weights of a float model may change in between.
+    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
+    on the CPU ("int8") or has no `nn.Linear`.
+    """
+    return _prepare(model, weights, compile, must_be_exact=True)
+
+
+def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
+    """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding."""
+    if weights not in (None, "int8"):
+        raise UnsupportedOptionError(f"weights={weights!r} is not known: use None (float) or 'int8'")
+    if compile:
+        raise UnsupportedOptionError("compile=True is not available: leave it out, native kernels are faster on CPUs")
+    done: Prepared | None = model.__dict__.get(_MARK)
+    if done is not None:
+        if done.weights == weights:
+            return model
+        unprepare(model)  # refuses to go from int8 to float
+    if num_processes(model) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is split over processes (tp_plan), and its products are those of the split: "
+            "leave prepare() out"
+        )
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
+    num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
+    num_layers = _to_lean_layers(model) if native.library() else 0
+    activations = "float"
+    if weights == "int8" and native.library():
+        if must_be_exact and not rows_are_independent(model):
+            _to_weight_only(model)
+            num_layers = 0
+        else:
+            activations = "int8"
+    setattr(model, _MARK, Prepared(weights, num_linears, num_layers, activations))
+    return model
+
+
+def prepare_like(part: Model, model: nn.Module) -> Model:
+    """Does to a drafting module beside a model what `prepare` has done to the model, if anything."""
+    done = prepared(model)
+    return part if done is None else _prepare(part, done.weights, must_be_exact=False)
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """What `prepare` has done to a model, None if nothing: what is measured of the model holds only as long as this."""
+    return model.__dict__.get(_MARK)
+
+
+def unprepare(model: Model) -> Model:
+    """Undoes prepare(model): modules and weights are those from before, bit for bit.
+
+    Refuses an int8 model (UnsupportedOptionError): its float weights are gone, load the model again.
+    """
+    done: Prepared | None = model.__dict__.get(_MARK)
+    if done is None:
+        return model
+    if done.weights == "int8":
+        raise UnsupportedOptionError(
+            "the model was prepared with weights='int8': its float weights are gone, reload it"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), LeanForward):
+            module.__dict__.pop("forward", None)
+    delattr(model, _MARK)
+    return model
+
+
+def quantized_copy(model: Model) -> Model:
+    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it
+    costs only the int8 weights: a quarter of the float ones. It is a draft, and may be wrong: its activations are
+    always quantised."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return _prepare(copy.deepcopy(model, shared), "int8", must_be_exact=False)
+
+
+def _to_int8(model: nn.Module) -> int:
+    """Replaces the linears one by one, so that at most one is held in both forms."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise UnsupportedModelError("weights='int8' is for models on the CPU; move it there first")
+    check_int8()
+    replaced: dict[nn.Module, Int8Linear] = {}
+    kept = read_by_others(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child not in kept:
+                if child not in replaced:
+                    replaced[child] = Int8Linear(child)
+                setattr(parent, name, replaced[child])
+                child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
+    _to_float32(model)
+    for module in model.modules():
+        if any(isinstance(part, Int8Linear) for part in module.modules() if part is not module):
+            guard(module)
+    return len(replaced)
+
+
+def _to_float32(model: nn.Module) -> None:
+    """What `model.float()` does, but in new tensors: the old ones may be another model's too (`quantized_copy`)."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    if tensor not in made:
+                        made[tensor] = tensor.detach().float()
+                        if isinstance(tensor, nn.Parameter):
+                            made[tensor] = nn.Parameter(made[tensor], requires_grad=tensor.requires_grad)
+                    tensors[name] = made[tensor]
+
+
+def _to_small_batch(model: nn.Module) -> int:
+    linears = [module for module in model.modules() if type(module) is nn.Linear and is_plain(module.weight)]
+    by_shape: dict[torch.Size, list[nn.Linear]] = {}
+    for linear in linears:
+        by_shape.setdefault(linear.weight.shape, []).append(linear)
+    for group in by_shape.values():
+        choices = calibrate(group)
+        for linear in group:
+            linear.__dict__["forward"] = small_batch_forward(linear, choices)
+    return len(linears)
+
+
+@torch.no_grad()
+def rows_are_independent(model: nn.Module) -> bool:
+    """Whether the logits of a token are the same bits whatever else is in its forward.
+
+    All int8 products must lie in native layers or be the LM head, and a forward of four tokens must say what four
+    forwards of one say.
+    """
+    lean = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), LeanForward)]
+    inside = {id(part) for layer in lean for part in layer.modules()}
+    inside.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
+    if not lean or any(isinstance(part, Int8Linear) and id(part) not in inside for part in model.modules()):
+        return False
+    config: Any = model.config
+    input_ids = torch.arange(1, 9).unsqueeze(0) * 7919 % config.get_text_config(decoder=True).vocab_size
+    past = DynamicCache(config=config)
+    model(input_ids[:, :4], **{CACHE: past}, use_cache=True)
+    ahead = copy.deepcopy(past)
+    expected = model(input_ids[:, 4:], **{CACHE: ahead}, use_cache=True).logits
+    steps = [model(input_ids[:, i : i + 1], **{CACHE: past}, use_cache=True).logits for i in range(4, 8)]
+    return torch.equal(torch.cat(steps, 1), expected)
+
+
+def _to_weight_only(model: nn.Module) -> None:
+    """Activations stay float32; the native layers, which quantise them, are given up."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.weight_only = True
+        elif isinstance(module.__dict__.get("forward"), LeanForward):
+            del module.__dict__["forward"]
+
+
+def _to_lean_layers(model: nn.Module) -> int:
+    layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+    lean = [layer for layer in layers if fits(layer) and agrees(layer)]
+    int8_linears = [part for part in model.modules() if isinstance(part, Int8Linear)]
+    rotation, group = Once(contiguous), NativeModel(int8_linears) if int8_linears else None
+    for layer in lean:
+        layer.__dict__["forward"] = forward = LeanForward(layer, rotation, group)
+        if group is not None:
+            group.layers.append(forward)
+    return len(lean)

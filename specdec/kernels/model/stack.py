@@ -1,0 +1,187 @@
+"""Lean layers called one after the other, without the model's own forward around them.
+
+That forward makes masks, positions and outputs for every case there is: half a millisecond a call, as much as five
+layers of a small model. Drafting from early layers calls it several times for every token, with masks and positions
+that are known. So where all layers are lean and nothing else is special, they are called directly; the model's own
+embedding, rotary embedding, norm and head are. Whether that gives the model's own states, to the last bit, is tried
+once for a model.
+
+Shape legend: B rows, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from specdec.hf import CACHE
+from specdec.kernels.model.layer import LeanForward, Part
+from specdec.kernels.model.prepare import prepared
+
+_STATIC = {"default", "linear", "llama3", "yarn"}
+"""Kinds of rotary embedding whose angles depend on nothing but the position."""
+
+_tried: WeakKeyDictionary[PreTrainedModel, dict[object, bool]] = WeakKeyDictionary()
+
+
+class Outputs(NamedTuple):
+    """What is read of a model's outputs. logits: None without a head; last_hidden_state: after the norm, if any."""
+
+    last_hidden_state: Tensor
+    logits: Tensor | None
+
+
+class Rotations:
+    """A model's rotary embedding, computed once for each position: looking it up takes a tenth of the time.
+
+    Where angles depend on more than the position it is computed every time.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        self._rotate = model.get_decoder().rotary_emb
+        self._is_static = rope.get("rope_type", "default") in _STATIC
+        self._tables: tuple[Tensor, ...] = ()
+
+    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """cos and sin, each [B, T, head size]."""
+        if not self._is_static:
+            return self._rotate(hidden_BTC, position_ids)
+        num_needed = int(position_ids.max()) + 1
+        if not self._tables or len(self._tables[0]) < num_needed:
+            positions = torch.arange(num_needed + max(256, num_needed // 2), device=position_ids.device)
+            self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
+        return tuple(table[position_ids] for table in self._tables)
+
+
+class LeanStack:
+    """Called like a model, with the arguments that a `TreeModel` gives.
+
+    Args:
+        model: whose embedding and head are used.
+        rotations: of the model.
+        layers: some layers; each takes and returns states [B, T, C].
+        norm: after them, None for none.
+        has_head: whether logits are wanted.
+        given: returns the states to start with; None for the embeddings of `input_ids`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rotations: Rotations,
+        layers: Sequence[Callable[..., Tensor]],
+        norm: nn.Module | None,
+        *,
+        has_head: bool,
+        given: Callable[[], Tensor] | None = None,
+    ):
+        self._embed = model.get_decoder().embed_tokens
+        self._rotations = rotations
+        self._layers = layers
+        self._norm = norm
+        self._head = model.get_output_embeddings() if has_head else None
+        self._given = given
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+        beside: Mapping[str, Any] | None = None,
+    ) -> Outputs:
+        """As the model, and besides:
+
+        Args:
+            beside: input_ids, position_ids, attention_mask and cache of tokens of another cache, which go through
+                the layers together with these (see `can_join`). Nothing is returned of them.
+        """
+        cache = past_key_values if cache is None else cache
+        hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
+        rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
+        if beside is not None:
+            own = Part(input_ids.shape[0], input_ids.shape[1], attention_mask, cache)
+            hidden_BTC = self._together(hidden_BTC, rotation, own, beside)
+        for layer in self._layers if beside is None else ():
+            hidden_BTC = layer(
+                hidden_BTC,
+                attention_mask=attention_mask,
+                **{CACHE: cache},
+                use_cache=use_cache,
+                position_embeddings=rotation,
+            )
+        if self._norm is not None:
+            hidden_BTC = self._norm(hidden_BTC)
+        return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
+
+    def _together(self, hidden_BTC: Tensor, rotation: Any, own: Part, beside: Mapping[str, Any]) -> Tensor:
+        """These tokens and those beside them through all layers; returns the states of these."""
+        input_ids, position_ids = beside["input_ids"], beside["position_ids"]
+        other = Part(input_ids.shape[0], input_ids.shape[1], beside["attention_mask"], beside[CACHE])
+        other_BTC = self._embed(input_ids)
+        pairs = [(hidden_BTC, other_BTC), *zip(rotation, self._rotations(other_BTC, position_ids), strict=True)]
+        joined_1RC, *angles = [torch.cat([part.flatten(0, 1) for part in pair]).unsqueeze(0) for pair in pairs]
+        both = angles[0], angles[1]
+        for layer in self._layers:
+            joined_1RC = layer.forward.together(joined_1RC, both, (own, other))  # type: ignore[attr-defined]
+        return joined_1RC[0, : own.num_rows * own.num_tokens].view_as(hidden_BTC)
+
+
+def can_join(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
+    """Whether tokens of two caches may go through the layers at once: int8 ones, which take any number of rows."""
+    inv_freq = getattr(model.get_decoder().rotary_emb, "inv_freq", None)
+    if inv_freq is None or not all(map(is_lean, layers)) or not layers[0].__dict__["forward"].model_is_native:
+        return False
+    return all(
+        layer.__dict__["forward"].any_rows
+        and 2 * inv_freq.numel() == layer.self_attn.head_dim  # type: ignore[union-attr]
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )
+
+
+def is_lean(layer: nn.Module) -> bool:
+    """Whether `prepare` has made the layer lean."""
+    return isinstance(layer.__dict__.get("forward"), LeanForward)
+
+
+def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
+    """Whether all layers of a model may be called this way: now, for hooks on the model would not run."""
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    is_plain = all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) and norm is not None
+    if not is_plain or len(set(getattr(config, "layer_types", None) or ())) > 1 or not all(map(is_lean, layers)):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (model, decoder)):
+        return False
+    known, state = _tried.setdefault(model, {}), prepared(model)
+    if state not in known:
+        known[state] = _gives_the_same(model, LeanStack(model, Rotations(model), layers, norm, has_head=True))
+    return known[state]
+
+
+@torch.no_grad()
+def _gives_the_same(model: PreTrainedModel, stack: LeanStack) -> bool:
+    """Both forward a few tokens, then one more."""
+    cache, past = DynamicCache(), DynamicCache()
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    position_ids = torch.arange(5).unsqueeze(0)
+    input_ids = (position_ids + 1) * 7919 % vocab_size
+    mask_11TT = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    for part, mask in ((slice(0, 4), mask_11TT), (slice(4, 5), None)):
+        inputs = {"input_ids": input_ids[:, part], "position_ids": position_ids[:, part], "attention_mask": mask}
+        expected = model(**inputs, **{CACHE: past}, use_cache=True).logits
+        logits = stack(**inputs, **{CACHE: cache}).logits
+        if logits is None or not torch.equal(logits, expected):
+            return False
+    return True

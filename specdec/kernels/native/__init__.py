@@ -1,0 +1,272 @@
+"""The C library, called on tensors' memory; build.py builds it.
+
+Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on a
+processor without AVX2, and torch then does the work. `describe()` says which it is and why.
+"""
+
+import ctypes
+import functools
+import itertools
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from specdec.kernels.native import build
+from specdec.kernels.native.structs import (
+    Attention,
+    FinishedTree,
+    Int,
+    Layer,
+    Matrix,
+    NextLayer,
+    Pointer,
+    Taken,
+    TreeSettings,
+    Urn,
+    Verification,
+    Visibility,
+)
+
+MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
+BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
+
+_log = logging.getLogger("specdec")
+_OUT_OF_MEMORY = -2  # see common.h
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Matrix, Layer, Attention, Urn, Taken),
+    *(TreeSettings, NextLayer, FinishedTree, Visibility, Verification),
+)
+
+
+def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
+    """What ctypes asks of the result of each call that may need memory."""
+    if result == _OUT_OF_MEMORY or result is None:
+        raise MemoryError(f"no memory left for {function.__name__}: use shorter prompts or fewer rows at a time")
+    return result
+
+
+class _Function(NamedTuple):
+    arguments: tuple[type, ...]
+    result: type | None = None
+    needs_memory: bool = False
+
+
+_Threads = ctypes.c_int
+_FUNCTIONS = {
+    "select": _Function((ctypes.c_char_p,), ctypes.c_char_p),
+    "layout": _Function((Int, Pointer), ctypes.c_char_p),
+    "fail_allocation_after": _Function((Int,)),
+    "packed_bytes": _Function((Int, Int), Int),
+    "pack": _Function((Pointer, Int, Int, Pointer, Pointer, _Threads), Int, True),
+    "linear": _Function((ctypes.POINTER(Matrix), Pointer, Int, ctypes.c_int, Pointer, _Threads), Int, True),
+    "attend": _Function((ctypes.POINTER(Attention), _Threads), Int, True),
+    "attention_inputs": _Function((ctypes.POINTER(Layer), Pointer, Int, *(Pointer,) * 5, _Threads), Int, True),
+    "attention_and_mlp": _Function(
+        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Int, Pointer, Pointer, _Threads), Int, True
+    ),
+    "take": _Function((ctypes.POINTER(Urn), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True),
+    "new_tree": _Function((ctypes.POINTER(TreeSettings),), Pointer, True),
+    "free_tree": _Function((Pointer,)),
+    "grow_tree": _Function((Pointer, Pointer, Pointer, Int), Int, True),
+    "write_layer": _Function((Pointer, Int, Int, ctypes.POINTER(NextLayer))),
+    "finish_tree": _Function((Pointer, ctypes.POINTER(FinishedTree)), Int, True),
+    "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), Int, True),
+    "write_mask": _Function((ctypes.POINTER(Visibility),)),
+    "move": _Function((Pointer, Pointer, Int, Int, Pointer, Pointer, Int)),
+}
+"""By name in C, without `specdec_`."""
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The file with its functions typed.
+
+    Raises:
+        OSError: it is no library, not ours, or lays structures out otherwise than this module.
+    """
+    dll = ctypes.CDLL(str(path))
+    for name, (arguments, result, needs_memory) in _FUNCTIONS.items():
+        try:
+            function = getattr(dll, f"specdec_{name}")
+        except AttributeError as error:
+            raise OSError(f"{path} is not specdec's library: it has no specdec_{name}") from error
+        function.argtypes, function.restype = arguments, result
+        if needs_memory:
+            function.errcheck = _check_status
+    different = dict(_layout_in_python().items() ^ _layout_in_c(dll).items())
+    if different:
+        raise OSError(f"{path} and __init__.py disagree about the layout of {', '.join(sorted(different))}")
+    return dll
+
+
+def _layout_in_c(dll: ctypes.CDLL) -> dict[str, tuple[int, int]]:
+    """Offset and size of every structure and field that both know."""
+    layout: dict[str, tuple[int, int]] = {}
+    numbers = (Int * 2)()
+    for i in itertools.count():
+        name = dll.specdec_layout(i, numbers)
+        if name is None:
+            break
+        layout[name.decode()] = (numbers[0], numbers[1])
+    return layout
+
+
+def _layout_in_python() -> dict[str, tuple[int, int]]:
+    layout = {"num_blocks": (0, num_blocks(1 << 20))}
+    for structure in STRUCTURES:
+        layout[structure.__name__] = (0, ctypes.sizeof(structure))
+        for name, *_ in structure._fields_:
+            field = getattr(structure, name)
+            layout[f"{structure.__name__}.{name}"] = (field.offset, field.size)
+    return layout
+
+
+class Library:
+    """The native functions. Callers pass contiguous float32 CPU tensors unless said otherwise.
+
+    Those that need memory raise MemoryError where there is none. The next call works; a tree can then only be freed.
+    """
+
+    attention_inputs: Callable[..., int]
+    attention_and_mlp: Callable[..., int]
+    take: Callable[..., int]
+    verify: Callable[..., int]
+    new_tree: Callable[..., int]
+    free_tree: Callable[..., None]
+    grow_tree: Callable[..., int]
+    write_layer: Callable[..., None]
+    finish_tree: Callable[..., int]
+    write_mask: Callable[..., None]
+    move: Callable[..., None]
+    fail_allocation_after: Callable[[int], None]
+    """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
+
+    def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
+        """`instruction_set`: "avx2", "avx512", "amx", or None for the best. The whole process gets it."""
+        self._dll = dll
+        for name in Library.__annotations__:
+            setattr(self, name, getattr(dll, f"specdec_{name}"))
+        self.instruction_set = self.select(instruction_set)
+
+    def select(self, instruction_set: str | None) -> str:
+        name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
+        if name is None:
+            raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
+        return name.decode()
+
+    def pack(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed int8 weights (opaque layout) and the scale of each of the N outputs."""
+        n, k = weight_NK.shape
+        packed = torch.empty(self._dll.specdec_packed_bytes(n, k), dtype=torch.int8)
+        scale_N = torch.empty(n)
+        addresses = packed.data_ptr(), scale_N.data_ptr()
+        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, *addresses, torch.get_num_threads())
+        return packed, scale_N
+
+    def linear(self, matrix: Matrix, x_MK: torch.Tensor, *, weight_only: bool = False) -> torch.Tensor:
+        """[M, N]. `weight_only`: of an int8 matrix; the rows are not quantised."""
+        out_MN = torch.empty(x_MK.shape[0], matrix.n)
+        addresses = x_MK.data_ptr(), x_MK.shape[0], weight_only, out_MN.data_ptr()
+        self._dll.specdec_linear(matrix, *addresses, torch.get_num_threads())
+        return out_MN
+
+    def attend(self, query_BTHD: torch.Tensor, attention: Attention) -> torch.Tensor:
+        out_BTHD = torch.empty_like(query_BTHD)
+        attention.out = out_BTHD.data_ptr()
+        self._dll.specdec_attend(attention, torch.get_num_threads())
+        return out_BTHD
+
+
+def num_blocks(vocab_size: int) -> int:
+    """How many blocks a row of scores has, padded; mirrors draws.h."""
+    return -(-vocab_size // 4096) * 16
+
+
+def matrix(weight: torch.Tensor, n: int, k: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Matrix:
+    m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k)
+    m.alive = (weight, scale, bias)
+    return m
+
+
+def attention(
+    query_BTHD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> Attention:
+    """The arguments of one attention; holds on to its tensors.
+
+    Keys and values may have any strides but the last, which is made 1. `mask` broadcasts to [B, H, T, S] and is bool
+    (True: visible) or float (added); None is causal, the last query being the last key.
+    """
+    B, T, H, D = query_BTHD.shape
+    K, S = key_BKSD.shape[1], key_BKSD.shape[2]
+    key, value = plain(key_BKSD), plain(value_BKSD)
+    addresses = query_BTHD.data_ptr(), key.data_ptr(), value.data_ptr()
+    visibility: tuple[int | None, bool, tuple[int, ...]] = (None, False, (0, 0, 0))
+    if mask is not None:
+        mask = mask if mask.dtype is torch.bool else plain(mask)
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+        strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
+        visibility = (mask.data_ptr(), mask.dtype is torch.bool, strides[:3])
+    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], *visibility, scale)
+    a.alive = (query_BTHD, key, value, mask)
+    return a
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 with a last stride of 1: the tensor itself in the usual case."""
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, built if need be; None where torch has to do, which is said once. Takes seconds once per machine,
+    then milliseconds."""
+    with _loading:
+        return _announced()
+
+
+def describe() -> str:
+    """One line for people: which kernels are in use here, and why."""
+    with _loading:
+        loaded = _load()
+    if isinstance(loaded, Library):
+        return f"native kernels ({loaded.instruction_set})"
+    return f"torch kernels, no native ones: {loaded}"
+
+
+@functools.cache
+def _announced() -> Library | None:
+    loaded = _load()
+    if isinstance(loaded, Library):
+        return loaded
+    _log.warning(
+        "specdec works with torch's kernels here: rounds are slower, Auto drafts without an int8 copy of the model, "
+        "and rows are not rounded alike in every batch. The native kernels are missing: %s",
+        loaded,
+    )
+    return None
+
+
+@functools.cache
+def _load() -> Library | str:
+    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
+        return f"they are for x86-64 on Linux and macOS, this is {platform.machine()} on {platform.system()}"
+    try:
+        return Library(build.load(open_library))
+    except OSError as error:
+        return str(error)

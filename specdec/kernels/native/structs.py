@@ -1,0 +1,96 @@
+"""The structures of common.h, field by field."""
+
+import ctypes
+
+import torch
+
+Pointer, Int = ctypes.c_void_p, ctypes.c_int64
+
+
+class Matrix(ctypes.Structure):
+    """float32 weights [n, k] (scale is None) or packed int8 ones; mirrors common.h, as do the two below."""
+
+    alive: tuple[torch.Tensor | None, ...]  # the tensors that the pointers point into
+
+    _fields_ = (("data", Pointer), ("scale", Pointer), ("bias", Pointer), ("n", Int), ("k", Int))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps")),
+        *((name, Int) for name in ("num_heads", "num_kv_heads", "head_dim")),
+    )
+
+
+class Attention(ctypes.Structure):
+    alive: tuple[torch.Tensor | None, ...]
+    _fields_ = (
+        *((name, Int) for name in "BTSHKD"),
+        *((name, Pointer) for name in "qkv"),
+        ("k_strides", Int * 3),
+        ("v_strides", Int * 3),
+        ("mask", Pointer),
+        ("mask_is_bool", Int),
+        ("mask_strides", Int * 3),
+        ("scale", ctypes.c_float),
+        ("out", Pointer),
+        ("scores", Pointer),
+        ("padded_keys", Int),
+    )
+
+
+class Urn(ctypes.Structure):
+    """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
+
+    _fields_ = (("x", Pointer), ("vocab", Int), ("peaks", Pointer), ("shares", Pointer), ("norms", Pointer))
+
+
+class Taken(ctypes.Structure):
+    alive: tuple[object, ...]
+    _fields_ = (("tokens", Pointer), ("counts", Pointer), ("room", Int))
+
+
+class TreeSettings(ctypes.Structure):
+    """What a growing tree is told; mirrors common.h, as do the two below."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        *((name, Int) for name in ("vocab", "limit", "max_depth", "sample")),
+        *((name, ctypes.c_double) for name in ("threshold", "guess")),
+        *((name, Pointer) for name in ("starts", "spots")),
+    )
+
+
+class NextLayer(ctypes.Structure):
+    _fields_ = (("num_rows", Int), ("row", Int), ("numbers", Pointer), ("seen", Pointer))
+
+
+class FinishedTree(ctypes.Structure):
+    _fields_ = tuple(
+        (name, Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values", "norms")
+    )
+
+
+class Visibility(ctypes.Structure):
+    """What the new tokens of a forward see; mirrors common.h."""
+
+    _fields_ = (
+        *((name, Int) for name in ("num_rows", "num_new", "num_tail", "num_slots", "prompt_size")),
+        ("seen", Pointer),
+        ("seen_strides", Int * 2),
+        *((name, Pointer) for name in ("lengths", "prompt", "out")),
+    )
+
+
+class Verification(ctypes.Structure):
+    """A drafted tree and the target's scores; mirrors common.h."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        *((name, Int) for name in ("num_slots", "size", "depth", "vocab")),
+        *((name, Pointer) for name in ("p", "q", "q_norms", "tokens", "parents", "coins", "path")),
+        *((name, Int) for name in ("count", "next")),
+        *((name, Pointer) for name in ("first_child", "next_sibling", "scratch", "rows")),
+    )

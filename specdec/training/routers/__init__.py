@@ -1,0 +1,1 @@
+"""The texts that routers are trained on: steps, and what becomes of them."""

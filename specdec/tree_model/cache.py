@@ -1,0 +1,371 @@
+"""The KV cache of a tree-decoding model. With `tree_layer.py` the only file that touches HF cache classes.
+
+Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
+of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
+commit, at `lengths[row] + 0, + 1, ...`. `commit` keeps a path through the tail and forgets the rest; `rollback`
+forgets it all. Buffers grow by half of their size, so a generation of n tokens copies O(n). Rows join at the end and
+leave anywhere; buffers have room for more rows than there are, so that neither copies more than the rows that move.
+
+All positions are kept, in sliding-window layers too: there the mask hides what has left the window.
+
+Shape legend: B rows, H heads, S slots, T new slots, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, groupby
+from operator import itemgetter
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.kernels.trees.cache_slots import SlotMover, can_move
+from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
+
+RowStates: TypeAlias = list[tuple[Tensor, ...]]
+"""Committed keys and values (and keys of an indexer) of one row, each [H, S, D], of every layer that stores some."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer's tokens see.
+
+    Args:
+        name: the kind's name in `config.layer_types`, by which models take its mask.
+        reach: a window, or the size of chunks; None if a token sees all that came before it.
+    """
+
+    name: str
+    reach: int | None = None
+
+    @property
+    def is_chunked(self) -> bool:
+        return self.name == "chunked_attention"
+
+    def within(self, num_slots: int) -> LayerKind:
+        """The same among so few slots that all may be visible."""
+        return self if self.reach is not None and self.reach < num_slots else LayerKind(self.name)
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
+    """The kind of each layer; None for one that stores nothing, such as one that takes an earlier layer's keys.
+
+    Raises:
+        UnsupportedModelError: a layer keeps a state that cannot be rolled back or masked by tree.
+    """
+    text = config.get_text_config(decoder=True)
+    names, _ = get_layer_types_and_kwargs(text)
+    kinds: list[LayerKind | None] = []
+    for index, (name, layer) in enumerate(zip(names, DynamicCache(config=text).layers, strict=True)):
+        if type(layer) is DummyLayer:
+            kinds.append(None)
+        elif type(layer) in (DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer):
+            kinds.append(LayerKind(name, getattr(layer, "sliding_window", None)))
+        else:
+            raise UnsupportedModelError(
+                f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
+                "take back drafted tokens; specdec decodes models whose layers attend to keys and values, in full "
+                "or in windows or chunks: use model.generate()"
+            )
+    if len({kind.name for kind in kinds if kind is not None}) < len({kind for kind in kinds if kind is not None}):
+        raise UnsupportedModelError(
+            f"layers of one type have windows of different sizes in this {config.model_type!r} model, and models take "
+            "one mask a type: use model.generate()"
+        )
+    return kinds
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether a model of a class that may have such layers has one. One that does not name its layers has."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "layer_types", None) is None:
+        return True
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=text).layers)
+
+
+class TreeCache(Cache):
+    """KV of B rows with lengths of their own and a common speculative tail.
+
+    Args:
+        num_layers: number of decoder layers.
+        num_rows: B.
+        capacity: slots to allocate at the start; more are allocated when needed.
+        without: layers that store nothing.
+
+    Attributes:
+        stored: index -> layer, of those that store something.
+    """
+
+    def __init__(
+        self, num_layers: int, num_rows: int, capacity: int = MIN_CAPACITY, *, without: Collection[int] = frozenset()
+    ):
+        self.lengths = [0] * num_rows
+        self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._mover: SlotMover | None = None
+        self.without = frozenset(without)
+        self.stored = {index: TreeLayer(self, capacity) for index in range(num_layers) if index not in self.without}
+        super().__init__(layers=[self.stored.get(index) or DummyLayer() for index in range(num_layers)])
+
+    @classmethod
+    def adopt(
+        cls,
+        cache: DynamicCache,
+        num_layers: int,
+        num_rows: int,
+        capacity: int,
+        *,
+        without: Collection[int] = frozenset(),
+    ) -> TreeCache:
+        """A tree cache that starts with a copy of a `DynamicCache` (which stays as it is).
+
+        Raises:
+            UnsupportedOptionError: the cache has another batch size.
+        """
+        adopted = cls(num_layers, num_rows, capacity, without=without)
+        length = cache.get_seq_length()
+        if length == 0:
+            return adopted
+        for index, layer in adopted.stored.items():
+            source = cache.layers[index]
+            keys, values = source.keys, source.values
+            if keys.shape[0] != num_rows:
+                raise UnsupportedOptionError(
+                    f"the cache holds {keys.shape[0]} rows but the input has {num_rows}: "
+                    "pass a cache of the same batch size, or none"
+                )
+            # a window that has already forgotten its first slots never shows them again
+            forgotten = (0, 0, length - keys.shape[-2], 0)
+            layer.update(torch.nn.functional.pad(keys, forgotten), torch.nn.functional.pad(values, forgotten))
+            if getattr(source, "indexer_keys", None) is not None:
+                layer.update_indexer(source.indexer_keys)
+        adopted.commit([range(length)] * num_rows)
+        return adopted
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tail(self) -> int:
+        """Number of speculative slots that every layer holds."""
+        return min(layer.tail for layer in self.stored.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have the same length (then writes are slices)."""
+        return min(self.lengths) == max(self.lengths)
+
+    def commit(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these tail slots of each row, in this order, as committed; forget the others.
+
+        Args:
+            kept: for each row increasing tail indices (0 is the first slot after the committed ones).
+        """
+        moves = [
+            (row, length + slot, length + place)
+            for row, (length, slots) in enumerate(zip(self.lengths, kept, strict=True))
+            for place, slot in enumerate(slots)
+            if slot != place
+        ]
+        layers = list(self.stored.values())
+        if moves and self._mover is None and all(can_move(layer.keys) for layer in layers):
+            self._mover = SlotMover([buffer for layer in layers for buffer in layer.buffers])
+        if moves and self._mover is not None:
+            for row, own in groupby(moves, itemgetter(0)):
+                _, old, new = zip(*own, strict=True)
+                self._mover.move(row, old, new)
+        elif moves:
+            _move(layers, torch.tensor(moves).unbind(1))
+        self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
+        self.rollback()
+
+    def arrange_tail(self, num_layers: int, sources_BK: Tensor) -> None:
+        """Make these old tail slots the new tail of the first layers.
+
+        Args:
+            sources_BK: int64 tail indices.
+        """
+        num_kept = sources_BK.shape[1]
+        starts_B1 = torch.tensor(self.lengths, device=sources_BK.device).unsqueeze(1)
+        rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
+        targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
+        _move(self._first(num_layers), (rows_B1, starts_B1 + sources_BK, targets_BK))
+        self.cut_tail(num_layers, num_kept)
+
+    def cut_tail(self, num_layers: int, num_kept: int) -> None:
+        """Forget all but the first slots of the tail of the first layers."""
+        for layer in self._first(num_layers):
+            layer.tail = num_kept
+
+    def _first(self, num_layers: int) -> list[TreeLayer]:
+        return [layer for index, layer in self.stored.items() if index < num_layers]
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget the committed slots of each row past this many, and the tail."""
+        self.lengths = list(lengths)
+        self.rollback()
+
+    def buffers_change(self) -> None:
+        """To be called when a layer gets other buffers."""
+        self._mover = None
+
+    def rollback(self) -> None:
+        """Forget the tail; also repairs a forward that broke off between two layers."""
+        self._slots_memo = None
+        for layer in self.stored.values():
+            layer.tail = 0
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget the tail, and what is committed past these lengths."""
+        self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        self.rollback()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order. Cheapest where few of them change their place."""
+        assert self.tail == 0, "rows leave between rounds"
+        lengths = [self.lengths[row] for row in rows]
+        for layer in self.stored.values():
+            layer.select_rows(rows, lengths)
+        self.lengths = lengths
+        self._slots_memo = None
+
+    def join(self, states: RowStates | None = None) -> None:
+        """A row more, at the end.
+
+        Args:
+            states: what it has committed already (copied); None for nothing.
+        """
+        assert self.tail == 0, "rows join between rounds"
+        self.lengths.append(0)
+        self._slots_memo = None
+        for layer in self.stored.values():
+            layer.make_room(self.num_rows)
+        if states is not None:
+            self.write_row(self.num_rows - 1, states)
+
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        """Make room for so many rows of so many slots at once: buffers that grow are copied."""
+        for layer in self.stored.values():
+            layer.reserve(num_rows, capacity)
+
+    def write_row(self, row: int, states: RowStates) -> None:
+        """Make these a row's committed states (copied); it has none yet."""
+        assert self.tail == self.lengths[row] == 0, "the row is empty"
+        for layer, states_of_layer in zip(self.stored.values(), states, strict=True):
+            layer.write_row(row, states_of_layer)
+        self.lengths[row] = states[0][0].shape[1]
+        self._slots_memo = None
+
+    def clear_row(self, row: int) -> None:
+        """Overwrite what a row has left in the buffers: what is no number would reach whoever gets its place."""
+        for layer in self.stored.values():
+            for buffer in layer.buffers:
+                buffer[row] = 0
+
+    def part(self, rows: Sequence[int], room: int) -> TreeCache:
+        """A cache of these rows alone: copies, with room for so many slots more."""
+        assert self.tail == 0, "parts are made between rounds"
+        part = TreeCache(len(self.layers), 0, without=self.without)
+        part.lengths = [self.lengths[row] for row in rows]
+        for own, layer in zip(part.stored.values(), self.stored.values(), strict=True):
+            if layer.is_initialized:
+                own.copy_rows(layer, rows, room)
+        return part
+
+    def take_tail(self, part: TreeCache, rows: Sequence[int]) -> None:
+        """Make the tail of a part the tail of its rows; that of all others means nothing."""
+        count = part.tail
+        for layer, own in zip(self.stored.values(), part.stored.values(), strict=True):
+            layer.take_tail(own, rows, count)
+
+    def row_states(self, row: int) -> RowStates:
+        """Copies of a row's committed states."""
+        return [tuple(states.clone() for states in layer) for layer in self.row_views(row)]
+
+    def row_views(self, row: int) -> RowStates:
+        """A row's committed states, which hold until the next change; a row that never had any has none."""
+        length = self.lengths[row]
+        return [
+            tuple(buffer[row, :, :length] for buffer in layer.buffers)
+            for layer in self.stored.values()
+            if layer.is_initialized
+        ]
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between rounds."""
+        for layer in self.stored.values():
+            assert layer.tail == 0
+            for buffer in layer.buffers:
+                assert buffer.shape[0] == len(layer.keys) >= self.num_rows
+                assert buffer.shape[2] >= max(self.lengths)
+
+    def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Row and slot indices, each [B, T], of the tail slots start .. start + count - 1 (ragged rows)."""
+        key = (start, count)
+        if self._slots_memo is None or self._slots_memo[0] != key:
+            first_B1 = torch.tensor(self.lengths).unsqueeze(1) + start
+            slots_BT = first_B1 + torch.arange(count)
+            rows_BT = torch.arange(self.num_rows).unsqueeze(1).expand_as(slots_BT)
+            self._slots_memo = (key, (rows_BT, slots_BT))
+        return self._slots_memo[1]
+
+
+def _move(layers: Sequence[TreeLayer], places: Sequence[Tensor]) -> None:
+    """Copy slots in layers, which may be on several devices; `places` are rows, sources and targets."""
+    by_device: dict[torch.device, Sequence[Tensor]] = {}
+    for layer in layers:
+        device = layer.keys.device
+        if device not in by_device:
+            by_device[device] = [place.to(device) for place in places]
+        layer.move(*by_device[device])
+
+
+def beginning(cache: DynamicCache, length: int) -> DynamicCache:
+    """A cache of the first `length` slots of another one, which stays as it is. Nothing is copied.
+
+    Args:
+        cache: without sliding windows (one made without a configuration): those forget their beginning.
+    """
+    shorter = DynamicCache()
+    if length:
+        shorter.layers = [copy.copy(layer) for layer in cache.layers]
+        shorter.crop(length - cache.get_seq_length())
+    return shorter
+
+
+def refill(cache: DynamicCache, rows: Sequence[RowStates]) -> None:
+    """Give a `DynamicCache` the states of finished rows, as plain decoding would have left them.
+
+    Rows are aligned to the left; a row that finished early is filled with zeros to the longest one's length.
+
+    Args:
+        rows: for each row what `TreeCache.row_states` returned.
+    """
+    cache.reset()
+    num_slots = max(row[0][0].shape[1] for row in rows)
+    places = [index for index, layer in enumerate(cache.layers) if type(layer) is not DummyLayer]
+    for layer, index in zip(zip(*rows, strict=True), chain(places, count(len(cache.layers))), strict=False):
+        parts = zip(*layer, strict=True)
+        keys, values, *indexed = (torch.stack([_pad_slots(states, num_slots) for states in part]) for part in parts)
+        cache.update(keys, values, index)
+        if indexed:
+            cache.update_indexer(indexed[0][:, 0], index)
+
+
+def _pad_slots(states: Tensor, num_slots: int) -> Tensor:
+    return torch.nn.functional.pad(states, (0, 0, 0, num_slots - states.shape[1]))

@@ -1,0 +1,232 @@
+"""Views of a model that run only some of its layers.
+
+A view is a shallow copy of the model with another list of decoder layers. Embeddings, masks, rotary embedding, norm
+and head are the model's own objects, called by the model's own code; the model itself is not touched. A view that
+starts past the first layer is given the hidden states to go on with.
+
+Shape legend: B rows, T slots, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from accelerate.hooks import add_hook_to_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.errors import UnsupportedModelError
+from specdec.kernels.model.stack import LeanStack, Rotations, can_join, is_lean, stacks
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_MAX_VIEWS = 128
+"""Views are cheap to make, but those that keep states are many: one for each set of depths."""
+
+
+class _Given(nn.Module):
+    """Stands for layers that have already run: its output is what it was given."""
+
+    hidden_BTC: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden_BTC
+
+
+class _Kept(nn.Module):
+    """A layer, or the place before the first missing one, whose output is kept."""
+
+    def __init__(self, layer: nn.Module | None, depth: int, states: dict[int, Tensor]):
+        super().__init__()
+        self._layer = layer
+        self._depth = depth
+        self._states = states
+
+    def forward(self, hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._layer is not None:
+            hidden_BTC = self._layer(hidden_BTC, *args, **kwargs)
+        self._states[self._depth] = hidden_BTC
+        return hidden_BTC
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A model that runs some of its layers.
+
+    Attributes:
+        model: called like the model that it is a view of.
+        states: what the last call left: number of layers passed -> hidden states [B, T, C], before the final norm.
+        run: gives the same as `model` for tokens that are added to a tail, more cheaply where the layers are lean.
+    """
+
+    model: PreTrainedModel
+    states: dict[int, Tensor] = field(default_factory=dict)
+    _given: _Given | None = None
+    _lean: LeanStack | None = None
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        return self._lean or self.model
+
+    def give(self, hidden_BTC: Tensor) -> None:
+        """The hidden states that the next call starts with."""
+        assert self._given is not None, "this view starts with the embeddings"
+        self._given.hidden_BTC = hidden_BTC
+
+
+class LayerViews:
+    """Makes views of a model, each once.
+
+    Attributes:
+        layers: the model's own decoder layers.
+
+    Raises:
+        UnsupportedModelError: the model's decoder layers are not to be found.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        decoder = model.get_decoder()
+        self._path = next((name for name, module in model.named_modules() if module is decoder), "").split(".")
+        self.num_layers: int = model.config.get_text_config(decoder=True).num_hidden_layers
+        lists = [
+            name
+            for name, child in decoder.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == self.num_layers
+        ]
+        if len(lists) != 1 or not self._path[0]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not keep its decoder layers in one list: it cannot exit early; "
+                "take another drafter"
+            )
+        self._list = lists[0]
+        self._norm = next((name for name, _ in decoder.named_children() if name in _FINAL_NORMS), None)
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        self._has_kinds = len(set(kinds)) > 1
+        self.layers: list[nn.Module] = list(getattr(decoder, self._list))
+        self._views: dict[Any, View] = {}
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last layer and the head, None if there is none under a known name."""
+        return None if self._norm is None else getattr(self._model.get_decoder(), self._norm)
+
+    @cached_property
+    def are_lean(self) -> bool:
+        """Whether the layers can be called without the model's own forward around them (`kernels/model/stack.py`)."""
+        return stacks(self._model, self.layers, self.final_norm)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether tokens of another cache may go through the layers together with a whole view's own."""
+        return self.are_lean and can_join(self._model, self.layers)
+
+    def whole(self, kept: Iterable[int] = ()) -> View:
+        """All layers; the states after `kept` layers (each from 1 on) are kept."""
+        return self._view(0, self.num_layers, kept)
+
+    def below(self, stop: int, kept: Iterable[int] = ()) -> View:
+        """The first `stop` layers without head; the state after them is kept too."""
+        return self._view(0, stop, kept)
+
+    def body(self) -> View:
+        """All layers without norm and head, if the layers are lean: for tokens that nobody asks about."""
+        assert self.are_lean
+        if "body" not in self._views:
+            self._views["body"] = View(self._model, _lean=self._lean(self.layers, None, None, has_head=False))
+        return self._views["body"]
+
+    def above(self, start: int, kept: Iterable[int] = ()) -> View:
+        """The layers from `start` on, and the head, from given states."""
+        return self._view(start, self.num_layers, kept)
+
+    def head(self) -> View:
+        """Final norm and head alone, of given states."""
+        return self._view(self.num_layers, self.num_layers, ())
+
+    def block(self, block: nn.Module) -> View:
+        """Another layer in the place of all, and the final norm, of given states; the layer's output is kept as 0."""
+        key = ("block", id(block))
+        if key not in self._views:
+            states: dict[int, Tensor] = {}
+            given = _Given()
+            kept = _Kept(block, 0, states)
+            layers = [*[given] * self._place(self.num_layers - 1), kept]
+            lean = self._lean([kept], given, self.final_norm, has_head=False) if is_lean(block) else None
+            self._views[key] = View(self._with(layers).base_model, states, given, lean)
+        return self._views[key]
+
+    def _view(self, start: int, stop: int, kept: Iterable[int]) -> View:
+        depths = frozenset(depth for depth in kept if start < depth <= stop)
+        key = (start, stop, depths)
+        if key not in self._views:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = self._make(start, stop, depths)
+        return self._views[key]
+
+    def _make(self, start: int, stop: int, kept: frozenset[int]) -> View:
+        states: dict[int, Tensor] = {}
+        given = _Given() if start else None
+        stand_ins: list[nn.Module] = [] if given is None else [given] * self._place(start if start < stop else 1)
+        layers: list[nn.Module] = []
+        for index in range(start, stop):
+            layer = self.layers[index]
+            layers.append(_Kept(layer, index + 1, states) if index + 1 in kept else layer)
+        if stop < self.num_layers:
+            layers.append(_Kept(None, stop, states))
+            lean = self._lean(layers, given, None, has_head=False)
+            return View(self._without_norm([*stand_ins, *layers]), states, given, lean)
+        lean = self._lean(layers, given, self.final_norm, has_head=True)
+        return View(self._with([*stand_ins, *layers]), states, given, lean)
+
+    def _lean(
+        self, layers: Sequence[nn.Module], given: _Given | None, norm: nn.Module | None, *, has_head: bool
+    ) -> LeanStack | None:
+        if not self.are_lean:
+            return None
+        start = None if given is None else lambda: given.hidden_BTC
+        return LeanStack(self._model, self._rotations, layers, norm, has_head=has_head, given=start)
+
+    @cached_property
+    def _rotations(self) -> Rotations:
+        return Rotations(self._model)
+
+    def _place(self, index: int) -> int:
+        """How many stand-ins come before a layer: all, where models take the kind of its mask from its index."""
+        return index if self._has_kinds else min(index, 1)
+
+    def _with(self, layers: list[nn.Module]) -> PreTrainedModel:
+        """The model with other layers."""
+        return self._replaced(self._model, [*self._path, self._list], nn.ModuleList(layers))
+
+    def _without_norm(self, layers: list[nn.Module]) -> PreTrainedModel:
+        """The model with other layers, and nothing after them: only what they leave is wanted."""
+        model = self._with(layers)
+        if self._norm is not None:
+            model = self._replaced(model, [*self._path, self._norm], nn.Identity())
+        return model.base_model
+
+    def _replaced(self, module: Module, path: list[str], leaf: nn.Module) -> Module:
+        """A shallow copy of a module with one descendant replaced, and copies on the way to it."""
+        name, *rest = path
+        child = self._replaced(module._modules[name], rest, leaf) if rest else leaf  # type: ignore[type-var]
+        replaced = copy.copy(module)
+        replaced._modules = {**module._modules, name: child}
+        return _with_hook_of_its_own(replaced)
+
+
+def _with_hook_of_its_own(copied: Module) -> Module:
+    """accelerate puts a function in the place of a module's `forward` that calls the module it was made for."""
+    hook = copied.__dict__.pop("_hf_hook", None)
+    if hook is not None:
+        for name in ("forward", "_old_forward"):
+            copied.__dict__.pop(name, None)
+        add_hook_to_module(copied, hook)
+    return copied

@@ -1,0 +1,429 @@
+"""A Hugging Face causal LM that forwards token trees: prefill, then speculative forwards, then commit or rollback.
+
+The target is one; so is a small draft model. Masks are built once a forward and handed to the model as they are
+(4-D); positions follow the depth in the tree. A model that drafts for itself runs its lower layers ahead
+(`forward_below`); verification then goes on from there. `docs/structures.md` walks a round through the modules.
+
+Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all tail slots, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from specdec.devices import home_device
+from specdec.errors import UnsupportedModelError
+from specdec.hf import CACHE
+from specdec.kernels import prepared
+from specdec.tree_model import masks
+from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
+from specdec.tree_model.layer_views import LayerViews, View
+from specdec.tree_model.positions import next_positions, positions_read
+from specdec.tree_model.tail_order import Passed, TailOrder, tail_order
+from trees import TreeBatch
+
+
+@dataclass(slots=True, eq=False)
+class Along:
+    """Tokens [B, T] that a reader of the same model takes in with a forward of another; whether it has."""
+
+    reader: TreeModel
+    tokens_BT: Tensor
+    is_read: bool = False
+
+
+_INDEXED = "indexed_attention"
+"""Layers of this kind select by their mask what to attend to, and need one where all is visible."""
+
+
+class TreeModel:
+    """A causal LM with its cache and masks, for the length of one run.
+
+    Args:
+        model: a decoder-only model that has passed `compatibility.check_model`.
+
+    Attributes:
+        states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
+            that many layers [B, T, C], before the final norm, slot by slot.
+    """
+
+    cache: TreeCache
+    _prompt_BP: Tensor | None
+    """bool: which prompt slots are no padding; None if all are."""
+    _lag_B: Tensor
+    """How far positions lag behind slots."""
+    _offsets_BS: Tensor
+    """Offsets of the tail's slots."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        config = model.config.get_text_config(decoder=True)
+        self.kinds = layer_kinds(config)
+        self._additive = config._attn_implementation == "eager"
+        self.vocab_size: int = config.vocab_size
+        self.num_layers = len(self.kinds)
+        self._without = {index for index, kind in enumerate(self.kinds) if kind is None}
+        self.device = home_device(model)
+        self.num_forwards = 0
+        self.states: dict[int, Tensor] = {}
+        self._kept: frozenset[int] = frozenset()
+        self._passed: Passed | None = None
+        self._order: TailOrder | None = None
+        self._along: Along | None = None
+
+    @cached_property
+    def views(self) -> LayerViews:
+        """The model's layers, for drafters that run some of them."""
+        return LayerViews(self.model)
+
+    @contextmanager
+    def only(self, rows: Sequence[int], room: int) -> Iterator[None]:
+        """Within, the model is one of these rows alone. What it appends becomes their tail; others' means nothing.
+
+        Their states are copied, and what is appended is copied back: cheaper than a wide forward of rows that wait.
+
+        Args:
+            room: slots that will be appended to a row.
+        """
+        whole = self.cache, self._lag_B, self._prompt_BP
+        self.cache, self._lag_B = self.cache.part(rows, room), self._lag_B[list(rows)]
+        self._prompt_BP = None if self._prompt_BP is None else self._prompt_BP[list(rows)]
+        try:
+            yield
+            whole[0].take_tail(self.cache, rows)
+        finally:
+            self.cache, self._lag_B, self._prompt_BP = whole
+
+    def keep_states(self, depths: Iterable[int]) -> None:
+        """From now on keep the hidden states after these numbers of layers (1 and more) in `states`."""
+        self._kept = frozenset(depths)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        generation_config: GenerationConfig | None = None,
+        capacity: int = 0,
+        **model_inputs: Any,
+    ) -> Tensor:
+        """Read the prompt the way `model.generate()` does and commit it.
+
+        Args:
+            input_ids: int64 [B, P].
+            attention_mask: [B, P] (with a cache: [B, past + P]), None if nothing is masked.
+            past_key_values: states of earlier tokens; copied, never written to.
+            capacity: expected number of slots of the run, to allocate once.
+
+        Returns:
+            The logits after the last token, [B, 1, V].
+        """
+        config = generation_config or GenerationConfig()
+        if attention_mask is None and not hasattr(config, "_mask_length"):
+            config._mask_length = input_ids.shape[1]
+        num_rows = input_ids.shape[0]
+        past = past_key_values if past_key_values is not None else DynamicCache()
+        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, without=self._without)
+        if attention_mask is not None and model_inputs.get("position_ids") is None:
+            model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        if self.model._supports_logits_to_keep():
+            model_inputs["logits_to_keep"] = 1
+        cached = {"attention_mask": attention_mask, CACHE: self.cache, "use_cache": True}
+        whole = self._whole()
+        # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
+        with positions_read(whole.model) as read:
+            outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
+        self.states = self._at_home(whole.states)
+        self.num_forwards += 1
+        self.cache.commit([range(self.cache.tail)] * num_rows)
+        self._start_masks(attention_mask, next_positions(read[-1] if read else model_inputs.get("position_ids")))
+        return outputs.logits[:, -1:]
+
+    def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
+        """Start with rows that hold nothing; others may join.
+
+        Args:
+            capacity: expected number of slots of a row.
+        """
+        self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
+        self.states = {}
+        self._passed = self._order = self._prompt_BP = None
+        self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
+
+    def join(self, states: RowStates | None = None) -> None:
+        """A row more, at the end, without padding (see `TreeCache.join`)."""
+        self.cache.join(states)
+        self._lag_B = torch.nn.functional.pad(self._lag_B, (0, 1))
+        if self._prompt_BP is not None:
+            self._prompt_BP = torch.nn.functional.pad(self._prompt_BP, (0, 0, 0, 1), value=True)
+
+    def read(self, tokens_BT: Tensor) -> None:
+        """Commit T more tokens of every row; what the model says to them is not wanted.
+
+        Args:
+            tokens_BT: int64, T at least 1.
+        """
+        self._run(self._body, self._new_inputs(tokens_BT), num_logits=1)
+        self._take_new(tokens_BT)
+
+    @property
+    def can_read_along(self) -> bool:
+        """Whether `reading_along` is possible."""
+        return self._is_lean and not self._kept and self.views.can_join
+
+    @contextmanager
+    def reading_along(self, reader: TreeModel, tokens_BT: Tensor) -> Iterator[Along]:
+        """Within, the next `forward` also does what `reader.read(tokens_BT)` would, to the last bit, at less cost.
+
+        Args:
+            reader: of the same model. What it has is as before if no forward comes, or one that fails.
+        """
+        along = self._along = Along(reader, tokens_BT)
+        try:
+            yield along
+        finally:
+            self._along = None
+            if not along.is_read:
+                reader.forget_tail()
+
+    def _new_inputs(self, tokens_BT: Tensor) -> dict[str, Any]:
+        """Of tokens that follow what is committed."""
+        num_rows, num_new = tokens_BT.shape
+        offsets_BT = torch.arange(num_new, device=self.device).expand(num_rows, num_new)
+        seen_BTT = None if num_new == 1 else (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
+        return self._inputs(0, tokens_BT, offsets_BT, seen_BTT)
+
+    def _take_new(self, tokens_BT: Tensor) -> None:
+        """They have been forwarded."""
+        self.num_forwards += 1
+        self.cache.commit([range(tokens_BT.shape[1])] * tokens_BT.shape[0])
+
+    def read_along(self, other: TreeModel) -> None:
+        """Work on the cache of another model, which has the same layers and has been prefilled.
+
+        Whoever goes on with that cache has to forget this model's tail first.
+        """
+        assert not other.num_passed, "layers of the other model are ahead"
+        self.cache = other.cache
+        self._prompt_BP, self._lag_B = other._prompt_BP, other._lag_B
+
+    def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
+
+        Args:
+            roots_B1: int64 the last committed token of each row.
+            places: of the nodes among those that have passed lower layers (see `trees.Draft`), if any have.
+
+        Returns:
+            Logits after every slot, [B, 1 + N, V], in the model's dtype.
+        """
+        tokens_BT = torch.cat([roots_B1, trees.tokens_BN], 1)
+        if self._passed is not None:
+            return self._verify_above(trees, tokens_BT, places)
+        return self.forward(tokens_BT, trees.depths_BT, trees.ancestors_BTT if trees.width else None)
+
+    def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
+        """Append T slots to the tail.
+
+        Args:
+            tokens_BT: int64.
+            offsets_BT: int64 distance of each token from its row's first uncommitted position.
+            seen_BTK: bool: which tail slots, old and new, each token sees. None says that T is 1 and the token
+                sees the whole tail.
+
+        Returns:
+            Logits after every new slot, [B, T, V], in the model's dtype.
+        """
+        whole, along, beside = self._whole(), self._along, {}
+        if along is not None:
+            beside = {"beside": along.reader._new_inputs(along.tokens_BT)}
+        outputs = self._run(whole, self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK) | beside)
+        if along is not None:
+            self._along = None
+            along.reader._take_new(along.tokens_BT)
+            along.is_read = True
+        self.states = self._at_home(whole.states)
+        self.num_forwards += 1
+        return outputs.logits
+
+    def forward_below(self, exit_layer: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
+        """Append T slots to the tail of the first `exit_layer` layers only; arguments as of `forward`.
+
+        All such forwards of a round stop at the same layer. The next `verify` goes on from there.
+
+        Returns:
+            The hidden states after those layers, [B, T, C].
+        """
+        passed = self._passed
+        if passed is None:
+            passed = self._passed = Passed(exit_layer)
+        assert passed.exit_layer == exit_layer, "one exit layer a round"
+        below = self.views.below(exit_layer, self._kept)
+        self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
+        passed.add(self._at_home(below.states))
+        return below.states[exit_layer]
+
+    @property
+    def num_passed(self) -> int:
+        """Slots that have passed lower layers only, ahead of the next verification."""
+        return 0 if self._passed is None else self._passed.num_slots
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The states before the first layer, [B, T, C]."""
+        below = self.views.below(0)
+        below.run(input_ids=tokens_BT, position_ids=torch.zeros_like(tokens_BT), use_cache=False)
+        return below.states[0]
+
+    @property
+    def next_positions_B(self) -> Tensor:
+        """int64 position of every row's next token."""
+        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_B
+
+    def exit_logits(self, hidden_BTC: Tensor) -> Tensor:
+        """What the model's final norm and head make of hidden states, [B, T, V]."""
+        head = self.views.head()
+        head.give(hidden_BTC)
+        unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
+        return head.model(input_ids=unread, position_ids=unread, use_cache=False).logits
+
+    def commit(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these slots of each row (see `TreeCache.commit`)."""
+        if self._order is not None and not self._order.is_plain:
+            places = self._order.places_BT.tolist()
+            kept = [[places[row][slot] for slot in slots] for row, slots in enumerate(kept)]
+        self._order = None
+        self.cache.commit(kept)
+
+    def forget_tail(self) -> None:
+        """Forget all slots that are not committed."""
+        self._passed = self._order = None
+        self.cache.rollback()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows."""
+        self.cache.select_rows(rows)
+        self.states = {depth: states[list(rows)] for depth, states in self.states.items()}
+        self._lag_B = self._lag_B[list(rows)]
+        if self._prompt_BP is not None:
+            self._prompt_BP = self._prompt_BP[list(rows)]
+
+    def _at_home(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The states of layers on several devices, on one."""
+        return {depth: states_BTC.to(self.device) for depth, states_BTC in states.items()}
+
+    def _whole(self) -> View:
+        return self.views.whole(self._kept) if self._kept else self._bare
+
+    @cached_property
+    def _bare(self) -> View:
+        """The whole model, nothing kept."""
+        return self.views.whole() if self._is_lean else View(self.model)
+
+    @cached_property
+    def _body(self) -> View:
+        """What reads tokens whose logits nobody wants."""
+        return self.views.body() if self._is_lean else self._bare
+
+    @cached_property
+    def _is_lean(self) -> bool:
+        try:
+            return prepared(self.model) is not None and self.views.are_lean
+        except UnsupportedModelError:  # there are no layers to be found, and none are needed
+            return False
+
+    def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
+        """Verify where the drafting has already passed the lower layers with some of the slots."""
+        passed = self._passed
+        assert passed is not None
+        exit_layer = passed.exit_layer
+        order = self._order = tail_order(trees, places, passed.num_slots)
+        tokens_BS, offsets_BS = order.arrange(tokens_BT), order.arrange(trees.depths_BT)
+        seen_BSS, split = order.arrange_mask(trees.ancestors_BTT), order.num_passed
+        self._rearrange(passed, order, offsets_BS[:, :split])
+        if split < tokens_BS.shape[1]:
+            self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
+        states = passed.states()
+        above = self.views.above(exit_layer, self._kept)
+        above.give(states[exit_layer])
+        outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
+        kept = {**states, **self._at_home(above.states)}
+        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in kept.items()}
+        self._passed = None
+        self.num_forwards += 1
+        return order.restore(outputs.logits)
+
+    def _rearrange(self, passed: Passed, order: TailOrder, offsets_BK: Tensor) -> None:
+        """Bring the lower layers' tail into the order of verification."""
+        if not order.is_plain:
+            self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
+            passed.arrange(order.sources_BK)
+        elif passed.num_slots > order.num_passed:
+            self.cache.cut_tail(passed.exit_layer, order.num_passed)
+            passed.arrange(order.sources_BK)
+        self._offsets_BS = offsets_BK
+
+    def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
+        """Forward new slots where the running layers already hold a tail of `num_tail`."""
+        return self._run(view, self._inputs(num_tail, tokens_BT, offsets_BT, seen_BTK))
+
+    def _run(self, view: View, inputs: dict[str, Any], *, num_logits: int = 0) -> Any:
+        """
+        Args:
+            num_logits: of the last slots, at least; 0 for all.
+        """
+        fewer = {"logits_to_keep": num_logits} if num_logits and self.model._supports_logits_to_keep() else {}
+        return view.run(**inputs, **fewer)
+
+    def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
+        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
+        return {
+            "input_ids": tokens_BT,
+            "attention_mask": self._mask(seen_BTK, offsets_BT),
+            "position_ids": self.next_positions_B.unsqueeze(1) + offsets_BT,
+            CACHE: self.cache,
+            "use_cache": True,
+        }
+
+    def _start_masks(self, attention_mask: Tensor | None, next_B: Tensor | None) -> None:
+        self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
+        lengths_B = torch.tensor(self.cache.lengths, device=self.device)
+        self._lag_B = torch.zeros_like(lengths_B) if next_B is None else lengths_B - next_B.to(self.device)
+
+    def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
+        """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""
+        lengths = self.cache.lengths
+        num_tail = self._offsets_BS.shape[1]
+        num_slots = max(lengths) + num_tail
+        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None}
+        if seen_BTK is None:
+            is_masked = _INDEXED in kinds or self._prompt_BP is not None or not self.cache.is_uniform
+            if not is_masked and all(kind.reach is None for kind in kinds.values()):
+                return None
+            seen_BTK = offsets_BT.new_ones((len(lengths), 1, num_tail), dtype=torch.bool)
+        visible_BTS = masks.visible_slots(seen_BTK, lengths, self._prompt_BP)
+        by_reach = {kind.reach: self._within(kind, visible_BTS, offsets_BT) for kind in kinds.values()}
+        if len(by_reach) == 1:
+            return by_reach.popitem()[1]
+        return {name: by_reach[kind.reach] for name, kind in kinds.items()}
+
+    def _within(self, kind: LayerKind, visible_BTS: Tensor, offsets_BT: Tensor) -> Tensor:
+        """The mask [B, 1, T, S] of a kind of layers."""
+        if kind.reach is not None and kind.is_chunked:
+            visible_BTS = visible_BTS & masks.within_chunk(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths, self._prompt_BP
+            )
+        elif kind.reach is not None:
+            visible_BTS = visible_BTS & masks.within_window(
+                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths
+            )
+        mask_B1TS = visible_BTS.unsqueeze(1)
+        return masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS

@@ -1,0 +1,106 @@
+"""How a draft model's tree grows: one layer of nodes for each forward of the draft model.
+
+    grower = policy.start(round_)
+    while grower.hungry:
+        layer = grower.grow(scores of the newest layer)      # the root is the first layer
+    draft = grower.finish()
+
+A policy is frozen configuration; a grower is one round's state. While a *sampled* tree is grown, only values
+known before a token is drawn may decide whether it is drawn (design rule: anything else is biased).
+
+Shape legend: B rows, M tokens of a layer, T slots, V vocabulary, N some
+of the slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trees.draft import Draft
+from trees.token_source import TokenSource, TorchSource
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """Nodes to be forwarded by the draft model, because the grower wants to know what follows them.
+
+    The tokens of all layers of a round are numbered in order: their *places*. A row that has fewer nodes in a
+    layer than another repeats one of its own.
+
+    Args:
+        tokens_BM: int64 token ids.
+        parents_BM: int64, places of their parents, `ROOT` for children of the root.
+        depths_BM, seen_BMT: see `GrowingTrees`; None leaves it to that to work them out.
+    """
+
+    tokens_BM: Tensor
+    parents_BM: np.ndarray
+    depths_BM: np.ndarray | None = None
+    seen_BMT: np.ndarray | None = None
+
+
+class Grower(ABC):
+    """One round's tree, layer by layer."""
+
+    @property
+    @abstractmethod
+    def hungry(self) -> bool:
+        """Whether scores of the newest layer are wanted; False once the trees are complete."""
+
+    @abstractmethod
+    def grow(self, scores_BMV: Tensor) -> Layer:
+        """Take the processed draft scores of the newest layer (M tokens a row) and return the next layer.
+
+        The layer is not meaningful once the grower is no longer hungry.
+
+        Args:
+            scores_BMV: float32 (or float64, which the trees' q then has too).
+        """
+
+    @abstractmethod
+    def finish(self) -> Draft:
+        """The finished trees and the distributions that they were drawn from."""
+
+
+_Grower = TypeVar("_Grower", bound=Grower)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Round:
+    """What is known when a round begins.
+
+    Args:
+        max_depths: for each row the depth past which nothing can be committed any more; one is positive.
+        sample: draw tokens from the draft distribution; False takes the likeliest ones.
+        generator: source of randomness, None for torch's global one.
+        previous: the finished grower of the run's round before, for policies that learn from round to round.
+            It may have grown for more rows.
+        open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
+        stand_ins: growers that are to be taken for those of this package, and do the same.
+    """
+
+    max_depths: Sequence[int]
+    sample: bool
+    generator: torch.Generator | None = None
+    previous: Grower | None = None
+    open_urn: Callable[..., TokenSource] = TorchSource
+    stand_ins: Mapping[type[Grower], type[Grower]] = field(default_factory=dict)
+
+    def grower(self, kind: type[_Grower]) -> type[_Grower]:
+        """A kind of grower, or what stands in for it."""
+        return cast(type[_Grower], self.stand_ins.get(kind, kind))
+
+
+class GrowthPolicy(ABC):
+    """Decides the shape of the trees."""
+
+    @abstractmethod
+    def start(self, round_: Round) -> Grower:
+        """Begin a round."""
