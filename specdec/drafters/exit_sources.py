@@ -17,16 +17,19 @@ from specdec.drafters.exit_rule import reached_slots
 from specdec.drafters.exit_shadows import Seen
 from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
 
-_SURPLUS_RATE = 0.03
-"""Of what is believed of the surplus a round changes."""
+_FIRST_SURPLUS = Yield(tokens=0.2, steps=0.0, nodes=1.5)
+"""What leaves bring, and how many there are, before anything is known."""
+_SURPLUS_ROUNDS = 8, 40
+"""Rounds that the first belief is worth, and that count after a long time."""
 
 
 class _Surplus:
     """What rounds came to beyond what was expected of their chains: there are leaves, and chains stop where they are
-    unsure. Averages of tokens, steps and nodes over the last rounds, of all runs."""
+    unsure. An average over the last rounds, of all runs."""
 
     def __init__(self) -> None:
-        self._mean = Yield(tokens=0.0, steps=0.0, nodes=0.0)
+        self._mean = _FIRST_SURPLUS
+        self._num_rounds, self._most_rounds = _SURPLUS_ROUNDS
 
     def on(self, expected: Yield) -> Yield:
         """What is to be expected with it."""
@@ -38,11 +41,12 @@ class _Surplus:
         )
 
     def note(self, actual: Yield, expected: Yield) -> None:
-        mean, rate = self._mean, _SURPLUS_RATE
+        self._num_rounds = min(self._num_rounds + 1, self._most_rounds)
+        mean, share = self._mean, 1 / self._num_rounds
         self._mean = Yield(
-            tokens=mean.tokens + rate * (actual.tokens - expected.tokens - mean.tokens),
-            steps=mean.steps + rate * (actual.steps - expected.steps - mean.steps),
-            nodes=mean.nodes + rate * (actual.nodes - expected.nodes - mean.nodes),
+            tokens=mean.tokens + share * (actual.tokens - expected.tokens - mean.tokens),
+            steps=mean.steps + share * (actual.steps - expected.steps - mean.steps),
+            nodes=mean.nodes + share * (actual.nodes - expected.nodes - mean.nodes),
         )
 
 
