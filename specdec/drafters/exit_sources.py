@@ -84,7 +84,7 @@ class ExitSource:
         self.is_up_to_date = False
         self._leaves = AcceptanceModel(known.leaves.setdefault(sample, AcceptanceMemory(LEAF_EDGES)))
         self._surplus = known.surplus
-        self._expected = likely_yield(0.0, (), 1)
+        self._prices: Sequence[float] = ()
         self._has_begun = False
         self._sample = sample
         self._is_watched = is_watched
@@ -101,8 +101,8 @@ class ExitSource:
         Args:
             prices: of the tokens of its chain (see `WorthwhileComb`).
         """
-        self._expected = likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows)
-        expected = self._surplus.on(self._expected)
+        self._prices = prices
+        expected = self._surplus.on(likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows))
         return Plan(
             source=place,
             length=len(prices) + 1,
@@ -122,13 +122,15 @@ class ExitSource:
     def learn(self, trees: TreeBatch, paths: Sequence[Sequence[int]], num_steps: int) -> None:
         """What became of its draft, which took so many forwards."""
         self._has_begun = True
-        tokens = 1 + mean(map(len, paths))
-        self._surplus.note(Yield(tokens=tokens, steps=num_steps, nodes=trees.width), self._expected)
         for probs, accepted in reached_slots(trees, paths):
             self.acceptance.note(probs[0], accepted == 0)
             for place in range(1, len(probs)):
                 confidence = leaf_confidence(probs[place], probs[:place], self._sample)
                 self._leaves.note(confidence, accepted == place)
+        # by what is believed now: that the first beliefs were wrong is no surplus
+        expected = likely_yield(self.acceptance.mean_chance, self._prices, len(paths))
+        actual = Yield(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
+        self._surplus.note(actual, expected)
 
     def observe(self, seen: Seen) -> None:
         """How it agreed with the target without drafting. Of a chance a coin says whether it came true."""
