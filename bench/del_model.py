@@ -36,7 +36,8 @@ VOCAB_SIZE = 1024
 ROW_TOKENS = 256
 BATCH_ROWS = 8
 
-NAMES = tuple("ada bela carl dora emil frida georg hanna ivo jane karl lena milo nora".split())
+_NAMES = "ada bela carl dora emil frida georg hanna ivo jane karl lena milo nora"
+NAMES = _NAMES.split()
 SURNAMES = ("abel", "brand", "cole", "drew", "ekman", "frost", "gray", "hale", "ivers", "jung", "klein", "lund", "moss")
 CITIES = ("Oslo", "Turin", "Porto", "Ghent", "Basel", "Bergen", "Malmo", "Lyon", "Graz", "Bonn", "Cork", "Bath")
 FIELDS = ("name", "price", "owner", "color", "weight", "status", "size", "code", "label", "count", "speed", "title")

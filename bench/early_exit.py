@@ -2,8 +2,8 @@
 
     python -m bench.early_exit MODEL [--weights float|int8] [--exits FILE] [--threads 2] [--limit 2] [--out NAME]
 
-Short for `specdec bench` with these methods: all sides run on one prepared model, interleaved in one process, greedy, on
-the built-in suite; times include the prefill, and are medians. transformers (`assistant_early_exit`) runs at each of
+Short for `specdec bench` with these methods: all sides run on one prepared model, interleaved in one process, greedy,
+on the built-in suite; times include the prefill, and are medians. transformers (`assistant_early_exit`) runs at each of
 `--layers`. The outputs of specdec's sides must equal plain decoding's but for numerical ties, or the run fails. A table
 goes to stdout; `--out NAME` also writes `bench/results/NAME.json`.
 """
