@@ -36,7 +36,7 @@ VOCAB_SIZE = 1024
 ROW_TOKENS = 256
 BATCH_ROWS = 8
 
-NAMES = (
+NAMES = [
     "ada",
     "bela",
     "carl",
@@ -51,7 +51,7 @@ NAMES = (
     "lena",
     "milo",
     "nora",
-)
+]
 SURNAMES = ("abel", "brand", "cole", "drew", "ekman", "frost", "gray", "hale", "ivers", "jung", "klein", "lund", "moss")
 CITIES = ("Oslo", "Turin", "Porto", "Ghent", "Basel", "Bergen", "Malmo", "Lyon", "Graz", "Bonn", "Cork", "Bath")
 FIELDS = ("name", "price", "owner", "color", "weight", "status", "size", "code", "label", "count", "speed", "title")

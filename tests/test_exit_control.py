@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.control import ForwardCosts
 from specdec.drafters import Outcome
 from specdec.drafters.early_exit import choice as exit_choice
 from specdec.drafters.early_exit.choice import TokensPerSecond
@@ -243,7 +242,7 @@ class VirtualTime:
         self.num_rows = num_rows
         self._random = random.Random(0)
         depths = {layer + 1: seconds for layer, seconds in steps.items()}
-        costs = lambda *_: ExitCosts(ForwardCosts(self.forward), depths, num_rows)  # noqa: E731
+        costs = lambda *_: ExitCosts(self.forward, depths, num_rows)  # noqa: E731
         monkeypatch.setattr(exit_choice, "exit_costs", costs)
         monkeypatch.setattr(exit_choice, "clock_of", lambda _: lambda: self.now)
         sampler = SimpleNamespace(do_sample=False)
@@ -357,7 +356,7 @@ def test_large_batches_draft_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_depths_between_those_that_were_timed_and_what_rounds_add() -> None:
-    costs = ExitCosts(ForwardCosts({1: 1.0, 64: 4.0}), {3: 0.1, 9: 0.4}, num_rows=1)
+    costs = ExitCosts({1: 1.0, 64: 4.0}, {3: 0.1, 9: 0.4}, num_rows=1)
     assert costs.step_seconds(5) == pytest.approx(0.25)
     for _ in range(9):
         costs.forward.note(1, 2.0)  # the machine is busy: steps take twice as long too

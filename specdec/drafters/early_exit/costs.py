@@ -1,26 +1,31 @@
 """What drafting from an exit costs on this machine, in the same terms as `Auto`'s forwards.
 
-Shape legend: B rows, C channels.
+Shape legend: B rows, T slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import get_clock_info, perf_counter, thread_time
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
-from specdec.control import ForwardCosts, costs_of
-from specdec.control.costs import WIDTHS
+from specdec.control import ForwardCosts
 from specdec.drafters.early_exit.heads import ExitHead
+from specdec.kernels import prepared
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
 _CONTEXT = 32
 """Tokens before the ones that are timed."""
+_WIDTHS = (1, 2, 4, 8, 16)
+"""Slots of a row in the verifications that are timed."""
 _REPETITIONS = 4
+_TIME_LIMIT_S = 1.0
+"""No further repetition begins after this."""
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -40,29 +45,27 @@ class ExitCosts:
     """Seconds of a round's parts, for all rows together; measured once, and corrected by every round.
 
     Args:
-        target: of whole forwards.
+        forward: seconds of a verification, by the tokens of all rows.
         steps: seconds of a draft step by its depth, which is the exit's number of layers and one more for the head.
         num_rows: of the batch.
 
     Attributes:
-        forward: of a round's verification, by tokens. Not the target's own costs: above an exit fewer layers are left,
-            and what is left takes more calls.
+        forward: not what `Auto` knows of the target: above an exit fewer layers are left, in more calls.
     """
 
-    def __init__(self, target: ForwardCosts, steps: dict[int, float], num_rows: int):
-        self.forward = ForwardCosts({width: target.measured(width) for width in WIDTHS}, plain=num_rows)
+    def __init__(self, forward: Mapping[int, float], steps: Mapping[int, float], num_rows: int):
+        self.forward = ForwardCosts(forward, plain=num_rows)
         self._steps = ForwardCosts(steps, plain=min(steps))
 
     def step_seconds(self, exit_layer: int) -> float:
         return self.forward.drift * self._steps.seconds(exit_layer + 1)
 
     def note_step(self, exit_layer: int, seconds: float) -> None:
-        """What a step took beyond what the machine makes of all forwards now."""
+        """What a step took, beyond what the machine makes of all forwards now."""
         self._steps.note(exit_layer + 1, seconds / self.forward.drift)
 
 
-_measured: WeakKeyDictionary[ForwardCosts, dict[object, ExitCosts]] = WeakKeyDictionary()
-"""By the target's own costs: there are others when it is prepared otherwise, moved, or given other threads."""
+_measured: WeakKeyDictionary[PreTrainedModel, dict[object, ExitCosts]] = WeakKeyDictionary()
 
 
 def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
@@ -71,35 +74,49 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
     Args:
         heads: of the candidates, in increasing order.
     """
-    costs = costs_of(target.model, num_rows)
-    known, kinds = _measured.setdefault(costs, {}), tuple((head.layer, type(head)) for head in heads)
-    if kinds not in known:
-        known[kinds] = ExitCosts(costs, _measure_steps(target, heads, num_rows), num_rows)
-    return known[kinds]
+    model = target.model
+    kinds = tuple((head.layer, type(head)) for head in heads)
+    key = kinds, num_rows, torch.get_num_threads(), model.dtype, target.device, prepared(model)
+    known = _measured.setdefault(model, {})
+    if key not in known:
+        known[key] = _measure(target, heads, num_rows)
+    return known[key]
 
 
 @torch.no_grad()
-def _measure_steps(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> dict[int, float]:
-    """Depth -> seconds of a draft step from the lowest and from the highest exit: the shortest of a few.
-
-    What is between follows from these, as all heads of a run are alike.
-    """
+def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
+    """Time verifications, and draft steps from the lowest and the highest exit: all heads of a run are alike."""
     scratch = TreeModel(target.model)
     context = max(min(_CONTEXT, position_limit(target.model) - 2), 1)
     scratch.prefill(torch.zeros((num_rows, context), dtype=torch.long, device=scratch.device))
+    forward = _time({num_rows * width: partial(_verify, scratch, num_rows, width) for width in _WIDTHS}, scratch)
     steps = {head.layer + 1: _step(head, scratch, num_rows) for head in (heads[0], heads[-1])}
-    seconds = dict.fromkeys(steps, float("inf"))
-    clock = clock_of(scratch.device)
-    for _ in range(_REPETITIONS):
-        for depth, step in steps.items():
+    return ExitCosts(forward, _time(steps, scratch), num_rows)
+
+
+def _time(parts: Mapping[int, Callable[[], object]], scratch: TreeModel) -> dict[int, float]:
+    """The shortest of several interleaved runs of each part: a busy machine only ever adds."""
+    clock, began = clock_of(scratch.device), perf_counter()
+    seconds = dict.fromkeys(parts, float("inf"))
+    for repetition in range(_REPETITIONS):
+        if repetition and perf_counter() - began > _TIME_LIMIT_S:
+            break
+        for name, part in parts.items():
             started = clock()
-            step()
-            seconds[depth] = min(seconds[depth], clock() - started)
+            part()
+            seconds[name] = min(seconds[name], clock() - started)
             scratch.forget_tail()
     return seconds
 
 
-def _step(head: ExitHead, scratch: TreeModel, num_rows: int) -> Callable[[], Tensor]:
+def _verify(scratch: TreeModel, num_rows: int, width: int) -> None:
+    tokens_BT = torch.zeros((num_rows, width), dtype=torch.long, device=scratch.device)
+    order_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
+    seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
+    scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
+
+
+def _step(head: ExitHead, scratch: TreeModel, num_rows: int) -> Callable[[], object]:
     tokens_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=scratch.device)
     score = head.timing_run(scratch, num_rows)
     if head.layer == 0:

@@ -17,16 +17,19 @@ from specdec.drafters.early_exit.rule import reached_slots
 from specdec.drafters.early_exit.shadows import Seen
 from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
 
-_SURPLUS_RATE = 0.03
-"""Of what is believed of the surplus a round changes."""
+_FIRST_SURPLUS = Yield(tokens=0.2, steps=0.0, nodes=1.5)
+"""What leaves bring, and how many there are, before anything is known."""
+_SURPLUS_ROUNDS = 8, 40
+"""Rounds that the first belief is worth, and that count after a long time."""
 
 
 class _Surplus:
     """What rounds came to beyond what was expected of their chains: there are leaves, and chains stop where they are
-    unsure. Averages of tokens, steps and nodes over the last rounds, of all runs."""
+    unsure. An average over the last rounds, of all runs."""
 
     def __init__(self) -> None:
-        self._mean = Yield(tokens=0.0, steps=0.0, nodes=0.0)
+        self._mean = _FIRST_SURPLUS
+        self._num_rounds, self._most_rounds = _SURPLUS_ROUNDS
 
     def on(self, expected: Yield) -> Yield:
         """What is to be expected with it."""
@@ -38,11 +41,12 @@ class _Surplus:
         )
 
     def note(self, actual: Yield, expected: Yield) -> None:
-        mean, rate = self._mean, _SURPLUS_RATE
+        self._num_rounds = min(self._num_rounds + 1, self._most_rounds)
+        mean, share = self._mean, 1 / self._num_rounds
         self._mean = Yield(
-            tokens=mean.tokens + rate * (actual.tokens - expected.tokens - mean.tokens),
-            steps=mean.steps + rate * (actual.steps - expected.steps - mean.steps),
-            nodes=mean.nodes + rate * (actual.nodes - expected.nodes - mean.nodes),
+            tokens=mean.tokens + share * (actual.tokens - expected.tokens - mean.tokens),
+            steps=mean.steps + share * (actual.steps - expected.steps - mean.steps),
+            nodes=mean.nodes + share * (actual.nodes - expected.nodes - mean.nodes),
         )
 
 
@@ -80,7 +84,7 @@ class ExitSource:
         self.is_up_to_date = False
         self._leaves = AcceptanceModel(known.leaves.setdefault(sample, AcceptanceMemory(LEAF_EDGES)))
         self._surplus = known.surplus
-        self._expected = likely_yield(0.0, (), 1)
+        self._prices: Sequence[float] = ()
         self._has_begun = False
         self._sample = sample
         self._is_watched = is_watched
@@ -97,8 +101,8 @@ class ExitSource:
         Args:
             prices: of the tokens of its chain (see `WorthwhileComb`).
         """
-        self._expected = likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows)
-        expected = self._surplus.on(self._expected)
+        self._prices = prices
+        expected = self._surplus.on(likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows))
         return Plan(
             source=place,
             length=len(prices) + 1,
@@ -118,13 +122,15 @@ class ExitSource:
     def learn(self, trees: TreeBatch, paths: Sequence[Sequence[int]], num_steps: int) -> None:
         """What became of its draft, which took so many forwards."""
         self._has_begun = True
-        tokens = 1 + mean(map(len, paths))
-        self._surplus.note(Yield(tokens=tokens, steps=num_steps, nodes=trees.width), self._expected)
         for probs, accepted in reached_slots(trees, paths):
             self.acceptance.note(probs[0], accepted == 0)
             for place in range(1, len(probs)):
                 confidence = leaf_confidence(probs[place], probs[:place], self._sample)
                 self._leaves.note(confidence, accepted == place)
+        # by what is believed now: that the first beliefs were wrong is no surplus
+        expected = likely_yield(self.acceptance.mean_chance, self._prices, len(paths))
+        actual = Yield(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
+        self._surplus.note(actual, expected)
 
     def observe(self, seen: Seen) -> None:
         """How it agreed with the target without drafting. Of a chance a coin says whether it came true."""
