@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from operator import methodcaller
@@ -64,6 +64,8 @@ class Auto(Drafter):
 
     def __init__(self, *drafters: Drafter):
         self.drafters = drafters
+        self.clock: Callable[[], float] = perf_counter
+        """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.rewinds = all(drafter.rewinds for drafter in drafters)
 
     def reset(self) -> None:
@@ -78,7 +80,7 @@ class Auto(Drafter):
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
         brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in self.drafters)
-        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None)
+        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None, self.clock)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
@@ -115,11 +117,12 @@ def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
 
 
 class _AutoSession(DraftSession):
-    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None):
+    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None, clock: Callable[[], float]):
         self._run = run
         self._lookup = lookup
         self._models: list[ModelSource] = []
         self._control = RoundControl()
+        self._clock = clock
         self._auto = auto
         """Until the target has been asked for the drafters that it brings along."""
         self._round: _Round | None = None
@@ -163,11 +166,11 @@ class _AutoSession(DraftSession):
             "expected_tokens": plan.tokens,
             "expected_ms": 1000 * plan.seconds,
             "plain_ms": 1000 * plain.seconds,
-            "ms": 1000 * (perf_counter() - self._round.started),
+            "ms": 1000 * (self._clock() - self._round.started),
         }
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        started = perf_counter()
+        started = self._clock()
         outlook = self._look(max_depths)
         if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
             if _pays(self._run.target.model, max(max_depths) * outlook.plain.seconds):
@@ -176,11 +179,11 @@ class _AutoSession(DraftSession):
             self._auto = None
         offer = self._lookup.plan(outlook)
         plan = self._choose(outlook, offer)
-        decided = perf_counter()
+        decided = self._clock()
         self._control_seconds += decided - started
         draft = self._draft(plan, outlook)
         if draft is None:
-            plan, decided = outlook.plain, perf_counter()
+            plan, decided = outlook.plain, self._clock()
             draft = Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
         self._round = _Round(
             outlook=outlook,
@@ -189,7 +192,7 @@ class _AutoSession(DraftSession):
             draft=draft,
             started=started,
             decided=decided,
-            drafted=perf_counter(),
+            drafted=self._clock(),
         )
         return draft
 
@@ -206,13 +209,13 @@ class _AutoSession(DraftSession):
         return draft
 
     def observe(self, outcome: Outcome) -> None:
-        now, round_ = perf_counter(), self._round if outcome.is_own or outcome.own else None
+        now, round_ = self._clock(), self._round if outcome.is_own or outcome.own else None
         if round_ is not None:
             self._learn(round_, outcome, now)
         for place, source in enumerate(self._sources):
             is_own = round_ is None or round_.plan.source in (None, place)  # a draft without nodes is part of any
             source.tell(methodcaller("observe", outcome if is_own else outcome.of_another()))
-        self._control_seconds += perf_counter() - now
+        self._control_seconds += self._clock() - now
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for source in self._sources:

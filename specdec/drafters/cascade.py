@@ -11,6 +11,7 @@ from specdec.drafters.base import Drafter, DraftSession, Run
 from specdec.drafters.nested import NestedSession
 from specdec.drafters.quantized_self import QuantizedSelf
 from specdec.errors import DraftError, UnsupportedOptionError
+from specdec.target import TreeModel
 from trees import Chain
 
 
@@ -74,4 +75,4 @@ class Cascade(Drafter):
         most, least = self.num_tokens, self.min_tokens
         if run.tree is not None:
             most = least = run.tree.length
-        return NestedSession(run, self.middle.copy_of(target), self.cheap, most=most, least=least)
+        return NestedSession(run, TreeModel(self.middle.copy_of(target)), self.cheap, most=most, least=least)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.acceptance import to_host
 from specdec.drafters.base import Drafter, DraftSession, Outcome, Run
@@ -50,12 +49,12 @@ class NestedSession(DraftSession):
         policy: says when to stop, of chains of `least` tokens and more; None stops there.
     """
 
-    def __init__(self, run: Run, copy: PreTrainedModel, cheap: Drafter, *, most: int, least: int):
+    def __init__(self, run: Run, copy: TreeModel, cheap: Drafter, *, most: int, least: int):
         assert cheap.rewinds
         self.policy: WorthwhileComb | None = None
         self._run = run
         self._most, self._least = most, least
-        self._copy = TreeModel(copy)
+        self._copy = copy
         self._sequences = run.sequences.copy()
         self._own_run = replace(run, target=self._copy, sequences=self._sequences, tree=None)
         self._cheap = cheap.start(self._own_run)
