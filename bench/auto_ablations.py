@@ -25,7 +25,7 @@ def _unchanged(values: Iterable[float], _: object) -> list[float]:
     return list(values)
 
 
-def _count_run(memory: rounds.YieldMemory, _: object) -> None:
+def _count_run(memory: rounds.RunHistory, _: object) -> None:
     memory.num_runs += 1
 
 
@@ -35,7 +35,7 @@ def _seconds_of_own_width(own: costs.ForwardCosts, num_tokens: int) -> float:
 
 ABLATIONS: dict[str, list[Replacement]] = {
     # what proposals and drafts promise
-    "selection-bias": [(auto_knowledge.Trust, "share", 1.0)],
+    "selection-bias": [(auto_knowledge.SelectionBias, "share", 1.0)],
     "monotone-acceptance": [(acceptance, "monotone", _unchanged)],
     "acceptance-memory": [(acceptance.AcceptanceMemory, "note", _nothing)],
     "acceptance-of-run": [(acceptance, "_RUN_DECAY", 0.0)],
@@ -46,9 +46,9 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "ceilings": [(costs.ForwardCosts, "seconds", _seconds_of_own_width)],
     "plain-every-64": [(rounds, "_PLAIN_EVERY", _NEVER)],
     "outlier-cap": [(rounds, "_LONGEST_ROUND", inf)],
-    "capped-throughput": [(module, "affordable", lambda pace, _: pace) for module in (rounds, auto)],
+    "capped-throughput": [(module, "capped_throughput", lambda throughput, _: throughput) for module in (rounds, auto)],
     # which drafters are worth a try
-    "run-memory": [(rounds.YieldMemory, "add", _count_run)],
+    "run-memory": [(rounds.RunHistory, "add", _count_run)],
     "reading-expense": [(auto_sources.ModelSource, "_reading_seconds", lambda *_: 0.0)],
     "failed-runs-expense": [(auto_sources, "_TRIAL_ROUNDS", 0)],
     "trials": [(auto_sources.ModelSource, "trial", _nothing)],

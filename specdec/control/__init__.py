@@ -12,7 +12,15 @@ from specdec.control.exits import (
     TokensPerLayer,
     TokensPerSecond,
 )
-from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable, first_beliefs
+from specdec.control.rounds import (
+    Plan,
+    RoundAverages,
+    RoundControl,
+    RunAverages,
+    RunHistory,
+    capped_throughput,
+    prior_averages,
+)
 
 __all__ = [
     "LEAF_EDGES",
@@ -26,14 +34,14 @@ __all__ = [
     "ExitStatistics",
     "ForwardCosts",
     "Plan",
+    "RoundAverages",
     "RoundControl",
+    "RunAverages",
+    "RunHistory",
     "TokensPerLayer",
     "TokensPerSecond",
-    "Yield",
-    "YieldAverage",
-    "YieldMemory",
-    "affordable",
+    "capped_throughput",
     "costs_of",
-    "first_beliefs",
     "monotone",
+    "prior_averages",
 ]
