@@ -30,14 +30,15 @@ from statistics import geometric_mean, mean, stdev
 import torch
 
 from bench.auto_ablations import ABLATIONS, without
-from bench.auto_replay import Clock, Machine, Noise, Player
+from bench.auto_clock import Clock, Noise
+from bench.auto_replay import Machine, Player
 from bench.auto_traces import Trace, load_traces, record
 
 TRACES = Path(__file__).parent / "traces"
 DEMO_AVX512 = {1: 13.4, 2: 14.9, 4: 15.7, 8: 17.3, 16: 26.3, 32: 43.3, 64: 84.4}
 DEMO_AVX2 = {1: 15.4, 2: 17.1, 4: 22.7, 8: 36.7, 16: 63.5, 32: 114.4, 64: 210.7}
 INT8_1_5B = {1: 67.0, 2: 73.0, 4: 78.5, 8: 100.6, 16: 125.9, 32: 220.0, 64: 410.0}
-FLOAT_1_5B = {1: 219.0, 2: 222.0, 4: 245.0, 8: 320.0, 16: 500.0, 32: 930.0, 64: 1800.0}
+FLOAT_1_5B = {1: 219.0, 2: 222.0, 4: 245.0, 8: 376.0, 16: 560.0, 32: 1050.0, 64: 2000.0}
 INT8_0_5B = {1: 24.0, 2: 26.0, 4: 28.0, 8: 36.0, 16: 45.0, 32: 78.0, 64: 145.0}
 MACHINES = {
     "demo-avx512": Machine(traces="demo", target=DEMO_AVX512),
@@ -48,7 +49,9 @@ MACHINES = {
     "liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=1.0),
     "half-liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=0.5),
 }
-"""Milliseconds by tokens: medians of CPU time, one thread of an AMD EPYC (Zen 4), 160 tokens of context."""
+"""Milliseconds by tokens, one thread of an AMD EPYC (Zen 4). The demo model: medians of CPU time. The 1.5B: up to 8
+tokens bench/results/forward-cost-1.5b.json, wider ones as docs/log.md has them or on the same line; a step of the 0.5B
+is a third of a forward."""
 NOISES = {
     "quiet": Noise(sigma=0.05, slow_share=0.02),
     "busy": Noise(sigma=0.17, slow_share=0.07, switch_share=0.02),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench.auto_ablations import ABLATIONS, without
-from bench.auto_replay import Machine, Noise, renumbered
+from bench.auto_clock import Noise
+from bench.auto_replay import Machine, renumbered
 from bench.auto_traces import DEPTH, RANKS, Trace, load_traces, propose_everywhere, read_answer, save
 from bench.simulate_auto import parse_args, simulate
 from specdec.testing import tiny_model
