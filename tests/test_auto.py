@@ -25,7 +25,7 @@ from specdec.drafters import (
 )
 from specdec.drafters.auto import drafter as auto
 from specdec.drafters.auto import knowledge, sources
-from specdec.drafters.auto.knowledge import Trust
+from specdec.drafters.auto.knowledge import SelectionBias
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
@@ -271,7 +271,7 @@ def test_a_drafter_that_disappointed_is_tried_again(clock: Clock, case: tuple) -
 
 
 def test_chosen_proposals_are_trusted_as_far_as_they_keep_what_they_promise() -> None:
-    trust = Trust()
+    trust = SelectionBias()
     assert trust.share == 1.0
     for _ in range(50):
         trust.note(promised=4.0, kept=2.0)

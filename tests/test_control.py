@@ -13,16 +13,16 @@ from specdec.control import (
     AcceptanceModel,
     ForwardCosts,
     Plan,
+    RoundAverages,
     RoundControl,
-    Yield,
-    YieldAverage,
-    YieldMemory,
-    first_beliefs,
+    RunAverages,
+    RunHistory,
+    prior_averages,
 )
 from specdec.control import costs as costs_module
 from specdec.control.costs import costs_of, measure_forwards
 from specdec.control.estimates import monotone
-from specdec.control.rounds import UNKNOWN_SOURCE, Guard, Pace, Probes
+from specdec.control.rounds import UNKNOWN_PRIORS, Guard, Probes, Throughput
 from specdec.testing import tiny_model
 
 PLAIN = Plan(source=None, length=0, tokens=1.0, seconds=1.0)
@@ -99,8 +99,8 @@ class TestForwardCosts:
         assert set(measure_forwards(tiny_model("llama"))) == {1}
 
     def test_a_source_that_is_known_to_agree_is_believed_to(self) -> None:
-        assert first_beliefs(0.0) is UNKNOWN_SOURCE
-        (run,) = first_beliefs(0.5)
+        assert prior_averages(0.0) is UNKNOWN_PRIORS
+        (run,) = prior_averages(0.5)
         assert run.tokens == pytest.approx(2, abs=0.01)
         memory = AcceptanceMemory(agreement=0.9)
         assert AcceptanceModel(memory).chance(0.05) == pytest.approx(0.905)
@@ -157,12 +157,12 @@ class TestAcceptance:
 
 class TestRounds:
     def test_the_pace_is_never_below_plain_decoding(self) -> None:
-        pace = Pace()
-        pace.note(1, 100.0)
-        assert pace.now(PLAIN) == 1.0
+        throughput = Throughput()
+        throughput.note(1, 100.0)
+        assert throughput.now(PLAIN) == 1.0
         for _ in range(50):
-            pace.note(4, 2.0)
-        assert pace.now(PLAIN) == pytest.approx(2.0, rel=0.2)
+            throughput.note(4, 2.0)
+        assert throughput.now(PLAIN) == pytest.approx(2.0, rel=0.2)
 
     def test_a_long_round_that_brings_more_in_the_long_run_beats_a_short_one_of_better_ratio(self) -> None:
         assert plan(5.0, 2.6).worth(1.0) > plan(2.0, 1.0).worth(1.0)
@@ -172,7 +172,7 @@ class TestRounds:
         burst, good = plan(24.0, 2.0), plan(3.0, 2.0)
         for _ in range(5):
             control.note(PLAIN, burst, 24, 2.0)
-        assert control.pace.now(PLAIN) > 3
+        assert control.throughput.now(PLAIN) > 3
         assert control.choose(PLAIN, [good]) is good
 
     def test_plain_decoding_where_nothing_else_is_worth_it(self) -> None:
@@ -239,20 +239,20 @@ class TestRounds:
 
 class TestYields:
     def test_a_run_moves_from_what_is_remembered_to_what_it_sees(self) -> None:
-        memory = YieldMemory()
-        average = YieldAverage(memory)
+        memory = RunHistory()
+        average = RunAverages(memory)
         assert average.now == memory.mean
         for _ in range(60):
             average.note(4.0, 5.0, 5.0)
         assert average.now.tokens == pytest.approx(4.0, rel=0.15)
 
     def test_finished_runs_are_remembered_idle_ones_are_not(self) -> None:
-        memory = YieldMemory()
+        memory = RunHistory()
         known = len(memory.runs)
-        YieldAverage(memory).close()
+        RunAverages(memory).close()
         assert len(memory.runs) == known
-        average = YieldAverage(memory)
+        average = RunAverages(memory)
         average.note(4.0, 5.0, 5.0)
         average.close()
-        assert isinstance(memory.runs[-1], Yield)
+        assert isinstance(memory.runs[-1], RoundAverages)
         assert len(memory.runs) == known + 1

@@ -21,7 +21,7 @@ from specdec.drafters.early_exit.costs import ExitCosts
 from specdec.drafters.early_exit.del_rule import TokensPerLayer
 from specdec.drafters.early_exit.rule import ExitChoice, ExitRule, reached_slots
 from specdec.drafters.early_exit.shadows import Seen
-from specdec.drafters.early_exit.sources import likely_yield
+from specdec.drafters.early_exit.sources import likely_averages
 from trees import ROOT, ConfidentChain, Draft, TokenTree, TreeBatch, WorthwhileComb
 
 NUM_LAYERS = 8
@@ -208,12 +208,12 @@ def test_reached_slots_are_those_that_the_target_came_to() -> None:
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.9])
-def test_a_likely_yield_is_that_of_a_chain_that_stops_where_it_does_not_pay(chance: float) -> None:
+def test_a_likely_averages_is_that_of_a_chain_that_stops_where_it_does_not_pay(chance: float) -> None:
     prices = [0.1, 0.2, 0.3, 0.4]
     length = 1
     while length <= len(prices) and 2 * chance ** (length + 1) >= prices[length - 1]:
         length += 1
-    expected = likely_yield(chance, prices, num_rows=2)
+    expected = likely_averages(chance, prices, num_rows=2)
     assert (expected.steps, expected.nodes) == (length, length)
     assert expected.tokens == pytest.approx(sum(chance**depth for depth in range(length + 1)))
 

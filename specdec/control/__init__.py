@@ -2,7 +2,15 @@
 
 from specdec.control.costs import ForwardCosts, costs_of
 from specdec.control.estimates import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, monotone
-from specdec.control.rounds import Plan, RoundControl, Yield, YieldAverage, YieldMemory, affordable, first_beliefs
+from specdec.control.rounds import (
+    Plan,
+    RoundAverages,
+    RoundControl,
+    RunAverages,
+    RunHistory,
+    capped_throughput,
+    prior_averages,
+)
 
 __all__ = [
     "LEAF_EDGES",
@@ -10,12 +18,12 @@ __all__ = [
     "AcceptanceModel",
     "ForwardCosts",
     "Plan",
+    "RoundAverages",
     "RoundControl",
-    "Yield",
-    "YieldAverage",
-    "YieldMemory",
-    "affordable",
+    "RunAverages",
+    "RunHistory",
+    "capped_throughput",
     "costs_of",
-    "first_beliefs",
     "monotone",
+    "prior_averages",
 ]

@@ -1,8 +1,8 @@
 """What a round is for: expected committed tokens per second, and never fewer of them than plain decoding makes.
 
-A run makes tokens at some *pace*. A plan that takes s seconds is worth its expected tokens less what the pace would
-bring in s. The plan that is worth most maximises tokens per second in the long run (Dinkelbach's rule), where
-the best ratio of a single round would favour short rounds. Plain decoding is always one of the plans.
+A run has some *throughput* (tokens per second). A plan that takes s seconds is worth its expected tokens less what the
+throughput would bring in s. The plan that is worth most maximises tokens per second in the long run (Dinkelbach's
+rule), where the best ratio of a single round would favour short rounds. Plain decoding is always one of the plans.
 
 Seconds are wall time, tokens are those of all rows of the batch.
 """
@@ -10,14 +10,18 @@ Seconds are wall time, tokens are those of all rows of the batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any, Generic, TypeVar
 
-_PACE_DECAY = 0.95
+SourceT = TypeVar("SourceT", bound=Hashable)
+"""Whoever drafts, and can be told apart."""
+
+_THROUGHPUT_DECAY = 0.95
 """What a round still counts for after another."""
-_PACE_ROUNDS = 4.0
-"""Rounds of plain decoding that a run's pace starts with."""
+_THROUGHPUT_ROUNDS = 4.0
+"""Rounds of plain decoding that a run's throughput starts with."""
 _RUN_ROUNDS = 4.0
 """Rounds that what earlier runs have shown is worth in a new one."""
 _RUN_DECAY = 0.9
@@ -38,51 +42,51 @@ _adding = Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Generic[SourceT]):
     """What the next round might do.
 
     Args:
-        source: which of the sources drafts; None: nobody.
+        source: who drafts; None: nobody.
         length: most tokens to draft for a row.
         tokens: expected to be committed, of all rows.
         seconds: that it is expected to take.
     """
 
-    source: int | None
+    source: SourceT | None
     length: int
     tokens: float
     seconds: float
 
-    def worth(self, pace: float) -> float:
-        """Tokens that it brings more than its time would bring at this pace (tokens per second)."""
-        return self.tokens - pace * self.seconds
+    def worth(self, throughput: float) -> float:
+        """Tokens that it brings more than its time would bring at this throughput (tokens per second)."""
+        return self.tokens - throughput * self.seconds
 
 
-class Pace:
+class Throughput:
     """Tokens per second that a run makes; at least those of plain decoding, which it can always have."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
 
-    def now(self, plain: Plan) -> float:
-        tokens = self._tokens + _PACE_ROUNDS * plain.tokens
-        seconds = self._seconds + _PACE_ROUNDS * plain.seconds
+    def now(self, plain: Plan[Any]) -> float:
+        tokens = self._tokens + _THROUGHPUT_ROUNDS * plain.tokens
+        seconds = self._seconds + _THROUGHPUT_ROUNDS * plain.seconds
         return max(tokens / seconds, plain.tokens / plain.seconds)
 
     def note(self, tokens: int, seconds: float) -> None:
-        self._tokens = self._tokens * _PACE_DECAY + tokens
-        self._seconds = self._seconds * _PACE_DECAY + seconds
+        self._tokens = self._tokens * _THROUGHPUT_DECAY + tokens
+        self._seconds = self._seconds * _THROUGHPUT_DECAY + seconds
 
 
-def affordable(pace: float, plans: Iterable[Plan]) -> float:
-    """The pace, or that of the quickest plan, if none keeps up with it: what a burst has made will not come again by
-    waiting for it plainly."""
-    return min(pace, max(plan.tokens / plan.seconds for plan in plans))
+def capped_throughput(throughput: float, plans: Iterable[Plan[Any]]) -> float:
+    """The throughput, or that of the quickest plan, if none keeps up with it: what a burst has made will not come again
+    by waiting for it plainly."""
+    return min(throughput, max(plan.tokens / plan.seconds for plan in plans))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Yield:
+class RoundAverages:
     """What rounds of a source came to on average, for a row.
 
     Args:
@@ -96,57 +100,57 @@ class Yield:
     nodes: float
 
 
-UNKNOWN_SOURCE = (Yield(tokens=1.5, steps=2.5, nodes=2.5), Yield(tokens=3.0, steps=3.0, nodes=3.0))
+UNKNOWN_PRIORS = (RoundAverages(tokens=1.5, steps=2.5, nodes=2.5), RoundAverages(tokens=3.0, steps=3.0, nodes=3.0))
 """What is believed of a source that nothing is known of: two runs, a poor one and a good one."""
 _AGREEING_TOKENS = 8
 """That a source which is known to agree drafts at first."""
 
 
-def first_beliefs(agreement: float) -> tuple[Yield, ...]:
+def prior_averages(agreement: float) -> tuple[RoundAverages, ...]:
     """What is believed of a source that has never been seen at work, but is known to agree with the target so often."""
     if not agreement:
-        return UNKNOWN_SOURCE
+        return UNKNOWN_PRIORS
     length = _AGREEING_TOKENS
-    return (Yield(tokens=sum(agreement**depth for depth in range(length + 1)), steps=length, nodes=length),)
+    return (RoundAverages(tokens=sum(agreement**depth for depth in range(length + 1)), steps=length, nodes=length),)
 
 
-class YieldMemory:
-    """What a source yielded in earlier runs: one `Yield` for each.
+class RunHistory:
+    """What the rounds of a source came to in earlier runs: one `RoundAverages` for each.
 
     Args:
-        beliefs: runs that it starts from.
+        priors: runs that it starts from.
     """
 
-    def __init__(self, beliefs: Sequence[Yield] = UNKNOWN_SOURCE) -> None:
-        self._runs = tuple(beliefs)
+    def __init__(self, priors: Sequence[RoundAverages] = UNKNOWN_PRIORS) -> None:
+        self._runs = tuple(priors)
         self.num_runs = 0
 
     @property
-    def runs(self) -> Sequence[Yield]:
+    def runs(self) -> Sequence[RoundAverages]:
         return self._runs
 
     @property
-    def mean(self) -> Yield:
-        return mean_yield(self._runs)
+    def mean(self) -> RoundAverages:
+        return mean_averages(self._runs)
 
-    def add(self, run: Yield) -> None:
+    def add(self, run: RoundAverages) -> None:
         with _adding:  # what another thread is reading stays as it is
             self._runs = (*self._runs, run)[-_REMEMBERED_RUNS:]
             self.num_runs += 1
 
 
-def mean_yield(yields: Iterable[Yield]) -> Yield:
-    columns = zip(*((each.tokens, each.steps, each.nodes) for each in yields), strict=True)
+def mean_averages(averages: Iterable[RoundAverages]) -> RoundAverages:
+    columns = zip(*((each.tokens, each.steps, each.nodes) for each in averages), strict=True)
     tokens, steps, nodes = (sum(column) / len(column) for column in columns)
-    return Yield(tokens=tokens, steps=steps, nodes=nodes)
+    return RoundAverages(tokens=tokens, steps=steps, nodes=nodes)
 
 
-class YieldAverage:
-    """What a source yields in this run, starting from what it yielded in others."""
+class RunAverages:
+    """What the rounds of a source come to in this run, starting from those of others."""
 
-    def __init__(self, memory: YieldMemory):
-        self._memory = memory
-        self._prior = memory.mean
+    def __init__(self, history: RunHistory):
+        self._history = history
+        self._prior = history.mean
         self._rounds = self._tokens = self._steps = self._nodes = 0.0
         self.num_rounds = 0
 
@@ -159,9 +163,9 @@ class YieldAverage:
         self._nodes = self._nodes * _RUN_DECAY + nodes
 
     @property
-    def now(self) -> Yield:
+    def now(self) -> RoundAverages:
         prior, weight = self._prior, self._rounds + _RUN_ROUNDS
-        return Yield(
+        return RoundAverages(
             tokens=(self._tokens + _RUN_ROUNDS * prior.tokens) / weight,
             steps=(self._steps + _RUN_ROUNDS * prior.steps) / weight,
             nodes=(self._nodes + _RUN_ROUNDS * prior.nodes) / weight,
@@ -170,7 +174,7 @@ class YieldAverage:
     def close(self) -> None:
         """The run is over: remember it."""
         if self.num_rounds:
-            self._memory.add(self.now)
+            self._history.add(self.now)
 
 
 class Probes:
@@ -216,18 +220,20 @@ class Guard:
         self.is_on = -self.saved_seconds <= (allowed if self.is_on else allowed / 2)
 
 
-class RoundControl:
+class RoundControl(Generic[SourceT]):
     """Chooses what every round of one run does."""
 
     def __init__(self) -> None:
-        self.pace = Pace()
+        self.throughput = Throughput()
         self.guard = Guard()
-        self._probes: defaultdict[int, Probes] = defaultdict(Probes)
+        self._probes: defaultdict[SourceT, Probes] = defaultdict(Probes)
         self.elapsed_seconds = 0.0
         self._probed_seconds = 0.0
         self._since_plain = 0
 
-    def choose(self, plain: Plan, plans: Sequence[Plan], trials: Sequence[Plan] = ()) -> Plan:
+    def choose(
+        self, plain: Plan[SourceT], plans: Sequence[Plan[SourceT]], trials: Sequence[Plan[SourceT]] = ()
+    ) -> Plan[SourceT]:
         """The plan that is worth most, or one that is due to be tried.
 
         Args:
@@ -236,8 +242,8 @@ class RoundControl:
         self._since_plain += 1
         if not self.guard.is_on or self._since_plain > _PLAIN_EVERY:
             return plain
-        pace = affordable(self.pace.now(plain), [plain, *plans])
-        best = max([plain, *plans], key=lambda plan: plan.worth(pace))
+        throughput = capped_throughput(self.throughput.now(plain), [plain, *plans])
+        best = max([plain, *plans], key=lambda plan: plan.worth(throughput))
         for trial in trials:
             assert trial.source is not None
             probes = self._probes[trial.source]
@@ -245,14 +251,16 @@ class RoundControl:
                 probes.chosen(as_probe=False)
                 continue
             probes.passed_over()
-            loss = (best.worth(pace) - trial.worth(pace)) / pace
+            loss = (best.worth(throughput) - trial.worth(throughput)) / throughput
             if probes.is_due and self._probed_seconds + loss <= _PROBE_SHARE * self.elapsed_seconds:
                 self._probed_seconds += loss
                 probes.chosen(as_probe=True)
                 return trial
         return best
 
-    def note(self, plain: Plan, plan: Plan, tokens: int, seconds: float, *, missed_seconds: float = 0.0) -> None:
+    def note(
+        self, plain: Plan[SourceT], plan: Plan[SourceT], tokens: int, seconds: float, *, missed_seconds: float = 0.0
+    ) -> None:
         """A round is over.
 
         Args:
@@ -262,7 +270,7 @@ class RoundControl:
         """
         self.elapsed_seconds += seconds
         seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
-        self.pace.note(tokens, seconds)
+        self.throughput.note(tokens, seconds)
         drafted = plan.source is not None
         if not drafted:
             self._since_plain = 0

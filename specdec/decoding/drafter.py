@@ -90,10 +90,19 @@ class DraftSession(ABC):
     runs_target: bool = False
     """Whether drafting runs layers of the target ahead: one session of a round can do so."""
 
+    grows_trees: bool = False
+    """Whether `policy` shapes the next drafts, and may be replaced between rounds."""
+    policy: GrowthPolicy | None = None
+
     @property
     def num_forwards(self) -> int:
         """Forwards of a draft model so far."""
         return 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of drafting so far, each of which takes about the same time: most often the forwards."""
+        return self.num_forwards
 
     @property
     def control_seconds(self) -> float:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -18,7 +18,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from specdec.control import Plan, RoundControl, affordable, costs_of
+from specdec.control import Plan, RoundControl, capped_throughput, costs_of
 from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.devices import num_processes
@@ -26,10 +26,9 @@ from specdec.drafters.auto.dropped import drop, is_dropped, take_back
 from specdec.drafters.auto.sources import (
     LONGEST_DRAFT,
     LONGEST_LOOKUP,
-    LOOKUP,
     LookupSource,
     ModelSource,
-    Outlook,
+    RoundContext,
     Source,
 )
 from specdec.drafters.composite.cascade import Cascade
@@ -67,6 +66,8 @@ class Auto(Drafter):
 
     def __init__(self, *drafters: Drafter):
         self.drafters = drafters
+        self.clock: Callable[[], float] = perf_counter
+        """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.rewinds = all(drafter.rewinds for drafter in drafters)
 
     def reset(self) -> None:
@@ -90,7 +91,7 @@ class Auto(Drafter):
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
         brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in self.drafters)
-        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None)
+        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None, self.clock)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
@@ -127,11 +128,12 @@ def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
 
 
 class _AutoSession(DraftSession):
-    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None):
+    def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None, clock: Callable[[], float]):
         self._run = run
         self._lookup = lookup
         self._models: list[ModelSource] = []
-        self._control = RoundControl()
+        self._control: RoundControl[Source] = RoundControl()
+        self._clock = clock
         self._auto = auto
         """Until the target has been asked for the drafters that it brings along."""
         self._round: _Round | None = None
@@ -169,62 +171,121 @@ class _AutoSession(DraftSession):
     def explain(self) -> dict[str, Any]:
         if self._round is None:
             return {}
-        plan, plain = self._round.plan, self._round.outlook.plain
+        plan, plain = self._round.plan, self._round.context.plain
         return {
-            "drafter": None if plan.source is None else self._sources[plan.source].name,
+            "drafter": None if plan.source is None else plan.source.name,
             "expected_tokens": plan.tokens,
             "expected_ms": 1000 * plan.seconds,
             "plain_ms": 1000 * plain.seconds,
-            "ms": 1000 * (perf_counter() - self._round.started),
+            "ms": 1000 * (self._clock() - self._round.started),
         }
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        started = perf_counter()
-        outlook = self._look(max_depths)
-        if self._auto is not None and max(max_depths) >= _MIN_COPY_TOKENS:
-            if _pays(self._run.target.model, max(max_depths) * outlook.plain.seconds):
-                for drafter in _own_drafters(self._run, self._auto):
-                    self._add(drafter, _quantized_self)
-            self._auto = None
-        offer = self._lookup.plan(outlook)
-        plan = self._choose(outlook, offer)
-        decided = perf_counter()
+        started = self._clock()
+        context = self._context(max_depths)
+        self._add_own_drafters(context)
+        offer = self._lookup.plan(context)
+        plan = self._choose(context, offer)
+        decided = self._clock()
         self._control_seconds += decided - started
-        draft = self._draft(plan, outlook)
+        draft = self._draft(plan, context)
         if draft is None:
-            plan, decided = outlook.plain, perf_counter()
-            draft = Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+            plan, decided = context.plain, self._clock()
+            draft = Draft(trees=TreeBatch.empty(context.num_rows, self._run.device))
         self._round = _Round(
-            outlook=outlook,
+            context=context,
             offer=offer,
             plan=plan,
             draft=draft,
             started=started,
             decided=decided,
-            drafted=perf_counter(),
+            drafted=self._clock(),
         )
         return draft
 
-    def _draft(self, plan: Plan, outlook: Outlook) -> Draft | None:
+    def _context(self, max_depths: Sequence[int]) -> RoundContext:
+        num_rows = len(max_depths)
+        costs = self._costs_of(num_rows)
+        plain: Plan[Source] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
+        throughput = self._control.throughput.now(plain)
+        return RoundContext(max_depths=max_depths, costs=costs, plain=plain, throughput=throughput)
+
+    def _add_own_drafters(self, context: RoundContext) -> None:
+        """What the target brings along joins in the first round, if the run may become long enough."""
+        longest = max(context.max_depths)
+        if self._auto is not None and longest >= _MIN_COPY_TOKENS:
+            if _pays(self._run.target.model, longest * context.plain.seconds):
+                for drafter in _own_drafters(self._run, self._auto):
+                    self._add(drafter, _quantized_self)
+            self._auto = None
+
+    def _choose(self, context: RoundContext, offer: Plan[Source] | None) -> Plan[Source]:
+        """The plan that is worth most, or a trial; `offer` is that of prompt lookup."""
+        if not max(context.max_depths):
+            return context.plain
+        plans, trials = [] if offer is None else [offer], []
+        for source in self._models:
+            if plan := source.plan(context):
+                plans.append(plan)
+                if source.has_begun:
+                    trials.append(plan)
+        best = self._control.choose(context.plain, plans, trials)
+        if best.source in (None, self._lookup):
+            for source in self._models:
+                if trial := source.trial(best, context):
+                    return trial
+        return best
+
+    def _draft(self, plan: Plan[Source], context: RoundContext) -> Draft | None:
         """None: nothing is drafted, or the drafter has raised."""
         if plan.source is None:
             return None
-        if plan.source == LOOKUP:
-            return self._lookup.draft(plan.length)
-        source, pace = self._model_of(plan), affordable(outlook.pace, [outlook.plain, plan])
-        draft = source.attempt(ModelSource.draft, replace(outlook, pace=pace))
-        if source.is_gone:
+        throughput = capped_throughput(context.throughput, [context.plain, plan])
+        draft = plan.source.draft(plan, replace(context, throughput=throughput))
+        if plan.source.is_gone:
             self._run.target.forget_tail()  # it may have left its work there
         return draft
 
     def observe(self, outcome: Outcome) -> None:
-        now, round_ = perf_counter(), self._round if outcome.is_own or outcome.own else None
+        now, round_ = self._clock(), self._round if outcome.is_own or outcome.own else None
         if round_ is not None:
             self._learn(round_, outcome, now)
-        for place, source in enumerate(self._sources):
-            is_own = round_ is None or round_.plan.source in (None, place)  # a draft without nodes is part of any
+        for source in self._sources:
+            is_own = round_ is None or round_.plan.source in (None, source)  # a draft without nodes is part of any
             source.tell(methodcaller("observe", outcome if is_own else outcome.of_another()))
-        self._control_seconds += perf_counter() - now
+        self._control_seconds += self._clock() - now
+
+    def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
+        source, seconds = round_.plan.source, now - round_.decided  # measuring costs comes before, and is done once
+        if source is not None:
+            seconds = source.round_seconds(round_.plan, seconds)
+        self._update_costs(round_, now)
+        self._update_sources(round_, outcome)
+        num_tokens = sum(map(len, outcome.tokens))
+        missed_seconds = self._missed_seconds(round_, outcome)
+        self._control.note(round_.context.plain, round_.plan, num_tokens, seconds, missed_seconds=missed_seconds)
+
+    def _update_costs(self, round_: _Round, now: float) -> None:
+        """What the target's forward took, unless a part of it was drafting."""
+        context, source = round_.context, round_.plan.source
+        if source is None or not source.session.runs_target:
+            context.costs.note(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
+
+    def _update_sources(self, round_: _Round, outcome: Outcome) -> None:
+        """What became of the draft, and of what prompt lookup would have drafted."""
+        plan = round_.plan
+        for source in self._models:
+            if source is plan.source:
+                source.learn(outcome, round_.draft, round_.drafted - round_.decided, round_.context)
+        self._lookup.learn(outcome, plan if plan.source is self._lookup else None)
+
+    def _missed_seconds(self, round_: _Round, outcome: Outcome) -> float:
+        """That prompt lookup would have saved in a plain round."""
+        context, offer = round_.context, round_.offer
+        if offer is None or round_.plan.source is not None:
+            return 0.0
+        would = self._lookup.would_commit(outcome, offer.length)
+        return would / context.num_rows * context.plain.seconds - offer.seconds
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for source in self._sources:
@@ -251,62 +312,15 @@ class _AutoSession(DraftSession):
     def _sources(self) -> list[Source]:
         return [self._lookup, *self._models]
 
-    def _model_of(self, plan: Plan) -> ModelSource:
-        assert plan.source is not None
-        return self._models[plan.source - 1]
-
-    def _look(self, max_depths: Sequence[int]) -> Outlook:
-        num_rows = len(max_depths)
-        costs = self._costs_of(num_rows)
-        plain = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
-        return Outlook(max_depths=max_depths, costs=costs, plain=plain, pace=self._control.pace.now(plain))
-
-    def _choose(self, outlook: Outlook, offer: Plan | None) -> Plan:
-        if not max(outlook.max_depths):
-            return outlook.plain
-        plans = [] if offer is None else [offer]
-        trials = []
-        for place, source in enumerate(self._models, start=LOOKUP + 1):
-            plan = source.attempt(ModelSource.plan, place, outlook)
-            if plan is not None:
-                plans.append(plan)
-                if source.has_begun:
-                    trials.append(plan)
-        best = self._control.choose(outlook.plain, plans, trials)
-        for place, source in enumerate(self._models, start=LOOKUP + 1):
-            if best.source not in (None, LOOKUP):
-                break
-            if trial := source.attempt(ModelSource.trial, place, best, outlook):
-                return trial
-        return best
-
-    def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
-        outlook, plan, trees = round_.outlook, round_.plan, round_.draft.trees
-        if plan.source in (None, LOOKUP) or not self._model_of(plan).session.runs_target:
-            outlook.costs.note(outlook.num_rows * (trees.width + 1), now - round_.drafted)
-        seconds = now - round_.decided  # measuring costs, which comes before it, is done once
-        if plan.source not in (None, LOOKUP):
-            source = self._model_of(plan)
-            seconds = max(seconds - source.reading_seconds, 0.0)
-            if not source.has_begun:  # how long reading a prompt takes is a guess
-                seconds = min(seconds, plan.seconds)
-            source.learn(outcome, round_.draft, round_.drafted - round_.decided, outlook)
-        self._lookup.learn(outcome, plan if plan.source == LOOKUP else None)
-        tokens, missed = sum(map(len, outcome.tokens)), 0.0
-        if round_.offer is not None and plan.source is None:
-            would = self._lookup.would_commit(outcome, round_.offer.length)
-            missed = would / outlook.num_rows * outlook.plain.seconds - round_.offer.seconds
-        self._control.note(outlook.plain, plan, tokens, seconds, missed_seconds=missed)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:
     """The round under way, and when its parts were done."""
 
-    outlook: Outlook
-    offer: Plan | None
+    context: RoundContext
+    offer: Plan[Source] | None
     """What prompt lookup had to say."""
-    plan: Plan
+    plan: Plan[Source]
     draft: Draft
     started: float
     decided: float

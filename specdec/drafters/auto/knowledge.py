@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, YieldMemory, first_beliefs
+from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, RunHistory, prior_averages
 from specdec.decoding.drafter import Drafter, Run
 
-_TRUST_TOKENS = 16.0
+_BIAS_TOKENS = 16.0
 """Tokens that full trust in proposals is worth at first."""
-_TRUST_DECAY = 0.98
+_BIAS_DECAY = 0.98
 _TRIAL_SHARE = 0.04
 """Of the time of the runs without a drafter may go into trying it again; halved for each run in a row in
 which it did not pay."""
@@ -24,14 +24,14 @@ _MOST_FAILURES = 5
 
 
 @dataclass(eq=False)
-class Trust:
+class SelectionBias:
     """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
 
     Where nothing is chosen, it goes back to full trust bit by bit.
     """
 
-    promised: float = _TRUST_TOKENS
-    kept: float = _TRUST_TOKENS
+    promised: float = _BIAS_TOKENS
+    kept: float = _BIAS_TOKENS
 
     @property
     def share(self) -> float:
@@ -39,12 +39,12 @@ class Trust:
 
     def note(self, promised: float, kept: float) -> None:
         """Drafted tokens of a round that were expected to be accepted, and that were."""
-        self.promised = _TRUST_DECAY * self.promised + promised
-        self.kept = _TRUST_DECAY * self.kept + kept
+        self.promised = _BIAS_DECAY * self.promised + promised
+        self.kept = _BIAS_DECAY * self.kept + kept
 
     def passed_over(self) -> None:
-        self.promised += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.promised)
-        self.kept += (1 - _TRUST_DECAY) * (_TRUST_TOKENS - self.kept)
+        self.promised += (1 - _BIAS_DECAY) * (_BIAS_TOKENS - self.promised)
+        self.kept += (1 - _BIAS_DECAY) * (_BIAS_TOKENS - self.kept)
 
 
 @dataclass(eq=False)
@@ -52,11 +52,11 @@ class Known:
     """What runs on a target have shown of a drafter."""
 
     acceptance: AcceptanceMemory
-    yields: YieldMemory
+    history: RunHistory
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
     """Of those beside a chain, by whether they were drawn."""
-    trust: dict[int, Trust] = field(default_factory=dict)
-    """In proposals, by rows."""
+    selection_bias: dict[int, SelectionBias] = field(default_factory=dict)
+    """Of proposals, by rows."""
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
     failures: int = 0
@@ -68,10 +68,10 @@ class Known:
     def at_first(cls, drafter: Drafter) -> Known:
         """Before any run has shown anything."""
         acceptance = AcceptanceMemory(agreement=drafter.agreement)
-        return cls(acceptance=acceptance, yields=YieldMemory(first_beliefs(drafter.agreement)))
+        return cls(acceptance=acceptance, history=RunHistory(prior_averages(drafter.agreement)))
 
-    def trust_in(self, num_rows: int) -> Trust:
-        return self.trust.setdefault(num_rows, Trust())
+    def bias_at(self, num_rows: int) -> SelectionBias:
+        return self.selection_bias.setdefault(num_rows, SelectionBias())
 
     def leaves_when(self, drawn: bool) -> AcceptanceMemory:
         return self.leaves.setdefault(drawn, AcceptanceMemory(LEAF_EDGES))

@@ -8,6 +8,7 @@ Shape legend: B rows, W width (drafted tokens of the longest row).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,31 +16,27 @@ from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
 from math import ceil, inf
 from statistics import mean
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from specdec.control import (
     AcceptanceModel,
     ForwardCosts,
     Plan,
-    Yield,
-    YieldAverage,
+    RoundAverages,
+    RunAverages,
     costs_of,
     monotone,
 )
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.auto.dropped import drop, is_the_callers
 from specdec.drafters.auto.knowledge import known_of
-from specdec.drafters.composite.nested import NestedSession
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
-from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.plain import Plain
 from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOOKUP = 0
-"""The place of prompt lookup among the sources of a run."""
 LONGEST_LOOKUP = 24
 _HOPELESS = 0.01
 """Expected tokens below which the rest of a proposal is not looked at."""
@@ -57,13 +54,20 @@ _UNKNOWN_STEP = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """What is known when a round is chosen."""
+class RoundContext:
+    """What is known when a round is chosen.
+
+    Args:
+        max_depths: of each row's draft.
+        costs: of the target's forwards.
+        plain: a round without a draft.
+        throughput: of the run, in tokens per second.
+    """
 
     max_depths: Sequence[int]
     costs: ForwardCosts
-    plain: Plan
-    pace: float
+    plain: Plan[Any]
+    throughput: float
 
     @property
     def num_rows(self) -> int:
@@ -76,18 +80,21 @@ class Outlook:
     def prices(self, step_seconds: float, longest: int) -> list[float]:
         """Of the tokens of a chain, see `WorthwhileComb`."""
         longest = min(longest, max(self.max_depths))
-        return [self.pace * step_seconds + price for price in self.leaf_prices()[1:longest]]
+        return [self.throughput * step_seconds + price for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
         """Of the nodes of a tree, see `WorthwhileComb`: the closest ones that do not fall, as differences of widths
         that are timed and corrected one by one are mostly noise."""
         verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
-        prices = [self.pace * (wider - narrower) for narrower, wider in pairwise(verified)]
+        prices = [self.throughput * (wider - narrower) for narrower, wider in pairwise(verified)]
         return monotone(prices, [1.0] * len(prices))
 
 
-class Source:
+class Source(ABC):
     """A drafter at work, and what is known of it."""
+
+    is_gone = False
+    """It has raised, and does not draft any more."""
 
     def __init__(self, run: Run, drafter: Drafter, session: DraftSession):
         self.name = type(drafter).__name__
@@ -95,6 +102,14 @@ class Source:
         self._run = run
         self._known = known_of(run, drafter)
         self.acceptance = AcceptanceModel(self._known.acceptance)
+
+    @abstractmethod
+    def draft(self, plan: Plan[Source], context: RoundContext) -> Draft | None:
+        """Carry out a plan of this source; None: the drafter has raised."""
+
+    def round_seconds(self, plan: Plan[Source], seconds: float) -> float:
+        """What to ascribe to a round of this source that took so long."""
+        return seconds
 
     def tell(self, news: Callable[[DraftSession], None]) -> None:
         """Have the session take note of something."""
@@ -110,44 +125,44 @@ class LookupSource(Source):
         super().__init__(run, drafter, self._lookup)
         self._chains: list[TokenTree] = []
 
-    def plan(self, outlook: Outlook) -> Plan | None:
+    def plan(self, context: RoundContext) -> Plan[Source] | None:
         """The length at which proposals are worth most; None if there is none."""
-        self._chains = self._lookup.trees(outlook.max_depths)
+        self._chains = self._lookup.trees(context.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
-        trust = self._known.trust_in(outlook.num_rows)
-        best, most, tokens = 0, -inf, outlook.plain.tokens
+        bias = self._known.bias_at(context.num_rows)
+        best, most, tokens = 0, -inf, context.plain.tokens
         best_tokens = best_seconds = 0.0
         for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
             if reach < _HOPELESS:
                 break
-            tokens += trust.share * reach
-            seconds = outlook.seconds(width)
-            worth = tokens - outlook.pace * seconds
+            tokens += bias.share * reach
+            seconds = context.seconds(width)
+            worth = tokens - context.throughput * seconds
             if worth > most:
                 best, most, best_tokens, best_seconds = width, worth, tokens, seconds
-        return Plan(source=LOOKUP, length=best, tokens=best_tokens, seconds=best_seconds) if best else None
+        return Plan(source=self, length=best, tokens=best_tokens, seconds=best_seconds) if best else None
 
-    def draft(self, length: int) -> Draft:
-        chains = [TokenTree.chain(chain.tokens[:length]) for chain in self._chains]
+    def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
+        chains = [TokenTree.chain(chain.tokens[: plan.length]) for chain in self._chains]
         return Draft(trees=TreeBatch.stack(chains, self._run.device))
 
     def would_commit(self, outcome: Outcome, length: int) -> int:
         """Tokens of all rows that chains of this length would have brought in the round."""
         return sum(1 + agreed for agreed in self._agreed(outcome, length))
 
-    def learn(self, outcome: Outcome, drafted: Plan | None) -> None:
+    def learn(self, outcome: Outcome, drafted: Plan[Source] | None) -> None:
         """Compare the proposals with what the target said, whoever drafted.
 
         Args:
             drafted: the plan, if these were what was drafted.
         """
         num_rows = len(outcome.tokens)
-        trust = self._known.trust_in(num_rows)
+        bias = self._known.bias_at(num_rows)
         if drafted is None:
-            trust.passed_over()
+            bias.passed_over()
         else:
-            promised = (drafted.tokens - num_rows) / trust.share
-            trust.note(promised, self.would_commit(outcome, drafted.length) - num_rows)
+            promised = (drafted.tokens - num_rows) / bias.share
+            bias.note(promised, self.would_commit(outcome, drafted.length) - num_rows)
         agreed = self._agreed(outcome, LONGEST_LOOKUP)
         for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
             tested = (chain.probs or ())[: len(tokens)]
@@ -163,7 +178,11 @@ class LookupSource(Source):
 
 
 class ModelSource(Source):
-    """A drafter that takes time: what its rounds yield is known from its rounds only."""
+    """A drafter that takes time: what its rounds come to is known from its rounds only.
+
+    Its public methods do not raise what the drafter raises: it is dropped, and None is returned from then on. Only the
+    errors of the call's own processors come out as they are.
+    """
 
     def __init__(self, run: Run, drafter: Drafter, root: Drafter | None = None):
         """root: which the drafter was made of for this run; None for itself."""
@@ -171,44 +190,26 @@ class ModelSource(Source):
         self._root = root or drafter
         self.leaves = AcceptanceModel(self._known.leaves_when(run.sampler.do_sample))
         self._costs_of = cache(partial(_costs_of_draft, self.session))
-        self._yields = YieldAverage(self._known.yields)
-        self._forwards = 0
+        self._averages = RunAverages(self._known.history)
+        self._steps = 0
         self._pays = False
         self._is_on_trial = False
-        self.is_gone = False
-        """It has raised, and does not draft any more."""
-        self.reading_seconds = 0.0
-        """Of the last draft, as expected: an expense for the rounds to come."""
+        self._reading = 0.0
+        """Seconds of the last draft, as expected: an expense for the rounds to come."""
 
     @property
     def has_begun(self) -> bool:
-        return self._yields.num_rounds > 0
+        return self._averages.num_rounds > 0
 
-    def plan(self, place: int, outlook: Outlook) -> Plan | None:
+    def plan(self, context: RoundContext) -> Plan[Source] | None:
         """What drafting now would bring; None: less than plain decoding, in every run that is remembered.
 
         To begin with it, those runs in which it paid have to pay for what it reads first, and for the rounds that it
         takes to know the others.
         """
-        expected = [self._yields.now] if self.has_begun else self._known.yields.runs
-        plans = [self._round(place, each, outlook) for each in expected]
-        expense = self._reading_seconds(outlook)
-        if not self.has_begun:
-            rate = outlook.plain.tokens / outlook.plain.seconds
-            failures = [plan for plan in plans if plan.worth(rate) <= 0]
-            plans = [plan for plan in plans if plan.worth(rate) > 0]
-            loss = -sum(plan.worth(rate) for plan in failures) / rate
-            expense += _TRIAL_ROUNDS * loss / len(expected)
-        if not plans:
-            return None
-        if self.has_begun:
-            self._pays = plans[0].worth(outlook.plain.tokens / outlook.plain.seconds) > 0
-        tokens, seconds = (mean(column) for column in zip(*((p.tokens, p.seconds) for p in plans), strict=True))
-        rounds_left = min(max(outlook.max_depths), _HORIZON) / (tokens / outlook.num_rows)
-        paying_rounds = max(rounds_left * len(plans) / len(expected), 1.0)
-        return replace(plans[0], tokens=tokens, seconds=seconds + expense / paying_rounds)
+        return self._attempt(ModelSource._plan, context)
 
-    def trial(self, place: int, best: Plan, outlook: Outlook) -> Plan | None:
+    def trial(self, best: Plan[Source], context: RoundContext) -> Plan[Source] | None:
         """A round of a drafter that has not paid lately, to see whether it does in this run; None: that is too dear.
 
         Without it, a drafter that was unlucky once, or mistimed, would not be heard of again.
@@ -216,40 +217,67 @@ class ModelSource(Source):
         Args:
             best: what would be done instead.
         """
-        if self._yields.num_rounds >= _TRIAL_ROUNDS or max(outlook.max_depths) < _HORIZON:
-            return None
-        plan = self._round(place, self._known.yields.mean, outlook)
+        return self._attempt(ModelSource._trial, best, context)
+
+    def draft(self, plan: Plan[Source], context: RoundContext) -> Draft | None:
+        return self._attempt(ModelSource._draft, context)
+
+    def round_seconds(self, plan: Plan[Source], seconds: float) -> float:
+        seconds = max(seconds - self._reading, 0.0)
+        return seconds if self.has_begun else min(seconds, plan.seconds)  # how long reading a prompt takes is a guess
+
+    def _plan(self, context: RoundContext) -> Plan[Source] | None:
+        expected = [self._averages.now] if self.has_begun else self._known.history.runs
+        plans = [self._round(each, context) for each in expected]
+        expense = self._reading_seconds(context)
         if not self.has_begun:
-            pace = best.tokens / best.seconds
-            loss = self._reading_seconds(outlook) - _TRIAL_ROUNDS * min(plan.worth(pace), 0.0) / pace
+            rate = context.plain.tokens / context.plain.seconds
+            failures = [plan for plan in plans if plan.worth(rate) <= 0]
+            plans = [plan for plan in plans if plan.worth(rate) > 0]
+            loss = -sum(plan.worth(rate) for plan in failures) / rate
+            expense += _TRIAL_ROUNDS * loss / len(expected)
+        if not plans:
+            return None
+        if self.has_begun:
+            self._pays = plans[0].worth(context.plain.tokens / context.plain.seconds) > 0
+        tokens, seconds = (mean(column) for column in zip(*((p.tokens, p.seconds) for p in plans), strict=True))
+        rounds_left = min(max(context.max_depths), _HORIZON) / (tokens / context.num_rows)
+        paying_rounds = max(rounds_left * len(plans) / len(expected), 1.0)
+        return replace(plans[0], tokens=tokens, seconds=seconds + expense / paying_rounds)
+
+    def _trial(self, best: Plan[Source], context: RoundContext) -> Plan[Source] | None:
+        if self._averages.num_rounds >= _TRIAL_ROUNDS or max(context.max_depths) < _HORIZON:
+            return None
+        plan = self._round(self._known.history.mean, context)
+        if not self.has_begun:
+            throughput = best.tokens / best.seconds
+            loss = self._reading_seconds(context) - _TRIAL_ROUNDS * min(plan.worth(throughput), 0.0) / throughput
             self._is_on_trial = loss <= self._known.trial_seconds()
         return plan if self._is_on_trial else None
 
-    def draft(self, outlook: Outlook) -> Draft:
-        self._forwards = self.session.num_forwards
-        self.reading_seconds = self._reading_seconds(outlook)
+    def _draft(self, context: RoundContext) -> Draft:
+        self._steps = self.session.num_steps
+        self._reading = self._reading_seconds(context)
         longest = LONGEST_DRAFT
-        if not self._known.yields.num_runs:  # one more token with every round
-            longest = min(longest, ceil(self._known.yields.mean.nodes) + 1 + self._yields.num_rounds)
-        if isinstance(self.session, GrowingSession | NestedSession):
+        if not self._known.history.num_runs:  # one more token with every round
+            longest = min(longest, ceil(self._known.history.mean.nodes) + 1 + self._averages.num_rounds)
+        if self.session.grows_trees:
             self.session.policy = WorthwhileComb(
-                prices=outlook.prices(self._step_seconds(outlook), longest),
+                prices=context.prices(self._step_seconds(context), longest),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
-                leaf_prices=outlook.leaf_prices(),
+                leaf_prices=context.leaf_prices(),
                 leaf_chance=self.leaves.chance,
             )
-        return self.session.propose([min(depth, longest) for depth in outlook.max_depths])
+        return self.session.propose([min(depth, longest) for depth in context.max_depths])
 
-    def learn(self, outcome: Outcome, draft: Draft, draft_seconds: float, outlook: Outlook) -> None:
+    def learn(self, outcome: Outcome, draft: Draft, draft_seconds: float, context: RoundContext) -> None:
         """What became of this source's own draft, which took so long to make."""
-        trees, num_rows = draft.trees, outlook.num_rows
-        steps = max(self.session.num_forwards - self._forwards, 1 if trees.width else 0)
-        if isinstance(self.session, NestedSession):
-            steps = trees.width  # its forwards bring several tokens each, so tokens are what is timed
-        self._yields.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
-        if steps and self.reading_seconds < _READING_SHARE * draft_seconds:
-            self._step_costs(outlook).note(num_rows, (draft_seconds - self.reading_seconds) / steps)
+        trees, num_rows = draft.trees, context.num_rows
+        steps = max(self.session.num_steps - self._steps, 1 if trees.width else 0)
+        self._averages.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
+        if steps and self._reading < _READING_SHARE * draft_seconds:
+            self._step_costs(context).note(num_rows, (draft_seconds - self._reading) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
                 self._learn_comb(row, row.probs, path)
@@ -266,11 +294,8 @@ class ModelSource(Source):
                 self.leaves.note(confidence, leaf in path)
                 elders.append(probs[leaf])
 
-    def attempt(self, step: Callable[Concatenate[ModelSource, P], T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What one of the methods returns; None where the drafter raises, or has done so before.
-
-        The errors of the call's own processors come out as they are.
-        """
+    def _attempt(self, step: Callable[Concatenate[ModelSource, P], T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What one of the methods returns; None where the drafter raises, or has done so before."""
         if self.is_gone:
             return None
         try:
@@ -282,7 +307,7 @@ class ModelSource(Source):
             return None
 
     def tell(self, news: Callable[[DraftSession], None]) -> None:
-        self.attempt(Source.tell, news)
+        self._attempt(Source.tell, news)
 
     def _give_up(self, error: Exception) -> None:
         """Nothing is asked of the drafter's session any more."""
@@ -297,35 +322,35 @@ class ModelSource(Source):
         if self.is_gone:
             return
         self._known.note_run(self._pays if self.has_begun else None, elapsed_seconds)
-        self._yields.close()
+        self._averages.close()
         self.session.close()
 
-    def _round(self, place: int, expected: Yield, outlook: Outlook) -> Plan:
-        draft_seconds = expected.steps * self._step_seconds(outlook)
+    def _round(self, expected: RoundAverages, context: RoundContext) -> Plan[Source]:
+        draft_seconds = expected.steps * self._step_seconds(context)
         return Plan(
-            source=place,
+            source=self,
             length=LONGEST_DRAFT,
-            tokens=expected.tokens * outlook.num_rows,
-            seconds=draft_seconds + outlook.seconds(expected.nodes),
+            tokens=expected.tokens * context.num_rows,
+            seconds=draft_seconds + context.seconds(expected.nodes),
         )
 
-    def _step_seconds(self, outlook: Outlook) -> float:
-        return self._step_costs(outlook).seconds(outlook.num_rows)
+    def _step_seconds(self, context: RoundContext) -> float:
+        return self._step_costs(context).seconds(context.num_rows)
 
-    def _step_costs(self, outlook: Outlook) -> ForwardCosts:
-        num_rows = outlook.num_rows
+    def _step_costs(self, context: RoundContext) -> ForwardCosts:
+        num_rows = context.num_rows
         costs = self._costs_of(num_rows) or self._known.steps.get(num_rows)
         if costs is None:  # a guess to start from, since the first drafts load, read and measure what they need
-            guess = {num_rows: _UNKNOWN_STEP * outlook.plain.seconds}
+            guess = {num_rows: _UNKNOWN_STEP * context.plain.seconds}
             costs = self._known.steps.setdefault(num_rows, ForwardCosts(guess, plain=num_rows))
         return costs
 
-    def _reading_seconds(self, outlook: Outlook) -> float:
+    def _reading_seconds(self, context: RoundContext) -> float:
         """For what the drafter has to read before it can draft."""
-        backlog, costs = self.session.backlog, self._costs_of(outlook.num_rows)
+        backlog, costs = self.session.backlog, self._costs_of(context.num_rows)
         if not backlog or costs is None:
             return 0.0
-        return costs.seconds(outlook.num_rows + backlog) - costs.seconds(outlook.num_rows)
+        return costs.seconds(context.num_rows + backlog) - costs.seconds(context.num_rows)
 
 
 def _costs_of_draft(session: DraftSession, num_rows: int) -> ForwardCosts | None:

@@ -16,6 +16,7 @@ from specdec.decoding.drafter import Drafter, DraftSession, Run
 from specdec.drafters.composite.nested import NestedSession
 from specdec.drafters.model.quantized_self import QuantizedSelf
 from specdec.errors import DraftError, UnsupportedOptionError
+from specdec.tree_model.model import TreeModel
 from trees import Chain
 
 
@@ -82,4 +83,4 @@ class Cascade(Drafter):
         most, least = self.num_tokens, self.min_tokens
         if run.tree is not None:
             most = least = run.tree.length
-        return NestedSession(run, self.middle.copy_of(target), self.cheap, most=most, least=least)
+        return NestedSession(run, TreeModel(self.middle.copy_of(target)), self.cheap, most=most, least=least)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.acceptance import to_host
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
@@ -50,16 +49,20 @@ class NestedSession(DraftSession):
         policy: says when to stop, of chains of `least` tokens and more; None stops there.
     """
 
-    def __init__(self, run: Run, copy: PreTrainedModel, cheap: Drafter, *, most: int, least: int):
+    policy: WorthwhileComb | None
+    grows_trees = True
+
+    def __init__(self, run: Run, copy: TreeModel, cheap: Drafter, *, most: int, least: int):
         assert cheap.rewinds
-        self.policy: WorthwhileComb | None = None
+        self.policy = None
         self._run = run
         self._most, self._least = most, least
-        self._copy = TreeModel(copy)
+        self._copy = copy
         self._sequences = run.sequences.copy()
         self._own_run = replace(run, target=self._copy, sequences=self._sequences, tree=None)
         self._cheap = cheap.start(self._own_run)
         self._lines: list[_Line] = []
+        self._num_steps = 0
 
     @property
     def takes_rows(self) -> bool:  # type: ignore[override]
@@ -68,6 +71,11 @@ class NestedSession(DraftSession):
     @property
     def num_forwards(self) -> int:
         return self._copy.num_forwards + self._cheap.num_forwards
+
+    @property
+    def num_steps(self) -> int:
+        """Tokens that have been drafted: a forward brings several."""
+        return self._num_steps
 
     @property
     def control_seconds(self) -> float:
@@ -85,7 +93,9 @@ class NestedSession(DraftSession):
                 self._round(limits, max_depths)
         finally:
             self._copy.cache.truncate(lengths)
-        return self._chains()
+        draft = self._chains()
+        self._num_steps += draft.trees.width
+        return draft
 
     def observe(self, outcome: Outcome) -> None:
         lines, self._lines = self._lines or [_Line() for _ in outcome.tokens], []

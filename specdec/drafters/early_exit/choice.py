@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from specdec.control import Plan, RoundControl, affordable
+from specdec.control import Plan, RoundControl, capped_throughput
 from specdec.decoding.drafter import Outcome, Run
-from specdec.drafters.auto.sources import LONGEST_DRAFT, Outlook
+from specdec.drafters.auto.sources import LONGEST_DRAFT, RoundContext
 from specdec.drafters.early_exit.costs import ExitCosts, clock_of, exit_costs
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.drafters.early_exit.rule import ExitChoice, ExitRule
@@ -36,9 +36,9 @@ class _Options:
         acceptance: of a token that is not drawn yet, by exit.
     """
 
-    outlook: Outlook
+    context: RoundContext
     costs: ExitCosts
-    plans: Sequence[Plan]
+    plans: Sequence[Plan[int]]
     prices: Mapping[int, Sequence[float]]
     leaf_prices: Sequence[float]
     acceptance: dict[int, float]
@@ -48,7 +48,7 @@ class _Options:
 class _Round:
     """The round under way, and when its parts were done."""
 
-    plan: Plan
+    plan: Plan[int]
     options: _Options
     decided: float
     drafted: float = 0.0
@@ -71,7 +71,7 @@ class TokensPerSecond(ExitRule):
         self._clock = clock_of(run.target.device)
         self._max_length = min(max_length, LONGEST_DRAFT)
         self._shadows = shadows
-        self._control = RoundControl()
+        self._control: RoundControl[int] = RoundControl()
         self._options: _Options | None = None
         self._age = 0
         self._round: _Round | None = None
@@ -86,7 +86,7 @@ class TokensPerSecond(ExitRule):
 
     def choose(self, max_depths: Sequence[int]) -> ExitChoice | None:
         options = self._current(max_depths)
-        plain = options.outlook.plain
+        plain = options.context.plain
         trials = [plan for plan in options.plans if self._source(plan).is_worth_a_trial]
         plan = self._control.choose(plain, options.plans, trials) if max(max_depths) else plain
         if self._shadows is not None:
@@ -124,12 +124,12 @@ class TokensPerSecond(ExitRule):
             "exit_layer": plan.source,
             "expected_tokens": plan.tokens,
             "expected_ms": 1000 * plan.seconds,
-            "plain_ms": 1000 * options.outlook.plain.seconds,
+            "plain_ms": 1000 * options.context.plain.seconds,
             "ms": 1000 * (self._clock() - self._round.decided),
             "acceptance": options.acceptance,
         }
 
-    def _source(self, plan: Plan) -> ExitSource:
+    def _source(self, plan: Plan[int]) -> ExitSource:
         """Plans name an exit by its layer."""
         assert plan.source is not None
         return self._sources[plan.source]
@@ -137,35 +137,35 @@ class TokensPerSecond(ExitRule):
     def _current(self, max_depths: Sequence[int]) -> _Options:
         self._age += 1
         last = self._options
-        if last is None or self._age > _PLAN_EVERY or last.outlook.num_rows != len(max_depths):
+        if last is None or self._age > _PLAN_EVERY or last.context.num_rows != len(max_depths):
             self._options, self._age = self._look(max_depths, () if last is None else last.plans), 1
         assert self._options is not None
         return self._options
 
-    def _look(self, max_depths: Sequence[int], last_plans: Sequence[Plan]) -> _Options:
+    def _look(self, max_depths: Sequence[int], last_plans: Sequence[Plan[int]]) -> _Options:
         num_rows = len(max_depths)
         costs = self._costs_of(num_rows)
-        plain = Plan(source=None, length=0, tokens=num_rows, seconds=costs.forward.seconds(num_rows))
-        pace = affordable(self._control.pace.now(plain), [plain, *last_plans])
-        outlook = Outlook(max_depths=max_depths, costs=costs.forward, plain=plain, pace=pace)
-        leaf_prices = outlook.leaf_prices()
+        plain: Plan[int] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.forward.seconds(num_rows))
+        throughput = capped_throughput(self._control.throughput.now(plain), [plain, *last_plans])
+        context = RoundContext(max_depths=max_depths, costs=costs.forward, plain=plain, throughput=throughput)
+        leaf_prices = context.leaf_prices()
         seen = {layer: source for layer, source in self._sources.items() if source.is_seen}
         step_seconds = {layer: costs.step_seconds(layer) for layer in seen}
         prices = {
-            layer: [pace * seconds + price for price in leaf_prices[1 : self._max_length]]
+            layer: [throughput * seconds + price for price in leaf_prices[1 : self._max_length]]
             for layer, seconds in step_seconds.items()
         }
         return _Options(
-            outlook=outlook,
+            context=context,
             costs=costs,
-            plans=[source.plan(layer, outlook, step_seconds[layer], prices[layer]) for layer, source in seen.items()],
+            plans=[source.plan(layer, context, step_seconds[layer], prices[layer]) for layer, source in seen.items()],
             prices=prices,
             leaf_prices=leaf_prices,
             acceptance={layer: source.acceptance.mean_chance for layer, source in seen.items()},
         )
 
     def _note_times(self, round_: _Round, trees: TreeBatch, num_tokens: int, now: float) -> None:
-        plan, costs, plain = round_.plan, round_.options.costs, round_.options.outlook.plain
+        plan, costs, plain = round_.plan, round_.options.costs, round_.options.context.plain
         costs.forward.note(trees.num_rows * trees.num_slots, now - round_.drafted)
         self._control.note(plain, plan, num_tokens, now - round_.decided)
         if plan.source is not None and round_.num_steps:
@@ -175,7 +175,7 @@ class TokensPerSecond(ExitRule):
                 costs.note_step(plan.source, step_seconds)
 
 
-def _centre(plan: Plan, acceptance: dict[int, float], *, default: int) -> int:
+def _centre(plan: Plan[int], acceptance: dict[int, float], *, default: int) -> int:
     """The exit that drafts, or else the one that agrees with the target most often."""
     if plan.source is not None:
         return plan.source

@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, Yield
-from specdec.drafters.auto.sources import Outlook
+from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, RoundAverages
+from specdec.drafters.auto.sources import RoundContext
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.drafters.early_exit.rule import reached_slots
 from specdec.drafters.early_exit.shadows import Seen
 from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
 
-_FIRST_SURPLUS = Yield(tokens=0.2, steps=0.0, nodes=1.5)
+_FIRST_SURPLUS = RoundAverages(tokens=0.2, steps=0.0, nodes=1.5)
 """What leaves bring, and how many there are, before anything is known."""
 _SURPLUS_ROUNDS = 8, 40
 """Rounds that the first belief is worth, and that count after a long time."""
@@ -31,19 +31,19 @@ class _Surplus:
         self._mean = _FIRST_SURPLUS
         self._num_rounds, self._most_rounds = _SURPLUS_ROUNDS
 
-    def on(self, expected: Yield) -> Yield:
+    def on(self, expected: RoundAverages) -> RoundAverages:
         """What is to be expected with it."""
         mean = self._mean
-        return Yield(
+        return RoundAverages(
             tokens=max(expected.tokens + mean.tokens, 1.0),
             steps=max(expected.steps + mean.steps, 1.0),
             nodes=max(expected.nodes + mean.nodes, 1.0),
         )
 
-    def note(self, actual: Yield, expected: Yield) -> None:
+    def note(self, actual: RoundAverages, expected: RoundAverages) -> None:
         self._num_rounds = min(self._num_rounds + 1, self._most_rounds)
         mean, share = self._mean, 1 / self._num_rounds
-        self._mean = Yield(
+        self._mean = RoundAverages(
             tokens=mean.tokens + share * (actual.tokens - expected.tokens - mean.tokens),
             steps=mean.steps + share * (actual.steps - expected.steps - mean.steps),
             nodes=mean.nodes + share * (actual.nodes - expected.nodes - mean.nodes),
@@ -95,19 +95,19 @@ class ExitSource:
         """Whether only a draft shows what it is worth now."""
         return self._has_begun or not self._is_watched
 
-    def plan(self, place: int, outlook: Outlook, step_seconds: float, prices: Sequence[float]) -> Plan:
+    def plan(self, place: int, context: RoundContext, step_seconds: float, prices: Sequence[float]) -> Plan[int]:
         """What a round of it is expected to bring and to take.
 
         Args:
             prices: of the tokens of its chain (see `WorthwhileComb`).
         """
         self._prices = prices
-        expected = self._surplus.on(likely_yield(self.acceptance.mean_chance, prices, outlook.num_rows))
+        expected = self._surplus.on(likely_averages(self.acceptance.mean_chance, prices, context.num_rows))
         return Plan(
             source=place,
             length=len(prices) + 1,
-            tokens=expected.tokens * outlook.num_rows,
-            seconds=expected.steps * step_seconds + outlook.seconds(expected.nodes),
+            tokens=expected.tokens * context.num_rows,
+            seconds=expected.steps * step_seconds + context.seconds(expected.nodes),
         )
 
     def policy(self, prices: Sequence[float], leaf_prices: Sequence[float]) -> GrowthPolicy:
@@ -128,8 +128,8 @@ class ExitSource:
                 confidence = leaf_confidence(probs[place], probs[:place], self._sample)
                 self._leaves.note(confidence, accepted == place)
         # by what is believed now: that the first beliefs were wrong is no surplus
-        expected = likely_yield(self.acceptance.mean_chance, self._prices, len(paths))
-        actual = Yield(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
+        expected = likely_averages(self.acceptance.mean_chance, self._prices, len(paths))
+        actual = RoundAverages(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
         self._surplus.note(actual, expected)
 
     def observe(self, seen: Seen) -> None:
@@ -139,7 +139,7 @@ class ExitSource:
             self.acceptance.note(confidence, self._coins.random() < agreement)
 
 
-def likely_yield(chance: float, prices: Sequence[float], num_rows: int) -> Yield:
+def likely_averages(chance: float, prices: Sequence[float], num_rows: int) -> RoundAverages:
     """Of a chain that goes on while that is worth its price, if each of its tokens is accepted with this chance."""
     tokens, reach, num_steps = 1.0 + chance, chance, 1
     for price in prices:
@@ -148,4 +148,4 @@ def likely_yield(chance: float, prices: Sequence[float], num_rows: int) -> Yield
         reach *= chance
         tokens += reach
         num_steps += 1
-    return Yield(tokens=tokens, steps=num_steps, nodes=num_steps)
+    return RoundAverages(tokens=tokens, steps=num_steps, nodes=num_steps)

@@ -33,6 +33,9 @@ class GrowingSession(DraftSession):
         policy: of the next drafts; may be replaced between rounds.
     """
 
+    policy: GrowthPolicy
+    grows_trees = True
+
     def __init__(self, run: Run, policy: GrowthPolicy):
         self.policy = policy
         self._run = run
