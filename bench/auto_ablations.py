@@ -13,7 +13,7 @@ from specdec.control import estimates as acceptance
 from specdec.drafters.auto import drafter as auto
 from specdec.drafters.auto import knowledge as auto_knowledge
 from specdec.drafters.auto import sources as auto_sources
-from trees import worthwhile
+from trees import gain_limited
 
 _NEVER = 10**9
 
@@ -62,7 +62,7 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "probe-share": [(rounds, "_PROBE_SHARE", inf)],
     "guard": [(rounds.Guard, "note", _nothing)],
     # what is drafted
-    "leaves": [(worthwhile, "MAX_LEAVES", 0)],
+    "leaves": [(gain_limited, "MAX_LEAVES", 0)],
     "short-first-drafts": [(auto_sources, "ceil", lambda _: _NEVER)],
 }
 """By mechanism: where it is, and what stands there without it."""

@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from trees.urn import TokenSource
 
 from bench.auto_clock import Clock, Timed
 from bench.auto_traces import Trace
@@ -24,6 +23,7 @@ from specdec.drafters.composite.nested import NestedSession
 from specdec.drafters.model.growing import GrowingSession
 from specdec.tree_model.model import TreeModel
 from trees import Chain, Draft, GrowingTrees, Round, TreeBatch
+from trees.token_source import TokenSource
 
 _NOBODYS = 0
 """A token that no target says: traces are renumbered from 1 on."""

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,16 +31,18 @@ def text_positions(position_ids: Tensor, attention_mask: Tensor | None) -> Tenso
 
 @contextmanager
 def positions_read(model: PreTrainedModel) -> Iterator[list[Tensor | None]]:
-    """Within, each forward of the decoder adds the positions that it is given to the list.
+    """Within, each forward of the decoder in this thread adds the positions that it is given to the list.
 
     Some models do not use those that they are offered. None stands for those of the cache's slots, which a decoder
     takes that is given none.
     """
     read: list[Tensor | None] = []
     decoder, place = _takes_positions(model)
+    thread = get_ident()
 
     def note(_: Any, inputs: Sequence[Any], named: dict[str, Any]) -> None:
-        read.append(inputs[place] if place < len(inputs) else named.get("position_ids"))
+        if get_ident() == thread:  # other calls may run on the same model
+            read.append(inputs[place] if place < len(inputs) else named.get("position_ids"))
 
     hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
