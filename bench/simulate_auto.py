@@ -38,14 +38,12 @@ TRACES = Path(__file__).parent / "traces"
 DEMO_AVX512 = {1: 13.4, 2: 14.9, 4: 15.7, 8: 17.3, 16: 26.3, 32: 43.3, 64: 84.4}
 DEMO_AVX2 = {1: 15.4, 2: 17.1, 4: 22.7, 8: 36.7, 16: 63.5, 32: 114.4, 64: 210.7}
 INT8_1_5B = {1: 67.0, 2: 73.0, 4: 78.5, 8: 100.6, 16: 125.9, 32: 220.0, 64: 410.0}
-FLOAT_1_5B = {1: 219.0, 2: 222.0, 4: 245.0, 8: 376.0, 16: 560.0, 32: 1050.0, 64: 2000.0}
 INT8_0_5B = {1: 24.0, 2: 26.0, 4: 28.0, 8: 36.0, 16: 45.0, 32: 78.0, 64: 145.0}
 MACHINES = {
     "demo-avx512": Machine(traces="demo", target=DEMO_AVX512),
     "demo-avx2": Machine(traces="demo", target=DEMO_AVX2),
     "demo-batch-of-4": Machine(traces="demo", target=DEMO_AVX512, rows=4),
     "1.5b-int8": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B),
-    "1.5b-float": Machine(traces="qwen", target=FLOAT_1_5B, copy=INT8_1_5B, draft=INT8_0_5B),
     "liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=1.0),
     "half-liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=0.5),
 }
