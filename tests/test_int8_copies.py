@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.control import ForwardCosts
-from specdec.drafters import Auto, Cascade, Drafter, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, Drafter, QuantizedSelf, SmallModel
 from specdec.drafters.auto import drafter as auto
 from specdec.kernels.model.changes import state_of, structure_of
 from specdec.testing import random_prompts, tiny_model
@@ -122,12 +122,10 @@ def test_an_adapter_that_is_switched_off_and_on(caplog: pytest.LogCaptureFixture
         assert accepted(model, drafter) == accepted(model, QuantizedSelf()) > 0.5
 
 
-@pytest.mark.parametrize("cheap", [PromptLookup(), None], ids=["cascade", "alone"])
 @pytest.mark.parametrize("change", [edited, adapted])
-def test_the_copy_of_a_draft_model_too(change: Callable[[PreTrainedModel], None], cheap: Drafter | None) -> None:
+def test_the_copy_of_a_draft_model_too(change: Callable[[PreTrainedModel], None]) -> None:
     model, draft = target(), target()
-    small = SmallModel(draft, weights="int8")
-    drafter = small if cheap is None else Cascade(cheap, small)
+    drafter = SmallModel(draft, weights="int8")
     accepted(model, drafter)
     before = small.model
     for each in (model, draft):
