@@ -125,12 +125,12 @@ def test_an_adapter_that_is_switched_off_and_on(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("change", [edited, adapted])
 def test_the_copy_of_a_draft_model_too(change: Callable[[PreTrainedModel], None]) -> None:
     model, draft = target(), target()
-    drafter = SmallModel(draft, weights="int8")
-    accepted(model, drafter)
+    small = SmallModel(draft, weights="int8")
+    accepted(model, small)
     before = small.model
     for each in (model, draft):
         change(each)
-    accepted(model, drafter)
+    accepted(model, small)
     assert small.model is not before
     assert small.model is small.model
 
