@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from specdec.kernels import quantized_copy
 from specdec.kernels.model.changes import State, state_of
+from specdec.kernels.model.prepare import check_whole
 
 _log = logging.getLogger(__name__)
 _making = RLock()
@@ -53,6 +54,7 @@ class Int8Copy:
         assert original is not None, "a copy of a model that is gone is always current"
         if not is_first:
             _log.info("%s has changed since its int8 copy was made: making it again", type(original).__name__)
+        check_whole(original)
         self._copy = None  # one copy at most is held
         started = perf_counter()
         self._state = state_of(original)

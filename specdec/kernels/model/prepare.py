@@ -68,11 +68,7 @@ def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_b
         if done.weights == weights:
             return model
         unprepare(model)  # refuses to go from int8 to float
-    if num_processes(model) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is split over processes (tp_plan), and its products are those of the split: "
-            "leave prepare() out"
-        )
+    check_whole(model)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
@@ -86,6 +82,15 @@ def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_b
             activations = "int8"
     setattr(model, _MARK, Prepared(weights, num_linears, num_layers, activations))
     return model
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises UnsupportedModelError for a model of which this process holds a part."""
+    if num_processes(model) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is split over processes (tp_plan), and its products are those of the split: "
+            "leave prepare() out"
+        )
 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
