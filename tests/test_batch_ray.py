@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,17 @@ def test_a_killed_workers_lines_are_done_again(tiny: str, tmp_path: Path) -> Non
         pools.append(ClusterPool(None, num_workers=2, worker_options=worker_options(tiny)))
         asked = [worker.__ray_call__.remote(lambda self: os.getpid()) for worker in pools[0]._workers]
         pids.extend(ray.get(asked))
+        threading.Thread(target=kill_one, daemon=True).start()
         return pools[0]
 
-    def kill_one(progress: object) -> None:
-        if not killed:
-            busy = next(iter(pools[0]._at_work.values()))[0]
-            killed.append(pids[busy])
-            os.kill(pids[busy], signal.SIGKILL)
+    def kill_one() -> None:
+        """As soon as one has something to do: what is reported as done may come when nobody has."""
+        while not (busy := list(pools[0]._at_work.values())):
+            time.sleep(0.001)
+        killed.append(pids[busy[0][0]])
+        os.kill(killed[0], signal.SIGKILL)
 
-    done = run_batch(source, tmp_path / "there.jsonl", make_pool, SETTINGS, on_progress=kill_one)
+    done = run_batch(source, tmp_path / "there.jsonl", make_pool, SETTINGS)
     assert len(killed) == 1
     assert len(set(pids)) == 2
     assert (done.num_lines, done.num_errors) == (NUM_LINES - 1, 1)
