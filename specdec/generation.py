@@ -36,7 +36,7 @@ from specdec.decoding.tensor_parallel import LedSampler, LedStopChecker, Process
 from specdec.devices import home_device, num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import CACHE
+from specdec.hf import cache_name
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_model, check_positions, position_limit
@@ -197,7 +197,7 @@ class _Prompt:
     ) -> _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
-        mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
+        mask, cache = others.pop("attention_mask", None), others.pop(cache_name(model))
         others = options.check_model_inputs(others, config, mask)
         if mask is not None:
             mask = mask.to(device)

@@ -75,7 +75,7 @@ class Rounds:
                 assert cache.lengths[row] == 0
                 continue
             wanted = states_from_scratch(self.model, text)
-            for states, wanted_states in zip(cache.row_states(row), wanted, strict=True):
+            for states, wanted_states in zip(cache.row_states(row).slots, wanted, strict=True):
                 for held, scratch in zip(states, wanted_states, strict=True):
                     torch.testing.assert_close(held[:, held.shape[1] - len(text) :], scratch, **TOLERANCE)
 
@@ -138,7 +138,7 @@ def test_cache_grows_past_its_capacity(ragged: bool) -> None:
     cache.check_integrity()
     assert cache.lengths == [150, 100 if ragged else 150]
     for row, pieces in enumerate(rows):
-        ((keys, values),) = cache.row_states(row)
+        ((keys, values),) = cache.row_states(row).slots
         assert torch.equal(keys, torch.cat(pieces, 1))
         assert torch.equal(values, -keys)
 
@@ -163,7 +163,7 @@ def test_adopted_cache_is_a_copy() -> None:
     adopted.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4), 0)
     adopted.commit([[0], [0]])
     assert adopted.lengths == [4, 4]
-    assert torch.equal(adopted.row_states(1)[0][0][:, :3], states[1])
+    assert torch.equal(adopted.row_states(1).slots[0][0][:, :3], states[1])
     assert torch.equal(source.layers[0].keys, states)
 
 
@@ -177,7 +177,7 @@ def test_adopted_window_keeps_its_place() -> None:
     assert adopted.lengths == [19]
     in_window = source.layers[0].keys.shape[2]
     assert in_window < 19
-    for (keys, _), (scratch, _) in zip(adopted.row_states(0), states_from_scratch(model, tokens), strict=True):
+    for (keys, _), (scratch, _) in zip(adopted.row_states(0).slots, states_from_scratch(model, tokens), strict=True):
         torch.testing.assert_close(keys[:, -in_window:], scratch[:, -in_window:], **TOLERANCE)
 
 

@@ -8,7 +8,7 @@ leaves out is in `docs/scale.md`, with measurements of how much it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -63,8 +63,9 @@ class RowTimer:
         """The shortest of a few forwards. The number of rows must not fall from call to call."""
         cache = self._scratch.cache
         while cache.num_rows < num_rows:
-            end = self._states[0][0].shape[1] - cache.num_rows % 2  # as in real batches, not all have one length
-            self._scratch.join([tuple(part[:, :end] for part in layer) for layer in self._states])
+            end = self._states.length - cache.num_rows % 2  # as in real batches, not all have one length
+            slots = [tuple(part[:, :end] for part in layer) for layer in self._states.slots]
+            self._scratch.join(replace(self._states, length=end, slots=slots))
         assert cache.num_rows == num_rows, "rows only join"
         if num_rows not in self._known:
             self._known[num_rows] = min(self._time(num_rows) for _ in range(_REPETITIONS))

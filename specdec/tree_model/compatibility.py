@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
-from specdec.tree_model.cache import has_recurrent_layers
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
@@ -48,9 +47,10 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} has no language-modelling head: load it with AutoModelForCausalLM")
-    if model._is_stateful and has_recurrent_layers(config):
+    if model._is_stateful and getattr(config.get_text_config(decoder=True), "layer_types", None) is None:
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
+            f"{name} keeps a recurrent state elsewhere than in its cache, which cannot take back drafted tokens: use "
+            "model.generate()"
         )
     spread = getattr(config, "distributed_config", None)
     if spread is not None and (spread.fsdp_size > 1 or spread.pp_size > 1):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from specdec.hf import CACHE
+from specdec.hf import cache_name
 from specdec.tree_model.model import TreeModel
 from trees import ROOT, TokenTree, TreeBatch
 
@@ -140,7 +140,7 @@ def _by_steps(model: PreTrainedModel, text: _Text, device: torch.device) -> Tens
     inputs: dict[str, Any] = {"attention_mask": mask_BP, "use_cache": True}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = model._prepare_position_ids_for_generation(ids_BP, inputs)
-    inputs[CACHE] = DynamicCache(config=model.config)
+    inputs[cache_name(model)] = DynamicCache(config=model.config)
     outputs = model._prefill(ids_BP, GenerationConfig(), inputs)
     logits = [outputs.logits[:, -1]]
     for tokens_B1 in text.steps(device):
