@@ -37,7 +37,7 @@ from specdec.devices import home_device, num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
-from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
+from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_model, check_positions, position_limit
 from specdec.tree_model.model import TreeModel
@@ -99,6 +99,8 @@ def generate(
         target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
     options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
     check_model(model)
+    if router is not None:
+        check_writer(model)
     if router is not None and num_processes(model) > 1:
         raise UnsupportedOptionError(
             f"{type(router).__name__} does not go with a model that is split over processes (tp_plan): load it whole, "

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec import UnsupportedModelError, UnsupportedOptionError
+from specdec import UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.testing import random_prompts, tiny_model
-from specdec.tree_model.cache import LayerKind, TreeCache, layer_kinds, refill
+from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds, refill
 from specdec.tree_model.model import TreeModel
 from tests.strategies import token_trees
 from trees import TokenTree, TreeBatch
@@ -192,7 +192,8 @@ def test_refilled_cache_holds_all_rows() -> None:
     source = DynamicCache()
     source.update(random_states(2, 9), random_states(2, 9), 0)
     long, short = random_states(1, 5)[0], random_states(1, 3, seed=1)[0]
-    refill(source, [[(long, -long)], [(short, -short)]])
+    rows = [RowStates(length=part.shape[1], slots=[(part, -part)], recurrent=[]) for part in (long, short)]
+    refill(source, rows)
     keys, values = source.layers[0].keys, source.layers[0].values
     assert torch.equal(keys[0], long)
     assert torch.equal(keys[1, :, :3], short)
@@ -204,8 +205,8 @@ def test_windows_are_read_from_the_config() -> None:
     full, window = LayerKind("full_attention"), LayerKind("sliding_attention", 3)
     assert layer_kinds(MODELS["llama"].config) == [full, full]
     assert layer_kinds(MODELS["gemma3_text"].config) == [window, full]
-    with pytest.raises(UnsupportedModelError, match="LinearAttentionLayer"):
-        layer_kinds(tiny_model("lfm2", full_attn_idxs=[1]).config)
+    convolution = LayerKind("conv", num_states=1, has_slots=False)
+    assert layer_kinds(tiny_model("lfm2", full_attn_idxs=[1]).config) == [convolution, full]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.control.costs import ForwardCosts, synchroniser
+from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -29,11 +30,17 @@ _GROWTH = 1.5
 
 
 def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token, in all layers. Sliding layers keep all positions too (`TreeCache`)."""
+    """Bytes of the keys and values of one token, in all layers. Sliding layers keep all positions too (`TreeCache`).
+
+    States that do not grow with the text are not counted.
+    """
     text = config.get_text_config(decoder=True)
+    num_layers = sum(kind is not None and kind.has_slots for kind in layer_kinds(config))
+    if not num_layers:
+        return 1
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * num_heads * head_size * dtype.itemsize
+    return 2 * num_layers * num_heads * head_size * dtype.itemsize
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from transformers.cache_utils import (
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
-from specdec.tree_model.recurrent import States, StateLayer, StateTreeLayer, TreeStates, refill_states
+from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
 
 
@@ -53,6 +54,13 @@ class RowStates:
     length: int
     slots: list[tuple[Tensor, ...]]
     recurrent: list[States]
+
+
+class Point(NamedTuple):
+    """What rows had committed: so many slots, and the states of every layer that has such."""
+
+    lengths: Sequence[int]
+    states: Sequence[States]
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,11 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
             "one mask a type: use model.generate()"
         )
     return kinds
+
+
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Whether a layer has a state that each token overwrites: what has been read cannot be taken back then."""
+    return any(kind is not None and kind.num_states for kind in layer_kinds(config))
 
 
 class TreeCache(Cache):
@@ -283,6 +296,17 @@ class TreeCache(Cache):
         """Forget the tail, and what is committed past these lengths (see `cut`)."""
         self.cut([min(pair) for pair in zip(self.lengths, lengths, strict=True)])
 
+    def point(self) -> Point:
+        """What is committed now, to return to."""
+        return Point(tuple(self.lengths), () if self.states is None else self.states.point())
+
+    def return_to(self, point: Point) -> None:
+        """Forget the tail, and what has been committed since; rows have neither come nor gone."""
+        if self.states is not None:
+            self.states.return_to(point.states)
+        self.lengths = list(point.lengths)
+        self.rollback()
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order. Cheapest where few of them change their place."""
         assert self.tail == 0, "rows leave between rounds"
@@ -335,7 +359,8 @@ class TreeCache(Cache):
 
     def part(self, rows: Sequence[int], room: int) -> TreeCache:
         """A cache of these rows alone: copies, with room for so many slots more."""
-        assert self.tail == 0 and self.states is None, "parts are made between rounds, of keys and values"
+        assert self.tail == 0, "parts are made between rounds"
+        assert self.states is None, "parts are made of keys and values"
         part = TreeCache(len(self.layers), 0, without=self.without)
         part.lengths = [self.lengths[row] for row in rows]
         for own, layer in zip(part.stored.values(), self.stored.values(), strict=True):
@@ -397,11 +422,9 @@ def beginning(cache: DynamicCache, length: int) -> DynamicCache:
     """A cache of the first `length` slots of another one, which stays as it is. Nothing is copied.
 
     Args:
-        cache: without sliding windows (one made without a configuration): those forget their beginning.
+        cache: without sliding windows and states (one made without a configuration): those forget their beginning.
     """
     shorter = DynamicCache()
-    if any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers) and length < cache.get_seq_length():
-        return shorter  # a state has no beginning
     if length:
         shorter.layers = [copy.copy(layer) for layer in cache.layers]
         shorter.crop(length - cache.get_seq_length())

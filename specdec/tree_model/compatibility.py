@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
@@ -160,6 +161,10 @@ def check_layers(model: PreTrainedModel) -> None:
     """
     if model in _layered:
         return
+    if keeps_states(model.config):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps states, which an exit would leave between two tokens: take another drafter"
+        )
     try:
         in_parts, whole = _trial_exit(model)
     except UnsupportedModelError:

@@ -154,7 +154,9 @@ class TreeModel:
         if attention_mask is None and not hasattr(config, "_mask_length"):
             config._mask_length = input_ids.shape[1]
         num_rows = input_ids.shape[0]
-        past = past_key_values if past_key_values is not None else DynamicCache()
+        past = past_key_values
+        if past is None:
+            past = DynamicCache(config=self.model.config) if self.keeps_states else DynamicCache()
         self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, **self._layers)
         if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

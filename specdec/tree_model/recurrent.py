@@ -119,8 +119,8 @@ class StateLayer(LinearAttentionLayer):
         return {key: state[row] for key, state in self.levels[COMMITTED].items()}
 
     @property
-    def _keys(self) -> set[Key]:
-        return {key for states in self.levels.values() for key in states}
+    def _keys(self) -> list[Key]:
+        return sorted({key for states in self.levels.values() for key in states})
 
     def _gather(self, key: Key, sources: Sequence[Place]) -> Tensor:
         states = {number: states[key] for number, states in self.levels.items() if key in states}
@@ -182,16 +182,19 @@ class TreeStates:
         Raises:
             UnsupportedOptionError: the cache does not say how many, or was not made for the model.
         """
-        sources = [(layer, *cache.layers[index : index + 1]) for index, layer in self.layers.items()]
-        if not any(
-            any(getattr(source, "has_previous_state", {}).values()) for _, *found in sources for source in found
-        ):
+        sources = cache.layers[: max(self.layers) + 1]
+        found = [sources[index] for index in self.layers if index < len(sources)]
+        if not all(isinstance(source, LinearAttentionLayer) for source in found) or len(found) < len(self.layers):
+            raise UnsupportedOptionError(
+                "the cache has no place for this model's states: pass DynamicCache(config=model.config), or none"
+            )
+        if not any(any(source.has_previous_state.values()) for source in found):
             return 0
         if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
             raise UnsupportedOptionError(
                 "a cache of states alone does not say how many tokens it holds: pass the whole text, and no cache"
             )
-        for layer, source in sources:
+        for layer, source in zip(self.layers.values(), found, strict=True):
             layer.levels = {COMMITTED: {key: state.clone() for key, state in states_of(source).items()}}
         return cache.get_seq_length()
 
@@ -256,19 +259,20 @@ class TreeStates:
 
     def write_row(self, row: int, states: Sequence[States] | None) -> None:
         """Make these a row's states, layer by layer; None for those of a row that has read nothing."""
-        for layer, own in zip(self.layers.values(), states or [None] * len(self.layers), strict=True):
+        given: Sequence[States | None] = states or [None] * len(self.layers)
+        for layer, own in zip(self.layers.values(), given, strict=True):
             layer.set_rows([own if index == row else layer.row(index) for index in range(len(self._places))])
 
     def row(self, row: int) -> list[States]:
         """A row's states, layer by layer."""
         return [layer.row(row) for layer in self.layers.values()]
 
-    def points(self) -> list[States]:
+    def point(self) -> tuple[States, ...]:
         """What the rows have committed, to return to: nothing is copied."""
-        return [layer.levels[COMMITTED] for layer in self.layers.values()]
+        return tuple(layer.levels[COMMITTED] for layer in self.layers.values())
 
-    def return_to(self, points: Sequence[States]) -> None:
-        """Make what `points` gave the committed states again."""
-        for layer, states in zip(self.layers.values(), points, strict=True):
+    def return_to(self, point: Sequence[States]) -> None:
+        """Make what `point` gave the committed states again."""
+        for layer, states in zip(self.layers.values(), point, strict=True):
             layer.levels = {COMMITTED: states}
         self.rollback()

@@ -13,7 +13,6 @@ Shape legend: B rows, T new slots, N nodes of a level.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,23 +63,21 @@ def reads_on(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _try_reading_on(model: PreTrainedModel) -> bool:
-    name, cache = cache_name(model), DynamicCache(config=model.config)
+    """Whether nine tokens leave the same states if they are read in two parts."""
     size = model.config.get_text_config(decoder=True).vocab_size
-    first_15, then_14 = (torch.arange(1, 10).unsqueeze(0) * 7919 % size).to(home_device(model)).split([5, 4], 1)
-    model(input_ids=first_15, use_cache=True, **{name: cache})
-    at_once = copy.deepcopy(cache)
-    model(input_ids=then_14, use_cache=True, **{name: at_once})
-    for token_11 in then_14.split(1, 1):
-        model(input_ids=token_11, use_cache=True, **{name: cache})
+    places_19 = torch.arange(9, device=home_device(model)).unsqueeze(0)
+
+    def states_after(*sizes: int) -> list[Tensor]:
+        cache = DynamicCache(config=model.config)
+        for part in places_19.split(sizes, 1):
+            named = {"position_ids": part, cache_name(model): cache}
+            model(input_ids=(1 + part) * 7919 % size, use_cache=True, **named)
+        layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+        return [state for layer in layers for state in states_of(layer).values()]
+
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    layers = [
-        pair for pair in zip(at_once.layers, cache.layers, strict=True) if isinstance(pair[0], LinearAttentionLayer)
-    ]
-    return all(
-        bool((state - states_of(stepped)[key]).abs().max() <= tolerance * states_of(stepped)[key].abs().max())
-        for layer, stepped in layers
-        for key, state in states_of(layer).items()
-    )
+    pairs = zip(states_after(9), states_after(5, 4), strict=True)
+    return all(bool((whole - parts).abs().max() <= tolerance * whole.abs().max()) for whole, parts in pairs)
 
 
 class _StandIn(nn.Module):
@@ -186,10 +183,8 @@ class _Step:
                 self._made[linear] = linear.module(whole)
             made: Tensor = self._level.take(self._made[linear])
             return made
-        if linear is self._deferred:
-            output = x.new_empty((*x.shape[:-1], linear.out_features))
-        else:
-            output = linear.module(x)
+        is_deferred = linear is self._deferred
+        output = x.new_empty((*x.shape[:-1], linear.out_features)) if is_deferred else linear.module(x)
         self._calls.append((linear, x, output))
         return output
 
@@ -231,7 +226,8 @@ def _find_owners(model: PreTrainedModel, like: TreeCache) -> Owners:
     cache = _WatchedCache(len(like.layers), 1, without=like.without, recurrent=like.recurrent)
     place = model.config.get_text_config(decoder=True).vocab_size // 2
     ids_12 = torch.tensor([[place, place - 1]], device=home_device(model))
-    _watching(model, "", cache.callers)(input_ids=ids_12, use_cache=True, **{cache_name(model): cache})
+    inputs = {"input_ids": ids_12, "position_ids": torch.arange(2, device=ids_12.device).unsqueeze(0)}
+    _watching(model, "", cache.callers)(**inputs, use_cache=True, **{cache_name(model): cache})
     owners = dict(_outermost(cache.found))
     if {index for index, _ in owners.values()} != set(like.recurrent):
         raise UnsupportedModelError(
