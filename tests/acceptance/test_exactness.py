@@ -8,10 +8,8 @@ the exact distribution of the last one. Continued with p they must be distribute
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import pytest
@@ -24,9 +22,19 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
-from tests.acceptance.test_rules import TREES, as_batch, as_scores, outcomes_of, random_distributions, repeated
-from tests.acceptance.test_rules import oracle as topdown_oracle
-from tests.support.enumeration import EXACT, LENGTH, ToyModel, every_draft, prefixes, q_of
+from tests.support.acceptance_oracles import (
+    TREES,
+    as_batch,
+    as_scores,
+    outcomes_of,
+    random_distributions,
+    repeated,
+    sequences_without_replacement,
+    topdown_oracle,
+    traversal_oracle,
+)
+from tests.support.enumeration import EXACT, ToyModel, every_draft
+from tests.support.exact_rounds import CAUGHT, VERIFIERS, Enumeration, committed_texts, distributions, total_variation
 from tests.support.goodness import assert_drawn_from
 from trees import (
     ROOT,
@@ -47,9 +55,6 @@ from trees import (
 )
 from trees.layered import ChildByChildGrower, Node
 
-CAUGHT = 1e-3
-"""Total variation that a wrong rule must show."""
-
 CALIBRATION = Calibration(before=(0.6, 0.5), after=((0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
 
 
@@ -65,7 +70,6 @@ class _BroomGrower(ChildByChildGrower):
         return len(slot.taken) < (2 if slot.parent is None else 1) and value > 0.1
 
 
-VERIFIERS = {"topdown": acceptance.topdown, "traversal": acceptance.traversal}
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
@@ -88,106 +92,6 @@ WARPERS = {
     "top-k": [TemperatureLogitsWarper(1.3), TopKLogitsWarper(2)],
     "top-p": [TopPLogitsWarper(0.8)],
 }
-
-
-@dataclass
-class Enumeration:
-    """Stands in for the coins and the last draw: every outcome of the coins is a row of the batch."""
-
-    tree_of_row: list[TokenTree]
-    coins_BN: Tensor
-    weight_B: Tensor
-    last_BV: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self._num_thrown_B = torch.zeros(len(self.coins_BN), dtype=torch.long)
-
-    @classmethod
-    def of(cls, rows: Sequence[TokenTree]) -> Enumeration:
-        tree_of_row, coins, weights = [], [], []
-        width = max(map(len, rows))
-        for tree in rows:
-            for outcome in itertools.product((False, True), repeat=len(tree)):
-                tree_of_row.append(tree)
-                coins.append([*outcome, *[False] * (width + 1 - len(tree))])  # one more, which nobody throws
-                weights.append(0.5 ** len(tree))
-        return cls(tree_of_row, torch.tensor(coins), torch.tensor(weights, dtype=torch.float64))
-
-    def throw(self, chance: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Takes the row's next coin wherever there is a chance to win and one to lose."""
-        chance_BN = chance.view(len(self.coins_BN), -1).clamp_max(1)
-        if chance_BN.shape == self.coins_BN.shape:
-            chance_BN[:, 0] = 1  # the root is not a node
-        won = []
-        for chance_B in chance_BN.unbind(1):
-            uncertain_B = (chance_B > 0) & (chance_B < 1)
-            coin_B = self.coins_BN.gather(1, self._num_thrown_B[:, None])[:, 0]
-            self._num_thrown_B += uncertain_B
-            self.weight_B *= torch.where(uncertain_B, 2 * torch.where(coin_B, chance_B, 1 - chance_B), 1)
-            won.append(torch.where(uncertain_B, coin_B, chance_B == 1))
-        return torch.stack(won, 1).view(chance.shape)
-
-    def draw_one(self, p_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        self.last_BV = p_BV / p_BV.sum(-1, keepdim=True)
-        return torch.zeros(len(p_BV), dtype=torch.long)
-
-
-def committed_texts(
-    rows: Sequence[TokenTree],
-    q: Sequence[Tensor],
-    target: ToyModel,
-    verify: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[Tensor, Tensor]:
-    """For each drafted tree the distribution of the text, [trees, V^L], and the expected number of accepted nodes."""
-    coins = Enumeration.of(rows)
-    monkeypatch.setattr(coins_module, "bernoulli", coins.throw)
-    monkeypatch.setattr(coins_module, "sample", coins.draw_one)
-    batch = TreeBatch.stack(coins.tree_of_row)
-    q_of = {id(tree): _pad(q_TV, batch.num_slots) for tree, q_TV in zip(rows, q, strict=True)}
-    p_of = {id(tree): _pad(torch.stack([*map(target.probs, prefixes(tree))]), batch.num_slots) for tree in rows}
-    q_BTV, p_BTV = (torch.stack([table[id(tree)] for tree in coins.tree_of_row]) for table in (q_of, p_of))
-    accepted = VERIFIERS[verify](Draft(trees=batch, q_BTV=q_BTV), p_BTV.log())
-    index = {id(tree): number for number, tree in enumerate(rows)}
-    keys = [
-        (index[id(tree)], tuple(tree.tokens[node] for node in path))
-        for tree, (path, _) in zip(coins.tree_of_row, outcomes_of(accepted), strict=True)
-    ]
-    groups = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    last_GV = torch.zeros(len(groups), target.vocab_size, dtype=torch.float64)
-    last_GV.index_add_(0, torch.tensor([groups[key] for key in keys]), coins.weight_B[:, None] * coins.last_BV)
-    texts = torch.zeros(len(rows), target.vocab_size**LENGTH, dtype=torch.float64)
-    num_accepted = torch.zeros(len(rows), dtype=torch.float64)
-    for (number, text), last_V in zip(groups, last_GV, strict=True):
-        num_accepted[number] += len(text) * last_V.sum()
-        texts[number] += target.completed(text, last_V)
-    return texts, num_accepted
-
-
-def _pad(x_TV: Tensor, num_slots: int) -> Tensor:
-    return torch.nn.functional.pad(x_TV, (0, 0, 0, num_slots - len(x_TV)))
-
-
-def distributions(draft: Draft, row: int = 0) -> Tensor:
-    """q of a row's slots [T, V]; of leaves anything."""
-    if draft.q_BTV is not None:
-        return draft.q_BTV[row, : draft.trees.sizes[row] + 1]
-    leaf_V = torch.zeros(draft.q_layers.layers_BMV[0].shape[2], dtype=torch.float64)
-    children = draft.trees.row(row).children
-    return torch.stack([q_of(draft, row, slot) if family else leaf_V for slot, family in enumerate(children)])
-
-
-def total_variation(
-    drafts: Sequence[tuple[float, Draft]], target: ToyModel, verify: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[float, float]:
-    """Between what is committed and p^L; and the expected number of accepted nodes."""
-    weight_D = torch.tensor([prob for prob, _ in drafts], dtype=torch.float64)
-    rows = [draft.trees.row(0) for _, draft in drafts]
-    texts, num_accepted = committed_texts(
-        rows, [distributions(draft) for _, draft in drafts], target, verify, monkeypatch
-    )
-    error = 0.5 * (weight_D @ texts - target.texts).abs().sum()
-    return float(error), float(weight_D @ num_accepted)
 
 
 @pytest.mark.parametrize("warper", WARPERS)
@@ -309,36 +213,6 @@ def test_a_q_that_was_not_drawn_from_is_caught(verify: str, monkeypatch: pytest.
 # traversal verification on given trees
 
 
-def traversal_oracle(
-    tree: TokenTree, p: Sequence[Sequence[Fraction]], q: Sequence[Sequence[Fraction]]
-) -> dict[tuple[tuple[int, ...], int], Fraction]:
-    """Probability of every outcome, by walking through the tree as the paper's algorithm does."""
-    outcomes: Counter = Counter()
-    one = Fraction(1)
-
-    def visit(slot: int, path: tuple[int, ...], reach: Fraction, arrived: Fraction) -> Fraction:
-        """Try the subtree of a slot, arrived at with a probability; returns the probability of refusing all of it."""
-        target, draft = list(p[slot]), list(q[slot])
-        for child in tree.children[slot]:
-            token = tree.tokens[child]
-            child_reach = min(one, reach * target[token] / draft[token])
-            arrived = visit(child + 1, (*path, child), child_reach, arrived)
-            if not arrived:
-                return arrived
-            left = [max(reach * p_x - q_x, Fraction(0)) for p_x, q_x in zip(target, draft, strict=True)]
-            mass = sum(left)
-            reach = mass / (mass + 1 - reach)
-            target = [x / mass for x in left] if mass else target
-            draft[token] = Fraction(0)
-            draft = [x / sum(draft) for x in draft] if any(draft) else draft
-        for token, mass in enumerate(target):
-            outcomes[path, token] += arrived * reach * mass
-        return arrived * (1 - reach)
-
-    assert visit(0, (), one, one) == 0
-    return outcomes
-
-
 @pytest.mark.parametrize("zeros", [False, True], ids=["full support", "holes in the target"])
 @pytest.mark.parametrize("name", TREES)
 def test_traversal_follows_the_oracle(name: str, zeros: bool):
@@ -433,17 +307,6 @@ def test_traversal_leaves_a_round_without_drafts_to_the_target():
 
 
 # real draws
-
-
-def sequences_without_replacement(q: Sequence[Fraction], count: int) -> Iterator[tuple[tuple[int, ...], Fraction]]:
-    if not count:
-        yield (), Fraction(1)
-        return
-    for first, mass in enumerate(q):
-        if mass:
-            rest = [Fraction(0) if x == first else q_x / (1 - mass) for x, q_x in enumerate(q)]
-            for tail, chance in sequences_without_replacement(rest, count - 1):
-                yield (first, *tail), mass * chance
 
 
 @pytest.mark.parametrize("vocab_size", [4, 7])

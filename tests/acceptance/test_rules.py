@@ -1,7 +1,7 @@
 """Acceptance against oracles: rational arithmetic for what must happen, many rows in one batch for what does.
 
-A fixed draft has a distribution of outcomes (accepted path, next token), which `oracle` works out exactly from the
-definition. One test shows that the definition is lossless, the others that the code follows it.
+A fixed draft has a distribution of outcomes (accepted path, next token), which `topdown_oracle` works out exactly
+from the definition. One test shows that the definition is lossless, the others that the code follows it.
 """
 
 from __future__ import annotations
@@ -13,98 +13,23 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import Tensor
 
-from specdec.acceptance import Acceptance, coins, draw, topdown, walk
+from specdec.acceptance import coins, draw, topdown, walk
+from tests.support.acceptance_oracles import (
+    NUM_ROWS,
+    TREES,
+    Outcome,
+    as_batch,
+    as_scores,
+    outcomes_of,
+    random_distributions,
+    repeated,
+    topdown_oracle,
+    without,
+)
 from tests.support.enumeration import ToyModel, grow
 from tests.support.goodness import assert_drawn_from
 from trees import ROOT, Draft, Fixed, TokenTree, TreeBatch
-
-NUM_ROWS = 50_000
-Distribution = Sequence[Fraction]
-Outcome = tuple[tuple[int, ...], int]
-
-TREES = {
-    "leaf": TokenTree(tokens=[2], parents=[ROOT]),
-    "chain": TokenTree.chain([1, 0, 3]),
-    "fork": TokenTree(tokens=[1, 3], parents=[ROOT, ROOT]),
-    "star of all tokens": TokenTree(tokens=[2, 0, 3, 1], parents=[ROOT] * 4),
-    "bush": TokenTree(tokens=[0, 2, 1, 3, 0, 2, 2], parents=[ROOT, ROOT, 0, 0, 1, 1, 3]),
-}
-
-
-def random_distributions(num_slots: int, vocab_size: int, seed: int, zeros: bool = False) -> list[Distribution]:
-    """Rational distributions; with `zeros` about a third of the entries is 0."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randint(1, 12, (num_slots, vocab_size), generator=generator)
-    if zeros:
-        weights[torch.rand(weights.shape, generator=generator) < 0.35] = 0
-        weights[:, 0].clamp_(min=1)
-    return [[Fraction(weight, sum(row)) for weight in row] for row in weights.tolist()]
-
-
-def residual(p: Distribution, q: Distribution) -> Distribution:
-    left = [max(p_x - q_x, Fraction(0)) for p_x, q_x in zip(p, q, strict=True)]
-    return [mass / sum(left) for mass in left]
-
-
-def without(q: Distribution, token: int) -> Distribution:
-    left = [Fraction(0) if x == token else q_x for x, q_x in enumerate(q)]
-    return [mass / sum(left) for mass in left] if any(left) else left
-
-
-def oracle(tree: TokenTree, p: Sequence[Distribution], q: Sequence[Distribution]) -> dict[Outcome, Fraction]:
-    """Probability of every outcome of multi-round residual verification."""
-    outcomes: Counter[Outcome] = Counter()
-
-    def visit(slot: int, path: tuple[int, ...], weight: Fraction) -> None:
-        target, draft = p[slot], q[slot]
-        for child in tree.children[slot]:
-            token = tree.tokens[child]
-            kept = min(Fraction(1), target[token] / draft[token])
-            visit(child + 1, (*path, child), weight * kept)
-            weight *= 1 - kept
-            if not weight:
-                return
-            target, draft = residual(target, draft), without(draft, token)
-        for token, mass in enumerate(target):
-            outcomes[path, token] += weight * mass
-
-    visit(0, (), Fraction(1))
-    return outcomes
-
-
-def as_scores(rows: Sequence[Distribution], *shape: int | None) -> Tensor:
-    """Scores of which these distributions are the softmax."""
-    return as_batch(rows, *shape).log()
-
-
-def as_batch(rows: Sequence[Distribution], num_rows: int = NUM_ROWS, num_slots: int | None = None) -> Tensor:
-    """float32 [num_rows, T, V]: the same distributions in every row, with slots of zeros up to `num_slots`."""
-    probs_TV = torch.tensor([[float(x) for x in row] for row in rows])
-    probs_TV = torch.nn.functional.pad(probs_TV, (0, 0, 0, (num_slots or len(rows)) - len(rows)))
-    return probs_TV.expand(num_rows, *probs_TV.shape)
-
-
-def repeated(tree: TokenTree, num_rows: int = NUM_ROWS) -> TreeBatch:
-    """The same tree in every row."""
-    one = TreeBatch.stack([tree])
-    return TreeBatch(
-        tokens_BN=one.tokens_BN.expand(num_rows, -1),
-        parents_BN=one.parents_BN.expand(num_rows, -1),
-        sizes=one.sizes * num_rows,
-        depth=one.depth,
-        is_chain=one.is_chain,
-    )
-
-
-def outcomes_of(acceptance: Acceptance) -> list[Outcome]:
-    paths, counts = acceptance.path_BD.tolist(), acceptance.counts_B.tolist()
-    return [
-        (tuple(path[:count]), token)
-        for path, count, token in zip(paths, counts, acceptance.next_B.tolist(), strict=True)
-    ]
-
 
 # the definition
 
@@ -121,7 +46,7 @@ def test_the_oracle_is_lossless():
             tree = TokenTree(tokens=[first, second, below_first, below_second], parents=[ROOT, ROOT, 0, 1])
             leaf = [Fraction(1, 3)] * 3
             slots = [(), (first,), (second,)]
-            for (path, token), mass in oracle(
+            for (path, token), mass in topdown_oracle(
                 tree, [*(p[slot] for slot in slots), leaf, leaf], [*(q[slot] for slot in slots), leaf, leaf]
             ).items():
                 committed = [*(tree.tokens[node] for node in path), token]
@@ -145,7 +70,7 @@ def test_topdown_follows_the_oracle(name: str, zeros: bool):
     q = random_distributions(len(tree) + 1, 4, seed=108)
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
     accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(5))
-    assert_drawn_from(outcomes_of(accepted), oracle(tree, p, q), name)
+    assert_drawn_from(outcomes_of(accepted), topdown_oracle(tree, p, q), name)
 
 
 def test_rows_of_one_batch_have_trees_of_their_own():
@@ -164,7 +89,7 @@ def test_rows_of_one_batch_have_trees_of_their_own():
     found = outcomes_of(topdown(draft, p_BTV.log(), torch.Generator().manual_seed(7)))
     for kind, (tree, p, q) in enumerate(zip(kinds, ps, qs, strict=True)):
         own = [outcome for outcome, row in zip(found, order.tolist(), strict=True) if row // rows_each == kind]
-        assert_drawn_from(own, oracle(tree, p, q), f"tree {kind}")
+        assert_drawn_from(own, topdown_oracle(tree, p, q), f"tree {kind}")
 
 
 @pytest.mark.parametrize("branching", [(1, 1), (2, 1), (3, 2)], ids=str)
@@ -221,7 +146,7 @@ def test_a_draft_that_has_used_up_its_support_leaves_the_residual():
     p = [[Fraction(1, 10), Fraction(2, 10), Fraction(3, 10), Fraction(4, 10)]] * 3
     q = [[Fraction(1, 2), Fraction(1, 2), Fraction(0), Fraction(0)]] * 3
     tree = TokenTree(tokens=[0, 1], parents=[ROOT, ROOT])
-    expected = oracle(tree, p, q)
+    expected = topdown_oracle(tree, p, q)
     assert sum(expected.values()) == 1
     draft = Draft(trees=repeated(tree), q_BTV=as_batch(q))
     accepted = topdown(draft, as_scores(p), torch.Generator().manual_seed(13))
@@ -245,7 +170,7 @@ def test_a_device_that_is_not_asked_finds_the_same(monkeypatch: pytest.MonkeyPat
     tree = TREES["bush"]
     p, q = (random_distributions(len(tree) + 1, 4, seed=seed) for seed in (58, 108))
     accepted = topdown(Draft(trees=repeated(tree), q_BTV=as_batch(q)), as_scores(p), torch.Generator().manual_seed(5))
-    assert_drawn_from(outcomes_of(accepted), oracle(tree, p, q))
+    assert_drawn_from(outcomes_of(accepted), topdown_oracle(tree, p, q))
     grown = grow(Fixed((2, 2)), [ToyModel(1)], [9])
     assert topdown(grown, torch.zeros(1, grown.trees.num_slots, 3)).counts_B <= 2
 

@@ -28,8 +28,8 @@ from specdec.cli.app import app
 from specdec.errors import BatchError, ModelError
 from specdec.models import load
 from specdec.testing import ByteTokenizer, tiny_model
-from tests.batch.test_run import Echo, read, write_prompts
 from tests.support.batch_process import SETTINGS, make_worker
+from tests.support.batches import Echo, read, write_prompts
 from tests.support.tiny_models import save_tiny_model
 
 COMMAND = """

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic, sleep
@@ -18,14 +18,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from specdec.batch import Journal, Settings, SpecdecBatch, Worker, run_batch
-from specdec.batch.lines import Job, Line, parse, read_lines
-from specdec.batch.worker import Answer, Pending
+from specdec.batch.lines import Line, parse, read_lines
 from specdec.cli.app import app
 from specdec.errors import BatchError, WorkerError
 from specdec.testing import ByteTokenizer, tiny_model
 from specdec.text.prompting import encode_chats, user_turn
 from tests.support import batch_process
 from tests.support.batch_process import SETTINGS, make_worker
+from tests.support.batches import Echo, read, write_prompts
 
 NUM_LINES = 40
 
@@ -113,42 +113,6 @@ def test_empty_lines_count_but_ask_for_nothing(tmp_path: Path) -> None:
 
 
 # the journal
-
-
-class Echo:
-    """A pool that answers with the prompt, some of them late."""
-
-    window = 5
-
-    def __init__(self) -> None:
-        self.begun: list[int] = []
-        self._open: list[Pending] = []
-        self._random = random.Random(0)
-
-    def begin(self, job: Job) -> Pending:
-        self.begun.append(job.number)
-        pending = Pending(job)
-        self._open.append(pending)
-        return pending
-
-    def wait(self) -> None:
-        pending = self._open.pop(self._random.randrange(len(self._open)))
-        if "fail" in str(pending.job.conversation):
-            pending.finish(Answer(text=None, finish_reason="error", error="as it says"))
-        else:
-            pending.finish(Answer(text=str(pending.job.conversation), finish_reason="stop", num_tokens=1))
-
-    def close(self) -> None:
-        self._open.clear()
-
-
-def write_prompts(path: Path, prompts: Sequence[object]) -> Path:
-    path.write_text("".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts))
-    return path
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()]
 
 
 def test_results_in_order_and_errors_apart(tmp_path: Path) -> None:

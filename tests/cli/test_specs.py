@@ -38,7 +38,7 @@ from specdec.specs import (
     value_of,
 )
 from specdec.testing import ByteTokenizer, tiny_model
-from tests.cli.test_commands import PROMPT, error_of, plain_text, specdec_command
+from tests.support.commands import PROMPT, error_of, plain_text, specdec_command
 from tests.support.tiny_models import save_tiny_model, save_word_model
 
 MODEL, TOKENIZERS = tiny_model("llama"), (ByteTokenizer(), ByteTokenizer())

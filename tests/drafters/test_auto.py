@@ -28,8 +28,8 @@ from specdec.drafters.auto import knowledge, sources
 from specdec.drafters.auto.knowledge import SelectionBias
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.decoding.test_sampling import assert_ragged_rows_are_exact, tiny
 from tests.support.references import TruthAmongLies, plain_alone, speculate, with_noise
+from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
 from trees import Chain, Draft, TokenTree, TreeBatch
 
 NUM_NEW = 40

@@ -15,14 +15,14 @@ from specdec.decoding.drafter import DraftSession, Run
 from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
 from specdec.drafters.composite.nested import NestedSession
 from specdec.testing import assert_same_tokens, tiny_model
-from tests.acceptance.test_exactness import CAUGHT, Enumeration, distributions, total_variation
-from tests.acceptance.test_rules import outcomes_of
-from tests.decoding.test_sampling import assert_ragged_rows_are_exact, tiny
-from tests.drafters.test_early_exit import NUM_NEW, early_model, reference
-from tests.drafters.test_early_exit import PROMPTS as RAGGED
-from tests.generation.test_faults import Bomb, Watched
+from tests.support.acceptance_oracles import outcomes_of
+from tests.support.early_exits import NUM_NEW, early_model, reference
+from tests.support.early_exits import PROMPTS as RAGGED
 from tests.support.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, every_draft
+from tests.support.exact_rounds import CAUGHT, Enumeration, distributions, total_variation
+from tests.support.faults import Bomb, Watched
 from tests.support.references import rows_of, speculate, with_noise
+from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
 from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch, WorthwhileComb
 
 

@@ -17,8 +17,8 @@ from specdec.drafters import ForeignModel, Mixed, PromptLookup
 from specdec.models import load
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
 from specdec.text.translation import Translator, continuation, decode_from, shared_tokens
-from tests.decoding.test_sampling import VOCAB_SIZE, assert_ragged_rows_are_exact, tiny
 from tests.support.references import plain_alone, rows_of, speculate
+from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact, tiny
 from trees import DySpec
 
 TEXT = (

@@ -12,12 +12,12 @@ import specdec
 from specdec import DraftError
 from specdec.drafters import Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.decoding.test_sampling import VOCAB_SIZE, assert_ragged_rows_are_exact, draw_fork, tiny
-from tests.drafters.test_early_exit import NUM_NEW, WithModules, early_model, random_exit, reference
-from tests.drafters.test_early_exit import PROMPTS as RAGGED
-from tests.drafters.test_small_model import ForwardLog
-from tests.generation.test_faults import Bomb, Watched
+from tests.support.early_exits import NUM_NEW, WithModules, early_model, random_exit, reference
+from tests.support.early_exits import PROMPTS as RAGGED
+from tests.support.faults import Bomb, Watched
+from tests.support.forward_log import ForwardLog
 from tests.support.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact, draw_fork, tiny
 from trees import DySpec, Fixed, TokenTree
 
 

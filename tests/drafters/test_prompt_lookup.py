@@ -15,10 +15,10 @@ from specdec.drafters import Outcome, PromptLookup, Run
 from specdec.drafters.lookup.prompt_lookup import LookupSession
 from specdec.drafters.lookup.suffix_automaton import NOWHERE, Match, SuffixAutomaton
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
-from tests.decoding.test_sampling import NUM_SAMPLES, VOCAB_SIZE, continuations, exact_distribution
-from tests.decoding.test_sampling import tiny as tiny_of_six
 from tests.support.goodness import assert_drawn_from
 from tests.support.references import plain_alone, speculate
+from tests.support.sampled_rows import NUM_SAMPLES, VOCAB_SIZE, continuations, exact_distribution
+from tests.support.sampled_rows import tiny as tiny_of_six
 from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia, TokenTree
 
 texts = st.lists(st.integers(0, 2), max_size=48)
@@ -248,9 +248,8 @@ def test_greedy_output_with_trees_is_that_of_plain_decoding(family: str) -> None
 
 
 @pytest.mark.parametrize("warper", [{"temperature": 0.6}, {"repetition_penalty": 1.6}], ids=str)
-def test_samples_with_trees_follow_the_target(warper: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_with_trees_follow_the_target(warper: dict[str, Any]) -> None:
     """Four new tokens, so that the first tree has two levels."""
-    monkeypatch.setattr("tests.decoding.test_sampling.NUM_NEW", 4)
     model, options = tiny_of_six(seed=1), {"top_k": 0, **warper}
     prompt = torch.randint(VOCAB_SIZE, (1, 40), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -266,7 +265,8 @@ def test_samples_with_trees_follow_the_target(warper: dict[str, Any], monkeypatc
         **options,
     )
     assert out.stats.mean_size > 2 * out.stats.mean_depth > 2
-    assert_drawn_from(continuations(out.sequences, prompt.shape[1]), exact_distribution(model, prompt, **options))
+    expected = exact_distribution(model, prompt, num_new=4, **options)
+    assert_drawn_from(continuations(out.sequences, prompt.shape[1]), expected)
 
 
 def test_corpus_is_copied_from() -> None:

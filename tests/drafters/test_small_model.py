@@ -1,7 +1,6 @@
 """A draft model: its cache follows the target's without recomputation, and its vocabulary may be padded."""
 
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import specdec
 from specdec import DraftError, UnsupportedModelError
 from specdec.drafters import SmallModel
 from specdec.testing import BYTE_VOCAB_SIZE, assert_same_tokens, random_prompts, tiny_model
+from tests.support.forward_log import ForwardLog
 from tests.support.references import plain_alone, speculate, with_noise
 from trees import Chain
 
@@ -23,27 +23,6 @@ ONE_PROMPT = random_prompts([12])
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
     return tiny_model("llama")
-
-
-class ForwardLog:
-    """Every text prefix that a model reads, one a forwarded token (chains of one row)."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.prefixes: list[tuple[int, ...]] = []
-        self._text: list[int] = []
-        self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def __enter__(self) -> "ForwardLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def _note(self, _: PreTrainedModel, __: tuple, inputs: dict[str, Any]) -> None:
-        positions = inputs.get("position_ids", torch.arange(inputs["input_ids"].shape[1])[None])
-        for token, position in zip(inputs["input_ids"][0].tolist(), positions[0].tolist(), strict=True):
-            self._text[position:] = [token]
-            self.prefixes.append(tuple(self._text))
 
 
 @pytest.mark.parametrize("kind", ["itself", "relative", "stranger"])

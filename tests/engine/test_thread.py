@@ -11,7 +11,7 @@ import torch
 
 from specdec.drafters import Plain, PromptLookup
 from specdec.engine import Engine, EngineThread
-from tests.engine.test_engine import REQUESTS, TOKENIZER, alone, expected, model_of, random_prompt, request_of
+from tests.support.engine_requests import REQUESTS, TOKENIZER, alone, expected, model_of, random_prompt, request_of
 
 SECONDS = 120
 """Far more than any wait here takes."""

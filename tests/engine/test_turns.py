@@ -9,7 +9,7 @@ import pytest
 from specdec import CapacityError
 from specdec.drafters import Plain
 from specdec.engine import Engine, Request
-from tests.engine.test_engine import model_of, random_prompt, request_of
+from tests.support.engine_requests import model_of, random_prompt, request_of
 
 REQUEST = request_of(random_prompt(5), max_new_tokens=3)
 

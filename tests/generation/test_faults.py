@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,37 +26,14 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 import trees
-from specdec.drafters import (
-    Auto,
-    Drafter,
-    DraftSession,
-    EarlyExit,
-    Outcome,
-    PromptLookup,
-    QuantizedSelf,
-    Run,
-    SmallModel,
-)
+from specdec.drafters import Auto, DraftSession, EarlyExit, PromptLookup, QuantizedSelf, Run, SmallModel
 from specdec.hf import CACHE
 from specdec.testing import tiny_model
-from trees import Draft
+from tests.support.faults import Bomb, Watched, _WatchedSession
 
 PROMPT = torch.tensor([list(b"mind the gap, mind the")])
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 NUM_CACHED = 9
-
-
-class Bomb:
-    """Goes off when it is touched for the n-th time."""
-
-    def __init__(self, error: BaseException, fuse: int):
-        self.error = error
-        self.fuse = fuse
-
-    def touch(self) -> None:
-        self.fuse -= 1
-        if self.fuse == 0:
-            raise self.error
 
 
 class BombedStreamer(BaseStreamer):
@@ -86,49 +63,6 @@ class BombedCriterion(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.bomb.touch()
         return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-class Watched(Drafter):
-    """Another drafter, of which we know how many sessions were opened and closed; calls may be bombed."""
-
-    def __init__(self, drafter: Drafter, bombs: dict[str, Bomb] | None = None):
-        self.drafter = drafter
-        self.bombs = bombs or {}
-        self.num_opened = self.num_closed = 0
-        self.rewinds = drafter.rewinds
-
-    def start(self, run: Run) -> DraftSession:
-        self.touch("start")
-        self.num_opened += 1
-        return _WatchedSession(self, self.drafter.start(run))
-
-    def touch(self, call: str) -> None:
-        if call in self.bombs:
-            self.bombs[call].touch()
-
-
-class _WatchedSession(DraftSession):
-    def __init__(self, drafter: Watched, session: DraftSession):
-        self.drafter = drafter
-        self.session = session
-
-    def rewind(self) -> None:
-        self.session.rewind()
-
-    def propose(self, max_depths: Sequence[int]) -> Draft:
-        self.drafter.touch("propose")
-        return self.session.propose(max_depths)
-
-    def observe(self, outcome: Outcome) -> None:
-        self.drafter.touch("observe")
-        self.session.observe(outcome)
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self.session.select_rows(rows)
-
-    def close(self) -> None:
-        self.drafter.num_closed += 1
-        self.session.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,14 @@ from specdec.kernels import native
 from specdec.kernels.trees import verification
 from specdec.kernels.trees.growth import STAND_INS, NativeShapedGrower, NativeValueGrower
 from specdec.kernels.trees.urn import NativeUrn, open_urn
-from tests.acceptance.test_exactness import sequences_without_replacement, traversal_oracle
-from tests.acceptance.test_rules import oracle as topdown_oracle
-from tests.acceptance.test_rules import outcomes_of
-from tests.support.enumeration import MAX_DEPTH, ToyModel, drive, every_draft, prefixes, q_of
+from tests.support.acceptance_oracles import (
+    outcomes_of,
+    sequences_without_replacement,
+    topdown_oracle,
+    traversal_oracle,
+)
+from tests.support.enumeration import MAX_DEPTH, RandomScores, ToyModel, drive, every_draft, prefixes, q_of
 from tests.support.goodness import assert_drawn_from
-from tests.trees.test_growth import RandomScores
 from trees import (
     Calibration,
     Draft,

@@ -19,8 +19,8 @@ from specdec.models import load
 from specdec.suites import load_suite
 from specdec.testing import ByteTokenizer, tiny_model
 from specdec.training.exits.collect import _texts
-from tests.drafters.test_early_exit import random_exit
-from tests.models.test_models import write_tiny_gguf
+from tests.support.early_exits import random_exit
+from tests.support.tiny_gguf import write_tiny_gguf
 
 _HEAD = 600
 """Bytes at the beginning that say what follows: damage there is the most telling."""

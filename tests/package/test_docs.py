@@ -120,7 +120,7 @@ def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Mon
     programs, known = blocks(page, "python"), names()
     if any("exits.safetensors" in program for program in programs):
         from specdec.exits.module import save_exits
-        from tests.drafters.test_early_exit import random_exit
+        from tests.support.early_exits import random_exit
 
         save_exits(tmp_path / "exits.safetensors", [random_exit(known["model"], 1)], known["model"], {})
     if any("from_pretrained(folder" in program for program in programs):

@@ -35,6 +35,7 @@ def imports(path: Path) -> set[str]:
 
 
 IMPORTS = {module: imports(path) for module, path in FILES.items()}
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def rank(module: str) -> int:
@@ -52,3 +53,30 @@ def test_packages_import_those_below_them():
 
 def test_few_modules_are_loose():
     assert len(list((ROOT / "specdec").glob("*.py"))) - 1 <= 8  # without __init__.py
+
+
+def names_imported(path: Path) -> set[str]:
+    """Modules that a file imports, as it writes them, and `module.name` for every name it takes from one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_no_test_module_imports_another():
+    """What several of them need is in tests/support."""
+    taken = {path: names_imported(path) for path in (ROOT / "tests").rglob("*.py")}
+    across = [(path, name) for path, names in taken.items() for name in names if re.search(r"\b(test_|conftest)", name)]
+    assert taken
+    assert not across
+
+
+def test_every_test_stands_in_the_folder_of_a_package():
+    """`generation` is the whole call; `package` is what is shipped and said about it."""
+    known = {*(module.split(".")[-1] for module in ORDER), "chat", "generation", "package"}
+    folders = {folder for path in TESTS for folder in path.relative_to(ROOT / "tests").parts[:-1]}
+    assert all(len(path.relative_to(ROOT / "tests").parts) > 1 for path in TESTS)
+    assert folders <= known

@@ -24,9 +24,9 @@ from routers import Arbitrage, DraftedStep, EarlyEscalation, Steps, TargetGrade,
 from specdec import Endpoint, EndpointError, UnsupportedOptionError
 from specdec.models import pull_demo
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
-from tests.routing.test_routing import NUM_NEW, PROMPTS, STEPS, Scripted, alternating, check_writers
 from tests.support.completions_server import TOKENIZER, Completions, Fault, Spoken, saying
 from tests.support.references import plain_alone, with_noise
+from tests.support.routed_steps import NUM_NEW, PROMPTS, STEPS, Scripted, alternating, check_writers
 
 ONE = random_prompts([9])
 ENDLESS = ByteTokenizer(eos_token=None)

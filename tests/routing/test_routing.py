@@ -18,26 +18,9 @@ from specdec.streaming import RoundStreamer
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
 from tests.support.goodness import assert_drawn_from
 from tests.support.references import plain_alone, with_noise
+from tests.support.routed_steps import NUM_NEW, PROMPTS, STEPS, Scripted, alternating, check_writers
 
-NUM_NEW = 40
-PROMPTS = random_prompts([5, 12, 9, 18])
-STEPS = Steps(separators=("a", "q", "z", "1", "\x80"), max_tokens=11)
 TOKENIZER = ByteTokenizer()
-
-
-class Scripted(Router):
-    """Escalates what a function of (row, index) says, before or after the draft has written."""
-
-    def __init__(self, escalates, peek: int | None = None, steps: Steps = STEPS):
-        self.escalates, self.peek, self.steps = escalates, peek, steps
-        self.seen: list[DraftedStep] = []
-
-    def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
-        self.seen.extend(steps)
-        return [Decision(escalate=bool(self.escalates(step.row, step.index))) for step in steps]
-
-    def decide_early(self, steps: Sequence[DraftedStep]) -> list[Decision | None]:
-        return [Decision(escalate=True) if self.escalates(step.row, step.index) else None for step in steps]
 
 
 class Asking(Scripted):
@@ -66,30 +49,10 @@ class Comparing(Scripted):
         return super().decide(steps, target)
 
 
-def alternating(row: int, index: int) -> bool:
-    return (row + index) % 2 == 0
-
-
 def routed(model: PreTrainedModel, draft: PreTrainedModel, router: Router, prompts: dict = PROMPTS, **options):
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False, "tokenizer": TOKENIZER, "num_tokens": 3, **options}
     drafter = SmallModel(draft, num_tokens=settings.pop("num_tokens"))
     return specdec.generate(model, **prompts, drafter=drafter, router=router, return_dict_in_generate=True, **settings)
-
-
-def check_writers(model: PreTrainedModel, draft: PreTrainedModel, out, prompts: dict = PROMPTS, **options) -> None:
-    """Replay: every step is its writer's greedy continuation of the text before it."""
-    width = prompts["input_ids"].shape[1]
-    for row, ids in enumerate(out.sequences):
-        place = width
-        text = ids[int((prompts["attention_mask"][row] == 0).sum()) :]
-        skipped = len(ids) - len(text)
-        for step in (step for step in out.stats.steps if step.row == row):
-            writer = model if step.writer == "target" else draft
-            before = text[: place - skipped].unsqueeze(0)
-            expected = writer.generate(before, max_new_tokens=step.num_tokens, do_sample=False, **options)
-            assert_same_tokens(writer, expected, text[: place - skipped + step.num_tokens].unsqueeze(0))
-            place += step.num_tokens
-        assert torch.equal(ids[place:], ids.new_zeros(len(ids) - place)), "padding follows the last step"
 
 
 @pytest.fixture(scope="module")

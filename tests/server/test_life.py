@@ -23,7 +23,7 @@ import openai
 
 from specdec.cli.serve import served_name
 from specdec.server.options import ServerOptions
-from tests.cli.test_commands import specdec_command
+from tests.support.commands import specdec_command
 from tests.support.serving import EOS, NAME, Running, running, served_model, wait_until
 
 ROOMY = served_model(max_position_embeddings=1 << 16)

@@ -160,3 +160,21 @@ def q_of(draft: Draft, row: int, slot: int) -> Tensor:
 def prefixes(tree: TokenTree) -> list[Prefix]:
     """Text before each slot."""
     return [(), *(tuple(tree.tokens[ancestor] for ancestor in tree.path(node)) for node in range(len(tree)))]
+
+
+class RandomScores:
+    """Scores after every prefix, made when asked for."""
+
+    def __init__(self, seed: int, vocab_size: int = 11, spread: float = 2.0):
+        self._seed, self._vocab_size, self._spread = seed, vocab_size, spread
+        self._memo: dict[Prefix, Tensor] = {}
+
+    def scores(self, prefix: Prefix) -> Tensor:
+        if prefix not in self._memo:
+            seed = (hash(prefix) * 1_000_003 + self._seed) % 2**31
+            generator = torch.Generator().manual_seed(seed)
+            self._memo[prefix] = self._spread * torch.randn(self._vocab_size, generator=generator)
+        return self._memo[prefix]
+
+    def probs(self, prefix: Prefix) -> Tensor:
+        return self.scores(prefix).softmax(-1)

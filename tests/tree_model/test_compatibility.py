@@ -15,7 +15,7 @@ from specdec.kernels import quantized_copy
 from specdec.testing import FAMILIES, tiny_model
 from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
-from tests.generation.test_families import REFUSED, UNLISTED
+from tests.support.families import REFUSED, UNLISTED
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 

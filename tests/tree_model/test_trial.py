@@ -20,7 +20,7 @@ from specdec.tree_model import compatibility, masks
 from specdec.tree_model import model as target
 from specdec.tree_model.compatibility import check_model
 from specdec.tree_model.trial import trial_logits
-from tests.generation.test_families import CHUNKED, INDEXED, UNLISTED
+from tests.support.families import CHUNKED, INDEXED, UNLISTED
 
 
 def window_model(window: int = 16) -> PreTrainedModel:

@@ -19,7 +19,18 @@ import specdec
 import trees.dynamic
 from specdec.drafters import SmallModel
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
-from tests.support.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, drive, every_draft, grow, prefixes, q_of
+from tests.support.enumeration import (
+    EXACT,
+    MAX_DEPTH,
+    Prefix,
+    RandomScores,
+    ToyModel,
+    drive,
+    every_draft,
+    grow,
+    prefixes,
+    q_of,
+)
 from tests.support.goodness import assert_drawn_from
 from trees import (
     ROOT,
@@ -56,24 +67,6 @@ POLICIES = {
     "worthwhile chain": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8),
     "worthwhile comb": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8, leaf_prices=[0.02] * 9),
 }
-
-
-class RandomScores:
-    """Scores after every prefix, made when asked for."""
-
-    def __init__(self, seed: int, vocab_size: int = 11, spread: float = 2.0):
-        self._seed, self._vocab_size, self._spread = seed, vocab_size, spread
-        self._memo: dict[Prefix, Tensor] = {}
-
-    def scores(self, prefix: Prefix) -> Tensor:
-        if prefix not in self._memo:
-            seed = (hash(prefix) * 1_000_003 + self._seed) % 2**31
-            generator = torch.Generator().manual_seed(seed)
-            self._memo[prefix] = self._spread * torch.randn(self._vocab_size, generator=generator)
-        return self._memo[prefix]
-
-    def probs(self, prefix: Prefix) -> Tensor:
-        return self.scores(prefix).softmax(-1)
 
 
 def grow_greedily(policy: GrowthPolicy, model: RandomScores, max_depth: int = 50) -> TokenTree:

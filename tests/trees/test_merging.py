@@ -13,9 +13,9 @@ import trees.layered
 import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
-from tests.acceptance.test_exactness import CAUGHT, Enumeration, distributions
-from tests.acceptance.test_rules import outcomes_of
+from tests.support.acceptance_oracles import outcomes_of
 from tests.support.enumeration import EXACT, LENGTH, MAX_DEPTH, Script, ToyModel, grow, prefixes
+from tests.support.exact_rounds import CAUGHT, Enumeration, distributions
 from trees import ROOT, Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch, merge
 from trees.merging import flattened
 

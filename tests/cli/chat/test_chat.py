@@ -10,7 +10,7 @@ from typer.testing import Result
 
 import specdec
 from specdec.cli.chat.commands import help_text
-from tests.cli.test_commands import CONTEXT_LENGTH, error_of, plain_text, specdec_command
+from tests.support.commands import CONTEXT_LENGTH, error_of, plain_text, specdec_command
 
 
 def chat(folder: str, *lines: str, options: tuple[str, ...] = ("-n", "8")) -> Result:

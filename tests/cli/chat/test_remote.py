@@ -12,7 +12,7 @@ from typer.testing import Result
 
 from specdec.cli.chat import remote
 from specdec.cli.chat.remote import RemoteDialogue, RemoteSpeaker, ServerError, connect
-from tests.cli.test_commands import error_of, specdec_command
+from tests.support.commands import error_of, specdec_command
 
 for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai"):
     pytest.importorskip(extra, reason=f"{extra} is not installed: pip install -e .[serve,remote]")
