@@ -40,7 +40,6 @@ from specdec.hf import CACHE
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_model, check_positions, position_limit
-from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
 _MAX_RESERVED = 1024
@@ -295,7 +294,7 @@ class _DecodingMethod:
         processes: Processes | None,
     ) -> DecodingLoop:
         num_rows = prompt.input_ids.shape[0]
-        target = TreeModel(model)
+        target = self.drafter.make_target(model)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
             target=target,
