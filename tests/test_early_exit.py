@@ -247,7 +247,7 @@ def from_scratch(model: PreTrainedModel, module: Exit, text: list[int], start: i
         if model.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         block = views.block(module.block)
-        block.give(module.fuse(torch.cat([hidden_1TC, before_1TC], 2)))
+        block.set_input_states(module.fuse(torch.cat([hidden_1TC, before_1TC], 2)))
         block.model(input_ids=ids[:, start:], attention_mask=mask, position_ids=(start + index)[None], use_cache=False)
         return module.head(module.norm(block.states[0]))[0, -1]
 

@@ -64,7 +64,7 @@ class EarlyExitModel(TreeModel):
     def exit_logits(self, hidden_BTC: Tensor) -> Tensor:
         """What the model's final norm and head make of hidden states, [B, T, V]."""
         head = self.views.head()
-        head.give(hidden_BTC)
+        head.set_input_states(hidden_BTC)
         unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
         return head.model(input_ids=unread, position_ids=unread, use_cache=False).logits
 
@@ -92,7 +92,7 @@ class EarlyExitModel(TreeModel):
             self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
         states = partial.states()
         above = self.views.above(exit_layer, self._kept)
-        above.give(states[exit_layer])
+        above.set_input_states(states[exit_layer])
         outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
         kept = {**states, **self._at_home(above.states)}
         self.states = {depth: order.restore(states_BTC) for depth, states_BTC in kept.items()}

@@ -82,7 +82,7 @@ class TreeModel:
         return LayerViews(self.model)
 
     @contextmanager
-    def only(self, rows: Sequence[int], room: int) -> Iterator[None]:
+    def row_subset(self, rows: Sequence[int], room: int) -> Iterator[None]:
         """Within, the model is one of these rows alone. What it appends becomes their tail; others' means nothing.
 
         Their states are copied, and what is appended is copied back: cheaper than a wide forward of rows that wait.
@@ -91,7 +91,7 @@ class TreeModel:
             room: slots that will be appended to a row.
         """
         whole = self.cache, self._lag_B, self._prompt_BP
-        self.cache, self._lag_B = self.cache.part(rows, room), self._lag_B[list(rows)]
+        self.cache, self._lag_B = self.cache.row_subset(rows, room), self._lag_B[list(rows)]
         self._prompt_BP = None if self._prompt_BP is None else self._prompt_BP[list(rows)]
         try:
             yield
@@ -204,7 +204,7 @@ class TreeModel:
         self.num_forwards += 1
         self.cache.commit([range(tokens_BT.shape[1])] * tokens_BT.shape[0])
 
-    def read_along(self, other: TreeModel) -> None:
+    def share_cache_with(self, other: TreeModel) -> None:
         """Work on the cache of another model, which has the same layers and has been prefilled.
 
         Whoever goes on with that cache has to forget this model's tail first.

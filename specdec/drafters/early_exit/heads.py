@@ -239,6 +239,6 @@ class _BlockModel(TreeModel):
 
     def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append T slots to the tail (see `TreeModel.forward`); the block's output, before and after the norm."""
-        self._view.give(fused_BTC)
+        self._view.set_input_states(fused_BTC)
         outputs = self._call(self._view, self.cache.tail, torch.zeros_like(offsets_BT), offsets_BT, seen_BTK)
         return self._view.states[0], outputs.last_hidden_state
