@@ -183,7 +183,7 @@ class _Prompt:
 
     Args:
         cache: the caller's, or a new one; filled at the end.
-        others: further inputs of the first forward (position_ids, inputs_embeds).
+        others: further inputs of the first forward (position_ids, inputs_embeds, what images have been encoded to).
     """
 
     input_ids: Tensor
@@ -198,7 +198,7 @@ class _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
-        others = options.check_model_inputs(others, config, mask)
+        others = options.check_model_inputs(model, others, config, mask)
         if mask is not None:
             mask = mask.to(device)
         others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()}
