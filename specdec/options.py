@@ -59,7 +59,7 @@ _MODE_ADVICE = {
 
 _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
 _OF_POSITIONS = frozenset({"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
-"""Where the images of a prompt are and how large. Its positions are made of them; later steps are given them in vain."""
+"""Where the images of a prompt are and how large: its positions are made of them, later steps do not look at them."""
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 
 

@@ -38,7 +38,7 @@ A family that is not listed is tried once, by `enable()` or at the first call: i
 logits must agree. Tested to pass:
 {passing}.
 
-Models that also read images (Gemma 3, Qwen 2.5 VL, Llava, SmolVLM, ...) take them as `model.generate()` does: it encodes the
+Models that also read images (Gemma 3, Qwen 2.5 VL, SmolVLM, ...) take them as `model.generate()` does: it encodes the
 images and reads the prompt, and what follows is decoded by tree. Tested with pixels, in batches of different pictures:
 {seeing}. A router and an engine (`specdec serve`) take text alone.
 Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)

@@ -1,4 +1,4 @@
-"""Models that read images: transformers encodes them and reads the prompt, we decode. Batches have different pictures."""
+"""Models that read images: transformers encodes them and reads the prompt, we decode. Rows have different pictures."""
 
 from __future__ import annotations
 
