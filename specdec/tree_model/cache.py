@@ -273,13 +273,6 @@ class TreeCache(Cache):
     def _first(self, num_layers: int) -> list[TreeLayer]:
         return [layer for index, layer in self.stored.items() if index < num_layers]
 
-    def cut(self, lengths: Sequence[int]) -> None:
-        """Forget the committed slots of each row past this many, and the tail. Rows with states keep all or nothing."""
-        if self.states is not None:
-            self.states.cut(self.lengths, lengths)
-        self.lengths = list(lengths)
-        self.rollback()
-
     def buffers_change(self) -> None:
         """To be called when a layer gets other buffers."""
         self._mover = None
@@ -292,10 +285,6 @@ class TreeCache(Cache):
         if self.states is not None:
             self.states.rollback()
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget the tail, and what is committed past these lengths (see `cut`)."""
-        self.cut([min(pair) for pair in zip(self.lengths, lengths, strict=True)])
-
     def point(self) -> Point:
         """What is committed now, to return to."""
         return Point(tuple(self.lengths), () if self.states is None else self.states.point())
@@ -305,6 +294,14 @@ class TreeCache(Cache):
         if self.states is not None:
             self.states.return_to(point.states)
         self.lengths = list(point.lengths)
+        self.rollback()
+
+    def truncate_committed(self, lengths: Sequence[int]) -> None:
+        """Forget the tail, and what is committed past these lengths. Rows with states keep all or nothing."""
+        shorter = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        if self.states is not None:
+            self.states.truncate_committed(self.lengths, shorter)
+        self.lengths = shorter
         self.rollback()
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -357,7 +354,7 @@ class TreeCache(Cache):
         if self.states is not None:
             self.states.write_row(row, None)
 
-    def part(self, rows: Sequence[int], room: int) -> TreeCache:
+    def row_subset(self, rows: Sequence[int], room: int) -> TreeCache:
         """A cache of these rows alone: copies, with room for so many slots more."""
         assert self.tail == 0, "parts are made between rounds"
         assert self.states is None, "parts are made of keys and values"

@@ -198,7 +198,7 @@ class TreeStates:
             layer.levels = {COMMITTED: {key: state.clone() for key, state in states_of(source).items()}}
         return cache.get_seq_length()
 
-    def cut(self, lengths: Sequence[int], shorter: Sequence[int]) -> None:
+    def truncate_committed(self, lengths: Sequence[int], shorter: Sequence[int]) -> None:
         """Follow rows that forget what is past some of their tokens.
 
         Raises:

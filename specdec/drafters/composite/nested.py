@@ -85,7 +85,7 @@ class NestedSession(DraftSession):
         self._lines = [_Line() for _ in max_depths]
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._copy.read_along(self._run.target)
+        self._copy.share_cache_with(self._run.target)
         start = self._copy.cache.point()
         try:
             limits = [min(depth, self._most) for depth in max_depths]
