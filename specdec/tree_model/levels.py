@@ -80,6 +80,13 @@ class Schedule:
     shape: tuple[int, int]
 
     @cached_property
+    def together(self) -> Level:
+        """All nodes as one level, in order, as if each went on from its row's committed state."""
+        rows = [row for level in self.levels for row in level.rows]
+        slots = [slot for level in self.levels for slot in level.slots]
+        return Level(number=0, rows=rows, slots=slots, sources=[(COMMITTED, row) for row in rows], shape=self.shape)
+
+    @cached_property
     def _order(self) -> Tensor | None:
         """int64 [B * T] where each slot is in the levels laid end to end; None if they are columns."""
         if all(level._column == number for number, level in enumerate(self.levels)):

@@ -28,7 +28,8 @@ from specdec.tree_model import masks
 from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.positions import next_positions, positions_read
-from specdec.tree_model.walking import reads_on, walking
+from specdec.tree_model.state_owners import reads_on
+from specdec.tree_model.walking import walking
 from trees import TreeBatch
 
 

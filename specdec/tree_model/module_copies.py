@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate.hooks import add_hook_to_module
 from torch import nn
@@ -36,3 +36,17 @@ def _with_hook_of_its_own(copied: Module) -> Module:
             copied.__dict__.pop(name, None)
         add_hook_to_module(copied, hook)
     return copied
+
+
+class StandIn(nn.Module):
+    """Stands for a module, and has its attributes."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["module"], name)

@@ -84,6 +84,30 @@ class StateLayer(LinearAttentionLayer):
         kept = self.levels.setdefault(level.number, {})
         kept.update({key: state for key, state in states_of(self).items() if key in keys})
 
+    def slides(self, level: Level, keys: Iterable[Key]) -> bool:
+        """Whether the states of a level's nodes are windows: those of their parents, moved by one token."""
+        return all(
+            key[0] == "conv" and torch.equal(self.levels[level.number][key][..., :-1], before[..., 1:])
+            for key, before in ((key, self._gather(key, level.sources)) for key in keys)
+        )
+
+    def slide(self, levels: Sequence[Level], keys: Iterable[Key]) -> None:
+        """Keep windows that end with what is on the desk of all nodes; lay out those before."""
+        added = {key: states_of(self)[key][..., -1:] for key in keys}
+        before: dict[Key, list[Tensor]] = {key: [] for key in keys}
+        sizes = [len(level.rows) for level in levels]
+        for key, parts in ((key, whole.split(sizes)) for key, whole in added.items()):
+            for level, part in zip(levels, parts, strict=True):
+                before[key].append(self._gather(key, level.sources))
+                window = torch.cat([before[key][-1][..., 1:], part], -1)
+                self.levels.setdefault(level.number, {})[key] = window
+        self.lay_out({key: torch.cat(windows) for key, windows in before.items()})
+
+    def has_slid(self, levels: Sequence[Level], keys: Iterable[Key]) -> bool:
+        """Whether the windows of all nodes on the desk are those that are kept."""
+        kept = {key: torch.cat([self.levels[level.number][key] for level in levels]) for key in keys}
+        return all(torch.equal(states_of(self)[key], windows) for key, windows in kept.items())
+
     def begin_reading(self) -> None:
         """Lay out the rows' states: the model goes on from them by itself."""
         self.lay_out({key: state.clone() for key, state in self.levels[COMMITTED].items()})

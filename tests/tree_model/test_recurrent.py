@@ -24,12 +24,12 @@ from specdec.drafters import Auto, Cascade, ForeignModel, Plain, PromptLookup, Q
 from specdec.engine import Engine, Request
 from specdec.hf import CACHE, cache_name
 from specdec.testing import ByteTokenizer, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from specdec.tree_model import walking
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import check_layers, check_model
 from specdec.tree_model.levels import COMMITTED
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.recurrent import StateLayer, states_of
+from specdec.tree_model.state_owners import reads_on
 from tests.support.recurrent_models import KINDS, RECURRENT, recurrent_model
 from tests.support.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
 from trees import ROOT, Fixed, TokenTree, TreeBatch
@@ -155,7 +155,7 @@ def count_call(calls: Counter[nn.Module], module: nn.Module, *_: Any) -> None:
     calls[module] += 1
 
 
-@pytest.mark.parametrize("family", sorted({*KINDS} - {"falcon_h1"}))  # that scales what it is given
+@pytest.mark.parametrize("family", KINDS)
 def test_weights_of_outer_products_are_read_once_a_forward(family: str) -> None:
     """Linears of a mixer's own input are called once for all tokens, and so is the one that makes its output."""
     model = recurrent_model(family)
@@ -232,8 +232,8 @@ def test_trial_finds_out_steps_from_the_wrong_state(family: str, monkeypatch: py
 
 
 def test_prompt_in_parts_is_read_by_steps_where_the_model_begins_anew() -> None:
-    assert not walking.reads_on(recurrent_model("mamba"))
-    assert walking.reads_on(recurrent_model("mamba2"))
+    assert not reads_on(recurrent_model("mamba"))
+    assert reads_on(recurrent_model("mamba2"))
 
 
 @pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "qwen3_next"])

@@ -1,4 +1,4 @@
-"""Sampled output of models whose layers keep states has the target's processed distribution: chains, trees, ragged rows.
+"""Sampled output of models whose layers keep states has the target's processed distribution, by chains and trees.
 
 Thousands of rows are decoded in one batch, and what they drew is compared with the enumerated distribution
 (`tests/support/sampled_rows.py`).
