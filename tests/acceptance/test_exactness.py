@@ -94,6 +94,7 @@ WARPERS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_committed_tokens_are_distributed_as_the_targets(name: str, warper: str, monkeypatch: pytest.MonkeyPatch):

@@ -78,6 +78,7 @@ def drafters() -> dict[str, Drafter]:
 DRAFTERS = tuple(drafters())
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_follow_the_processed_distribution(target: PreTrainedModel, sampler: str, drafter: str):

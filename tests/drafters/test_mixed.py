@@ -42,6 +42,7 @@ MIXES: dict[str, Callable[[PreTrainedModel], list[Drafter]]] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("budget", [None, 5])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

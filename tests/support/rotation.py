@@ -1,0 +1,30 @@
+"""Which cases of a product always run: so few that each value of each axis comes up, taking turns with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+
+def in_rotation(case: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether a case, given by its index on each axis, is one of the few: as many as the longest axis has values.
+
+    The longest axis counts and every other one turns with it. From the third on an axis moves on whenever the second
+    has gone round, so that they do not keep step with each other.
+    """
+    longest, *others = sorted(range(len(sizes)), key=lambda axis: -sizes[axis])
+    count = case[longest]
+    rounds = count // sizes[others[0]] if others else 0
+    return all(case[axis] == (count + place * rounds) % sizes[axis] for place, axis in enumerate(others))
+
+
+def is_left_out(test: pytest.Function) -> bool:
+    """Whether a test of a `rotated` product is none of the few; each `parametrize` on it is an axis of one name."""
+    axes = {mark.args[0]: list(mark.args[1]) for mark in test.iter_markers("parametrize")}
+    case = [_place(test.callspec.params[name], values) for name, values in axes.items()]
+    return not in_rotation(case, list(map(len, axes.values())))
+
+
+def _place(value: object, values: Sequence[object]) -> int:
+    return next(place for place, other in enumerate(values) if other is value)
