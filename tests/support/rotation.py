@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pytest
 
@@ -20,11 +20,15 @@ def in_rotation(case: Sequence[int], sizes: Sequence[int]) -> bool:
 
 
 def is_left_out(test: pytest.Function) -> bool:
-    """Whether a test of a `rotated` product is none of the few; each `parametrize` on it is an axis of one name."""
-    axes = {mark.args[0]: list(mark.args[1]) for mark in test.iter_markers("parametrize")}
-    case = [_place(test.callspec.params[name], values) for name, values in axes.items()]
-    return not in_rotation(case, list(map(len, axes.values())))
+    """Whether a test of a `rotated` product is none of the few; each `parametrize` on it is an axis."""
+    axes = [mark.args[:2] for mark in test.iter_markers("parametrize")]
+    case = [_place(test.callspec.params, names, values) for names, values in axes]
+    return not in_rotation(case, [len(values) for _, values in axes])
 
 
-def _place(value: object, values: Sequence[object]) -> int:
-    return next(place for place, other in enumerate(values) if other is value)
+def _place(params: Mapping[str, object], names: str | Sequence[str], values: Collection[object]) -> int:
+    """Which of an axis' values a test has; as the objects that they are, for tensors do not compare to one truth."""
+    if isinstance(names, str):
+        return next(place for place, value in enumerate(values) if params[names] is value)
+    rows = (zip(names, row, strict=True) for row in values)
+    return next(place for place, row in enumerate(rows) if all(params[name] is value for name, value in row))
