@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import re
 import types
 from dataclasses import dataclass
 from time import perf_counter
@@ -43,6 +45,9 @@ from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
 
+_logger = logging.getLogger("specdec")
+_ONLY_HERE = ("generator", "router")
+"""What the model's own `generate()` would not honour."""
 _MAX_RESERVED = 1024
 """Slots reserved past the prompt at the start; longer runs grow as they go."""
 
@@ -122,24 +127,38 @@ def enable(
     drafter: Drafter | PreTrainedModel | str | None = None,
     tree: GrowthPolicy | None = None,
     verify: str = "topdown",
+    unsupported: str = "plain",
 ) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, for everyone who calls it (pipelines too). Lossless.
 
     Args:
         model: the target; returned. Only its attribute `generate` is set.
         drafter, tree, verify: as in `generate`; a call may override them.
+        unsupported: what becomes of a call with options that are not possible here (beams, ...): "plain" leaves it to
+            the model's own `generate()`, and warns once for each reason (logger `specdec`); "error" raises. What only
+            specdec has (`generator=`, `router=`) is never dropped: with one of them such a call raises.
 
     Raises:
         UnsupportedModelError, UnsupportedOptionError, DraftError: as in `generate`, at once.
     """
+    if unsupported not in ("plain", "error"):
+        raise ValueError(f"unsupported={unsupported!r}: it is 'plain' or 'error'")
     Speculation.of(drafter, tree=tree, verify=verify).check(model)
     defaults = {"drafter": drafter, "tree": tree, "verify": verify}
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
+    reasons: set[str] = set()
 
     @functools.wraps(type(model).generate)
-    def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> SpeculativeOutput | Tensor:
-        positional = dict(zip(names, args, strict=False))
-        return generate(self, **{**defaults, **positional, **kwargs})
+    def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:
+            return generate(self, **{**defaults, **given})
+        except UnsupportedOptionError as error:
+            if unsupported == "error" or any(given.get(name) is not None for name in _ONLY_HERE):
+                raise
+            _warn_once(error, reasons)
+        ours = (*defaults, *_ONLY_HERE)
+        return type(self).generate(self, **{name: value for name, value in given.items() if name not in ours})
 
     model.generate = types.MethodType(speculative_generate, model)
     return model
@@ -151,13 +170,20 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _warn_once(error: UnsupportedOptionError, reasons: set[str]) -> None:
+    reason = re.sub(r"\d+", "", str(error))  # the same of another length is the same
+    if reason not in reasons:
+        reasons.add(reason)
+        _logger.warning("%s. This call is left to the model's own generate(), not sped up", error)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Prompt:
     """The inputs as transformers has prepared them.
 
     Args:
         cache: the caller's, or a new one; filled at the end.
-        others: further inputs of the first forward (position_ids, inputs_embeds).
+        others: further inputs of the first forward (position_ids, inputs_embeds, what images have been encoded to).
     """
 
     input_ids: Tensor
@@ -172,7 +198,7 @@ class _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
-        others = options.check_model_inputs(others, config, mask)
+        others = options.check_model_inputs(model, others, config, mask)
         if mask is not None:
             mask = mask.to(device)
         others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()}

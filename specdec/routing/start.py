@@ -28,7 +28,7 @@ from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
 from specdec.drafters.speculation import Speculation
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.loop import AnyWriter, StepLoop
-from specdec.routing.options import check_routing, check_speculation
+from specdec.routing.options import check_is_text, check_routing, check_speculation
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.routing.remote.writer import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
@@ -135,8 +135,10 @@ class Routing:
         """Run the loop of a call to its end; arguments and errors as of `start`.
 
         Raises:
+            UnsupportedOptionError: the prompt is more than text.
             EndpointError: an endpoint has failed for good; its `partial` holds what was generated until then.
         """
+        check_is_text(call.others)
         loop = self.start(model, call)
         try:
             loop.run()

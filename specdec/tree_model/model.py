@@ -4,7 +4,8 @@ The target is one; so is a small draft model. Masks are built once a forward and
 (4-D); positions follow the depth in the tree. A model that drafts for itself is an `early_exit.EarlyExitModel`.
 `docs/structures.md` walks a round through the modules.
 
-Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all tail slots, C channels, V vocabulary.
+Shape legend: A planes of positions (one for text, several past an image), B rows, P prompt, T new slots, K tail slots
+(old and new), S all tail slots, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class TreeModel:
     cache: TreeCache
     _prompt_BP: Tensor | None
     """bool: which prompt slots are no padding; None if all are."""
-    _lag_B: Tensor
+    _lag_AB: Tensor
     """How far positions lag behind slots."""
     _offsets_BS: Tensor
     """Offsets of the tail's slots."""
@@ -90,14 +91,14 @@ class TreeModel:
         Args:
             room: slots that will be appended to a row.
         """
-        whole = self.cache, self._lag_B, self._prompt_BP
-        self.cache, self._lag_B = self.cache.row_subset(rows, room), self._lag_B[list(rows)]
+        whole = self.cache, self._lag_AB, self._prompt_BP
+        self.cache, self._lag_AB = self.cache.row_subset(rows, room), self._lag_AB[:, list(rows)]
         self._prompt_BP = None if self._prompt_BP is None else self._prompt_BP[list(rows)]
         try:
             yield
             whole[0].take_tail(self.cache, rows)
         finally:
-            self.cache, self._lag_B, self._prompt_BP = whole
+            self.cache, self._lag_AB, self._prompt_BP = whole
 
     def keep_states(self, depths: Iterable[int]) -> None:
         """From now on keep the hidden states after these numbers of layers (1 and more) in `states`."""
@@ -120,6 +121,7 @@ class TreeModel:
             attention_mask: [B, P] (with a cache: [B, past + P]), None if nothing is masked.
             past_key_values: states of earlier tokens; copied, never written to.
             capacity: expected number of slots of the run, to allocate once.
+            model_inputs: what else the model is given with a prompt, images included.
 
         Returns:
             The logits after the last token, [B, 1, V].
@@ -154,12 +156,12 @@ class TreeModel:
         self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
         self.states = {}
         self._prompt_BP = None
-        self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
+        self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
 
     def join(self, states: RowStates | None = None) -> None:
         """A row more, at the end, without padding (see `TreeCache.join`)."""
         self.cache.join(states)
-        self._lag_B = torch.nn.functional.pad(self._lag_B, (0, 1))
+        self._lag_AB = torch.nn.functional.pad(self._lag_AB, (0, 1))
         if self._prompt_BP is not None:
             self._prompt_BP = torch.nn.functional.pad(self._prompt_BP, (0, 0, 0, 1), value=True)
 
@@ -211,7 +213,7 @@ class TreeModel:
         """
         assert not any(layer.tail for layer in other.cache.stored.values()), "the other model is between two rounds"
         self.cache = other.cache
-        self._prompt_BP, self._lag_B = other._prompt_BP, other._lag_B
+        self._prompt_BP, self._lag_AB = other._prompt_BP, other._lag_AB
 
     def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
@@ -251,9 +253,14 @@ class TreeModel:
         return outputs.logits
 
     @property
+    def next_positions_AB(self) -> Tensor:
+        """int64 positions of every row's next token."""
+        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_AB
+
+    @property
     def next_positions_B(self) -> Tensor:
-        """int64 position of every row's next token."""
-        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_B
+        """int64 position of every row's next token; past an image that of its rotation."""
+        return self.next_positions_AB[-1]
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these slots of each row (see `TreeCache.commit`)."""
@@ -267,7 +274,7 @@ class TreeModel:
         """Keep only these rows."""
         self.cache.select_rows(rows)
         self.states = {depth: states[list(rows)] for depth, states in self.states.items()}
-        self._lag_B = self._lag_B[list(rows)]
+        self._lag_AB = self._lag_AB[:, list(rows)]
         if self._prompt_BP is not None:
             self._prompt_BP = self._prompt_BP[list(rows)]
 
@@ -309,18 +316,19 @@ class TreeModel:
 
     def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
+        positions_ABT = self.next_positions_AB.unsqueeze(2) + offsets_BT
         return {
             "input_ids": tokens_BT,
             "attention_mask": self._mask(seen_BTK, offsets_BT),
-            "position_ids": self.next_positions_B.unsqueeze(1) + offsets_BT,
+            "position_ids": positions_ABT if len(positions_ABT) > 1 else positions_ABT[0],
             CACHE: self.cache,
             "use_cache": True,
         }
 
-    def _start_masks(self, attention_mask: Tensor | None, next_B: Tensor | None) -> None:
+    def _start_masks(self, attention_mask: Tensor | None, next_AB: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        self._lag_B = torch.zeros_like(lengths_B) if next_B is None else lengths_B - next_B.to(self.device)
+        self._lag_AB = torch.zeros_like(lengths_B[None]) if next_AB is None else lengths_B - next_AB.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""

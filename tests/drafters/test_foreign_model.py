@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import specdec
-from specdec import DraftError
+from specdec import DraftError, UnsupportedOptionError
 from specdec.drafters import ForeignModel, Mixed, PromptLookup
 from specdec.models import load
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
@@ -216,7 +216,7 @@ def test_wrong_settings(tokenizers: dict) -> None:
         ForeignModel(model, tokenizers["small"], tokenizers["small"], num_tokens=0)
     drafter = ForeignModel(model, letters(range(VOCAB_SIZE)), letters(range(VOCAB_SIZE)))
     embeds = model.get_input_embeddings()(torch.tensor([[1, 2]]))
-    with pytest.raises(DraftError, match="inputs_embeds"):
+    with pytest.raises(UnsupportedOptionError, match="inputs_embeds"):
         specdec.generate(model, inputs_embeds=embeds, drafter=drafter, max_new_tokens=4)
 
 

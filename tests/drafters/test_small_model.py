@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import specdec
-from specdec import DraftError, UnsupportedModelError
+from specdec import DraftError, UnsupportedModelError, UnsupportedOptionError
 from specdec.drafters import SmallModel
 from specdec.testing import BYTE_VOCAB_SIZE, assert_same_tokens, random_prompts, tiny_model
 from tests.support.forward_log import ForwardLog
@@ -117,7 +117,7 @@ def test_draft_of_another_vocabulary_is_refused(target: PreTrainedModel) -> None
 
 def test_embeddings_are_refused(target: PreTrainedModel) -> None:
     embeds = target.get_input_embeddings()(PROMPTS["input_ids"])
-    with pytest.raises(DraftError, match="inputs_embeds"):
+    with pytest.raises(UnsupportedOptionError, match="inputs_embeds"):
         specdec.generate(target, inputs_embeds=embeds, drafter=SmallModel(target), max_new_tokens=4)
 
 

@@ -93,13 +93,68 @@ def test_the_signature_is_that_of_transformers(model: PreTrainedModel):
 
 def test_what_is_refused_is_refused_at_once(model: PreTrainedModel):
     attributes = set(vars(model))
-    for options in ({"drafter": "nonsense"}, {"tree": 3}, {"verify": "bottomup"}):
+    for options in ({"drafter": "nonsense"}, {"tree": 3}, {"verify": "bottomup"}, {"unsupported": "guess"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             specdec.enable(model, **options)
     assert set(vars(model)) == attributes
-    specdec.enable(model)
+    specdec.enable(model, unsupported="error")
     with pytest.raises(UnsupportedOptionError, match="beam_search is not possible"):
         model.generate(PROMPT, num_beams=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2, "max_new_tokens": 8},
+        {"output_hidden_states": True, "return_dict_in_generate": True, **GREEDY},
+        {"cache_implementation": "static", **GREEDY},
+        {"use_cache": False, **GREEDY},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_possible_is_left_to_the_model(
+    model: PreTrainedModel, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    expected = model.generate(PROMPT, **options)
+    specdec.enable(model, drafter=SmallModel(model))
+    for _ in range(3):
+        out = model.generate(PROMPT, drafter=PromptLookup(), **options)
+        assert type(out) is type(expected)
+        for ids in (expected, out):
+            assert isinstance(ids, Tensor) or len(ids.hidden_states) == 20
+        assert torch.equal(getattr(out, "sequences", out), getattr(expected, "sequences", expected))
+    with pytest.raises(UnsupportedOptionError):
+        specdec.generate(model, PROMPT, **options)
+    (warning,) = (record for record in caplog.records if record.name == "specdec")
+    assert warning.getMessage().endswith("This call is left to the model's own generate(), not sped up")
+
+
+def test_a_reason_is_told_once(model: PreTrainedModel, caplog: pytest.LogCaptureFixture):
+    specdec.enable(model, drafter=PromptLookup())
+    for options in ({"num_beams": 2}, {"use_cache": False}, {"num_beams": 3}, {"use_cache": False}):
+        model.generate(PROMPT, max_new_tokens=4, **options)
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["beam_search", "use_cache=False:"]
+
+
+def test_embeddings_that_the_draft_model_cannot_read(model: PreTrainedModel, expected: Tensor):
+    embeds = model.get_input_embeddings()(PROMPT).detach()
+    specdec.enable(model, drafter=SmallModel(model))
+    out = model.generate(inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(out, expected[:, PROMPT.shape[1] :])
+
+
+def test_what_only_specdec_has_is_never_dropped(model: PreTrainedModel):
+    specdec.enable(model)
+    beams = {"num_beams": 2, "max_new_tokens": 8}
+    with pytest.raises(UnsupportedOptionError, match="beam_search"):
+        model.generate(PROMPT, generator=torch.Generator().manual_seed(0), **beams)
+    assert torch.equal(model.generate(PROMPT, generator=None, **beams), type(model).generate(model, PROMPT, **beams))
+
+
+def test_wrong_arguments_are_told_as_ever(model: PreTrainedModel):
+    specdec.enable(model)
+    with pytest.raises(ValueError, match="prompts are padded to the left"):
+        model.generate(PROMPT, attention_mask=torch.tensor([[1] * 18 + [0]]), **GREEDY)
 
 
 def test_other_models_of_the_class_are_left_alone(model: PreTrainedModel):

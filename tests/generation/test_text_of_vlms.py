@@ -131,18 +131,21 @@ def test_planes_that_differ_in_padding_alone_are_positions_of_text() -> None:
     assert text_positions(torch.arange(6), None) is None
 
 
-def test_positions_of_images_are_refused() -> None:
-    config = GenerationConfig()
-    kept = check_model_inputs({"position_ids": planes(), "mm_encoder_outputs": {}, "inputs_embeds": None}, config)
+def test_model_inputs_that_say_something() -> None:
+    model, config = tiny_model("llama"), GenerationConfig()
+    given = {"position_ids": planes(), "mm_encoder_outputs": {}, "inputs_embeds": None}
+    kept = check_model_inputs(model, given, config)
     assert kept.keys() == {"position_ids"}
     assert torch.equal(kept["position_ids"], planes()[0])
-    with pytest.raises(UnsupportedOptionError, match="differ from plane to plane"):
-        check_model_inputs({"position_ids": planes(4)}, config)
-    with pytest.raises(UnsupportedOptionError, match="mm_encoder_outputs"):
-        check_model_inputs({"mm_encoder_outputs": {"image": 1}}, config)
+    kept = check_model_inputs(model, {"position_ids": planes(4), "mm_encoder_outputs": {"image": 1}}, config)
+    assert kept["position_ids"].shape == (3, 2, 6)
+    assert kept["mm_encoder_outputs"] == {"image": 1}
+    with pytest.raises(UnsupportedOptionError, match="cross_attention_mask"):
+        check_model_inputs(model, {"cross_attention_mask": torch.ones(1)}, config)
 
 
-def test_next_positions_are_those_of_the_first_plane() -> None:
+def test_next_positions_of_every_plane() -> None:
     assert next_positions(None) is None
-    assert next_positions(planes()).tolist() == [6, 6]
-    assert next_positions(planes()[0]).tolist() == [6, 6]
+    assert next_positions(planes()).tolist() == [[6, 6]]
+    assert next_positions(planes()[0]).tolist() == [[6, 6]]
+    assert next_positions(planes(5)).tolist() == [[6, 6], [7, 6], [6, 6]]

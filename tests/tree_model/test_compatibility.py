@@ -16,6 +16,7 @@ from specdec.testing import FAMILIES, tiny_model
 from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
 from tests.support.families import REFUSED, UNLISTED
+from tests.support.images import SETTINGS as SEEING
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -41,7 +42,9 @@ A family that is not listed is tried once, by `enable()` or at the first call: i
 logits must agree. Tested to pass:
 {passing}.
 
-Models that also read images (Gemma 3, Qwen 2.5 VL, Mistral 3, ...) are decoded where their input is text alone.
+Models that also read images (Gemma 3, Qwen 2.5 VL, SmolVLM, ...) take them as `model.generate()` does: it encodes the
+images and reads the prompt, and what follows is decoded by tree. Tested with pixels, in batches of different pictures:
+{seeing}. A router and an engine (`specdec serve`) take text alone.
 Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)
 or that attend in chunks (Llama 4, up to about 8,000 tokens) are decoded by tree like any other.
 
@@ -80,11 +83,11 @@ def _refusal(family: str) -> str:
 
 
 def page() -> str:
-    passing = ", ".join(f"`{family}`" for family in UNLISTED)
+    passing, seeing = (", ".join(f"`{family}`" for family in families) for families in (UNLISTED, SEEING))
     return (
         _HEAD
         + "".join(map(_row, FAMILIES))
-        + _UNLISTED.format(passing=passing)
+        + _UNLISTED.format(passing=passing, seeing=seeing)
         + "".join(map(_refusal, REFUSED))
         + "\nAlso refused: flash and flex attention (load with `attn_implementation='sdpa'`), encoder-decoders.\n"
     )
