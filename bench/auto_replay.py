@@ -176,10 +176,10 @@ class ReplayedCopy:
     def lengths(self) -> list[int]:
         return [len(self._text)]
 
-    def truncate(self, lengths: Sequence[int]) -> None:
+    def truncate_committed(self, lengths: Sequence[int]) -> None:
         del self._text[lengths[0] :]
 
-    def read_along(self, target: ReplayedTarget) -> None:
+    def share_cache_with(self, target: ReplayedTarget) -> None:
         self._text = target.sequences.tokens[0][:-1]
 
     def verify(self, trees: TreeBatch, roots_B1: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
-from specdec.decoding.tensor_parallel import LedSampler, LedStopChecker, Processes, start_session
+from specdec.decoding.tensor_parallel import ranks_of
 from specdec.devices import home_device, num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import UnsupportedOptionError
@@ -42,7 +42,6 @@ from specdec.hf import CACHE
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_model, check_positions, position_limit
-from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
 _logger = logging.getLogger("specdec")
@@ -253,8 +252,7 @@ class _DecodingMethod:
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
         prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
-        processes = Processes(model) if num_processes(model) > 1 else None
-        stop = StopChecker(stopping_criteria) if processes is None else LedStopChecker(stopping_criteria, processes)
+        stop = StopChecker(stopping_criteria)
         options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)
         sampler = Sampler(
@@ -265,7 +263,7 @@ class _DecodingMethod:
         )
         if self.routing is not None:
             return self._route(self.routing, model, prompt, sampler, stopping_criteria, generation_config)
-        loop = self._loop(model, prompt, sampler, stop, generation_config, processes)
+        loop = self._loop(model, prompt, sampler, stop, generation_config)
         try:
             loop.run(
                 functools.partial(
@@ -318,10 +316,9 @@ class _DecodingMethod:
         sampler: Sampler,
         stop: StopChecker,
         config: GenerationConfig,
-        processes: Processes | None,
     ) -> DecodingLoop:
-        num_rows = prompt.input_ids.shape[0]
-        target = TreeModel(model)
+        num_rows, ranks = prompt.input_ids.shape[0], ranks_of(model)
+        target = self.drafter.make_target(model)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
             target=target,
@@ -335,8 +332,8 @@ class _DecodingMethod:
         returns_dict = bool(config.return_dict_in_generate)
         return DecodingLoop(
             target=target,
-            session=self.drafter.start(run) if processes is None else start_session(self.drafter, run, processes),
-            sampler=sampler if processes is None else LedSampler(sampler, processes),
+            session=ranks.start(self.drafter, run),
+            sampler=sampler,
             stop=stop,
             sequences=sequences,
             recorder=Recorder(
@@ -348,6 +345,7 @@ class _DecodingMethod:
             feed=self._feed(num_rows, config),
             context_length=position_limit(model),
             started=self.started,
+            ranks=ranks,
         )
 
 

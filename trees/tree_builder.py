@@ -104,7 +104,7 @@ class GrowingTrees:
         self._work_out()
         return self._depths_BC[:, : self.num_slots]
 
-    def only(self, index: int) -> TreeBatch:
+    def single_row(self, index: int) -> TreeBatch:
         """The nodes of one row so far, in a batch of its own."""
         row = slice(index, index + 1)
         parents_1N = np.concatenate([np.empty((1, 0), np.int64), *(x.parents_BM[row] for x in self._layers)], 1)

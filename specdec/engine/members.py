@@ -140,7 +140,7 @@ class MemberSampler(Sampler):
         return accepted
 
     def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, member: Member) -> None:
-        own = Prefixes(prefixes.sequences.alone(index), prefixes.trees.only(index), prefixes.slots)
+        own = Prefixes(prefixes.sequences.single_row(index), prefixes.trees.single_row(index), prefixes.slots)
         scores_TV = scores_BTV[index]
         if member.sampler.processors:
             scores_TV.copy_(member.sampler.process(scores_TV.unsqueeze(0), own)[0])
@@ -169,7 +169,7 @@ class MemberStops(StopChecker):
         for index, row in enumerate(sequences.rows):
             if self._members[row].error is None:
                 with self._members.own_errors(row):
-                    own = self._members[row].stop.cut(sequences.alone(index), [candidates[index]], scores_of)
+                    own = self._members[row].stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
                     (counts[index],), (stopped[index],) = own
         return counts, stopped
 
@@ -230,7 +230,7 @@ class MemberLoop(DecodingLoop):
 
     def _finish(self, index: int, row: int) -> None:
         member = self.members[row]
-        alone = self.sequences.alone(index)
+        alone = self.sequences.single_row(index)
         if member.error is None:
             with self.members.own_errors(row):
                 member.finish(member.stop_reason(alone))

@@ -101,7 +101,7 @@ def _reading(what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_progress_bars(of_gguf: bool) -> Iterator[None]:
-    """Keep transformers from drawing bars: commands draw their own, or none. No setting turns off those of GGUF files."""
+    """Keep transformers from drawing bars: commands draw their own, or none. No setting turns off those of GGUF."""
     enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec import DraftError, UnsupportedModelError
-from specdec.drafters import Drafter, EarlyExit
+from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Mixed, Plain, Run
 from specdec.drafters.early_exit.choice import TokensPerSecond
 from specdec.drafters.early_exit.heads import TrainedHead
 from specdec.drafters.early_exit.rule import ExitChoice
 from specdec.exits.module import Exit
 from specdec.testing import FAMILIES, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.compatibility import check_layers
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.layer_views import LayerViews
 from specdec.tree_model.model import TreeModel
 from tests.support.early_exits import NUM_LAYERS, NUM_NEW, PROMPTS, WithModules, early_model, random_exit, reference
@@ -130,7 +131,7 @@ def test_states_of_a_verification_equal_those_of_a_whole_forward() -> None:
     model = early_model("gemma2")
     tree = TokenTree(tokens=[5, 6, 7, 8, 9], parents=[ROOT, ROOT, 1, 0, 2])
     trees, roots_B1 = TreeBatch.stack([tree, tree]), torch.tensor([[3], [4]])
-    whole, parts = (TreeModel(model) for _ in range(2))
+    whole, parts = TreeModel(model), EarlyExitModel(model)
     for target in (whole, parts):
         target.keep_states([1, 2, 3, NUM_LAYERS])
         target.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]))
@@ -199,7 +200,7 @@ def from_scratch(model: PreTrainedModel, module: Exit, text: list[int], start: i
         if model.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         block = views.block(module.block)
-        block.give(module.fuse(torch.cat([hidden_1TC, before_1TC], 2)))
+        block.set_input_states(module.fuse(torch.cat([hidden_1TC, before_1TC], 2)))
         block.model(input_ids=ids[:, start:], attention_mask=mask, position_ids=(start + index)[None], use_cache=False)
         return module.head(module.norm(block.states[0]))[0, -1]
 
@@ -255,3 +256,19 @@ def test_costs_are_measured_within_the_positions_of_the_model():
     options = {"max_new_tokens": 8, "do_sample": False}
     out = specdec.generate(model, **prompts, drafter=EarlyExit(), **options)
     assert torch.equal(out, model.generate(**prompts, **options))
+
+
+class _Hides(Drafter):
+    """A drafter that does not say what it is made of."""
+
+    def start(self, run: Run) -> DraftSession:
+        return EarlyExit(1).start(run)
+
+
+def test_only_drafters_that_need_exits_get_a_target_with_exits() -> None:
+    model = early_model("llama")
+    for drafter in (EarlyExit(1), Mixed([Plain(), EarlyExit(1)]), Auto(EarlyExit(1))):
+        assert type(drafter.make_target(model)) is EarlyExitModel
+    assert type(Mixed([Plain()]).make_target(model)) is type(Auto().make_target(model)) is TreeModel
+    with pytest.raises(DraftError, match="needs_exits = True"):
+        speculate(model, PROMPTS, _Hides(), max_new_tokens=4)

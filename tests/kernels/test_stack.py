@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import EarlyExit, Plain
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.layer_views import LayerViews
-from specdec.tree_model.model import TreeModel
 from trees import ROOT, TokenTree, TreeBatch
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
@@ -31,7 +31,7 @@ def test_logits_and_states_are_those_of_the_models_own_forward(
     trees, roots_B1 = TreeBatch.stack([TREE] * len(lengths)), torch.full((len(lengths), 1), 3)
     results = []
     for is_lean in (True, False):
-        target = TreeModel(model)
+        target = EarlyExitModel(model)
         if not is_lean:
             monkeypatch.setattr("specdec.tree_model.layer_views.stacks", lambda *_: False)
         assert target.views.are_lean == is_lean

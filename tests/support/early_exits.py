@@ -14,6 +14,7 @@ from specdec.drafters import EarlyExit, Run
 from specdec.drafters.early_exit.heads import TrainedHead
 from specdec.exits.module import Exit
 from specdec.testing import random_prompts, tiny_model
+from specdec.tree_model.early_exit import EarlyExitModel
 from tests.support.references import plain_alone
 
 NUM_LAYERS, NUM_NEW = 4, 24
@@ -59,5 +60,5 @@ class WithModules(EarlyExit):
         self._own = modules
         self._head_type = head
 
-    def _trained_heads(self, run: Run) -> dict[int, Any]:
-        return {module.layer: self._head_type(module, run.target, run.sequences) for module in self._own}
+    def _trained_heads(self, run: Run, target: EarlyExitModel) -> dict[int, Any]:
+        return {module.layer: self._head_type(module, target, run.sequences) for module in self._own}

@@ -28,7 +28,7 @@ class Watched(Drafter):
         self.drafter = drafter
         self.bombs = bombs or {}
         self.num_opened = self.num_closed = 0
-        self.rewinds = drafter.rewinds
+        self.rewinds, self.needs_exits = drafter.rewinds, drafter.needs_exits
 
     def start(self, run: Run) -> DraftSession:
         self.touch("start")

@@ -135,7 +135,7 @@ def draft(model, exit_, hidden_BTC, final_BTC, start, count):
     outputs = []
     for position in range(start + 1, start + count + 1):
         fused_BTC = exit_.fuse(fed_BTC)
-        view.give(fused_BTC)
+        view.set_input_states(fused_BTC)
         outputs.append(view.model(inputs_embeds=fused_BTC, **{CACHE: cache}, use_cache=True).last_hidden_state[:, -1])
         fed_BTC = torch.cat([hidden_BTC[:, position : position + 1], view.states[0][:, -1:]], -1)
     return outputs
@@ -221,7 +221,7 @@ class TestFile:
         exit_ = Exit(model, 1, torch.arange(50), window=LENGTH)
         fused_BTC = torch.randn(1, 5, 64)
         view = LayerViews(model).block(exit_.block)
-        view.give(fused_BTC)
+        view.set_input_states(fused_BTC)
         with torch.inference_mode():
             expected = exit_.head(view.model(inputs_embeds=fused_BTC).last_hidden_state)
             prepare(exit_, weights)

@@ -212,7 +212,7 @@ def test_windows_are_read_from_the_config() -> None:
 def test_committed_slots_may_be_cut_off(name: str):
     """As far back as into the padded prompt; what follows then sees what is left and nothing else."""
     rounds = Rounds(MODELS[name], [5, 3])
-    rounds.target.cache.cut([4, 4])
+    rounds.target.cache.truncate_committed([4, 4])
     rounds.texts = [text[:-1] for text in rounds.texts]
     trees = [TokenTree.chain([7, 8, 9]), TokenTree(tokens=[6, 5], parents=[-1, -1])]
     rounds.verify(trees, [1, 2])

@@ -16,7 +16,7 @@ from specdec.testing import FAMILIES, tiny_model
 from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
 from tests.support.families import REFUSED, UNLISTED
-from tests.support.images import SEEING
+from tests.support.images import SETTINGS as SEEING
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 

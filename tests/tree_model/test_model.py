@@ -148,7 +148,7 @@ def test_rows_that_are_read_alone_are_read_as_in_the_batch(family: str, rows: li
     lengths, tree = ([5, 2, 7, 4], [3, 1, 2, 4]), TokenTree.chain([7, 3, 8])
     target, apart = prefilled(MODELS[family], *lengths), prefilled(MODELS[family], *lengths)
     expected, _ = verify(target, [tree] * 4)
-    with apart.only(rows, 4):
+    with apart.row_subset(rows, 4):
         logits, _ = verify(apart, [tree] * len(rows))
     torch.testing.assert_close(logits, expected[rows])
     for model in (target, apart):
@@ -161,7 +161,7 @@ def test_rows_that_are_read_alone_are_read_as_in_the_batch(family: str, rows: li
 def test_a_forward_of_some_rows_that_breaks_off_leaves_the_batch_as_it_was() -> None:
     target = prefilled(MODELS["llama"], [5, 2], [3, 1])
     whole, lengths = target.cache, [*target.cache.lengths]
-    with pytest.raises(KeyboardInterrupt), target.only([1], 4):
+    with pytest.raises(KeyboardInterrupt), target.row_subset([1], 4):
         raise KeyboardInterrupt
     assert target.cache is whole
     assert whole.lengths == lengths

@@ -147,7 +147,7 @@ def test_growing_trees_see_what_finished_ones_see(data: st.DataObject) -> None:
         assert torch.equal(grown.depths_BM, whole.depths_BT[:, -size:])
         assert (grown.tokens_BN[:, grown.newest.start - 1 :] == num_old).all()
         assert grown.is_chain == whole.is_chain
-        alone, expected = grown.only(1), whole.only(1)
+        alone, expected = grown.single_row(1), whole.single_row(1)
         assert (alone.sizes, alone.is_chain) == (expected.sizes, expected.is_chain)
         assert alone.depth == max(whole.row(1).depths)
         assert torch.equal(alone.parents_BN, expected.parents_BN)

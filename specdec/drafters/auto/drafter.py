@@ -69,6 +69,7 @@ class Auto(Drafter):
         self.clock: Callable[[], float] = perf_counter
         """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.rewinds = all(drafter.rewinds for drafter in drafters)
+        self.needs_exits = any(drafter.needs_exits for drafter in drafters)
 
     def reset(self) -> None:
         """Take drafters back that were dropped because they had raised."""

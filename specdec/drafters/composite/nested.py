@@ -85,14 +85,14 @@ class NestedSession(DraftSession):
         self._lines = [_Line() for _ in max_depths]
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._copy.read_along(self._run.target)
+        self._copy.share_cache_with(self._run.target)
         lengths = list(self._copy.cache.lengths)
         try:
             limits = [min(depth, self._most) for depth in max_depths]
             while self._goes_on(limits):
                 self._round(limits, max_depths)
         finally:
-            self._copy.cache.truncate(lengths)
+            self._copy.cache.truncate_committed(lengths)
         draft = self._chains()
         self._num_steps += draft.trees.width
         return draft

@@ -106,7 +106,7 @@ class _Reader:
         if self._cached is None:
             return self._prefill(wanted)
         seen = [_common(cached, ids) for cached, ids in zip(self._cached, wanted, strict=True)]
-        self.model.cache.cut([skipped + size for skipped, size in zip(self._padding, seen, strict=True)])
+        self.model.cache.truncate_committed([skipped + size for skipped, size in zip(self._padding, seen, strict=True)])
         sizes = [len(ids) - size for ids, size in zip(wanted, seen, strict=True)]
         tokens_BW = torch.zeros((len(sizes), max(sizes)), dtype=torch.long, device=self.model.device)
         for row, (ids, size) in enumerate(zip(wanted, sizes, strict=True)):
