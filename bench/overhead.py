@@ -43,7 +43,6 @@ from bench._script import parser_of
 from specdec.acceptance import to_host
 from specdec.decoding.sampling import Sampler
 from specdec.drafters import Plain, PromptLookup, SmallModel
-from specdec.kernels.trees.growth import STAND_INS
 from specdec.kernels.trees.urn import open_urn
 from specdec.tree_model import masks
 from specdec.tree_model.cache import TreeCache
@@ -238,7 +237,6 @@ class TreeRounds:
                 sample=self._sampler.do_sample,
                 previous=self._previous,
                 open_urn=open_urn,
-                stand_ins=STAND_INS,
             )
             grower = self._policy.start(round_)
         grown = GrowingTrees(1)

@@ -82,13 +82,11 @@ class LayeredDistributions:
         layers_BMV: one tensor for each layer.
         layer_BT: int64 on the host, the layer that has a slot's scores; any for a leaf.
         column_BT: int64 on the host, where they stand in it.
-        norm_BT: float64 on the host, the logarithm of the sum of their e^x; any for a leaf. None if nobody knows it.
     """
 
     layers_BMV: Sequence[Tensor]
     layer_BT: np.ndarray
     column_BT: np.ndarray
-    norm_BT: np.ndarray | None = None
 
     def at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """See `Draft.q_at`."""

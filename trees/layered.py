@@ -70,16 +70,12 @@ class Node:
 
 
 class FinishedTree(NamedTuple):
-    """A row's tree; for each node its place (see `Draft.places`), and the layer and column of the scores after it.
-
-    `norms` are those of all slots if they are known (see `LayeredDistributions`).
-    """
+    """A row's tree; for each node its place (see `Draft.places`), and the layer and column of the scores after it."""
 
     tree: TokenTree
     places: Sequence[int]
     layers: ArrayLike
     columns: ArrayLike
-    norms: ArrayLike | None = None
 
 
 def batch_size(batch: int, num_slots: int) -> int:
@@ -134,15 +130,10 @@ class LayeredGrower(Grower):
         if not self._round.sample:
             return Draft(trees=trees, places=places)
         layer_BT, column_BT = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
-        norm_BT = None if any(row.norms is None for row in rows) else np.zeros(layer_BT.shape)
         for number, row in enumerate(rows):
             layer_BT[number, 1 : len(row.tree) + 1] = row.layers
             column_BT[number, 1 : len(row.tree) + 1] = row.columns
-            if norm_BT is not None and row.norms is not None:
-                norm_BT[number, : len(row.tree) + 1] = row.norms
-        q_layers = LayeredDistributions(
-            layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT, norm_BT=norm_BT
-        )
+        q_layers = LayeredDistributions(layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT)
         return Draft(trees=trees, q_layers=q_layers, places=places)
 
     def _finished(self) -> Sequence[FinishedTree]:

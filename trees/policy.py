@@ -15,9 +15,8 @@ of the slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,13 +36,10 @@ class Layer:
     Args:
         tokens_BM: int64 token ids.
         parents_BM: int64, places of their parents, `ROOT` for children of the root.
-        depths_BM, seen_BMT: see `GrowingTrees`; None leaves it to that to work them out.
     """
 
     tokens_BM: Tensor
     parents_BM: np.ndarray
-    depths_BM: np.ndarray | None = None
-    seen_BMT: np.ndarray | None = None
 
 
 class Grower(ABC):
@@ -69,9 +65,6 @@ class Grower(ABC):
         """The finished trees and the distributions that they were drawn from."""
 
 
-_Grower = TypeVar("_Grower", bound=Grower)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
     """What is known when a round begins.
@@ -83,7 +76,6 @@ class Round:
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
         open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
-        stand_ins: growers that are to be taken for those of this package, and do the same.
     """
 
     max_depths: Sequence[int]
@@ -91,11 +83,6 @@ class Round:
     generator: torch.Generator | None = None
     previous: Grower | None = None
     open_urn: Callable[..., TokenSource] = TorchSource
-    stand_ins: Mapping[type[Grower], type[Grower]] = field(default_factory=dict)
-
-    def grower(self, kind: type[_Grower]) -> type[_Grower]:
-        """A kind of grower, or what stands in for it."""
-        return cast(type[_Grower], self.stand_ins.get(kind, kind))
 
 
 class GrowthPolicy(ABC):

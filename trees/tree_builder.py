@@ -65,11 +65,7 @@ class GrowingTrees:
     @property
     def depths_BM(self) -> Tensor:
         """int64 depths of the newest layer; children of the root have depth 1."""
-        known_BM = self._layers[-1].depths_BM
-        if known_BM is None:
-            self._work_out()
-            known_BM = self._depths_BC[:, self.newest.start : self.num_slots]
-        return self._tensor(known_BM)
+        return self._tensor(self.host_depths_BT[:, self.newest.start :])
 
     @property
     def seen_BMT(self) -> Tensor:
@@ -119,11 +115,8 @@ class GrowingTrees:
 
     @property
     def _newest_seen_BMT(self) -> np.ndarray:
-        known_BMT = self._layers[-1].seen_BMT
-        if known_BMT is None:
-            self._work_out()
-            known_BMT = self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
-        return known_BMT
+        self._work_out()
+        return self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(numbers)

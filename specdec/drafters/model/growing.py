@@ -13,7 +13,6 @@ from torch import Tensor
 
 from specdec.decoding.drafter import DraftSession, Run
 from specdec.decoding.sampling import Prefixes
-from specdec.kernels.trees.growth import STAND_INS
 from specdec.kernels.trees.urn import open_urn
 from trees import Draft, Grower, GrowingTrees, GrowthPolicy, Round
 
@@ -58,7 +57,6 @@ class GrowingSession(DraftSession):
             generator=sampler.generator,
             previous=self._grower,
             open_urn=open_urn,
-            stand_ins=STAND_INS,
         )
         grower = self._grower = self.policy.start(round_)
         grown = GrowingTrees(len(max_depths), self._run.device)

@@ -314,8 +314,7 @@ static TARGET double norm_of(const Verification *v, const float *x) {
 
 static TARGET Slot enter(const Verification *v, int64_t slot) {
     const float *x = v->p + slot * v->vocab;
-    const double y_norm = v->q_norms ? v->q_norms[slot] : norm_of(v, v->q[slot]);
-    return (Slot){x, v->q[slot], norm_of(v, x), y_norm, NULL, NULL, 1, 1};
+    return (Slot){x, v->q[slot], norm_of(v, x), norm_of(v, v->q[slot]), NULL, NULL, 1, 1};
 }
 
 /* The chance of a child whose parent has a reach. */

@@ -10,7 +10,6 @@
 
 #include "draws.h"
 
-#include "growth.h"
 
 /* ---- products over the pool ---- */
 
@@ -201,4 +200,4 @@ static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t cou
 }
 
 const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp,
-                         take_from, new_tree, free_tree, grow_tree, write_layer, finish_tree, verify};
+                         take_from, verify};
