@@ -46,7 +46,7 @@ class _Replay:
 class ReplayedDraft(Drafter):
     """A draft model with a cache of its own."""
 
-    rewinds = True
+    supports_rollback = True
 
     def __init__(self, model: Timed, replay: _Replay):
         self.model = model
@@ -89,7 +89,7 @@ class _ReplayedSession(GrowingSession):
         return self._num_forwards
 
     @property
-    def backlog(self) -> int:
+    def num_uncached_tokens(self) -> int:
         lengths = self._lengths
         if not self._read:
             return len(lengths) * max(lengths)
@@ -109,15 +109,15 @@ class _ReplayedSession(GrowingSession):
         if not self._read:
             self._read = [len(self._replay.trace(self._run.sequences, row).prompt) for row in range(len(max_depths))]
             self._forward(len(self._read) * max(self._read))
-        self._forward(self.backlog + len(max_depths))
+        self._forward(self.num_uncached_tokens + len(max_depths))
         self._read, self._at_proposal, self._steps = self._lengths, self._lengths, 0
         grower = self.policy.start(
-            Round(max_depths=max_depths, sample=False, open_urn=lambda scores, **_: self._layer(len(max_depths)))
+            Round(max_depths=max_depths, sample=False, token_source=lambda scores, **_: self._layer(len(max_depths)))
         )
         while True:
             grower.grow(torch.zeros((len(max_depths), 1, 1)))
             self._steps += 1
-            if not grower.hungry:
+            if not grower.needs_scores:
                 return grower.finish()
             self._forward(len(max_depths))
 
@@ -127,7 +127,7 @@ class _ReplayedSession(GrowingSession):
             self._read = [start + count for start, count in zip(self._at_proposal, passed, strict=True)]
         self._at_proposal = []
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         self._read = [min(read, length - 1) for read, length in zip(self._read, self._lengths, strict=False)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -179,7 +179,7 @@ class ReplayedCopy:
     def truncate(self, lengths: Sequence[int]) -> None:
         del self._text[lengths[0] :]
 
-    def read_along(self, target: ReplayedTarget) -> None:
+    def share_cache_with(self, target: ReplayedTarget) -> None:
         self._text = target.sequences.tokens[0][:-1]
 
     def verify(self, trees: TreeBatch, roots_B1: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from bench._script import parser_of
 from specdec.acceptance import to_host
 from specdec.decoding.sampling import Sampler
 from specdec.drafters import Plain, PromptLookup, SmallModel
-from specdec.kernels.trees.urn import open_urn
+from specdec.kernels.trees.token_source import open_token_source
 from specdec.tree_model import masks
 from specdec.tree_model.cache import TreeCache
 from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowingTrees, GrowthPolicy, Round, Sequoia
@@ -236,7 +236,7 @@ class TreeRounds:
                 max_depths=[100],
                 sample=self._sampler.do_sample,
                 previous=self._previous,
-                open_urn=open_urn,
+                token_source=open_token_source,
             )
             grower = self._policy.start(round_)
         grown = GrowingTrees(1)
@@ -245,7 +245,7 @@ class TreeRounds:
                 scores_BMV.softmax(-1)
             with self._phase("grow"):
                 layer = grower.grow(scores_BMV)
-            if not grower.hungry:
+            if not grower.needs_scores:
                 break
             with self._phase("masks"):
                 grown.add(layer)

@@ -49,7 +49,7 @@ def with_noise(model: PreTrainedModel, std: float = 0.02) -> PreTrainedModel:
     return copy
 
 
-class TruthAmongLies:
+class PartlyWrongScript:
     """A script for `ScriptedDrafter`: random trees that hold the next tokens of a known output among wrong ones.
 
     Args:

@@ -28,7 +28,7 @@ from specdec.drafters.auto import knowledge, sources
 from specdec.drafters.auto.knowledge import SelectionBias
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.references import TruthAmongLies, plain_alone, speculate, with_noise
+from tests.references import PartlyWrongScript, plain_alone, speculate, with_noise
 from tests.test_sampling import assert_ragged_rows_are_exact, tiny
 from trees import Chain, Draft, TokenTree, TreeBatch
 
@@ -122,7 +122,7 @@ def test_sources_that_do_not_draft_keep_up() -> None:
     model = tiny_model("llama")
     prompt = random_prompts([9])
     expected = plain_alone(model, prompt, NUM_NEW)
-    truth, turns = TruthAmongLies(expected), iter(range(10_000))
+    truth, turns = PartlyWrongScript(expected), iter(range(10_000))
 
     def every_other(sequences: object) -> list[TokenTree]:
         return truth(sequences) if next(turns) % 2 else [TokenTree(tokens=[], parents=[])]

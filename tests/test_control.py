@@ -102,7 +102,7 @@ class TestForwardCosts:
         assert prior_averages(0.0) is UNKNOWN_PRIORS
         (run,) = prior_averages(0.5)
         assert run.tokens == pytest.approx(2, abs=0.01)
-        memory = AcceptanceMemory(agreement=0.9)
+        memory = AcceptanceMemory(prior_acceptance=0.9)
         assert AcceptanceModel(memory).chance(0.05) == pytest.approx(0.905)
         model = AcceptanceModel(memory)
         for _ in range(40):

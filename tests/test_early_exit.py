@@ -25,7 +25,7 @@ from specdec.tree_model.compatibility import check_layers
 from specdec.tree_model.layer_views import LayerViews
 from specdec.tree_model.model import TreeModel
 from tests.references import plain_alone, rows_of, speculate
-from trees import ROOT, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch, WorthwhileComb
+from trees import ROOT, DySpec, Fixed, GainLimitedChain, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch
 
 NUM_LAYERS, NUM_NEW = 4, 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -105,7 +105,7 @@ def test_trees_from_an_exit(drafter: str, tree: GrowthPolicy) -> None:
 @pytest.fixture
 def always_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round drafts chains with so many leaves that exits which have learnt nothing are often right by chance."""
-    policy = WorthwhileComb(
+    policy = GainLimitedChain(
         prices=[0.0] * 2, chance=float, next_chance=1.0, leaf_prices=[0.0] * 60, leaf_chance=lambda _: 1.0
     )
     choose = TokensPerSecond.choose

@@ -22,7 +22,7 @@ from specdec.drafters.early_exit.del_rule import TokensPerLayer
 from specdec.drafters.early_exit.rule import ExitChoice, ExitRule, reached_slots
 from specdec.drafters.early_exit.shadows import Seen
 from specdec.drafters.early_exit.sources import likely_averages
-from trees import ROOT, ConfidentChain, Draft, TokenTree, TreeBatch, WorthwhileComb
+from trees import ROOT, ConfidentChain, Draft, GainLimitedChain, TokenTree, TreeBatch
 
 NUM_LAYERS = 8
 EXITS = range(1, NUM_LAYERS)
@@ -277,7 +277,7 @@ class VirtualTime:
         return self.num_tokens / self.num_rows / self.now
 
     def _draft(self, policy: Any) -> int:
-        assert isinstance(policy, WorthwhileComb)
+        assert isinstance(policy, GainLimitedChain)
         length = 1
         while policy.goes_on([[0.7] * length] * self.num_rows):
             length += 1

@@ -95,7 +95,7 @@ class Watched(Drafter):
         self.drafter = drafter
         self.bombs = bombs or {}
         self.num_opened = self.num_closed = 0
-        self.rewinds = drafter.rewinds
+        self.supports_rollback = drafter.supports_rollback
 
     def start(self, run: Run) -> DraftSession:
         self.touch("start")
@@ -112,8 +112,8 @@ class _WatchedSession(DraftSession):
         self.drafter = drafter
         self.session = session
 
-    def rewind(self) -> None:
-        self.session.rewind()
+    def rollback(self) -> None:
+        self.session.rollback()
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         self.drafter.touch("propose")

@@ -11,7 +11,7 @@ import torch
 from specdec import acceptance
 from specdec.kernels import native
 from specdec.kernels.trees import verification
-from specdec.kernels.trees.urn import NativeUrn, open_urn
+from specdec.kernels.trees.token_source import NativeTokenSource, open_token_source
 from tests.enumeration import MAX_DEPTH, ToyModel, drive, every_draft, prefixes, q_of
 from tests.goodness import assert_drawn_from
 from tests.test_acceptance import oracle as topdown_oracle
@@ -64,7 +64,7 @@ def scores_of(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_the_likeliest_tokens_come_first(vocab_size: int):
     scores = scores_of(4, vocab_size)
-    ours = NativeUrn(scores, sample=False, generator=None)
+    ours = NativeTokenSource(scores, sample=False, generator=None)
     count = min(5, -(-vocab_size // 3))
     best = scores.topk(min(2 * count, vocab_size))
     for batch in range(2):
@@ -81,29 +81,29 @@ def test_the_likeliest_tokens_come_first(vocab_size: int):
 def test_draws_are_without_replacement():
     """20 000 rows, chi-square with a false-alarm probability of 1e-6."""
     scores = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).repeat(20_000, 1)
-    urn = NativeUrn(scores, sample=True, generator=torch.Generator().manual_seed(2))
+    source = NativeTokenSource(scores, sample=True, generator=torch.Generator().manual_seed(2))
     rows = range(len(scores))
-    (first, probs), (then, _) = urn.take(rows, 2), urn.take(rows, 1)
+    (first, probs), (then, _) = source.take(rows, 2), source.take(rows, 1)
     drawn = [(*a, *b) for a, b in zip(first, then, strict=True)]
     q = scores[0].double().softmax(-1).tolist()
     assert probs[0] == pytest.approx([q[token] for token in first[0]], rel=1e-5)
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
-    exhausted = urn.take(rows, 4)[1]
+    exhausted = source.take(rows, 4)[1]
     assert all(row[3] == 0 < row[2] for row in exhausted)
 
 
 def test_draws_find_every_block():
     """Blocks of 256 tokens and a last one of 88; 50 000 draws, false alarm 1e-6."""
     scores = (1.5 * torch.randn(1, 600, generator=torch.Generator().manual_seed(3))).repeat(50_000, 1)
-    urn = NativeUrn(scores, sample=True, generator=torch.Generator().manual_seed(4))
-    tokens, _ = urn.take(range(len(scores)), 1)
+    source = NativeTokenSource(scores, sample=True, generator=torch.Generator().manual_seed(4))
+    tokens, _ = source.take(range(len(scores)), 1)
     q = scores[0].double().softmax(-1).tolist()
     assert_drawn_from([token for (token,) in tokens], dict(enumerate(q)))
 
 
 def grown(name: str, models: list[RandomScores], sample: bool, is_native: bool, max_depth: int = 6) -> Draft:
     generator = torch.Generator().manual_seed(5)
-    hooks = {"open_urn": open_urn} if is_native else {}
+    hooks = {"token_source": open_token_source} if is_native else {}
     round_ = Round(max_depths=[max_depth] * len(models), sample=sample, generator=generator, **hooks)
     return drive(POLICIES[name].start(round_), models)
 
@@ -132,16 +132,16 @@ def test_trees_of_native_draws_have_the_chances_of_torch(name: str, monkeypatch:
     monkeypatch.setattr(model, "_scores", {prefix: scores.float() for prefix, scores in model._scores.items()})
     generator, found = torch.Generator().manual_seed(32), []
     for _ in range(6):
-        round_ = Round(max_depths=[MAX_DEPTH] * 1000, sample=True, generator=generator, open_urn=open_urn)
+        round_ = Round(max_depths=[MAX_DEPTH] * 1000, sample=True, generator=generator, token_source=open_token_source)
         trees = drive(policy.start(round_), [model] * 1000).trees
         found += [shape_of(trees.row(row)) for row in range(1000)]
     assert_drawn_from(found, expected)
 
 
 def test_other_scores_are_left_to_torch():
-    assert isinstance(open_urn(scores_of(2, 9).double(), sample=True, generator=None), TorchSource)
-    assert isinstance(open_urn(scores_of(9, 2).T, sample=True, generator=None), TorchSource)
-    assert isinstance(open_urn(scores_of(2, 9), sample=True, generator=None), NativeUrn)
+    assert isinstance(open_token_source(scores_of(2, 9).double(), sample=True, generator=None), TorchSource)
+    assert isinstance(open_token_source(scores_of(9, 2).T, sample=True, generator=None), TorchSource)
+    assert isinstance(open_token_source(scores_of(2, 9), sample=True, generator=None), NativeTokenSource)
 
 
 def fractions_of(weights: torch.Tensor) -> list[list[Fraction]]:

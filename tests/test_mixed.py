@@ -12,7 +12,7 @@ import specdec
 from specdec import DraftError
 from specdec.drafters import Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.references import PartlyWrongScript, plain_alone, rows_of, speculate, with_noise
 from tests.test_early_exit import NUM_NEW, WithModules, early_model, random_exit, reference
 from tests.test_early_exit import PROMPTS as RAGGED
 from tests.test_faults import Bomb, Watched
@@ -81,7 +81,7 @@ def test_a_cache_follows_branches_of_its_own_and_of_others() -> None:
     model = early_model("llama")
     prompt = random_prompts([9])
     expected = plain_alone(model, prompt, 40)
-    truth = TruthAmongLies(expected, longest=6)
+    truth = PartlyWrongScript(expected, longest=6)
     draft = with_noise(model, std=0.0)
     with ForwardLog(draft) as log:
         drafter = Mixed([ScriptedDrafter(truth), SmallModel(draft, num_tokens=2)])

@@ -24,7 +24,7 @@ from specdec.kernels import native
 from specdec.kernels.model import linear
 from specdec.kernels.model.linear import Int8Linear
 from specdec.kernels.native import build, structs
-from specdec.kernels.trees import urn, verification
+from specdec.kernels.trees import token_source, verification
 from specdec.testing import tiny_model
 from trees import Draft, TokenTree, TreeBatch
 
@@ -363,14 +363,14 @@ def _attend(library):
 def _forward(library):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = kernels.prepare(tiny_model("llama", **sizes).requires_grad_(False), "int8")
-    assert kernels.prepared(model).num_lean_layers == 2
+    assert kernels.prepared(model).num_fused_layers == 2
     ids = torch.arange(1, 6)[None]
     return lambda: model(ids).logits.tolist()
 
 
 def _take(library):
     scores_MV = torch.linspace(0, 1, 500).expand(2, -1).contiguous()
-    return lambda: urn.NativeUrn(scores_MV, sample=False, generator=None).take([0, 1], 3)
+    return lambda: token_source.NativeTokenSource(scores_MV, sample=False, generator=None).take([0, 1], 3)
 
 
 def _verify(library):

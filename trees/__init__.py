@@ -5,7 +5,7 @@ from trees.chain import Chain
 from trees.confidence_chain import ConfidentChain
 from trees.draft import Draft, Part
 from trees.dynamic import DySpec, DySpecThreshold
-from trees.gain_limited import WorthwhileComb, leaf_confidence
+from trees.gain_limited import GainLimitedChain, leaf_confidence
 from trees.merging import Merged, Merger, merge
 from trees.policy import Grower, GrowthPolicy, Layer, Round
 from trees.side_leaves import Leaf, chain_length, comb, comb_places
@@ -22,6 +22,7 @@ __all__ = [
     "DySpec",
     "DySpecThreshold",
     "Fixed",
+    "GainLimitedChain",
     "Grower",
     "GrowingTrees",
     "GrowthPolicy",
@@ -34,7 +35,6 @@ __all__ = [
     "Sequoia",
     "TokenTree",
     "TreeBatch",
-    "WorthwhileComb",
     "chain_length",
     "comb",
     "comb_places",

@@ -168,7 +168,7 @@ class ValueGrower(LayeredGrower):
                     break
                 pool.guess = value / 2
             heappop(pool.offers)
-            if node.urn is None:
+            if node.source is None:
                 waiting.append(node)
             elif child := self._take(node):
                 pool.note(child.value)

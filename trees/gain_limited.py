@@ -27,7 +27,7 @@ _LEAST = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WorthwhileComb(GrowthPolicy):
+class GainLimitedChain(GrowthPolicy):
     """A chain that stops when the next token is not expected to bring what it costs, then leaves beside it likewise.
 
     The next token of the chain is drafted if the chance that it will be accepted, summed over the rows of the batch, is
@@ -112,30 +112,30 @@ class _Row:
 
 
 class _WorthwhileGrower(Grower):
-    def __init__(self, round_: Round, policy: WorthwhileComb):
+    def __init__(self, round_: Round, policy: GainLimitedChain):
         self._policy = policy
         self._round = round_
         self._rows = [_Row(min(len(policy.prices) + 1, depth)) for depth in round_.max_depths]
-        self._urns: list[TokenSource] = []
+        self._sources: list[TokenSource] = []
         self._layers_BMV: list[Tensor] = []
 
     @property
-    def hungry(self) -> bool:
-        return len(self._urns) < max(row.limit for row in self._rows)
+    def needs_scores(self) -> bool:
+        return len(self._sources) < max(row.limit for row in self._rows)
 
     def grow(self, scores_BMV: Tensor) -> Layer:
-        policy, sample, slot = self._policy, self._round.sample, len(self._urns)
-        urn = self._round.open_urn(scores_BMV[:, 0], sample=sample, generator=self._round.generator)
-        self._urns.append(urn)
+        policy, sample, slot = self._policy, self._round.sample, len(self._sources)
+        source = self._round.token_source(scores_BMV[:, 0], sample=sample, generator=self._round.generator)
+        self._sources.append(source)
         self._layers_BMV.append(scores_BMV)
-        found = urn.take(range(len(self._rows)), 1 if sample else 1 + MAX_LEAVES)
+        found = source.take(range(len(self._rows)), 1 if sample else 1 + MAX_LEAVES)
         for row, tokens, probs in zip(self._rows, *found, strict=True):
             if slot < row.limit:
                 row.tokens.append(tokens[0])
                 row.probs.append(probs[:1])
                 row.reaches.append(row.reaches[-1] * policy.chance(probs[0]))
                 self._offer(row, slot, zip(tokens[1:], probs[1:], strict=True))
-        if self.hungry and self._going_on() < policy.prices[slot]:
+        if self.needs_scores and self._going_on() < policy.prices[slot]:
             for row in self._rows:
                 row.limit = min(row.limit, slot + 1)
         newest_B1 = torch.tensor([tokens[:1] for tokens in found[0]], device=scores_BMV.device)
@@ -149,7 +149,7 @@ class _WorthwhileGrower(Grower):
 
     def _going_on(self) -> float:
         """The chance that the next token of the chain is accepted, of all rows."""
-        slot = len(self._urns)
+        slot = len(self._sources)
         return sum(row.reaches[slot] for row in self._rows if row.limit > slot) * self._policy.next_chance
 
     def _offer(self, row: _Row, slot: int, others: Iterable[tuple[int, float]] = ()) -> None:
@@ -179,7 +179,7 @@ class _WorthwhileGrower(Grower):
     def _take_leaf(self, number: int, row: _Row) -> None:
         _, _, slot, leaf = heappop(row.offers)
         if leaf is None:
-            tokens, probs = self._urns[slot].take([number], 1)
+            tokens, probs = self._sources[slot].take([number], 1)
             token, prob = tokens[0][0], probs[0][0]
         else:
             token, prob = leaf

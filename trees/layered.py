@@ -44,10 +44,10 @@ class Node:
         taken: tokens of the children.
         bound: no next child has a greater value.
         place: see `Draft.places`.
-        urn: where the children come from; None until the slot is scored.
+        source: where the children come from; None until the slot is scored.
         layer, column: where the slot's scores are.
-        ahead: tokens that were taken from the urn and not yet asked for, with their probabilities, the next one last.
-        num_fetches: from the urn.
+        ahead: tokens taken from the source and not yet asked for, with their probabilities, the next one last.
+        num_fetches: from the source.
     """
 
     row: int
@@ -62,7 +62,7 @@ class Node:
     refused: float = 1.0
     taken: set[int] = field(default_factory=set)
     place: int = ROOT
-    urn: TokenSource | None = None
+    source: TokenSource | None = None
     layer: int = 0
     column: int = 0
     ahead: list[tuple[int, float]] = field(default_factory=list)
@@ -100,7 +100,7 @@ class LayeredGrower(Grower):
         self._spares = [0] * len(round_.max_depths)
 
     @property
-    def hungry(self) -> bool:
+    def needs_scores(self) -> bool:
         return bool(self._frontier)
 
     @abstractmethod
@@ -113,9 +113,11 @@ class LayeredGrower(Grower):
 
     def grow(self, scores_BMV: Tensor) -> Layer:
         is_first = not self._layers
-        urn = self._round.open_urn(scores_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator)
+        source = self._round.token_source(
+            scores_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator
+        )
         for slot in self._frontier:
-            slot.urn, slot.layer = urn, len(self._layers)
+            slot.source, slot.layer = source, len(self._layers)
         self._device, self._width = scores_BMV.device, scores_BMV.shape[1]
         self._layers.append(scores_BMV)
         self._frontier = self._extend(self._frontier)
@@ -148,16 +150,16 @@ class LayeredGrower(Grower):
         if not slots:
             return
         count = batch_size(slots[0].num_fetches, len(slots))
-        width, urn = self._layers[slots[0].layer].shape[1], slots[0].urn
-        assert urn is not None, "slots give children once they are scored"
+        width, source = self._layers[slots[0].layer].shape[1], slots[0].source
+        assert source is not None, "slots give children once they are scored"
         for slot, tokens, probs in zip(
-            slots, *urn.take([slot.row * width + slot.column for slot in slots], count), strict=True
+            slots, *source.take([slot.row * width + slot.column for slot in slots], count), strict=True
         ):
             slot.num_fetches += 1
             slot.ahead = list(zip(tokens[::-1], probs[::-1], strict=True))
 
     def _peek(self, slot: Node) -> float:
-        """The probability of a slot's next child; 0 if there is none. Takes its token from the urn."""
+        """The probability of a slot's next child; 0 if there is none. Takes its token from the source."""
         while True:
             while slot.ahead:
                 token, prob = slot.ahead[-1]

@@ -1,7 +1,7 @@
 """How a draft model's tree grows: one layer of nodes for each forward of the draft model.
 
     grower = policy.start(round_)
-    while grower.hungry:
+    while grower.needs_scores:
         layer = grower.grow(scores of the newest layer)      # the root is the first layer
     draft = grower.finish()
 
@@ -47,14 +47,14 @@ class Grower(ABC):
 
     @property
     @abstractmethod
-    def hungry(self) -> bool:
+    def needs_scores(self) -> bool:
         """Whether scores of the newest layer are wanted; False once the trees are complete."""
 
     @abstractmethod
     def grow(self, scores_BMV: Tensor) -> Layer:
         """Take the processed draft scores of the newest layer (M tokens a row) and return the next layer.
 
-        The layer is not meaningful once the grower is no longer hungry.
+        The layer is not meaningful once no scores are needed any more.
 
         Args:
             scores_BMV: float32 (or float64, which the trees' q then has too).
@@ -75,14 +75,14 @@ class Round:
         generator: source of randomness, None for torch's global one.
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
-        open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
+        token_source: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
     """
 
     max_depths: Sequence[int]
     sample: bool
     generator: torch.Generator | None = None
     previous: Grower | None = None
-    open_urn: Callable[..., TokenSource] = TorchSource
+    token_source: Callable[..., TokenSource] = TorchSource
 
 
 class GrowthPolicy(ABC):

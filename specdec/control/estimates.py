@@ -32,13 +32,13 @@ class AcceptanceMemory:
 
     Args:
         edges: between the bins of confidence, rising.
-        agreement: the least chance of a token, as a first belief. Else the confidence itself is that.
+        prior_acceptance: the least chance of a token, as a first belief. Else the confidence itself is that.
     """
 
-    def __init__(self, edges: Sequence[float] = CHAIN_EDGES, agreement: float = 0.0) -> None:
+    def __init__(self, edges: Sequence[float] = CHAIN_EDGES, prior_acceptance: float = 0.0) -> None:
         self.edges = edges
         centres = [sum(pair) / 2 for pair in pairwise((0.0, *edges, 1.0))]
-        self._beliefs = [agreement + (1 - agreement) * centre for centre in centres]
+        self._beliefs = [prior_acceptance + (1 - prior_acceptance) * centre for centre in centres]
         self.seen = [0.0 for _ in centres]
         self.accepted = [0.0 for _ in centres]
 

@@ -106,12 +106,14 @@ _AGREEING_TOKENS = 8
 """That a source which is known to agree drafts at first."""
 
 
-def prior_averages(agreement: float) -> tuple[RoundAverages, ...]:
+def prior_averages(prior_acceptance: float) -> tuple[RoundAverages, ...]:
     """What is believed of a source that has never been seen at work, but is known to agree with the target so often."""
-    if not agreement:
+    if not prior_acceptance:
         return UNKNOWN_PRIORS
     length = _AGREEING_TOKENS
-    return (RoundAverages(tokens=sum(agreement**depth for depth in range(length + 1)), steps=length, nodes=length),)
+    return (
+        RoundAverages(tokens=sum(prior_acceptance**depth for depth in range(length + 1)), steps=length, nodes=length),
+    )
 
 
 class RunHistory:

@@ -33,7 +33,7 @@ class Phase(Enum):
 
     NEW = auto()
     """Nothing has been written."""
-    GLIMPSE = auto()
+    PEEK = auto()
     """The draft writes the first tokens, at which the router looks."""
     DRAFT = auto()
     """The draft writes."""
@@ -119,7 +119,7 @@ class StepLoop:
             self.feed.end()
         self._finish()
 
-    def salvage(self) -> None:
+    def keep_partial(self) -> None:
         """After an exception: finish every row with what it has, the unfinished step included."""
         for row, place in enumerate(self.target.sequences.rows):
             drafted, written = self.draft.step_tokens(row), self.target.step_tokens(row)
@@ -147,13 +147,13 @@ class StepLoop:
         try:
             writer.round()
         except EndpointError as error:
-            self._lose(error)
+            self._handle_endpoint_failure(error)
 
     def _attend(self) -> None:
         """See to every row that does not write, until all of them do or have stopped."""
         attend = {
             Phase.NEW: self._begin,
-            Phase.GLIMPSE: self._glimpse,
+            Phase.PEEK: self._peek,
             Phase.DRAFT: self._judge,
             Phase.TARGET: self._take,
         }
@@ -175,10 +175,10 @@ class StepLoop:
             self._let_draft(rows)
         else:
             for row in rows:
-                self._turns[row].phase = Phase.GLIMPSE
+                self._turns[row].phase = Phase.PEEK
             self.draft.begin(dict.fromkeys(rows, min(self.router.peek, self._longest)))
 
-    def _glimpse(self, rows: Sequence[int]) -> None:
+    def _peek(self, rows: Sequence[int]) -> None:
         """The draft has written the first tokens: the router looks."""
         decisions: dict[int, Decision | None] = dict.fromkeys(rows)
         if self._lost is None:
@@ -202,7 +202,7 @@ class StepLoop:
         decisions = {row: decision for row in rows if (decision := self._turns[row].decision) is not None}
         decisions |= self._decide({row: step for row, step in drafted.items() if row not in decisions}, view)
         kept = {row: step for row, step in drafted.items() if not decisions[row].escalate}
-        view.settle({row: step.tokens for row, step in kept.items()})
+        view.commit_scored({row: step.tokens for row, step in kept.items()})
         escalated = [row for row in rows if row not in kept]
         self._escalate({row: decisions[row] for row in escalated}, {row: drafted[row].tokens for row in escalated})
         finished = {}
@@ -220,7 +220,7 @@ class StepLoop:
         try:
             decisions = self.router.decide(list(drafted.values()), view)
         except EndpointError as error:
-            self._lose(error)
+            self._handle_endpoint_failure(error)
             return dict.fromkeys(drafted, self._alone())
         self.stats.router_seconds += perf_counter() - started - view.seconds
         return dict(zip(drafted, decisions, strict=True))
@@ -234,7 +234,9 @@ class StepLoop:
 
     def _hand_over(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """The target goes on with these rows' steps; what the draft wrote is its first token-level draft."""
-        self.target.adopt({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
+        self.target.append_draft_step(
+            {row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)}
+        )
         self.target.begin(dict.fromkeys(drafts, self._longest))
 
     def _let_write(self, drafts: Mapping[int, Sequence[int]]) -> None:
@@ -252,7 +254,7 @@ class StepLoop:
             finished[row] = _Finished(turn.decision, tokens, turn.drafted, turn.drafted, is_last)
         self._commit(finished)
 
-    def _lose(self, error: EndpointError) -> None:
+    def _handle_endpoint_failure(self, error: EndpointError) -> None:
         """Go on without an endpoint that has failed for good, if it allows that and the other writer is there."""
         if self._lost is not None or error.endpoint.on_failure == "raise":
             raise error
@@ -260,7 +262,7 @@ class StepLoop:
         if error.endpoint is self.draft.endpoint:
             self._lost = "draft"
             drafts = {
-                row: self.draft.step_tokens(row) for row, turn in turns if turn.phase in (Phase.GLIMPSE, Phase.DRAFT)
+                row: self.draft.step_tokens(row) for row, turn in turns if turn.phase in (Phase.PEEK, Phase.DRAFT)
             }
             self._escalate(dict.fromkeys(drafts, self._alone()), drafts)
             return

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from time import perf_counter, time
 from typing import Any
 
-from specdec.server.answers import TokenSpeller
+from specdec.server.answers import TokenDecoder
 from specdec.server.errors import ApiError, queue_full
 from specdec.server.jobs import Job, Runner, closing, too_late
 from specdec.server.metrics import EngineLoad, Metrics
@@ -30,14 +30,14 @@ class Service:
         self,
         facts: ModelFacts,
         planner: Planner,
-        speller: TokenSpeller,
+        decoder: TokenDecoder,
         runner: Runner,
         engine: EngineLoad,
         options: ServerOptions,
     ):
         self.options = options
         self.metrics = Metrics(engine, lambda: len(self._planning))
-        self.speller = speller
+        self.decoder = decoder
         self.is_closing = False
         self._is_over = False
         self.card = ModelCard(id=facts.name, created=int(time()))

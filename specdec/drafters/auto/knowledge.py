@@ -65,10 +65,10 @@ class Known:
     """Of the runs since then, in which it was not at work."""
 
     @classmethod
-    def at_first(cls, drafter: Drafter) -> Known:
+    def initial(cls, drafter: Drafter) -> Known:
         """Before any run has shown anything."""
-        acceptance = AcceptanceMemory(agreement=drafter.agreement)
-        return cls(acceptance=acceptance, history=RunHistory(prior_averages(drafter.agreement)))
+        acceptance = AcceptanceMemory(prior_acceptance=drafter.prior_acceptance)
+        return cls(acceptance=acceptance, history=RunHistory(prior_averages(drafter.prior_acceptance)))
 
     def bias_at(self, num_rows: int) -> SelectionBias:
         return self.selection_bias.setdefault(num_rows, SelectionBias())
@@ -97,4 +97,4 @@ known: WeakKeyDictionary[PreTrainedModel, dict[object, Known]] = WeakKeyDictiona
 def known_of(run: Run, drafter: Drafter) -> Known:
     model = getattr(drafter, "model", None)
     key = type(drafter), None if model is None else id(model)
-    return known.setdefault(run.target.model, {}).setdefault(key, Known.at_first(drafter))
+    return known.setdefault(run.target.model, {}).setdefault(key, Known.initial(drafter))

@@ -32,7 +32,7 @@ from specdec.drafters.auto.dropped import drop, is_the_callers
 from specdec.drafters.auto.knowledge import known_of
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.plain import Plain
-from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
+from trees import Draft, GainLimitedChain, TokenTree, TreeBatch, chain_length, leaf_confidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,12 +78,12 @@ class RoundContext:
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
     def prices(self, step_seconds: float, longest: int) -> list[float]:
-        """Of the tokens of a chain, see `WorthwhileComb`."""
+        """Of the tokens of a chain, see `GainLimitedChain`."""
         longest = min(longest, max(self.max_depths))
         return [self.throughput * step_seconds + price for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
-        """Of the nodes of a tree, see `WorthwhileComb`: the closest ones that do not fall, as differences of widths
+        """Of the nodes of a tree, see `GainLimitedChain`: the closest ones that do not fall, as differences of widths
         that are timed and corrected one by one are mostly noise."""
         verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
         prices = [self.throughput * (wider - narrower) for narrower, wider in pairwise(verified)]
@@ -262,7 +262,7 @@ class ModelSource(Source):
         if not self._known.history.num_runs:  # one more token with every round
             longest = min(longest, ceil(self._known.history.mean.nodes) + 1 + self._averages.num_rounds)
         if self.session.grows_trees:
-            self.session.policy = WorthwhileComb(
+            self.session.policy = GainLimitedChain(
                 prices=context.prices(self._step_seconds(context), longest),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
@@ -347,10 +347,10 @@ class ModelSource(Source):
 
     def _reading_seconds(self, context: RoundContext) -> float:
         """For what the drafter has to read before it can draft."""
-        backlog, costs = self.session.backlog, self._costs_of(context.num_rows)
-        if not backlog or costs is None:
+        num_uncached_tokens, costs = self.session.num_uncached_tokens, self._costs_of(context.num_rows)
+        if not num_uncached_tokens or costs is None:
             return 0.0
-        return costs.seconds(context.num_rows + backlog) - costs.seconds(context.num_rows)
+        return costs.seconds(context.num_rows + num_uncached_tokens) - costs.seconds(context.num_rows)
 
 
 def _costs_of_draft(session: DraftSession, num_rows: int) -> ForwardCosts | None:

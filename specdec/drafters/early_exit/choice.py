@@ -2,7 +2,7 @@
 
 `Plan`s say what a round of each exit is expected to bring and to take, `RoundControl` takes the one that is worth most,
 tries those that did not pay again, and guards against loss. The chain and its leaves grow for as long as they are worth
-their time (`WorthwhileComb`).
+their time (`GainLimitedChain`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Options:
 
     Args:
         plans: of the exits of which something is known.
-        prices, leaf_prices: see `WorthwhileComb`; the former by exit.
+        prices, leaf_prices: see `GainLimitedChain`; the former by exit.
         acceptance: of a token that is not drawn yet, by exit.
     """
 

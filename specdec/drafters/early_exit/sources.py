@@ -15,7 +15,7 @@ from specdec.drafters.auto.sources import RoundContext
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.drafters.early_exit.rule import reached_slots
 from specdec.drafters.early_exit.shadows import Seen
-from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
+from trees import GainLimitedChain, GrowthPolicy, TreeBatch, leaf_confidence
 
 _FIRST_SURPLUS = RoundAverages(tokens=0.2, steps=0.0, nodes=1.5)
 """What leaves bring, and how many there are, before anything is known."""
@@ -99,7 +99,7 @@ class ExitSource:
         """What a round of it is expected to bring and to take.
 
         Args:
-            prices: of the tokens of its chain (see `WorthwhileComb`).
+            prices: of the tokens of its chain (see `GainLimitedChain`).
         """
         self._prices = prices
         expected = self._surplus.on(likely_averages(self.acceptance.mean_chance, prices, context.num_rows))
@@ -111,7 +111,7 @@ class ExitSource:
         )
 
     def policy(self, prices: Sequence[float], leaf_prices: Sequence[float]) -> GrowthPolicy:
-        return WorthwhileComb(
+        return GainLimitedChain(
             prices=prices,
             chance=self.acceptance.chance,
             next_chance=self.acceptance.mean_chance,

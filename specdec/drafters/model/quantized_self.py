@@ -39,7 +39,7 @@ class QuantizedSelf(Drafter):
         ValueError: `num_tokens` is not a positive integer.
     """
 
-    agreement = 0.9
+    prior_acceptance = 0.9
 
     def __init__(self, num_tokens: int = 5):
         self._policy = Chain(num_tokens)
@@ -90,7 +90,7 @@ class _QuantizedSelfSession(GrowingSession):
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._model.read_along(self._run.target)
+        self._model.share_cache_with(self._run.target)
         try:
             return self._grow(max_depths)
         finally:

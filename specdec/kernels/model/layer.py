@@ -32,7 +32,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _HARMLESS = {"cache_position", "output_hidden_states", "return_dict", "logits_to_keep"}
 
 
-def fits(layer: DecoderLayer) -> bool:
+def is_supported(layer: DecoderLayer) -> bool:
     """Whether the layer has the structure that the native calls compute, and sizes that they can take."""
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP:
         return False
@@ -127,7 +127,7 @@ def contiguous(rotation: Rotation) -> Rotation:
     return native.plain(cos).contiguous(), native.plain(sin).contiguous()
 
 
-class LeanForward:
+class FusedLayer:
     """The forward of a recognised layer. Holds no tensors of its own but the last rotation and mask."""
 
     def __init__(
@@ -265,7 +265,7 @@ class LeanForward:
         """Whether the layer is what it was when it was recognised, and the kernels are here."""
         constants = self._constants
         if constants is None:
-            return native.library() is not None and fits(self.layer)
+            return native.library() is not None and is_supported(self.layer)
         return constants.places.hold_the_same()
 
     def _prepare(self, rotation: object) -> _Constants | None:
@@ -309,7 +309,7 @@ class NativeModel:
     """
 
     def __init__(self, int8_linears: Sequence[Int8Linear]):
-        self.layers: list[LeanForward] = []
+        self.layers: list[FusedLayer] = []
         self._int8_linears = int8_linears
         self._check = Once(self._is_unchanged)
 
@@ -370,8 +370,8 @@ class _Attended(NamedTuple):
 
 
 @torch.no_grad()
-def agrees(layer: DecoderLayer) -> bool:
-    """Whether the lean forward computes what the layer's own does, on a random masked batch with a past.
+def matches_reference(layer: DecoderLayer) -> bool:
+    """Whether the fused forward computes what the layer's own does, on a random masked batch with a past.
 
     The bound is loose for int8 (a rounding may tip) and still far below what a wrong formula would show.
     """
@@ -392,7 +392,7 @@ def agrees(layer: DecoderLayer) -> bool:
             out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
         return out_BTC
 
-    expected_BTC, actual_BTC = run(layer.forward), run(LeanForward(layer))
+    expected_BTC, actual_BTC = run(layer.forward), run(FusedLayer(layer))
     bound = 0.02 if isinstance(attn.q_proj, Int8Linear) else 1e-4
     return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC[:, past:]).norm().item()
 

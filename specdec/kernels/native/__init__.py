@@ -20,12 +20,12 @@ import torch
 from specdec.kernels.native import build
 from specdec.kernels.native.structs import (
     Attention,
+    Candidates,
     Int,
     Layer,
     Matrix,
     Pointer,
     Taken,
-    Urn,
     Verification,
     Visibility,
 )
@@ -37,7 +37,7 @@ _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Layer, Attention, Urn, Taken, Visibility, Verification)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Layer, Attention, Candidates, Taken, Visibility, Verification)
 
 
 def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
@@ -66,7 +66,9 @@ _FUNCTIONS = {
     "attention_and_mlp": _Function(
         (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Int, Pointer, Pointer, _Threads), Int, True
     ),
-    "take": _Function((ctypes.POINTER(Urn), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True),
+    "take": _Function(
+        (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
+    ),
     "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), Int, True),
     "write_mask": _Function((ctypes.POINTER(Visibility),)),
     "move": _Function((Pointer, Pointer, Int, Int, Pointer, Pointer, Int)),

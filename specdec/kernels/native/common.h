@@ -55,7 +55,7 @@ typedef struct {
     int64_t vocab;
     float *peaks, *shares; /* [rows][blocks] */
     double *norms;
-} Urn;
+} Candidates;
 
 /* The tokens that were taken from some rows before, with room for `room` in each; nothing is read where that is 0. */
 typedef struct {
@@ -94,7 +94,7 @@ typedef struct {
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
     void (*attention_and_mlp)(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out);
-    void (*take_from)(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+    void (*take_from)(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     void (*verify)(Verification *v, int rule);
 } Kernels;

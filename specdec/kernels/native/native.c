@@ -93,7 +93,7 @@ EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *attentions, 
 }
 
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
-EXPORT int64_t specdec_take(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+EXPORT int64_t specdec_take(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                          const double *coins, int64_t *tokens, double *probs) {
     CALL(1, take_from(u, slots, num_slots, taken, count, coins, tokens, probs));
 }

@@ -41,7 +41,7 @@ class Attention(ctypes.Structure):
     )
 
 
-class Urn(ctypes.Structure):
+class Candidates(ctypes.Structure):
     """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
 
     _fields_ = (("x", Pointer), ("vocab", Int), ("peaks", Pointer), ("shares", Pointer), ("norms", Pointer))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.kernels import native
 from specdec.kernels.native import structs
-from specdec.kernels.trees.urn import is_native
+from specdec.kernels.trees.token_source import is_native
 from trees import Draft
 
 Rule = Literal["walk", "topdown", "traversal"]

@@ -42,7 +42,7 @@ class RemoteView:
         """Spent on the target's work."""
         return self._writer.stats.verify_seconds - self._before
 
-    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
+    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
         """A server keeps no state of ours."""
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ OPEN_PATHS = frozenset({"/health"})
 """What needs no key."""
 
 
-class Gate:
+class AccessMiddleware:
     """An ASGI application around another one.
 
     Without a key, a server on the loopback answers only requests that name this machine as their host: otherwise a

@@ -18,10 +18,10 @@ _CHUNK = 256
 """Tokens of prompts that are read in a round."""
 
 
-class Follower:
+class DraftModelRunner:
     """Reads the prompts when something is first asked; then keeps what the target accepts of its tail.
 
-    The prompts of rows that join are read one after the other, a chunk a round: see `read_prompts`.
+    The prompts of rows that join are read one after the other, a chunk a round: see `prefill_chunk`.
     """
 
     def __init__(self, model: PreTrainedModel, run: Run):
@@ -38,7 +38,7 @@ class Follower:
         return self._model.model
 
     @property
-    def backlog(self) -> int:
+    def num_uncached_tokens(self) -> int:
         """Tokens that are not in the cache, besides the newest, padding included."""
         lengths = self._run.sequences.lengths
         if self._cached is None and not self._has_joined:
@@ -61,7 +61,7 @@ class Follower:
         """Slots forwarded since the last `keep`."""
         return 0 if self._cached is None else self._model.cache.tail
 
-    def read_prompts(self) -> list[bool]:
+    def prefill_chunk(self) -> list[bool]:
         """Read the prompts of the call; of rows that have joined no more than a chunk, so that others need not wait.
 
         Returns:
@@ -84,7 +84,7 @@ class Follower:
         That is one or more, but for rows whose prompt has not been read: they have none.
         """
         if self._cached is None:
-            self.read_prompts()
+            self.prefill_chunk()
         assert self._cached is not None
         sequences = self._run.sequences
         rows = zip(sequences.lengths, self._cached, strict=True)
@@ -104,7 +104,7 @@ class Follower:
             self._model.commit(kept)
             self._cached = [cached + len(slots) for cached, slots in zip(self._cached, kept, strict=True)]
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         """Forget what the cache holds past the ends of the texts; the newest token is never in it."""
         if self._cached is not None:
             lengths = self._run.sequences.lengths
