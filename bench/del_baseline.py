@@ -75,11 +75,11 @@ class Case:
 
     def num_rounds(self, setting: Setting) -> int:
         """Rounds in which this setting decodes it: each commits its agreed drafts and one more token."""
-        agreement, place, rounds = self.agreement[setting.exit_layer], 1, 0  # the prefill yields the first token
-        while place < len(agreement):
-            longest = min(setting.length, len(agreement) - place - 1)
-            accepted = next((i for i in range(longest) if not agreement[place + i]), longest)
-            place += accepted + 1
+        agreement, position, rounds = self.agreement[setting.exit_layer], 1, 0  # the prefill yields the first token
+        while position < len(agreement):
+            longest = min(setting.length, len(agreement) - position - 1)
+            accepted = next((i for i in range(longest) if not agreement[position + i]), longest)
+            position += accepted + 1
             rounds += 1
         return rounds
 

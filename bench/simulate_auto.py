@@ -4,7 +4,7 @@
     python -m bench.simulate_auto run [TRACES] [--machine NAME ...] [--without NAME ... | --ablate] [--seeds 16]
 
 `record` decodes prompts (of a Spec-Bench file those whose ids are *not* divisible by 3; the others are reported)
-greedily with the model in int8, and notes what a draft model would have proposed at every place of the answers; with
+greedily with the model in int8, and notes what a draft model would have proposed at every position of the answers; with
 `--copy` also what the same model says in float32, which differs from it as often as an int8 copy from its original.
 
 `run` gives the real `Auto` a clock that only forwards move, and drafters that replay the traces (a folder, by default

@@ -185,7 +185,7 @@ def test_states_of_a_verification_equal_those_of_a_whole_forward() -> None:
     parts.forward_below(2, roots_B1, torch.zeros_like(roots_B1), None)
     grown = GrowingTrees(2)  # node 1, a node that is dropped, and node 0; then node 2
     for tokens, parents in (([6, 250, 5], [ROOT] * 3), ([7], [0])):
-        grown.add(Layer(tokens_BM=torch.tensor([tokens] * 2), parents_BM=np.array([parents] * 2)))
+        grown.append(Layer(tokens_BM=torch.tensor([tokens] * 2), parents_BM=np.array([parents] * 2)))
         parts.forward_below(2, grown.tokens_BM, grown.depths_BM, grown.seen_BMT)
     in_parts = parts.verify(trees, roots_B1, [[2, 0, 3, -1, -1]] * 2)
     torch.testing.assert_close(in_parts, logits)

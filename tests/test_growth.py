@@ -447,10 +447,10 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, target, small):
             assert_same_tokens(target, plain, found, prompts["attention_mask"], **options)
 
 
-COMB = GainLimitedChain(prices=[0.0] * 3, chance=float, next_chance=1.0, leaf_prices=[0.0] * 9)
+LEAVES = GainLimitedChain(prices=[0.0] * 3, chance=float, next_chance=1.0, leaf_prices=[0.0] * 9)
 
 
-@pytest.mark.parametrize("tree", [Fixed((2, 1, 1)), COMB], ids=["fixed", "comb"])
+@pytest.mark.parametrize("tree", [Fixed((2, 1, 1)), LEAVES], ids=["fixed", "leaves"])
 def test_trees_follow_processors_that_look_at_prefixes(tree: GrowthPolicy, target):
     prompts = random_prompts([5, 9, 3, 12])
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.3}
@@ -553,4 +553,4 @@ def test_rows_fill_up_to_the_width_that_there_is():
     draft = grow(dear, models, [5, 1], sample=False)
     assert draft.trees.sizes[0] == 5, "chain"
     assert draft.trees.sizes[1] == 4, "one token and three leaves"
-    assert draft.places == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]
+    assert draft.grown_indices == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]

@@ -8,7 +8,7 @@ from trees.dynamic import DySpec, DySpecThreshold
 from trees.gain_limited import GainLimitedChain, leaf_confidence
 from trees.merging import Merged, Merger, merge
 from trees.policy import Grower, GrowthPolicy, Layer, Round
-from trees.side_leaves import Leaf, chain_length, comb, comb_places
+from trees.side_leaves import chain_length
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
 from trees.tree_builder import GrowingTrees
@@ -27,7 +27,6 @@ __all__ = [
     "GrowingTrees",
     "GrowthPolicy",
     "Layer",
-    "Leaf",
     "Merged",
     "Merger",
     "Part",
@@ -36,8 +35,6 @@ __all__ = [
     "TokenTree",
     "TreeBatch",
     "chain_length",
-    "comb",
-    "comb_places",
     "count_ranks",
     "count_shares",
     "leaf_confidence",

@@ -29,7 +29,7 @@ class Draft:
             were drawn in node order without replacement; rows of leaves are not read. Without distributions the trees
             are deterministic (no chance was involved): then the target alone decides.
         q_layers: the same without a copy of every distribution, for drafts that were grown.
-        places: for each row the place of every node among the tokens of the layers that `Grower.grow` returned,
+        grown_indices: for each row the index of every node among the tokens of the layers that `Grower.grow` returned,
             -1 for a node that was in none. None says that node i was the i-th.
         parts: the drafts that were merged into this one (see `trees.merge`), in the order in which they are tested;
             they have the distributions then.
@@ -38,7 +38,7 @@ class Draft:
     trees: TreeBatch
     q_BTV: Tensor | None = None
     q_layers: LayeredDistributions | None = None
-    places: Sequence[Sequence[int]] | None = None
+    grown_indices: Sequence[Sequence[int]] | None = None
     parts: Sequence[Part] | None = None
 
     @property
@@ -93,8 +93,8 @@ class LayeredDistributions:
         device = self.layers_BMV[0].device
         if device.type == "cpu":
             rows, slots = rows_N.numpy(), slots_N.numpy()
-            places = np.stack([self.layer_BT[rows, slots], rows, self.column_BT[rows, slots]], 1).tolist()
-            return torch.stack([self.layers_BMV[layer][row, column] for layer, row, column in places]).softmax(-1)
+            cells = np.stack([self.layer_BT[rows, slots], rows, self.column_BT[rows, slots]], 1).tolist()
+            return torch.stack([self.layers_BMV[layer][row, column] for layer, row, column in cells]).softmax(-1)
         return self._joined_BPV[rows_N, self._places_BT[rows_N, slots_N]].softmax(-1)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Combs that grow while the next token is worth its time.
+"""Chains with leaves that grow while the next token is worth its time.
 
 Shape legend: B rows, M tokens of a layer, T slots, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trees.draft import Draft, LayeredDistributions
 from trees.policy import Grower, GrowthPolicy, Layer, Round
-from trees.side_leaves import Leaf, comb, comb_places
+from trees.side_leaves import Leaf, chain_grown_indices, chain_with_leaves
 from trees.token_source import TokenSource
 from trees.tree import ROOT, TreeBatch
 
@@ -33,7 +33,7 @@ class GainLimitedChain(GrowthPolicy):
     The next token of the chain is drafted if the chance that it will be accepted, summed over the rows of the batch, is
     at least its price. Then the rows get leaves, each its best, for as long as the chances of these together come to
     what a wider verification costs; rows that are shorter than the longest fill up for nothing. What a chance is taken
-    from is known before the token is drawn, so sampled combs stay exact: it is the non-anticipating rule "take the next
+    from is known before the token is drawn, so sampled trees stay exact: it is the non-anticipating rule "take the next
     one if (A + r v) / T(n + 1) > A / T(n)", with what the time would bring elsewhere for A / T(n). With prices of 0 and
     no leaves this is `Chain`.
 
@@ -55,7 +55,7 @@ class GainLimitedChain(GrowthPolicy):
     leaf_chance: Callable[[float], float] = float
 
     def start(self, round_: Round) -> Grower:
-        return _WorthwhileGrower(round_, self)
+        return _GainLimitedGrower(round_, self)
 
     def goes_on(self, probs: Sequence[Sequence[float]]) -> bool:
         """Whether the next token of chains is worth its price.
@@ -80,7 +80,7 @@ def leaf_confidence(prob: float, elder_probs: Sequence[float], sample: bool) -> 
 
 @dataclass(slots=True)
 class _Row:
-    """A comb in the making.
+    """A row's tree in the making.
 
     Args:
         limit: most tokens of the chain.
@@ -111,7 +111,7 @@ class _Row:
         self.num_offers += 1
 
 
-class _WorthwhileGrower(Grower):
+class _GainLimitedGrower(Grower):
     def __init__(self, round_: Round, policy: GainLimitedChain):
         self._policy = policy
         self._round = round_
@@ -143,9 +143,11 @@ class _WorthwhileGrower(Grower):
 
     def finish(self) -> Draft:
         self._add_leaves()
-        combs = [comb(row.tokens, [probs[0] for probs in row.probs], row.leaves) for row in self._rows]
-        trees = TreeBatch.stack(combs, self._layers_BMV[0].device)
-        return Draft(trees=trees, q_layers=self._distributions(trees.num_slots), places=comb_places(combs))
+        rows = [chain_with_leaves(row.tokens, [probs[0] for probs in row.probs], row.leaves) for row in self._rows]
+        trees = TreeBatch.stack(rows, self._layers_BMV[0].device)
+        return Draft(
+            trees=trees, q_layers=self._distributions(trees.num_slots), grown_indices=chain_grown_indices(rows)
+        )
 
     def _going_on(self) -> float:
         """The chance that the next token of the chain is accepted, of all rows."""

@@ -43,7 +43,7 @@ class Node:
         refused: chance that all children so far are refused, if any is tested; without a calibration it is `left`.
         taken: tokens of the children.
         bound: no next child has a greater value.
-        place: see `Draft.places`.
+        grown_index: see `Draft.grown_indices`.
         source: where the children come from; None until the slot is scored.
         layer, column: where the slot's scores are.
         ahead: tokens taken from the source and not yet asked for, with their probabilities, the next one last.
@@ -61,7 +61,7 @@ class Node:
     left: float = 1.0
     refused: float = 1.0
     taken: set[int] = field(default_factory=set)
-    place: int = ROOT
+    grown_index: int = ROOT
     source: TokenSource | None = None
     layer: int = 0
     column: int = 0
@@ -70,10 +70,10 @@ class Node:
 
 
 class FinishedTree(NamedTuple):
-    """A row's tree; for each node its place (see `Draft.places`), and the layer and column of the scores after it."""
+    """A row's tree; for each node its grown index, and the layer and column of the scores after it."""
 
     tree: TokenTree
-    places: Sequence[int]
+    grown_indices: Sequence[int]
     layers: ArrayLike
     columns: ArrayLike
 
@@ -96,7 +96,7 @@ class LayeredGrower(Grower):
             if depth > 0
         ]
         self._layers: list[Tensor] = []
-        self._num_places = 0
+        self._num_grown = 0
         self._spares = [0] * len(round_.max_depths)
 
     @property
@@ -128,15 +128,15 @@ class LayeredGrower(Grower):
     def finish(self) -> Draft:
         rows = self._finished()
         trees = TreeBatch.stack([row.tree for row in rows], self._device)
-        places = [row.places for row in rows]
+        grown_indices = [row.grown_indices for row in rows]
         if not self._round.sample:
-            return Draft(trees=trees, places=places)
+            return Draft(trees=trees, grown_indices=grown_indices)
         layer_BT, column_BT = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
         for number, row in enumerate(rows):
             layer_BT[number, 1 : len(row.tree) + 1] = row.layers
             column_BT[number, 1 : len(row.tree) + 1] = row.columns
         q_layers = LayeredDistributions(layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT)
-        return Draft(trees=trees, q_layers=q_layers, places=places)
+        return Draft(trees=trees, q_layers=q_layers, grown_indices=grown_indices)
 
     def _finished(self) -> Sequence[FinishedTree]:
         """The tree of every row."""
@@ -199,7 +199,7 @@ class LayeredGrower(Grower):
         return node.depth < self._round.max_depths[node.row]
 
     def _next_layer(self) -> Layer:
-        """Give the frontier its places and hand it out."""
+        """Give the frontier its grown indices and hand it out."""
         rows: list[list[Node]] = [[] for _ in self._spares]
         for node in self._frontier:
             rows[node.row].append(node)
@@ -208,10 +208,10 @@ class LayeredGrower(Grower):
         for nodes, spare in zip(rows, self._spares, strict=True):
             padding = width - len(nodes)
             tokens.append([*(node.token for node in nodes), *[spare] * padding])
-            parents.append([*(node.parent.place if node.parent else ROOT for node in nodes), *[ROOT] * padding])
+            parents.append([*(node.parent.grown_index if node.parent else ROOT for node in nodes), *[ROOT] * padding])
             for column, node in enumerate(nodes):
-                node.column, node.place = column, self._num_places + column
-        self._num_places += width
+                node.column, node.grown_index = column, self._num_grown + column
+        self._num_grown += width
         tokens_BM = torch.tensor(tokens, dtype=torch.long, device=self._device)
         return Layer(tokens_BM=tokens_BM, parents_BM=np.array(parents, np.int64))
 
@@ -268,5 +268,5 @@ def _finished_tree(nodes: Sequence[Node]) -> FinishedTree:
         probs=[node.prob for node in nodes],
         values=[node.value for node in nodes],
     )
-    places, layers, columns = ([getattr(node, name) for node in nodes] for name in ("place", "layer", "column"))
-    return FinishedTree(tree, places, layers, columns)
+    columns = ([getattr(node, name) for node in nodes] for name in ("grown_index", "layer", "column"))
+    return FinishedTree(tree, *columns)

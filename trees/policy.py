@@ -30,12 +30,12 @@ from trees.token_source import TokenSource, TorchSource
 class Layer:
     """Nodes to be forwarded by the draft model, because the grower wants to know what follows them.
 
-    The tokens of all layers of a round are numbered in order: their *places*. A row that has fewer nodes in a
+    The tokens of all layers of a round are numbered in order: their *grown indices*. A row that has fewer nodes in a
     layer than another repeats one of its own.
 
     Args:
         tokens_BM: int64 token ids.
-        parents_BM: int64, places of their parents, `ROOT` for children of the root.
+        parents_BM: int64, grown indices of their parents, `ROOT` for children of the root.
     """
 
     tokens_BM: Tensor

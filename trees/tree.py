@@ -199,7 +199,7 @@ class TreeBatch:
         size = self.sizes[index]
         return TokenTree(tokens=self.tokens_BN[index, :size].tolist(), parents=self.parents_BN[index, :size].tolist())
 
-    def only(self, index: int) -> TreeBatch:
+    def single_row(self, index: int) -> TreeBatch:
         """A batch of this row alone, as wide as this one."""
         one = slice(index, index + 1)
         batch = TreeBatch(

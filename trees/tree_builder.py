@@ -17,7 +17,7 @@ _CAPACITY = 128
 
 
 class GrowingTrees:
-    """The layers so far, each node at its place: who sees whom, and how deep it is.
+    """The layers so far, in the order in which they were grown: who sees whom, and how deep it is.
 
     All is worked out on the host, in memory that is allocated ahead: a layer costs what its own nodes cost. Nodes that
     fill up a layer (see `Layer`) count like others.
@@ -44,8 +44,8 @@ class GrowingTrees:
         self._depths_BC = np.zeros((num_rows, _CAPACITY), np.int64)
         self._seen_BCC[:, 0, 0] = True
 
-    def add(self, layer: Layer) -> None:
-        """Take a layer; its parents stand at earlier places."""
+    def append(self, layer: Layer) -> None:
+        """Take a layer; its parents have been grown before."""
         start, stop = self.num_slots, self.num_slots + layer.parents_BM.shape[1]
         self.is_chain = self.is_chain and stop == start + 1 and bool((layer.parents_BM == start - 2).all())
         self._layers.append(layer)
@@ -59,7 +59,7 @@ class GrowingTrees:
 
     @property
     def parents_BM(self) -> np.ndarray:
-        """int64 on the host: places of their parents, `ROOT` for children of the root."""
+        """int64 on the host: grown indices of their parents, `ROOT` for children of the root."""
         return self._layers[-1].parents_BM
 
     @property
@@ -100,7 +100,7 @@ class GrowingTrees:
         self._work_out()
         return self._depths_BC[:, : self.num_slots]
 
-    def only(self, index: int) -> TreeBatch:
+    def single_row(self, index: int) -> TreeBatch:
         """The nodes of one row so far, in a batch of its own."""
         row = slice(index, index + 1)
         parents_1N = np.concatenate([np.empty((1, 0), np.int64), *(x.parents_BM[row] for x in self._layers)], 1)

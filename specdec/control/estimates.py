@@ -98,8 +98,8 @@ class AcceptanceModel:
 
     def note_chain(self, confidences: Sequence[float], num_accepted: int) -> None:
         """A chain was tested: those after the first refused token were not."""
-        for place, confidence in enumerate(confidences[: num_accepted + 1]):
-            self.note(confidence, place < num_accepted)
+        for index, confidence in enumerate(confidences[: num_accepted + 1]):
+            self.note(confidence, index < num_accepted)
 
     def _current(self) -> list[float]:
         if self._chances is None:

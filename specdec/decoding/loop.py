@@ -98,7 +98,7 @@ class DecodingLoop:
     def verify(self, draft: Draft) -> Tensor:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
         started = perf_counter()
-        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.places)
+        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 

@@ -84,13 +84,13 @@ class Sequences:
         other.tokens, other._ids_BL = [[*tokens] for tokens in self.tokens], self._ids_BL.clone()
         return other
 
-    def part(self, rows: Sequence[int]) -> Sequences:
+    def row_subset(self, rows: Sequence[int]) -> Sequences:
         """Some of the rows, still numbered as they are; it holds until the next change."""
         view = copy.copy(self)
         view.select_rows(rows)
         return view
 
-    def alone(self, row: int) -> Sequences:
+    def single_row(self, row: int) -> Sequences:
         """A view of one row, as the only one of a batch; it holds until the next change."""
         view = copy.copy(self)
         view.num_all_rows, view.rows = 1, [0]

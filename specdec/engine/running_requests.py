@@ -140,7 +140,7 @@ class RequestSampler(Sampler):
         return accepted
 
     def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, running: RunningRequest) -> None:
-        own = Prefixes(prefixes.sequences.alone(index), prefixes.trees.only(index), prefixes.slots)
+        own = Prefixes(prefixes.sequences.single_row(index), prefixes.trees.single_row(index), prefixes.slots)
         scores_TV = scores_BTV[index]
         if running.sampler.processors:
             scores_TV.copy_(running.sampler.process(scores_TV.unsqueeze(0), own)[0])
@@ -169,7 +169,7 @@ class RequestStops(StopChecker):
         for index, row in enumerate(sequences.rows):
             if self._requests[row].error is None:
                 with self._requests.own_errors(row):
-                    own = self._requests[row].stop.cut(sequences.alone(index), [candidates[index]], scores_of)
+                    own = self._requests[row].stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
                     (counts[index],), (stopped[index],) = own
         return counts, stopped
 
@@ -230,7 +230,7 @@ class ContinuousBatchingLoop(DecodingLoop):
 
     def _finish(self, index: int, row: int) -> None:
         running = self.requests[row]
-        alone = self.sequences.alone(index)
+        alone = self.sequences.single_row(index)
         if running.error is None:
             with self.requests.own_errors(row):
                 running.finish(running.stop_reason(alone))

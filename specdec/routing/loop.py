@@ -121,7 +121,7 @@ class StepLoop:
 
     def keep_partial(self) -> None:
         """After an exception: finish every row with what it has, the unfinished step included."""
-        for row, place in enumerate(self.target.sequences.rows):
+        for row, caller_row in enumerate(self.target.sequences.rows):
             drafted, written = self.draft.step_tokens(row), self.target.step_tokens(row)
             if written or drafted:
                 decision = Decision(escalate=bool(written), reason="broken off")
@@ -129,7 +129,7 @@ class StepLoop:
                 self.stats.note_tokens(len(written or drafted), perf_counter() - self._started)
             if not written:
                 self.target.sync({row: [*self.target.sequences.tokens[row], *drafted]})
-            self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
+            self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
         self._finish()
 
     def close(self) -> None:
@@ -292,16 +292,16 @@ class StepLoop:
             writer.begin_steps(texts)
         steps = list(finished.values())
         self.stats.note_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
-        places = [self.target.sequences.rows[row] for row in finished]
+        caller_rows = [self.target.sequences.rows[row] for row in finished]
         if self.feed is not None:
             shared = [num_shared(step.drafted, step.tokens) for step in steps]
-            self.feed.put_round(places, [step.tokens for step in steps], shared)
-        for row, place, step in zip(finished, places, steps, strict=True):
-            self._steps[place].append(step.tokens)
+            self.feed.put_round(caller_rows, [step.tokens for step in steps], shared)
+        for row, caller_row, step in zip(finished, caller_rows, steps, strict=True):
+            self._steps[caller_row].append(step.tokens)
             if self.feed is not None:
-                self.feed.put(place, step.tokens, step.is_last)
+                self.feed.put(caller_row, step.tokens, step.is_last)
             if step.is_last:
-                self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
+                self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
         if self.feed is not None:
             self.feed.flush()
         gone = {row for row, step in finished.items() if step.is_last}
@@ -321,12 +321,12 @@ class StepLoop:
         Args:
             in_vain: what was written besides, perhaps the beginning of the step itself.
         """
-        place = self.target.sequences.rows[row]
+        caller_row = self.target.sequences.rows[row]
         writer: Writer = "target" if decision.escalate else "draft"
-        self._writers[place].append(writer)
+        self._writers[caller_row].append(writer)
         self.stats.steps.append(
             StepRecord(
-                row=place,
+                row=caller_row,
                 writer=writer,
                 score=decision.score,
                 reason=decision.reason,
@@ -345,18 +345,18 @@ class StepLoop:
         stats.finish(perf_counter() - self._started)
 
     def _view(self) -> View:
-        places = {row: place for place, row in enumerate(self.target.sequences.rows)}
+        writer_rows = {row: index for index, row in enumerate(self.target.sequences.rows)}
         if isinstance(self.target, RemoteWriter):
-            return RemoteView(self.target, places, ask=self._ask, write=self._let_write)
-        return WriterView(self.target, places, ask=self._ask, token_of=self._token_of, write=self._let_write)
+            return RemoteView(self.target, writer_rows, ask=self._ask, write=self._let_write)
+        return WriterView(self.target, writer_rows, ask=self._ask, token_of=self._token_of, write=self._let_write)
 
     def _drafted(self, row: int) -> DraftedStep:
-        place = self.target.sequences.rows[row]
+        caller_row = self.target.sequences.rows[row]
         return DraftedStep(
-            row=place,
-            prompt=self._prompts[place],
-            previous=tuple(self._steps[place]),
-            writers=tuple(self._writers[place]),
+            row=caller_row,
+            prompt=self._prompts[caller_row],
+            previous=tuple(self._steps[caller_row]),
+            writers=tuple(self._writers[caller_row]),
             tokens=self.draft.step_tokens(row),
             signals=self.draft.step_signals(row),
             is_last=self.draft.stop.steps[row].is_last,

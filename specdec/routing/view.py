@@ -19,7 +19,7 @@ class WriterView:
 
     Args:
         writer: the target's.
-        places: row of the caller's batch -> row of the writer's.
+        writer_rows: row of the caller's batch -> row of the writer's.
         ask: token ids of a question and of the opening of its answer, as they follow a step.
         token_of: the id of an answer's text.
         write: makes the target write the steps of these of its rows.
@@ -28,14 +28,14 @@ class WriterView:
     def __init__(
         self,
         writer: StepWriter,
-        places: Mapping[int, int],
+        writer_rows: Mapping[int, int],
         *,
         ask: Callable[[str, str], list[int]],
         token_of: Callable[[str], int],
         write: Callable[[Mapping[int, Sequence[int]]], None],
     ):
         self._writer = writer
-        self._places = places
+        self._writer_rows = writer_rows
         self._ask = ask
         self._token_of = token_of
         self._write = write
@@ -54,31 +54,31 @@ class WriterView:
             self._forget()
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._places[step.row] in self.written for step in steps]
+        theirs = [self._writer_rows[step.row] in self.written for step in steps]
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
-        logits_of = self._score_drafts({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_log_probs(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._score_drafts({self._writer_rows[step.row]: list(step.tokens) for step in steps})
+        return [_log_probs(logits_of[self._writer_rows[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        if steps and all(self._places[step.row] in self.written for step in steps):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
-        logits_of = self._score_drafts({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_regrets(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._score_drafts({self._writer_rows[step.row]: list(step.tokens) for step in steps})
+        return [_regrets(logits_of[self._writer_rows[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
     ) -> list[np.ndarray]:
         asked, ids = self._ask(question, opening), [self._token_of(choice) for choice in choices]
-        chains = {self._places[step.row]: [*step.tokens, *asked] for step in steps}
+        chains = {self._writer_rows[step.row]: [*step.tokens, *asked] for step in steps}
         logits_of = self._score_drafts(chains)
-        rows = [self._places[step.row] for step in steps]
+        rows = [self._writer_rows[step.row] for step in steps]
         return [logits_of[row][len(chains[row]), ids].float().softmax(-1).cpu().numpy() for row in rows]
 
     def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
         started = perf_counter()
         self._writer.wants_signals = True
-        rows = {self._places[step.row]: step.tokens for step in steps}
+        rows = {self._writer_rows[step.row]: step.tokens for step in steps}
         if set(self._scored) <= set(rows):
             self.commit_scored({})
         else:

@@ -216,18 +216,18 @@ class StepWriter(DecodingLoop):
         part, sequences = draft, self.sequences
         if len(rows) < len(sequences):
             part = Draft(trees=_chains([draft.trees.row(row).tokens for row in rows], self.device))
-            sequences = sequences.part(rows)
+            sequences = sequences.row_subset(rows)
         prefixes = Prefixes(sequences, part.trees, range(part.trees.num_slots))
         scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
         found = to_host(part.trees, self.sampler.accept(scores_RTV, part))
         accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
-        for place, row in enumerate(rows):
-            path, tokens = found.paths[place], found.candidates[place]
+        for index, row in enumerate(rows):
+            path, tokens = found.paths[index], found.candidates[index]
             accepted.paths[row], accepted.candidates[row] = path, tokens
             signals: list[_TokenSignals | None] = [None] * len(tokens)
             if self.wants_signals:
                 slots = [0, *(node + 1 for node in path)]
-                signals = [*self._signals_of(logits_RTV[place, slots], tokens, row, slots)]
+                signals = [*self._signals_of(logits_RTV[index, slots], tokens, row, slots)]
             self._signals[row].extend(signals)
         return accepted
 
@@ -284,8 +284,8 @@ class StepWriter(DecodingLoop):
 
     def _root(self, row: int) -> int:
         """The last token; of a row that does not write the first one that is not cached: what it says is dropped."""
-        place = -1 if self.stop.steps[row].writing else self.target.cache.lengths[row]
-        return int(self.sequences.prefix(row)[place])
+        position = -1 if self.stop.steps[row].writing else self.target.cache.lengths[row]
+        return int(self.sequences.prefix(row)[position])
 
     def _catch_up(self) -> None:
         """Read what is too long to be read with a draft: where several rows write, each row's on its own."""

@@ -84,7 +84,7 @@ class TextStream:
         if self.is_stopped or not text:
             return ""
         self._held += text
-        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        found = [position for stop in self._stop if (position := self._held.find(stop)) >= 0]
         self.is_stopped = bool(found)
         count = min(found) if found else len(self._held) - self._num_suspect()
         told, self._held = self._held[:count], self._held[count:]

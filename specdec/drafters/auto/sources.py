@@ -280,9 +280,9 @@ class ModelSource(Source):
             self._step_costs(context).note(num_rows, (draft_seconds - self._reading) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
-                self._learn_comb(row, row.probs, path)
+                self._learn_leaves(row, row.probs, path)
 
-    def _learn_comb(self, row: TokenTree, probs: Sequence[float], path: Sequence[int]) -> None:
+    def _learn_leaves(self, row: TokenTree, probs: Sequence[float], path: Sequence[int]) -> None:
         """What the target took of a chain, and of the leaves beside what it came to."""
         length = chain_length(row)
         num_along = sum(node < length for node in path)

@@ -95,7 +95,7 @@ class ExitSource:
         """Whether only a draft shows what it is worth now."""
         return self._has_begun or not self._is_watched
 
-    def plan(self, place: int, context: RoundContext, step_seconds: float, prices: Sequence[float]) -> Plan[int]:
+    def plan(self, source: int, context: RoundContext, step_seconds: float, prices: Sequence[float]) -> Plan[int]:
         """What a round of it is expected to bring and to take.
 
         Args:
@@ -104,7 +104,7 @@ class ExitSource:
         self._prices = prices
         expected = self._surplus.on(likely_averages(self.acceptance.mean_chance, prices, context.num_rows))
         return Plan(
-            source=place,
+            source=source,
             length=len(prices) + 1,
             tokens=expected.tokens * context.num_rows,
             seconds=expected.steps * step_seconds + context.seconds(expected.nodes),
@@ -124,9 +124,9 @@ class ExitSource:
         self._has_begun = True
         for probs, accepted in reached_slots(trees, paths):
             self.acceptance.note(probs[0], accepted == 0)
-            for place in range(1, len(probs)):
-                confidence = leaf_confidence(probs[place], probs[:place], self._sample)
-                self._leaves.note(confidence, accepted == place)
+            for rank in range(1, len(probs)):
+                confidence = leaf_confidence(probs[rank], probs[:rank], self._sample)
+                self._leaves.note(confidence, accepted == rank)
         # by what is believed now: that the first beliefs were wrong is no surplus
         expected = likely_averages(self.acceptance.mean_chance, self._prices, len(paths))
         actual = RoundAverages(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)

@@ -240,8 +240,8 @@ class _SharedTokensSession(GrowingSession):
         self._reader.select_rows(rows)
 
     def _forwarded(self, draft: Draft, row: int, path: Sequence[int]) -> list[int]:
-        places = path if draft.places is None else [draft.places[row][node] for node in path]
-        return [place for place in places if 0 <= place < self._reader.model.cache.tail]
+        grown = path if draft.grown_indices is None else [draft.grown_indices[row][node] for node in path]
+        return [index for index in grown if 0 <= index < self._reader.model.cache.tail]
 
     def _score_root(self) -> Tensor:
         return self._in_target_vocabulary(self._reader.read())

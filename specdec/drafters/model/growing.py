@@ -66,5 +66,5 @@ class GrowingSession(DraftSession):
             layer = grower.grow(target_scores(self._run, logits_BMV, prefixes))
             if not grower.needs_scores:
                 return grower.finish()
-            grown.add(layer)
+            grown.append(layer)
             logits_BMV = self._score_nodes(grown)

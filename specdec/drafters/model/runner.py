@@ -75,7 +75,7 @@ class DraftModelRunner:
             self._cached = [0] * len(sequences)
         for row, length in enumerate(sequences.lengths):
             if left > 0 and not self._cached[row] and length > 1:
-                left -= self._read_alone(row, left)
+                left -= self._prefill_row(row, left)
         return [bool(seen) or length == 1 for seen, length in zip(self._cached, sequences.lengths, strict=True)]
 
     def pending(self) -> tuple[Tensor, list[int]]:
@@ -129,7 +129,7 @@ class DraftModelRunner:
         """Whether there is a row that the call did not come with: it has no padding."""
         return any(number >= len(self._run.input_ids) for number in self._run.sequences.rows)
 
-    def _read_alone(self, row: int, most: int) -> int:
+    def _prefill_row(self, row: int, most: int) -> int:
         """Go on reading a row's text but its newest token; returns the number of tokens read."""
         assert self._cached is not None
         sequences = self._run.sequences

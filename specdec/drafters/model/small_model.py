@@ -120,10 +120,10 @@ class _SmallModelSession(GrowingSession):
 
     def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
         """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
-        places = path
-        if self._draft is not None and self._draft.places is not None:
-            places = [self._draft.places[row][node] for node in path]
-        return [place for place in places if 0 <= place < self._runner.tail]
+        grown = path
+        if self._draft is not None and self._draft.grown_indices is not None:
+            grown = [self._draft.grown_indices[row][node] for node in path]
+        return [index for index in grown if 0 <= index < self._runner.tail]
 
     def _score_root(self) -> Tensor:
         """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""

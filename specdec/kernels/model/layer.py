@@ -49,7 +49,7 @@ def is_supported(layer: DecoderLayer) -> bool:
     return has_silu and has_sizes and has_norms
 
 
-class _Places:
+class _TensorAddresses:
     """The modules and tensors whose addresses a layer's calls are given, to see whether they are still those.
 
     A cast and back, `share_memory`, `weight.data = ...` or an adapter around a linear would leave the addresses behind.
@@ -91,7 +91,7 @@ def _stores(module: Any) -> list[tuple[dict[str, Any], str]]:
 class _Constants(NamedTuple):
     """What a layer's calls need and no call changes."""
 
-    places: _Places
+    addresses: _TensorAddresses
     layer: structs.Layer
     layer_idx: int
     scale: float
@@ -266,14 +266,14 @@ class FusedLayer:
         constants = self._constants
         if constants is None:
             return native.library() is not None and is_supported(self.layer)
-        return constants.places.hold_the_same()
+        return constants.addresses.hold_the_same()
 
     def _prepare(self, rotation: object) -> _Constants | None:
         """None where the layer has to be the model's own. `rotation` tells one forward from another."""
         if not (self.is_unchanged() if self._model is None else self._model.is_native(rotation)):
             return None
         constants = self._constants
-        if constants is None or constants.places.have_moved():
+        if constants is None or constants.addresses.have_moved():
             constants = self._constants = self._find()
         return constants
 
@@ -297,7 +297,7 @@ class FusedLayer:
         )
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
-        return _Constants(_Places(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
+        return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
 
 
 class NativeModel:

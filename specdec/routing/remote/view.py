@@ -19,7 +19,7 @@ class RemoteView:
 
     Args:
         writer: the target's.
-        places: row of the caller's batch -> row of the writer's.
+        writer_rows: row of the caller's batch -> row of the writer's.
         ask: token ids of a question and of the opening of its answer, as they follow a step.
         write: makes the target write the steps of these of its rows.
     """
@@ -27,12 +27,12 @@ class RemoteView:
     def __init__(
         self,
         writer: RemoteWriter,
-        places: Mapping[int, int],
+        writer_rows: Mapping[int, int],
         *,
         ask: Callable[[str, str], list[int]],
         write: Callable[[Mapping[int, Sequence[int]]], None],
     ):
-        self._writer, self._places, self._ask, self._write = writer, places, ask, write
+        self._writer, self._writer_rows, self._ask, self._write = writer, writer_rows, ask, write
         self._before = writer.stats.verify_seconds
         self.written: set[int] = set()
         """Rows whose step the target has written."""
@@ -46,13 +46,13 @@ class RemoteView:
         """A server keeps no state of ours."""
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._places[step.row] in self.written for step in steps]
+        theirs = [self._writer_rows[step.row] in self.written for step in steps]
         if steps and all(theirs):
             return [step.signals.log_probs for step in steps]
         return self._each(steps, lambda step: np.array([token.log_prob for token in self._scored(step)], np.float32))
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        if steps and all(self._places[step.row] in self.written for step in steps):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
         return self._each(steps, self._regrets)
 
@@ -64,7 +64,7 @@ class RemoteView:
         return self._each(steps, lambda step: self._chosen(step, asked, choices))
 
     def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
-        rows = {self._places[step.row]: step.tokens for step in steps}
+        rows = {self._writer_rows[step.row]: step.tokens for step in steps}
         self._write(rows)
         self.written.update(rows)
         return [
