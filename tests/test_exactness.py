@@ -447,7 +447,7 @@ def sequences_without_replacement(q: Sequence[Fraction], count: int) -> Iterator
 
 
 @pytest.mark.parametrize("vocab_size", [4, 7])
-def test_urns_draw_without_replacement(vocab_size: int):
+def test_samplers_draw_without_replacement(vocab_size: int):
     (q,) = random_distributions(1, vocab_size, seed=28)
     q_MV = as_batch([q])[:, 0].clone()
     sampler = trees.token_source.CandidateSampler(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
@@ -463,7 +463,7 @@ def test_urns_draw_without_replacement(vocab_size: int):
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
 
 
-def test_urns_draw_from_large_vocabularies():
+def test_samplers_draw_from_large_vocabularies():
     """Blocks of 17 tokens and a last one of 11; 100 000 draws, false alarm 1e-6."""
     q_V = (1.5 * torch.randn(300, generator=torch.Generator().manual_seed(31))).softmax(-1)
     sampler = trees.token_source.CandidateSampler(

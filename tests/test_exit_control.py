@@ -359,8 +359,8 @@ def test_depths_between_those_that_were_timed_and_what_rounds_add() -> None:
     costs = ExitCosts({1: 1.0, 64: 4.0}, {3: 0.1, 9: 0.4}, num_rows=1)
     assert costs.step_seconds(5) == pytest.approx(0.25)
     for _ in range(9):
-        costs.forward.note(1, 2.0)  # the machine is busy: steps take twice as long too
+        costs.forward.update(1, 2.0)  # the machine is busy: steps take twice as long too
     assert costs.step_seconds(5) == pytest.approx(0.5)
     for _ in range(9):
-        costs.note_step(2, 0.2)
+        costs.update_step(2, 0.2)
     assert costs.step_seconds(2) == pytest.approx(0.2), "it was busy, and that is all"

@@ -524,7 +524,7 @@ def test_a_confident_chain_ends_after_the_first_token_that_it_is_not_sure_of():
     assert grower.finish().trees.sizes == (3, 1)
 
 
-def test_a_worthwhile_comb_takes_all_that_is_worth_its_price():
+def test_a_gain_limited_chain_takes_all_that_is_worth_its_price():
     """Greedy: the chain goes on while its reach pays, and no leaf that is left out is worth more than its price."""
     model = RandomScores(3, spread=1.5)
     policy = GainLimitedChain(

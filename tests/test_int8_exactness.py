@@ -107,7 +107,7 @@ def test_greedy_output_is_the_int8_models_own(family, drafter):
 @needs_native
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 1), (17, 70), (130, 201)])
-def test_weight_only_products_are_right_and_the_same_bits_in_every_company(instruction_set, n, k):
+def test_weight_only_products_are_right_and_the_same_bits_in_every_batch(instruction_set, n, k):
     library, best = native.library(), native.library().instruction_set
     try:
         library.select(instruction_set)

@@ -203,7 +203,7 @@ def test_a_tree_wider_than_small_batches_is_int8_exact_too(backend):
 
 
 @needs_native
-def test_lean_layers_match_the_module_wise_int8_model():
+def test_fused_layers_match_the_module_wise_int8_model():
     model, ids = (
         kernels.prepare(make_model("qwen3", attn_implementation="eager"), "int8"),
         torch.randint(1, 300, (3, 7)),

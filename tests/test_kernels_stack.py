@@ -44,7 +44,7 @@ def test_logits_and_states_are_those_of_the_models_own_forward(
     assert all(map(torch.equal, *results))
 
 
-def test_only_plain_stacks_of_lean_layers_are_called_directly() -> None:
+def test_only_plain_stacks_of_fused_layers_are_called_directly() -> None:
     assert not LayerViews(tiny_model("llama", **SIZES)).uses_fused_layers, "nothing was prepared"
     assert not LayerViews(prepared("gemma2")).uses_fused_layers, "its layers are not fused"
     model = prepared()

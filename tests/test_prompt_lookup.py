@@ -142,7 +142,7 @@ def test_latest_repeat_wins_a_tie() -> None:
     assert proposal(PromptLookup(num_tokens=1), text) == [40]
 
 
-def test_place_that_foretold_more_is_copied_from() -> None:
+def test_position_that_predicted_more_is_copied_from() -> None:
     text = [1, 2, 30, 31, 1, 2, 40, 41, 1, 2]
     session = session_of(PromptLookup(num_tokens=2), [text])
     assert session.trees([9])[0].tokens == [40, 41], "the latest place"

@@ -86,7 +86,7 @@ def test_a_good_draft_is_used_and_pays(machine: Machine) -> None:
     assert 0 < result.slowest <= result.slowest_category <= result.mean
 
 
-def test_a_draft_that_lies_costs_little() -> None:
+def test_an_overconfident_draft_costs_little() -> None:
     machine = Machine(traces="", target=TARGET, draft=DRAFT, wrong_until=1.0)
     assert simulate(machine, traces(0.97), SILENT, seed=0).mean > 0.94
 

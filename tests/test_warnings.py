@@ -104,7 +104,7 @@ def test_two_caches_are_refused(model: PreTrainedModel):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lean_layer_takes_the_cache_under_either_name(name: str):
+def test_a_fused_layer_takes_the_cache_under_either_name(name: str):
     """As the layer's own forward does in 5.24: code of other people's may still say `past_key_values`."""
     model = specdec.prepare(tiny_model("llama", hidden_size=128, intermediate_size=192))
     fused = [layer.forward for layer in model.model.layers if isinstance(layer.__dict__.get("forward"), FusedLayer)]

@@ -109,7 +109,7 @@ class _Pool:
     values: list[float] = field(default_factory=list)
     offers: list[tuple[float, int, Node]] = field(default_factory=list)
 
-    def note(self, value: float) -> None:
+    def push(self, value: float) -> None:
         (heappush if len(self.values) < self.limit else heapreplace)(self.values, value)
 
 
@@ -171,7 +171,7 @@ class ValueGrower(LayeredGrower):
             if node.source is None:
                 waiting.append(node)
             elif child := self._take(node):
-                pool.note(child.value)
+                pool.push(child.value)
                 self._offer(node, self._next_value(node))
                 if self._may_have_children(child):
                     self._offer(child, child.bound)

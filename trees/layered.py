@@ -97,7 +97,7 @@ class LayeredGrower(Grower):
         ]
         self._layers: list[Tensor] = []
         self._num_grown = 0
-        self._spares = [0] * len(round_.max_depths)
+        self._padding_tokens = [0] * len(round_.max_depths)
 
     @property
     def needs_scores(self) -> bool:
@@ -122,7 +122,7 @@ class LayeredGrower(Grower):
         self._layers.append(scores_BMV)
         self._frontier = self._extend(self._frontier)
         if is_first:
-            self._spares = self._spare_tokens(scores_BMV)
+            self._padding_tokens = self._find_padding_tokens(scores_BMV)
         return self._next_layer()
 
     def finish(self) -> Draft:
@@ -200,14 +200,14 @@ class LayeredGrower(Grower):
 
     def _next_layer(self) -> Layer:
         """Give the frontier its grown indices and hand it out."""
-        rows: list[list[Node]] = [[] for _ in self._spares]
+        rows: list[list[Node]] = [[] for _ in self._padding_tokens]
         for node in self._frontier:
             rows[node.row].append(node)
         width = max(map(len, rows))
         tokens, parents = [], []
-        for nodes, spare in zip(rows, self._spares, strict=True):
+        for nodes, padding_token in zip(rows, self._padding_tokens, strict=True):
             padding = width - len(nodes)
-            tokens.append([*(node.token for node in nodes), *[spare] * padding])
+            tokens.append([*(node.token for node in nodes), *[padding_token] * padding])
             parents.append([*(node.parent.grown_index if node.parent else ROOT for node in nodes), *[ROOT] * padding])
             for column, node in enumerate(nodes):
                 node.column, node.grown_index = column, self._num_grown + column
@@ -215,17 +215,17 @@ class LayeredGrower(Grower):
         tokens_BM = torch.tensor(tokens, dtype=torch.long, device=self._device)
         return Layer(tokens_BM=tokens_BM, parents_BM=np.array(parents, np.int64))
 
-    def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
+    def _find_padding_tokens(self, scores_BMV: Tensor) -> list[int]:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""
-        spares = [0] * len(self._spares)
+        tokens = [0] * len(self._padding_tokens)
         idle = [row for row, depth in enumerate(self._round.max_depths) if depth <= 0]
         if idle:
             for row, token in zip(idle, scores_BMV[idle, 0].argmax(-1).tolist(), strict=True):
-                spares[row] = token
+                tokens[row] = token
         for node in reversed(self._nodes):
             if node.depth == 1:
-                spares[node.row] = node.token
-        return spares
+                tokens[node.row] = node.token
+        return tokens
 
 
 class ChildByChildGrower(LayeredGrower):

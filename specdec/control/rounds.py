@@ -74,14 +74,13 @@ class Throughput:
         seconds = self._seconds + _THROUGHPUT_ROUNDS * plain.seconds
         return max(tokens / seconds, plain.tokens / plain.seconds)
 
-    def note(self, tokens: int, seconds: float) -> None:
+    def update(self, tokens: int, seconds: float) -> None:
         self._tokens = self._tokens * _THROUGHPUT_DECAY + tokens
         self._seconds = self._seconds * _THROUGHPUT_DECAY + seconds
 
 
 def capped_throughput(throughput: float, plans: Iterable[Plan[Any]]) -> float:
-    """The throughput, or that of the quickest plan, if none keeps up with it: what a burst has made will not come again
-    by waiting for it plainly."""
+    """The running throughput, capped at what the best plan can reach: a past burst makes no plan look slow."""
     return min(throughput, max(plan.tokens / plan.seconds for plan in plans))
 
 
@@ -156,7 +155,7 @@ class RunAverages:
         self._rounds = self._tokens = self._steps = self._nodes = 0.0
         self.num_rounds = 0
 
-    def note(self, tokens: float, steps: float, nodes: float) -> None:
+    def update(self, tokens: float, steps: float, nodes: float) -> None:
         """A round of this source, for a row."""
         self.num_rounds += 1
         self._rounds = self._rounds * _RUN_DECAY + 1
@@ -215,7 +214,7 @@ class Guard:
         self.saved_seconds = 0.0
         self.is_on = True
 
-    def note(self, saved_seconds: float, elapsed_seconds: float, plain_seconds: float) -> None:
+    def update(self, saved_seconds: float, elapsed_seconds: float, plain_seconds: float) -> None:
         """A round saved (or lost) so much, or would have with the draft that was at hand."""
         allowed = _GUARD_SHARE * elapsed_seconds + _GUARD_ROUNDS * plain_seconds
         self.saved_seconds = min(self.saved_seconds + saved_seconds, _GUARD_BANK * plain_seconds)
@@ -260,7 +259,7 @@ class RoundControl(Generic[SourceT]):
                 return trial
         return best
 
-    def note(
+    def update(
         self, plain: Plan[SourceT], plan: Plan[SourceT], tokens: int, seconds: float, *, missed_seconds: float = 0.0
     ) -> None:
         """A round is over.
@@ -272,10 +271,10 @@ class RoundControl(Generic[SourceT]):
         """
         self.elapsed_seconds += seconds
         seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
-        self.throughput.note(tokens, seconds)
+        self.throughput.update(tokens, seconds)
         drafted = plan.source is not None
         if not drafted:
             self._since_plain = 0
         saved = tokens / plain.tokens * plain.seconds - seconds if drafted else missed_seconds
         if drafted or not self.guard.is_on:
-            self.guard.note(saved, self.elapsed_seconds, plain.seconds)
+            self.guard.update(saved, self.elapsed_seconds, plain.seconds)

@@ -248,7 +248,7 @@ class Engine:
                 started = self._clock()
                 num_read = self._reader.read(left)
                 seconds = self._clock() - started
-                self._chunks.note_chunk(num_read, seconds)
+                self._chunks.update_chunk(num_read, seconds)
                 running.generation.stats.prefill_seconds += seconds
                 left -= num_read
                 if not self._reader.num_left:
@@ -308,9 +308,9 @@ class Engine:
             return
         seconds, num_read = self._clock() - started, num_left - self._reader.num_left
         if running is None or not num_read:
-            self._chunks.note_round(seconds)
+            self._chunks.update_round(seconds)
             return
-        running.generation.stats.prefill_seconds += self._chunks.note_along(num_read, seconds)
+        running.generation.stats.prefill_seconds += self._chunks.update_along(num_read, seconds)
         if not self._reader.num_left:
             with self._own_errors(running):
                 self._join(running)

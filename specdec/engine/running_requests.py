@@ -47,19 +47,19 @@ class RunningRequest:
         self.error: Exception | None = None
         self.fresh: list[int] = []
         self._submitted = perf_counter()
-        self._noted: Tensor | None = None
+        self._logprobs_KV: Tensor | None = None
 
     def begin(self, num_reused: int) -> None:
         """Its prompt is read from now on."""
         self.generation.stats.queued_seconds = perf_counter() - self._submitted
         self.generation.stats.num_reused_tokens = num_reused
 
-    def note(self, logits_KV: Tensor) -> None:
+    def record(self, logits_KV: Tensor) -> None:
         """The target's logits at the slots of a path."""
         if self.generation.logprobs is not None:
-            self._noted = logits_KV.float().log_softmax(-1)
+            self._logprobs_KV = logits_KV.float().log_softmax(-1)
 
-    def take(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
+    def append(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
         """Tokens that a round has committed."""
         generation, stats = self.generation, self.generation.stats
         stats.rounds += 1
@@ -85,9 +85,9 @@ class RunningRequest:
 
     def _logprobs(self, tokens: Sequence[int]) -> list[TokenLogprobs]:
         count = self.generation.request.num_logprobs
-        assert self._noted is not None
+        assert self._logprobs_KV is not None
         assert count is not None
-        logprobs_KV = self._noted[: len(tokens)]
+        logprobs_KV = self._logprobs_KV[: len(tokens)]
         chosen = logprobs_KV.gather(1, torch.tensor(tokens, device=logprobs_KV.device).unsqueeze(1))[:, 0].tolist()
         top = logprobs_KV.topk(min(count, logprobs_KV.shape[1]), -1)
         rows = zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
@@ -181,10 +181,10 @@ class RequestRecorder(Recorder):
         super().__init__(0, scores=False, logits=False, states=False)
         self._requests = requests
 
-    def note(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
+    def record(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
         running = self._requests[row]
         if running.generation.logprobs is not None:
-            running.note(logits_TV[list(slots)])
+            running.record(logits_TV[list(slots)])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -218,7 +218,7 @@ class ContinuousBatchingLoop(DecodingLoop):
             tokens = committed.tokens[index]
             num_accepted = min(len(committed.paths[index]), len(tokens))
             if self.requests[row].error is None:
-                self.requests[row].take(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
+                self.requests[row].append(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
 
     def _let_go(self, stopped: Sequence[bool]) -> None:
         rows = list(self.sequences.rows)

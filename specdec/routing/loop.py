@@ -125,8 +125,8 @@ class StepLoop:
             drafted, written = self.draft.step_tokens(row), self.target.step_tokens(row)
             if written or drafted:
                 decision = Decision(escalate=bool(written), reason="broken off")
-                self._note(row, decision, drafted, written or drafted)
-                self.stats.note_tokens(len(written or drafted), perf_counter() - self._started)
+                self._record(row, decision, drafted, written or drafted)
+                self.stats.record_tokens(len(written or drafted), perf_counter() - self._started)
             if not written:
                 self.target.sync({row: [*self.target.sequences.tokens[row], *drafted]})
             self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
@@ -138,7 +138,7 @@ class StepLoop:
         self.target.close()
 
     def _round(self) -> None:
-        """Somebody writes a little more, in every row where it is their turn."""
+        """One forward for every row, by whichever model is writing it."""
         drafting, writing = self.draft.stop.writing, self.target.stop.writing
         if not drafting and not writing:
             return
@@ -284,14 +284,14 @@ class StepLoop:
             return
         texts = {}
         for row, step in finished.items():
-            self._note(row, step.decision, step.in_vain, step.tokens)
+            self._record(row, step.decision, step.in_vain, step.tokens)
             texts[row] = [*self.target.sequences.tokens[row][: self.target.stop.steps[row].start], *step.tokens]
             self._turns[row] = _Turn()
         for writer in (self.draft, self.target):
             writer.sync(texts)
             writer.begin_steps(texts)
         steps = list(finished.values())
-        self.stats.note_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
+        self.stats.record_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
         caller_rows = [self.target.sequences.rows[row] for row in finished]
         if self.feed is not None:
             shared = [num_shared(step.drafted, step.tokens) for step in steps]
@@ -315,7 +315,7 @@ class StepLoop:
     def _longest(self) -> int:
         return self.router.steps.max_tokens
 
-    def _note(self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int]) -> None:
+    def _record(self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int]) -> None:
         """Record a step.
 
         Args:

@@ -251,7 +251,7 @@ class StepWriter(DecodingLoop):
     def _report(self, committed: Committed) -> None:
         trees, paths, tokens, _ = committed
         busy = self.stop.writing
-        self.stats.note_round(
+        self.stats.record_round(
             [self.sequences.rows[row] for row in busy],
             [trees.sizes[row] for row in busy],
             [trees.row_depths[row] for row in busy],

@@ -82,7 +82,7 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
     app.add_middleware(
         AccessMiddleware,
         options=service.options,
-        note=lambda path, status: service.metrics.note_answer(path if path in paths else "other", status),
+        record=lambda path, status: service.metrics.record_answer(path if path in paths else "other", status),
     )
     return app
 

@@ -84,10 +84,10 @@ class Service:
             async with asyncio.timeout(self.options.timeout):
                 return await self._submit(body, await self._preprocessor.prepare(body), client, started)
         except TimeoutError:
-            self.metrics.note_unfinished()
+            self.metrics.record_unfinished()
             raise too_late(self.options.timeout) from None
         except asyncio.CancelledError:
-            self.metrics.note_unfinished()
+            self.metrics.record_unfinished()
             if self._is_over:
                 raise closing() from None
             raise
@@ -152,7 +152,7 @@ class Service:
 
     def _forget(self, job: Job) -> None:
         self._jobs.discard(job)
-        self.metrics.note_job(job)
+        self.metrics.record_job(job)
 
 
 def _close_job(submitting: Future[Job]) -> None:

@@ -263,13 +263,13 @@ class _AutoSession(DraftSession):
         self._update_sources(round_, outcome)
         num_tokens = sum(map(len, outcome.tokens))
         missed_seconds = self._missed_seconds(round_, outcome)
-        self._control.note(round_.context.plain, round_.plan, num_tokens, seconds, missed_seconds=missed_seconds)
+        self._control.update(round_.context.plain, round_.plan, num_tokens, seconds, missed_seconds=missed_seconds)
 
     def _update_costs(self, round_: _Round, now: float) -> None:
         """What the target's forward took, unless a part of it was drafting."""
         context, source = round_.context, round_.plan.source
         if source is None or not source.session.runs_target:
-            context.costs.note(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
+            context.costs.update(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
 
     def _update_sources(self, round_: _Round, outcome: Outcome) -> None:
         """What became of the draft, and of what prompt lookup would have drafted."""

@@ -25,7 +25,7 @@ _MOST_FAILURES = 5
 
 @dataclass(eq=False)
 class SelectionBias:
-    """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
+    """Corrects the winner's curse: the proposal that is chosen as the best is overestimated on average.
 
     Where nothing is chosen, it goes back to full trust bit by bit.
     """
@@ -37,7 +37,7 @@ class SelectionBias:
     def share(self) -> float:
         return min(self.kept / self.promised, 1.0)
 
-    def note(self, promised: float, kept: float) -> None:
+    def update(self, promised: float, kept: float) -> None:
         """Drafted tokens of a round that were expected to be accepted, and that were."""
         self.promised = _BIAS_DECAY * self.promised + promised
         self.kept = _BIAS_DECAY * self.kept + kept
@@ -54,9 +54,9 @@ class Known:
     acceptance: AcceptanceMemory
     history: RunHistory
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
-    """Of those beside a chain, by whether they were drawn."""
+    """Acceptance of the leaves beside a chain, by whether they were drawn."""
     selection_bias: dict[int, SelectionBias] = field(default_factory=dict)
-    """Of proposals, by rows."""
+    """Selection bias of proposals, by number of rows."""
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
     failures: int = 0
@@ -76,7 +76,7 @@ class Known:
     def leaves_when(self, drawn: bool) -> AcceptanceMemory:
         return self.leaves.setdefault(drawn, AcceptanceMemory(LEAF_EDGES))
 
-    def note_run(self, pays: bool | None, elapsed_seconds: float) -> None:
+    def update_run(self, pays: bool | None, elapsed_seconds: float) -> None:
         """pays: None for a run in which it was not at work."""
         with _noting:
             if pays is None:

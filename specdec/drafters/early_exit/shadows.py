@@ -22,7 +22,7 @@ _SEED_POSITIONS = 32
 _SEED_ROWS = 64
 """States that pass the head for that, where the time is limited."""
 _STRIDE = 4
-"""Every how manyth of the other candidates is looked at, besides the best one and its neighbours."""
+"""Besides the best candidate and its neighbours, every n-th of the others is checked."""
 
 
 class Seen(NamedTuple):

@@ -40,7 +40,7 @@ class _Surplus:
             nodes=max(expected.nodes + mean.nodes, 1.0),
         )
 
-    def note(self, actual: RoundAverages, expected: RoundAverages) -> None:
+    def update(self, actual: RoundAverages, expected: RoundAverages) -> None:
         self._num_rounds = min(self._num_rounds + 1, self._most_rounds)
         mean, share = self._mean, 1 / self._num_rounds
         self._mean = RoundAverages(
@@ -57,7 +57,7 @@ class _Known:
     acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
     surplus: _Surplus = field(default_factory=_Surplus)
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
-    """Of those beside a chain, by whether they were drawn."""
+    """Acceptance of the leaves beside a chain, by whether they were drawn."""
 
 
 _known: WeakKeyDictionary[nn.Module, dict[int, _Known]] = WeakKeyDictionary()
@@ -123,20 +123,20 @@ class ExitSource:
         """What became of its draft, which took so many forwards."""
         self._has_begun = True
         for probs, accepted in reached_slots(trees, paths):
-            self.acceptance.note(probs[0], accepted == 0)
+            self.acceptance.update(probs[0], accepted == 0)
             for rank in range(1, len(probs)):
                 confidence = leaf_confidence(probs[rank], probs[:rank], self._sample)
-                self._leaves.note(confidence, accepted == rank)
+                self._leaves.update(confidence, accepted == rank)
         # by what is believed now: that the first beliefs were wrong is no surplus
         expected = likely_averages(self.acceptance.mean_chance, self._prices, len(paths))
         actual = RoundAverages(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
-        self._surplus.note(actual, expected)
+        self._surplus.update(actual, expected)
 
     def observe(self, seen: Seen) -> None:
         """How it agreed with the target without drafting. Of a chance a coin says whether it came true."""
         self.is_seen = True
         for confidence, agreement in zip(seen.confidences, seen.agreements, strict=True):
-            self.acceptance.note(confidence, self._coins.random() < agreement)
+            self.acceptance.update(confidence, self._coins.random() < agreement)
 
 
 def likely_averages(chance: float, prices: Sequence[float], num_rows: int) -> RoundAverages:

@@ -1,6 +1,6 @@
 /* A decoder layer in two calls, with the cache update between them: norm, q/k/v and rotation; then attention, output
  * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c, avx512.c and amx.c include
- * this file after choosing a vocabulary. */
+ * this file after one of simd_*.h. */
 
 #include "rows.h"
 

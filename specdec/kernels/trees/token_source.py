@@ -1,4 +1,4 @@
-"""Draws from rows of scores in the processor's native tongue: one pass over a row, and no softmax.
+"""Native sampling from rows of scores: one pass over a row, and no softmax.
 
 Shape legend: M rows, V vocabulary.
 """
