@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 # The other minor version that pyproject.toml allows, beside the one in constraints.txt; both have the same requirements.
 OTHER_TRANSFORMERS := 5.24.0
 OTHER := $(CURDIR)/.other/transformers-$(OTHER_TRANSFORMERS)
-OTHER_TESTS := cache chat_conversation enable engine equality exits kernels_stack masks options outputs prepared warnings
+OTHER_TESTS := cli/chat/conversation engine/engine generation/enable generation/equality generation/options generation/outputs \
+	kernels/prepared kernels/stack package/warnings training/exits tree_model/cache tree_model/masks
 
 .PHONY: demo test test-other-transformers conformance docs check clean
 
@@ -22,10 +23,10 @@ test: $(READY)  ## everything that a user can run; fetches the demo model if it 
 
 test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers: about 3 minutes
 	PYTHONPATH=$(OTHER) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OTHER_TRANSFORMERS)', t.__file__"
-	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest $(OTHER_TESTS:%=tests/test_%.py)
+	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest $(foreach test,$(OTHER_TESTS),tests/$(dir $(test))test_$(notdir $(test)).py)
 
 conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 minutes
-	$(BIN)/python -m pytest tests/test_conformance.py --hypothesis-profile=nightly
+	$(BIN)/python -m pytest tests/generation/test_conformance.py --hypothesis-profile=nightly
 
 docs: $(READY)  ## the pages as a site, in site/; needs no network once the extra is installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

@@ -28,10 +28,6 @@ def _unchanged(values: Iterable[float], _: object) -> list[float]:
     return list(values)
 
 
-def _count_run(memory: rounds.RunHistory, _: object) -> None:
-    memory.num_runs += 1
-
-
 def _seconds_of_own_width(own: costs.ForwardCosts, num_tokens: int) -> float:
     return own.drift * own.measured(num_tokens) * own._corrections.get(costs._octave(num_tokens), 1.0)
 
@@ -51,7 +47,7 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "outlier-cap": [(rounds, "_LONGEST_ROUND", inf)],
     "capped-throughput": [(module, "capped_throughput", lambda throughput, _: throughput) for module in (rounds, auto)],
     # which drafters are worth a try
-    "run-memory": [(rounds.RunHistory, "add", _count_run)],
+    "run-memory": [(rounds.RunHistory, "add", _nothing)],
     "reading-expense": [(auto_sources.ModelSource, "_reading_seconds", lambda *_: 0.0)],
     "failed-runs-expense": [(auto_sources, "_TRIAL_ROUNDS", 0)],
     "trials": [(auto_sources.ModelSource, "trial", _nothing)],
@@ -60,10 +56,8 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "probes": [(rounds.Probes, "is_due", False)],
     "probe-backoff": [(rounds, "_LAST_PROBE", 8)],
     "probe-share": [(rounds, "_PROBE_SHARE", inf)],
-    "guard": [(rounds.Guard, "update", _nothing)],
     # what is drafted
     "leaves": [(gain_limited, "MAX_LEAVES", 0)],
-    "short-first-drafts": [(auto_sources, "ceil", lambda _: _NEVER)],
 }
 """By mechanism: where it is, and what stands there without it."""
 

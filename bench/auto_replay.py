@@ -176,7 +176,7 @@ class ReplayedCopy:
     def lengths(self) -> list[int]:
         return [len(self._text)]
 
-    def truncate(self, lengths: Sequence[int]) -> None:
+    def truncate_committed(self, lengths: Sequence[int]) -> None:
         del self._text[lengths[0] :]
 
     def share_cache_with(self, target: ReplayedTarget) -> None:
@@ -242,6 +242,7 @@ class Machine:
         copy: of the target, which drafts with the help of the others; None: there is none.
         rows: of a batch.
         wrong_until: share of every answer up to which the draft model is wrong, and sure of it.
+        bad_passes: over all prompts, before the one that counts, in which the draft model is always wrong.
     """
 
     traces: str
@@ -250,6 +251,7 @@ class Machine:
     copy: Mapping[int, float] | None = None
     rows: int = 1
     wrong_until: float = 0.0
+    bad_passes: int = 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -260,6 +262,7 @@ class Player:
     clock: Clock
     sources: dict[str | None, int] = field(default_factory=dict)
     """Rounds by who drafted."""
+    wrong_until: float = 0.0
 
     def __post_init__(self) -> None:
         machine = self.machine
@@ -279,7 +282,7 @@ class Player:
     def speedup(self, traces: Sequence[Trace], max_new_tokens: int) -> float:
         """Over plain decoding of the same batch, both at the speed that forwards have on average."""
         traces, vocab_size = renumbered(traces)
-        traces = [_lying(trace, self.machine.wrong_until) for trace in traces]
+        traces = [_lying(trace, self.wrong_until) for trace in traces]
         self._replay.traces = traces
         started = self.clock.expected
         self._decode(traces, vocab_size, max_new_tokens)

@@ -43,7 +43,7 @@ from bench import del_model
 from specdec import kernels
 from specdec.drafters import Drafter, EarlyExit, Plain
 from specdec.testing.equality import Verdict, compare
-from specdec.tree_model.model import TreeModel
+from specdec.tree_model.early_exit import EarlyExitModel
 
 RESULTS = Path(__file__).parent / "results"
 EXITS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
@@ -114,7 +114,7 @@ class Bench:
     @torch.no_grad()
     def _case(self, task: str, prompt_1P: Tensor) -> Case:
         output_1L = self.generate(prompt_1P, Plain()).sequences
-        target = TreeModel(self.model)
+        target = EarlyExitModel(self.model)
         target.keep_states(EXITS)
         target.prefill(output_1L[:, :-1])
         before = prompt_1P.shape[1] - 1

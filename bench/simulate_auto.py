@@ -46,6 +46,7 @@ MACHINES = {
     "1.5b-int8": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B),
     "liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=1.0),
     "half-liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=0.5),
+    "recovering": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, bad_passes=1),
 }
 """Milliseconds by tokens, one thread of an AMD EPYC (Zen 4). The demo model: medians of CPU time. The 1.5B: up to 8
 tokens bench/results/forward-cost-1.5b.json, wider ones as docs/log.md has them or on the same line; a step of the 0.5B
@@ -97,6 +98,11 @@ def simulate(machine: Machine, traces: Sequence[Trace], noise: Noise, seed: int)
     player = Player(machine=machine, clock=Clock(noise=noise, random=random))
     most = max(len(trace.answer) for trace in traces)
     batches = [order[start : start + machine.rows] for start in range(0, len(order), machine.rows)]
+    for _ in range(machine.bad_passes):
+        player.wrong_until = 1.0
+        for batch in batches:
+            player.speedup(batch, most)
+    player.wrong_until = machine.wrong_until
     speedups = [(batch[0].category, player.speedup(batch, most)) for batch in batches]
     sources = Counter({(name or "nobody").removeprefix("Replayed"): count for name, count in player.sources.items()})
     return Result(speedups=speedups, sources=sources)
@@ -146,7 +152,13 @@ def report(machine: str, noise: str, results: dict[tuple[str, ...], list[Result]
 
 
 def run(args: argparse.Namespace) -> None:
-    each = [(name,) for name in ABLATIONS] if args.ablate else [tuple(args.without)] if args.without else []
+    each = (
+        [(name,) for name in (args.without or ABLATIONS)]
+        if args.ablate
+        else [tuple(args.without)]
+        if args.without
+        else []
+    )
     variants: list[tuple[str, ...]] = [(), *each]
     tables = list(product(args.machine, args.noise))
     jobs = [

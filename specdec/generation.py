@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import re
 import types
 from dataclasses import dataclass
 from time import perf_counter
@@ -32,7 +34,7 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
-from specdec.decoding.tensor_parallel import LedSampler, LedStopChecker, Processes, start_session
+from specdec.decoding.tensor_parallel import ranks_of
 from specdec.devices import home_device, num_processes
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
 from specdec.errors import UnsupportedOptionError
@@ -40,9 +42,11 @@ from specdec.hf import CACHE
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_model, check_positions, position_limit
-from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
+_logger = logging.getLogger("specdec")
+_ONLY_HERE = ("generator", "router")
+"""What the model's own `generate()` would not honour."""
 _MAX_RESERVED = 1024
 """Slots reserved past the prompt at the start; longer runs grow as they go."""
 
@@ -125,26 +129,40 @@ def enable(
     drafter: Drafter | PreTrainedModel | str | None = None,
     tree: GrowthPolicy | None = None,
     verify: str = "topdown",
+    unsupported: str = "plain",
 ) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, for everyone who calls it (pipelines too). Lossless.
 
     Args:
         model: the target; returned. Only its attribute `generate` is set.
         drafter, tree, verify: as in `generate`; a call may override them.
+        unsupported: what becomes of a call with options that are not possible here (beams, ...): "plain" leaves it to
+            the model's own `generate()`, and warns once for each reason (logger `specdec`); "error" raises. What only
+            specdec has (`generator=`, `router=`) is never dropped: with one of them such a call raises.
 
     Raises:
         UnsupportedModelError, UnsupportedOptionError, DraftError: as in `generate`, at once.
     """
+    if unsupported not in ("plain", "error"):
+        raise ValueError(f"unsupported={unsupported!r}: it is 'plain' or 'error'")
     options.check_call(model, tree=tree, verify=verify, router=None, generator=None)
     check_model(model)
     as_drafter(drafter, tree)
     defaults = {"drafter": drafter, "tree": tree, "verify": verify}
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
+    reasons: set[str] = set()
 
     @functools.wraps(type(model).generate)
-    def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> SpeculativeOutput | Tensor:
-        positional = dict(zip(names, args, strict=False))
-        return generate(self, **{**defaults, **positional, **kwargs})
+    def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:
+            return generate(self, **{**defaults, **given})
+        except UnsupportedOptionError as error:
+            if unsupported == "error" or any(given.get(name) is not None for name in _ONLY_HERE):
+                raise
+            _warn_once(error, reasons)
+        ours = (*defaults, *_ONLY_HERE)
+        return type(self).generate(self, **{name: value for name, value in given.items() if name not in ours})
 
     model.generate = types.MethodType(speculative_generate, model)
     return model
@@ -154,6 +172,13 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`; does nothing to a model that is not enabled."""
     vars(model).pop("generate", None)
     return model
+
+
+def _warn_once(error: UnsupportedOptionError, reasons: set[str]) -> None:
+    reason = re.sub(r"\d+", "", str(error))  # the same of another length is the same
+    if reason not in reasons:
+        reasons.add(reason)
+        _logger.warning("%s. This call is left to the model's own generate(), not sped up", error)
 
 
 def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None = None) -> Drafter:
@@ -183,7 +208,7 @@ class _Prompt:
 
     Args:
         cache: the caller's, or a new one; filled at the end.
-        others: further inputs of the first forward (position_ids, inputs_embeds).
+        others: further inputs of the first forward (position_ids, inputs_embeds, what images have been encoded to).
     """
 
     input_ids: Tensor
@@ -198,7 +223,7 @@ class _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
         mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
-        others = options.check_model_inputs(others, config, mask)
+        others = options.check_model_inputs(model, others, config, mask)
         if mask is not None:
             mask = mask.to(device)
         others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()}
@@ -227,8 +252,7 @@ class _DecodingMethod:
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
         prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
-        processes = Processes(model) if num_processes(model) > 1 else None
-        stop = StopChecker(stopping_criteria) if processes is None else LedStopChecker(stopping_criteria, processes)
+        stop = StopChecker(stopping_criteria)
         options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
         check_positions(model, input_ids.shape[1], stop.max_length)
         sampler = Sampler(
@@ -239,7 +263,7 @@ class _DecodingMethod:
         )
         if self.routing is not None:
             return self._route(self.routing, model, prompt, sampler, stopping_criteria, generation_config)
-        loop = self._loop(model, prompt, sampler, stop, generation_config, processes)
+        loop = self._loop(model, prompt, sampler, stop, generation_config)
         try:
             loop.run(
                 functools.partial(
@@ -292,10 +316,9 @@ class _DecodingMethod:
         sampler: Sampler,
         stop: StopChecker,
         config: GenerationConfig,
-        processes: Processes | None,
     ) -> DecodingLoop:
-        num_rows = prompt.input_ids.shape[0]
-        target = TreeModel(model)
+        num_rows, ranks = prompt.input_ids.shape[0], ranks_of(model)
+        target = self.drafter.make_target(model)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
             target=target,
@@ -309,8 +332,8 @@ class _DecodingMethod:
         returns_dict = bool(config.return_dict_in_generate)
         return DecodingLoop(
             target=target,
-            session=self.drafter.start(run) if processes is None else start_session(self.drafter, run, processes),
-            sampler=sampler if processes is None else LedSampler(sampler, processes),
+            session=ranks.start(self.drafter, run),
+            sampler=sampler,
             stop=stop,
             sequences=sequences,
             recorder=Recorder(
@@ -322,6 +345,7 @@ class _DecodingMethod:
             feed=self._feed(num_rows, config),
             context_length=position_limit(model),
             started=self.started,
+            ranks=ranks,
         )
 
 

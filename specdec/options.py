@@ -58,6 +58,8 @@ _MODE_ADVICE = {
 }
 
 _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
+_OF_POSITIONS = frozenset({"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
+"""Where the images of a prompt are and how large: its positions are made of them, later steps do not look at them."""
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 
 
@@ -120,22 +122,27 @@ def prepare(
 
 
 def check_model_inputs(
-    model_inputs: dict[str, Any], config: GenerationConfig, attention_mask: Tensor | None = None
+    model: PreTrainedModel,
+    model_inputs: dict[str, Any],
+    config: GenerationConfig,
+    attention_mask: Tensor | None = None,
 ) -> dict[str, Any]:
     """Refuse inputs of the forward that drafted tokens would need too, and prompts that transformers would cut wrongly.
 
     Returns:
-        The inputs that say something (transformers passes an empty `mm_encoder_outputs` with a text), positions [B, P].
+        The inputs that say something (transformers passes an empty `mm_encoder_outputs` with a text). Positions of
+        text are [B, P]; those of a prompt with images are planes [A, B, P].
 
     Raises:
         UnsupportedOptionError: names them.
     """
     given = {name: value for name, value in model_inputs.items() if not (value is None or value == {})}
-    unknown = sorted(given.keys() - _KNOWN_MODEL_INPUTS)
+    unknown = given.keys() - _KNOWN_MODEL_INPUTS - _OF_POSITIONS
+    unknown = unknown and unknown & _inputs_of_a_step(model, given)
     if unknown:
         raise UnsupportedOptionError(
-            f"specdec does not know how to continue these model inputs over drafted tokens: {', '.join(unknown)}; "
-            "leave them out or call model.generate()"
+            "specdec does not know how to continue these model inputs over drafted tokens: "
+            f"{', '.join(sorted(unknown))}; leave them out or call model.generate()"
         )
     if "inputs_embeds" in given and config.prefill_chunk_size is not None:
         raise UnsupportedOptionError(
@@ -143,12 +150,7 @@ def check_model_inputs(
         )
     if "position_ids" in given:
         positions_BP = text_positions(given["position_ids"], attention_mask)
-        if positions_BP is None:
-            raise UnsupportedOptionError(
-                f"position_ids {tuple(given['position_ids'].shape)} differ from plane to plane, as those of images do; "
-                "specdec continues positions of text, [rows, tokens]: call model.generate()"
-            )
-        given["position_ids"] = positions_BP
+        given["position_ids"] = given["position_ids"] if positions_BP is None else positions_BP
     return given
 
 
@@ -171,6 +173,13 @@ def check_batch(processors: LogitsProcessorList, stop: StopChecker, config: Gene
             "rows of a batch that stop at different lengths are filled with padding, which transformers does only "
             "when an eos_token_id is set: pass eos_token_id= (and pad_token_id=)"
         )
+
+
+def _inputs_of_a_step(model: PreTrainedModel, given: dict[str, Any]) -> set[str]:
+    """Which of the prompt's inputs plain decoding gives to a step after the prompt too."""
+    token_11 = torch.zeros(1, 1, dtype=torch.long, device=home_device(model))
+    inputs = model.prepare_inputs_for_generation(token_11, is_first_iteration=False, use_cache=True, **given)
+    return {name for name, value in inputs.items() if value is not None}
 
 
 def _effective_config(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:

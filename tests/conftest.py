@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.tiny_models import save_tiny_model, save_word_model
+from tests.support.tiny_models import save_tiny_model, save_word_model
 
 torch.set_num_threads(1)  # the models are too small for two threads to pay
 

@@ -72,6 +72,7 @@ class Probe(Drafter):
 
     def __init__(self, drafter: Drafter):
         self._drafter = drafter
+        self.needs_exits = drafter.needs_exits
         self._accepted = [0] * _NUM_RANKS
         self._tested = [0] * _NUM_RANKS
         self._shares = np.zeros((2, _NUM_CALIBRATED, len(EDGES) + 1), np.int64)

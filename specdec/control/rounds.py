@@ -34,10 +34,6 @@ _PROBE_SHARE = 0.01
 """Of the time may be lost on looking whether a source that did not pay does so now."""
 _FIRST_PROBE, _LAST_PROBE = 8, 256
 """Rounds until a source that was not worth it is probed: at first, and at most."""
-_GUARD_SHARE, _GUARD_ROUNDS = 0.02, 4.0
-"""So much of the time, and the time of so many plain rounds, may be lost before speculation is switched off."""
-_GUARD_BANK = 10.0
-"""Plain rounds whose time may have been gained before: that much may be lost again."""
 _adding = Lock()
 
 
@@ -124,7 +120,6 @@ class RunHistory:
 
     def __init__(self, priors: Sequence[RoundAverages] = UNKNOWN_PRIORS) -> None:
         self._runs = tuple(priors)
-        self.num_runs = 0
 
     @property
     def runs(self) -> Sequence[RoundAverages]:
@@ -137,7 +132,6 @@ class RunHistory:
     def add(self, run: RoundAverages) -> None:
         with _adding:  # what another thread is reading stays as it is
             self._runs = (*self._runs, run)[-_REMEMBERED_RUNS:]
-            self.num_runs += 1
 
 
 def mean_averages(averages: Iterable[RoundAverages]) -> RoundAverages:
@@ -202,31 +196,11 @@ class Probes:
         self._left -= 1
 
 
-class Guard:
-    """An explicit test of speculation against plain decoding, in this run.
-
-    Keeps the balance of the seconds that rounds with a draft have saved against the same tokens made plainly; gains are
-    not saved up beyond what may be lost. Where a loss exceeds its share of the time, speculation is off, until the time
-    that has passed makes twice the loss affordable, or what drafts *would* have saved has made up for it.
-    """
-
-    def __init__(self) -> None:
-        self.saved_seconds = 0.0
-        self.is_on = True
-
-    def update(self, saved_seconds: float, elapsed_seconds: float, plain_seconds: float) -> None:
-        """A round saved (or lost) so much, or would have with the draft that was at hand."""
-        allowed = _GUARD_SHARE * elapsed_seconds + _GUARD_ROUNDS * plain_seconds
-        self.saved_seconds = min(self.saved_seconds + saved_seconds, _GUARD_BANK * plain_seconds)
-        self.is_on = -self.saved_seconds <= (allowed if self.is_on else allowed / 2)
-
-
 class RoundControl(Generic[SourceT]):
     """Chooses what every round of one run does."""
 
     def __init__(self) -> None:
         self.throughput = Throughput()
-        self.guard = Guard()
         self._probes: defaultdict[SourceT, Probes] = defaultdict(Probes)
         self.elapsed_seconds = 0.0
         self._probed_seconds = 0.0
@@ -241,7 +215,7 @@ class RoundControl(Generic[SourceT]):
             trials: those of the plans whose sources show only by drafting what they are worth.
         """
         self._since_plain += 1
-        if not self.guard.is_on or self._since_plain > _PLAIN_EVERY:
+        if self._since_plain > _PLAIN_EVERY:
             return plain
         throughput = capped_throughput(self.throughput.now(plain), [plain, *plans])
         best = max([plain, *plans], key=lambda plan: plan.worth(throughput))
@@ -259,22 +233,9 @@ class RoundControl(Generic[SourceT]):
                 return trial
         return best
 
-    def update(
-        self, plain: Plan[SourceT], plan: Plan[SourceT], tokens: int, seconds: float, *, missed_seconds: float = 0.0
-    ) -> None:
-        """A round is over.
-
-        Args:
-            plain: what plain decoding was expected to do in a round.
-            plan: what was done, and took so many seconds.
-            missed_seconds: without a draft, what one that was at hand would have saved; negative for a loss.
-        """
+    def update(self, plan: Plan[SourceT], tokens: int, seconds: float) -> None:
+        """A round is over: this plan was carried out, and took so many seconds."""
         self.elapsed_seconds += seconds
-        seconds = min(seconds, _LONGEST_ROUND * plan.seconds)
-        self.throughput.update(tokens, seconds)
-        drafted = plan.source is not None
-        if not drafted:
+        self.throughput.update(tokens, min(seconds, _LONGEST_ROUND * plan.seconds))
+        if plan.source is None:
             self._since_plain = 0
-        saved = tokens / plain.tokens * plain.seconds - seconds if drafted else missed_seconds
-        if drafted or not self.guard.is_on:
-            self.guard.update(saved, self.elapsed_seconds, plain.seconds)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
 from trees import Draft, GrowthPolicy
 
@@ -29,7 +30,8 @@ class Run:
     """What a session knows of the `generate()` call that it serves.
 
     Args:
-        target: the model that verifies, with its cache. Most drafters need no more of it than its `model`.
+        target: the model that verifies, with its cache (`Drafter.make_target`). Most drafters need no more of it than
+            its `model`.
         vocab_size: width of the target's distributions; proposed ids lie below it.
         sequences: the committed tokens, kept up to date by the loop. Read, never written, by sessions.
         sampler: the user's processors: q must be taken after them, on each node's own prefix.
@@ -169,6 +171,10 @@ class Drafter(ABC):
     supports_rollback: bool = False
     """Whether its sessions can take back what they have read (see `DraftSession.rollback`)."""
 
+    needs_exits: bool = False
+    """Whether it, or a drafter that it is made of, runs some of the target's layers: `run.target` is then an
+    `EarlyExitModel`."""
+
     def models(self) -> Iterator[PreTrainedModel]:
         """The draft models that it, or the drafters that it is made of, has been given."""
         return iter(())
@@ -183,6 +189,10 @@ class Drafter(ABC):
         All processes that a target is split over come here before the first of them drafts alone: how many forwards
         there are must not depend on time or chance.
         """
+
+    def make_target(self, model: PreTrainedModel) -> TreeModel:
+        """The tree model that verifies what this drafter proposes."""
+        return EarlyExitModel(model) if self.needs_exits else TreeModel(model)
 
     @abstractmethod
     def start(self, run: Run) -> DraftSession:

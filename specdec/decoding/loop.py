@@ -7,7 +7,7 @@ the target agrees with, and commits it with one more token. `docs/structures.md`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from specdec.decoding.sampling import Prefixes, Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import DecodingStats
 from specdec.decoding.stopping import StopChecker
+from specdec.decoding.tensor_parallel import Ranks
 from specdec.streaming import StreamFeed
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
@@ -46,6 +47,7 @@ class DecodingLoop:
         context_length: positions that the target has; nothing is drafted past them.
         recorder: takes the rows that stop.
         started: `perf_counter()` when the call began.
+        ranks: the processes that the target is split over.
     """
 
     target: TreeModel
@@ -57,6 +59,7 @@ class DecodingLoop:
     feed: StreamFeed | None
     context_length: int
     started: float
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.stats = DecodingStats.for_rows(len(self.sequences))
@@ -106,7 +109,8 @@ class DecodingLoop:
         """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
-        accepted = to_host(draft.trees, self.sampler.accept(scores_BTV, draft))
+        acceptance = self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
+        accepted = to_host(draft.trees, acceptance)
         for row, path in enumerate(accepted.paths):
             slots = [0, *(node + 1 for node in path)]
             self.recorder.record(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
@@ -117,7 +121,7 @@ class DecodingLoop:
         paths, candidates = accepted.paths, accepted.candidates
         for row, row_candidates in enumerate(candidates):
             self.sequences.put(row, row_candidates)
-        counts, stopped = self.stop.cut(self.sequences, candidates, self.recorder.scores)
+        counts, stopped = self.ranks.cut(lambda: self.stop.cut(self.sequences, candidates, self.recorder.scores))
         tokens = [row_candidates[:count] for row_candidates, count in zip(candidates, counts, strict=True)]
         self._commit_cache(paths, counts)
         for row, row_tokens in enumerate(tokens):

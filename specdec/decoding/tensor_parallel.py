@@ -2,7 +2,7 @@
 
 Every process holds a part of every layer, so that all of them have to make the same forwards: one that drafts another
 token, or stops elsewhere, leaves the others waiting for ever. What a drafter proposes, what is accepted and where rows
-stop may depend on time, on chance and on rounding, so the first process alone settles it and tells the others. A
+stop may depend on time, on chance and on rounding, so the first process alone decides it and tells the others. A
 failure there is told too, and raised by all.
 
 Shape legend: B rows, N nodes.
@@ -17,14 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from specdec.acceptance import Acceptance
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.decoding.sampling import Sampler
-from specdec.decoding.sequences import Sequences
-from specdec.decoding.stopping import Scores, StopChecker
 from specdec.devices import num_processes
 from specdec.errors import DraftError, ProcessError
 from trees import Draft, TokenTree, TreeBatch
@@ -34,8 +30,33 @@ _MESSAGE = 256
 """Numbers that a message has room for before a second one follows it."""
 
 
-class Processes:
-    """The processes that a target is split over.
+class Ranks:
+    """The processes that a target is split over. Here it is one, which decides for itself."""
+
+    def start(self, drafter: Drafter, run: Run) -> DraftSession:
+        """The session of a drafter, which works in the first process only.
+
+        Raises:
+            DraftError: the drafter does not fit the target, the call or the processes.
+        """
+        return drafter.start(run)
+
+    def accept(self, draft: Draft, decide: Callable[[], Acceptance]) -> Acceptance:
+        """What is kept of a draft: the other processes have neither the randomness nor what was drawn from."""
+        return decide()
+
+    def cut(self, decide: Callable[[], tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+        """How many tokens rows keep, and whether they stop (`StopChecker.cut`): criteria may look at the clock."""
+        return decide()
+
+
+def ranks_of(model: PreTrainedModel) -> Ranks:
+    """The processes that a model is split over."""
+    return Ranks() if num_processes(model) == 1 else TensorParallelRanks(model)
+
+
+class TensorParallelRanks(Ranks):
+    """Several processes: the first one decides, and tells the others.
 
     Args:
         model: with `num_processes(model)` above 1.
@@ -44,9 +65,42 @@ class Processes:
     def __init__(self, model: PreTrainedModel):
         self._group = model._mesh_manager.get_mesh("tp").get_group()
         self._device = model.device
-        self.is_first = dist.get_rank(self._group) == 0
+        self._is_first = dist.get_rank(self._group) == 0
 
-    def settle(self, decide: Callable[[], Sequence[int]]) -> list[int]:
+    def start(self, drafter: Drafter, run: Run) -> DraftSession:
+        for draft_model in drafter.models():
+            if num_processes(draft_model) > 1:
+                raise DraftError(
+                    f"{type(drafter).__name__} has a draft model that is split over processes: load the draft without "
+                    "tp_plan (only the first process drafts)"
+                )
+        target = run.target.model
+        if any(self.broadcast_from_rank0(lambda: [not drafter.is_warm(target)])):
+            drafter.warm_up(target)
+        return _BroadcastSession(drafter, run, self)
+
+    def accept(self, draft: Draft, decide: Callable[[], Acceptance]) -> Acceptance:
+        def decide_in_numbers() -> list[int]:
+            accepted = decide()
+            path_BN = torch.nn.functional.pad(accepted.path_BD, (0, width - accepted.path_BD.shape[1]))
+            columns = [accepted.counts_B[:, None], accepted.next_B[:, None], path_BN]
+            return torch.cat(columns, 1).flatten().tolist()
+
+        width = draft.trees.width
+        told = self.broadcast_from_rank0(decide_in_numbers)
+        table = torch.tensor(told, device=draft.trees.device).view(draft.trees.num_rows, 2 + width)
+        return Acceptance(path_BD=table[:, 2:], counts_B=table[:, 0], next_B=table[:, 1])
+
+    def cut(self, decide: Callable[[], tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+        def decide_in_numbers() -> list[int]:
+            counts, stopped = decide()
+            return [*counts, *map(int, stopped)]
+
+        told = self.broadcast_from_rank0(decide_in_numbers)
+        num_rows = len(told) // 2
+        return told[:num_rows], [bool(stops) for stops in told[num_rows:]]
+
+    def broadcast_from_rank0(self, decide: Callable[[], Sequence[int]]) -> list[int]:
         """What `decide` returns in the first process, in all of them; it is called there only.
 
         Raises:
@@ -54,7 +108,7 @@ class Processes:
         """
         failure: Exception | None = None
         numbers: Sequence[int] = ()
-        if self.is_first:
+        if self._is_first:
             try:
                 numbers = decide()
             except Exception as error:
@@ -77,34 +131,16 @@ class Processes:
         return message.tolist()
 
 
-def start_session(drafter: Drafter, run: Run, processes: Processes) -> DraftSession:
-    """The session of a drafter that works in the first process only.
-
-    Raises:
-        DraftError: it needs layers of the target, or a model that is itself split.
-    """
-    for draft_model in drafter.models():
-        if num_processes(draft_model) > 1:
-            raise DraftError(
-                f"{type(drafter).__name__} has a draft model that is split over processes: load the draft without "
-                "tp_plan (only the first process drafts)"
-            )
-    target = run.target.model
-    if any(processes.settle(lambda: [not drafter.is_warm(target)])):
-        drafter.warm_up(target)
-    return _LedSession(drafter, run, processes)
-
-
-class _LedSession(DraftSession):
+class _BroadcastSession(DraftSession):
     """In the first process the drafter at work, in the others what it says."""
 
-    def __init__(self, drafter: Drafter, run: Run, processes: Processes):
+    def __init__(self, drafter: Drafter, run: Run, ranks: TensorParallelRanks):
         self._run = run
-        self._processes = processes
+        self._ranks = ranks
         self._failure: Exception | None = None
         self._own: DraftSession | None = None
         with self._target_is_out_of_reach():
-            processes.settle(lambda: self._start(drafter))
+            ranks.broadcast_from_rank0(lambda: self._start(drafter))
 
     def _start(self, drafter: Drafter) -> Sequence[int]:
         self._own = drafter.start(self._run)
@@ -124,7 +160,7 @@ class _LedSession(DraftSession):
     def propose(self, max_depths: Sequence[int]) -> Draft:
         drafts: list[Draft] = []
         with self._target_is_out_of_reach():
-            told = self._processes.settle(lambda: self._propose(max_depths, drafts))
+            told = self._ranks.broadcast_from_rank0(lambda: self._propose(max_depths, drafts))
         return drafts[0] if drafts else Draft(trees=_trees(told, len(max_depths), self._run.device))
 
     def _propose(self, max_depths: Sequence[int], drafts: list[Draft]) -> Sequence[int]:
@@ -180,41 +216,3 @@ def _trees(numbers: Sequence[int], num_rows: int, device: torch.device) -> TreeB
         size = next(rest)
         rows.append(TokenTree(tokens=[next(rest) for _ in range(size)], parents=[next(rest) for _ in range(size)]))
     return TreeBatch.stack(rows, device)
-
-
-class LedSampler(Sampler):
-    """Accepts what the first process accepts: the others have neither its randomness nor what it drafted from."""
-
-    def __init__(self, sampler: Sampler, processes: Processes):
-        vars(self).update(vars(sampler))
-        self._processes = processes
-
-    def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
-        def decide() -> list[int]:
-            accepted = super(LedSampler, self).accept(scores_BTV, draft)
-            path_BN = torch.nn.functional.pad(accepted.path_BD, (0, width - accepted.path_BD.shape[1]))
-            columns = [accepted.counts_B[:, None], accepted.next_B[:, None], path_BN]
-            return torch.cat(columns, 1).flatten().tolist()
-
-        width = draft.trees.width
-        told = self._processes.settle(decide)
-        table = torch.tensor(told, device=scores_BTV.device).view(len(scores_BTV), 2 + width)
-        return Acceptance(path_BD=table[:, 2:], counts_B=table[:, 0], next_B=table[:, 1])
-
-
-class LedStopChecker(StopChecker):
-    """Stops where the first process stops: criteria may look at the clock."""
-
-    def __init__(self, criteria: StoppingCriteriaList, processes: Processes):
-        super().__init__(criteria)
-        self._processes = processes
-
-    def cut(
-        self, sequences: Sequences, candidates: Sequence[Sequence[int]], scores_of: Callable[[int], Scores]
-    ) -> tuple[list[int], list[bool]]:
-        def decide() -> list[int]:
-            counts, stopped = super(LedStopChecker, self).cut(sequences, candidates, scores_of)
-            return [*counts, *map(int, stopped)]
-
-        told = self._processes.settle(decide)
-        return told[: len(candidates)], [bool(stops) for stops in told[len(candidates) :]]

@@ -192,7 +192,7 @@ class Engine:
         Raises:
             DraftError: the drafter cannot take rows that join.
         """
-        target = TreeModel(self.model)
+        target = self._drafter.make_target(self.model)
         target.begin()
         nothing = torch.zeros((0, 0), dtype=torch.long, device=target.device)
         sequences, requests = Sequences(nothing, None, 0), RunningRequests()

@@ -81,7 +81,7 @@ class _Capture:
     ) -> PreparedRequest:
         known = ("use_cache", "logits_to_keep", "attention_mask", CACHE)
         others = {name: value for name, value in model_inputs.items() if name not in known}
-        options.check_model_inputs(others, generation_config)
+        options.check_model_inputs(model, others, generation_config)
         if len(input_ids) > 1:
             raise UnsupportedOptionError(
                 f"num_return_sequences={len(input_ids)}: a request has one continuation; submit several"

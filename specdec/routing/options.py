@@ -48,3 +48,21 @@ def check_routed(config: GenerationConfig, arguments: dict[str, Any]) -> None:
         raise UnsupportedOptionError(
             "a cache does not go with a router: the draft model has none of that text; pass the whole text as input_ids"
         )
+
+
+def check_is_text(model_inputs: dict[str, Any]) -> None:
+    """Refuse prompts that are more than text.
+
+    Args:
+        model_inputs: of the target's prefill, besides ids, mask and cache.
+
+    Raises:
+        UnsupportedOptionError: there is an image.
+    """
+    others = sorted(model_inputs.keys() - {"position_ids", "inputs_embeds"})
+    positions = model_inputs.get("position_ids")
+    if others or (positions is not None and positions.ndim > 2):
+        raise UnsupportedOptionError(
+            f"a router takes prompts of text alone, and these have images ({', '.join(others) or 'position_ids'}): "
+            "leave router= out"
+        )

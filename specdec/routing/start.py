@@ -27,7 +27,7 @@ from specdec.decoding.stopping import StopChecker
 from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.loop import AnyWriter, StepLoop
-from specdec.routing.options import check_routing
+from specdec.routing.options import check_is_text, check_routing
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.routing.remote.writer import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
@@ -134,8 +134,10 @@ class Routing:
         """Run the loop of a call to its end; arguments and errors as of `start`.
 
         Raises:
+            UnsupportedOptionError: the prompt is more than text.
             EndpointError: an endpoint has failed for good; its `partial` holds what was generated until then.
         """
+        check_is_text(call.others)
         loop = self.start(model, call)
         try:
             loop.run()

@@ -128,7 +128,7 @@ class StepWriter(DecodingLoop):
         if self._has_read:
             # the last token is never cached: it is the root of the next forward
             lengths = zip(self.sequences.lengths, appended, strict=True)
-            self.target.cache.truncate([length - max(1, len(tokens)) for length, tokens in lengths])
+            self.target.cache.truncate_committed([length - max(1, len(tokens)) for length, tokens in lengths])
         self.session.observe(Outcome(paths=[[]] * len(appended), tokens=appended, is_own=False))
 
     def begin_steps(self, rows: Iterable[int]) -> None:
@@ -274,7 +274,7 @@ class StepWriter(DecodingLoop):
     def _read_prompts(self) -> None:
         if not self._has_read:
             self.prefill(self.target, self.sequences.rows)
-            self.target.cache.truncate([length - 1 for length in self.target.cache.lengths])
+            self.target.cache.truncate_committed([length - 1 for length in self.target.cache.lengths])
             self._has_read = True
 
     def _unread(self, row: int) -> list[int]:
@@ -304,7 +304,7 @@ class StepWriter(DecodingLoop):
         """
         num_rows, rows, longest = len(self.sequences), list(tokens), max(map(len, tokens.values()))
         if len(rows) < num_rows and num_rows * longest > _CHEAP_WIDTH:
-            with self.target.only(rows, longest):
+            with self.target.row_subset(rows, longest):
                 logits_RTV = self._read([tokens[row] for row in rows])
         else:
             logits_RTV = self._read([tokens.get(row) or [self._root(row)] for row in range(num_rows)])

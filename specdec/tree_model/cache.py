@@ -215,11 +215,6 @@ class TreeCache(Cache):
     def _first(self, num_layers: int) -> list[TreeLayer]:
         return [layer for index, layer in self.stored.items() if index < num_layers]
 
-    def cut(self, lengths: Sequence[int]) -> None:
-        """Forget the committed slots of each row past this many, and the tail."""
-        self.lengths = list(lengths)
-        self.rollback()
-
     def buffers_change(self) -> None:
         """To be called when a layer gets other buffers."""
         self._mover = None
@@ -230,7 +225,7 @@ class TreeCache(Cache):
         for layer in self.stored.values():
             layer.tail = 0
 
-    def truncate(self, lengths: Sequence[int]) -> None:
+    def truncate_committed(self, lengths: Sequence[int]) -> None:
         """Forget the tail, and what is committed past these lengths."""
         self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
         self.rollback()
@@ -277,7 +272,7 @@ class TreeCache(Cache):
             for buffer in layer.buffers:
                 buffer[row] = 0
 
-    def part(self, rows: Sequence[int], room: int) -> TreeCache:
+    def row_subset(self, rows: Sequence[int], room: int) -> TreeCache:
         """A cache of these rows alone: copies, with room for so many slots more."""
         assert self.tail == 0, "parts are made between rounds"
         part = TreeCache(len(self.layers), 0, without=self.without)

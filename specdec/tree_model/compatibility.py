@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.tree_model.cache import has_recurrent_layers
-from specdec.tree_model.model import TreeModel
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
 
@@ -180,7 +180,7 @@ def _trial_exit(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Logits after the root and two nodes, once with an exit in the middle of the layers and once without."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     *prompt, root, first, second = (7919 * (i + 1) % vocab_size for i in range(6))
-    trial = TreeModel(model)
+    trial = EarlyExitModel(model)
     if trial.num_layers < 2:
         raise UnsupportedModelError(f"{type(model).__name__} has one layer: there is nothing to exit from")
     trial.prefill(torch.tensor([prompt], device=trial.device))

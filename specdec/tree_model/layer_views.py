@@ -74,7 +74,7 @@ class View:
     def run(self) -> Callable[..., Any]:
         return self._fused or self.model
 
-    def give(self, hidden_BTC: Tensor) -> None:
+    def set_input_states(self, hidden_BTC: Tensor) -> None:
         """The hidden states that the next call starts with."""
         assert self._given is not None, "this view starts with the embeddings"
         self._given.hidden_BTC = hidden_BTC

@@ -1,10 +1,11 @@
 """A Hugging Face causal LM that forwards token trees: prefill, then speculative forwards, then commit or rollback.
 
 The target is one; so is a small draft model. Masks are built once a forward and handed to the model as they are
-(4-D); positions follow the depth in the tree. A model that drafts for itself runs its lower layers ahead
-(`forward_below`); verification then goes on from there. `docs/structures.md` walks a round through the modules.
+(4-D); positions follow the depth in the tree. A model that drafts for itself is an `early_exit.EarlyExitModel`.
+`docs/structures.md` walks a round through the modules.
 
-Shape legend: B rows, P prompt, T new slots, K tail slots (old and new), S all tail slots, C channels, V vocabulary.
+Shape legend: A planes of positions (one for text, several past an image), B rows, P prompt, T new slots, K tail slots
+(old and new), S all tail slots, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from specdec.tree_model import masks
 from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.positions import next_positions, positions_read
-from specdec.tree_model.tail_order import Passed, TailOrder, tail_order
 from trees import TreeBatch
 
 
@@ -58,7 +58,7 @@ class TreeModel:
     cache: TreeCache
     _prompt_BP: Tensor | None
     """bool: which prompt slots are no padding; None if all are."""
-    _lag_B: Tensor
+    _lag_AB: Tensor
     """How far positions lag behind slots."""
     _offsets_BS: Tensor
     """Offsets of the tail's slots."""
@@ -75,8 +75,6 @@ class TreeModel:
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
-        self._passed: Passed | None = None
-        self._order: TailOrder | None = None
         self._along: Along | None = None
 
     @cached_property
@@ -85,7 +83,7 @@ class TreeModel:
         return LayerViews(self.model)
 
     @contextmanager
-    def only(self, rows: Sequence[int], room: int) -> Iterator[None]:
+    def row_subset(self, rows: Sequence[int], room: int) -> Iterator[None]:
         """Within, the model is one of these rows alone. What it appends becomes their tail; others' means nothing.
 
         Their states are copied, and what is appended is copied back: cheaper than a wide forward of rows that wait.
@@ -93,14 +91,14 @@ class TreeModel:
         Args:
             room: slots that will be appended to a row.
         """
-        whole = self.cache, self._lag_B, self._prompt_BP
-        self.cache, self._lag_B = self.cache.part(rows, room), self._lag_B[list(rows)]
+        whole = self.cache, self._lag_AB, self._prompt_BP
+        self.cache, self._lag_AB = self.cache.row_subset(rows, room), self._lag_AB[:, list(rows)]
         self._prompt_BP = None if self._prompt_BP is None else self._prompt_BP[list(rows)]
         try:
             yield
             whole[0].take_tail(self.cache, rows)
         finally:
-            self.cache, self._lag_B, self._prompt_BP = whole
+            self.cache, self._lag_AB, self._prompt_BP = whole
 
     def keep_states(self, depths: Iterable[int]) -> None:
         """From now on keep the hidden states after these numbers of layers (1 and more) in `states`."""
@@ -123,6 +121,7 @@ class TreeModel:
             attention_mask: [B, P] (with a cache: [B, past + P]), None if nothing is masked.
             past_key_values: states of earlier tokens; copied, never written to.
             capacity: expected number of slots of the run, to allocate once.
+            model_inputs: what else the model is given with a prompt, images included.
 
         Returns:
             The logits after the last token, [B, 1, V].
@@ -156,13 +155,13 @@ class TreeModel:
         """
         self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
         self.states = {}
-        self._passed = self._order = self._prompt_BP = None
-        self._lag_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
+        self._prompt_BP = None
+        self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
 
     def join(self, states: RowStates | None = None) -> None:
         """A row more, at the end, without padding (see `TreeCache.join`)."""
         self.cache.join(states)
-        self._lag_B = torch.nn.functional.pad(self._lag_B, (0, 1))
+        self._lag_AB = torch.nn.functional.pad(self._lag_AB, (0, 1))
         if self._prompt_BP is not None:
             self._prompt_BP = torch.nn.functional.pad(self._prompt_BP, (0, 0, 0, 1), value=True)
 
@@ -212,23 +211,21 @@ class TreeModel:
 
         Whoever goes on with that cache has to forget this model's tail first.
         """
-        assert not other.num_passed, "layers of the other model are ahead"
+        assert not any(layer.tail for layer in other.cache.stored.values()), "the other model is between two rounds"
         self.cache = other.cache
-        self._prompt_BP, self._lag_B = other._prompt_BP, other._lag_B
+        self._prompt_BP, self._lag_AB = other._prompt_BP, other._lag_AB
 
     def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 
         Args:
             roots_B1: int64 the last committed token of each row.
-            places: of the nodes among those that have passed lower layers (see `trees.Draft`), if any have.
+            places: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
 
         Returns:
             Logits after every slot, [B, 1 + N, V], in the model's dtype.
         """
         tokens_BT = torch.cat([roots_B1, trees.tokens_BN], 1)
-        if self._passed is not None:
-            return self._verify_above(trees, tokens_BT, places)
         return self.forward(tokens_BT, trees.depths_BT, trees.ancestors_BTT if trees.width else None)
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
@@ -255,64 +252,29 @@ class TreeModel:
         self.num_forwards += 1
         return outputs.logits
 
-    def forward_below(self, exit_layer: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
-        """Append T slots to the tail of the first `exit_layer` layers only; arguments as of `forward`.
-
-        All such forwards of a round stop at the same layer. The next `verify` goes on from there.
-
-        Returns:
-            The hidden states after those layers, [B, T, C].
-        """
-        passed = self._passed
-        if passed is None:
-            passed = self._passed = Passed(exit_layer)
-        assert passed.exit_layer == exit_layer, "one exit layer a round"
-        below = self.views.below(exit_layer, self._kept)
-        self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
-        passed.add(self._at_home(below.states))
-        return below.states[exit_layer]
-
     @property
-    def num_passed(self) -> int:
-        """Slots that have passed lower layers only, ahead of the next verification."""
-        return 0 if self._passed is None else self._passed.num_slots
-
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """The states before the first layer, [B, T, C]."""
-        below = self.views.below(0)
-        below.run(input_ids=tokens_BT, position_ids=torch.zeros_like(tokens_BT), use_cache=False)
-        return below.states[0]
+    def next_positions_AB(self) -> Tensor:
+        """int64 positions of every row's next token."""
+        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_AB
 
     @property
     def next_positions_B(self) -> Tensor:
-        """int64 position of every row's next token."""
-        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_B
-
-    def exit_logits(self, hidden_BTC: Tensor) -> Tensor:
-        """What the model's final norm and head make of hidden states, [B, T, V]."""
-        head = self.views.head()
-        head.give(hidden_BTC)
-        unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
-        return head.model(input_ids=unread, position_ids=unread, use_cache=False).logits
+        """int64 position of every row's next token; past an image that of its rotation."""
+        return self.next_positions_AB[-1]
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these slots of each row (see `TreeCache.commit`)."""
-        if self._order is not None and not self._order.is_plain:
-            places = self._order.places_BT.tolist()
-            kept = [[places[row][slot] for slot in slots] for row, slots in enumerate(kept)]
-        self._order = None
         self.cache.commit(kept)
 
     def forget_tail(self) -> None:
         """Forget all slots that are not committed."""
-        self._passed = self._order = None
         self.cache.rollback()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self.cache.select_rows(rows)
         self.states = {depth: states[list(rows)] for depth, states in self.states.items()}
-        self._lag_B = self._lag_B[list(rows)]
+        self._lag_AB = self._lag_AB[:, list(rows)]
         if self._prompt_BP is not None:
             self._prompt_BP = self._prompt_BP[list(rows)]
 
@@ -340,37 +302,6 @@ class TreeModel:
         except UnsupportedModelError:  # there are no layers to be found, and none are needed
             return False
 
-    def _verify_above(self, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None) -> Tensor:
-        """Verify where the drafting has already passed the lower layers with some of the slots."""
-        passed = self._passed
-        assert passed is not None
-        exit_layer = passed.exit_layer
-        order = self._order = tail_order(trees, places, passed.num_slots)
-        tokens_BS, offsets_BS = order.arrange(tokens_BT), order.arrange(trees.depths_BT)
-        seen_BSS, split = order.arrange_mask(trees.ancestors_BTT), order.num_passed
-        self._rearrange(passed, order, offsets_BS[:, :split])
-        if split < tokens_BS.shape[1]:
-            self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
-        states = passed.states()
-        above = self.views.above(exit_layer, self._kept)
-        above.give(states[exit_layer])
-        outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
-        kept = {**states, **self._at_home(above.states)}
-        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in kept.items()}
-        self._passed = None
-        self.num_forwards += 1
-        return order.restore(outputs.logits)
-
-    def _rearrange(self, passed: Passed, order: TailOrder, offsets_BK: Tensor) -> None:
-        """Bring the lower layers' tail into the order of verification."""
-        if not order.is_plain:
-            self.cache.arrange_tail(passed.exit_layer, order.sources_BK)
-            passed.arrange(order.sources_BK)
-        elif passed.num_slots > order.num_passed:
-            self.cache.cut_tail(passed.exit_layer, order.num_passed)
-            passed.arrange(order.sources_BK)
-        self._offsets_BS = offsets_BK
-
     def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
         """Forward new slots where the running layers already hold a tail of `num_tail`."""
         return self._run(view, self._inputs(num_tail, tokens_BT, offsets_BT, seen_BTK))
@@ -385,18 +316,19 @@ class TreeModel:
 
     def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
+        positions_ABT = self.next_positions_AB.unsqueeze(2) + offsets_BT
         return {
             "input_ids": tokens_BT,
             "attention_mask": self._mask(seen_BTK, offsets_BT),
-            "position_ids": self.next_positions_B.unsqueeze(1) + offsets_BT,
+            "position_ids": positions_ABT if len(positions_ABT) > 1 else positions_ABT[0],
             CACHE: self.cache,
             "use_cache": True,
         }
 
-    def _start_masks(self, attention_mask: Tensor | None, next_B: Tensor | None) -> None:
+    def _start_masks(self, attention_mask: Tensor | None, next_AB: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
         lengths_B = torch.tensor(self.cache.lengths, device=self.device)
-        self._lag_B = torch.zeros_like(lengths_B) if next_B is None else lengths_B - next_B.to(self.device)
+        self._lag_AB = torch.zeros_like(lengths_B[None]) if next_AB is None else lengths_B - next_AB.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""

@@ -1,6 +1,6 @@
 """Positions of a prompt: which the model reads it at, and whether they are those of text.
 
-Shape legend: B rows, P prompt.
+Shape legend: A planes (multimodal positions have several), B rows, P prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 
 def text_positions(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The positions [B, P] that the planes [planes, B, P] of multimodal positions agree on.
+    """The positions [B, P] that the planes [A, B, P] of multimodal positions agree on.
 
     None if they differ at a token that is no padding: then the prompt is more than text.
     """
@@ -61,7 +61,11 @@ def _takes_positions(model: PreTrainedModel) -> tuple[nn.Module, int]:
 
 
 def next_positions(read: Tensor | None) -> Tensor | None:
-    """int64 [B] (or [1] for all rows): the positions after those that a decoder was given last."""
+    """int64 [A, B] (or [A, 1] for all rows): the positions after those that a decoder was given last.
+
+    As in plain decoding each plane goes on by itself; there is one where all planes go on alike.
+    """
     if read is None:
         return None
-    return read.reshape(-1, *read.shape[-2:])[0, :, -1] + 1
+    next_AB = read.reshape(-1, *read.shape[-2:])[:, :, -1] + 1
+    return next_AB[:1] if bool((next_AB == next_AB[:1]).all()) else next_AB

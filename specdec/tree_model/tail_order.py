@@ -1,12 +1,12 @@
-"""Verification of trees whose slots have already passed some of the layers.
+"""Verification of trees of which some layers have forwarded some slots already.
 
 While a model drafts for itself from an early exit, its lower layers process one draft layer after the other: their
 cache tail holds the root and the drafted nodes in the order of drafting (*places*; the root is the first). The upper
 layers then process root and nodes at once. This module says in which order: slots that the lower layers know first,
 then the rest, which has to pass the lower layers before.
 
-Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that have passed,
-C channels.
+Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that the
+lower layers have forwarded, C channels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TailOrder:
     is_plain: bool
 
     @property
-    def num_passed(self) -> int:
+    def num_forwarded(self) -> int:
         """K."""
         return self.sources_BK.shape[1]
 
@@ -69,8 +69,8 @@ class TailOrder:
         return places_BT.scatter_reduce(1, self.slots_BS, (places_S * self.real_BS), "amax")
 
 
-class Passed:
-    """The hidden states of the slots that have passed the lower layers in this round."""
+class PartialForward:
+    """What the lower layers have forwarded in a round: the hidden states of its slots."""
 
     def __init__(self, exit_layer: int):
         self.exit_layer = exit_layer
@@ -94,30 +94,30 @@ class Passed:
             self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
 
 
-def tail_order(trees: TreeBatch, places: Sequence[Sequence[int]] | None, num_passed: int) -> TailOrder:
+def tail_order(trees: TreeBatch, places: Sequence[Sequence[int]] | None, num_forwarded: int) -> TailOrder:
     """Where the slots of these trees go.
 
     Args:
         places: of every node (see `trees.Draft`), -1 for one that has none.
-        num_passed: tail slots that have passed the lower layers: the root, then nodes by place.
+        num_forwarded: tail slots that the lower layers have forwarded: the root, then nodes by place.
     """
     device = trees.device
     if places is None:
-        passed = min(num_passed, trees.num_slots)
+        num_known = min(num_forwarded, trees.num_slots)
         slots_BS = torch.arange(trees.num_slots, device=device).expand(trees.num_rows, -1)
-        return TailOrder(slots_BS=slots_BS, real_BS=trees.real_BT, sources_BK=slots_BS[:, :passed], is_plain=True)
+        return TailOrder(slots_BS=slots_BS, real_BS=trees.real_BT, sources_BK=slots_BS[:, :num_known], is_plain=True)
     known, rest = [], []
     for node_places in places:
-        tail = [0, *(place + 1 if 0 <= place < num_passed - 1 else -1 for place in node_places)]
+        tail = [0, *(place + 1 if 0 <= place < num_forwarded - 1 else -1 for place in node_places)]
         known.append([(slot, place) for slot, place in enumerate(tail) if place >= 0])
         rest.append([slot for slot, place in enumerate(tail) if place < 0])
     num_known, num_rest = max(map(len, known)), max(map(len, rest))
     slots = np.zeros((len(known), num_known + num_rest), np.int64)
     sources, real = np.zeros((len(known), num_known), np.int64), np.zeros(slots.shape, bool)
-    for row, (passed_slots, new_slots) in enumerate(zip(known, rest, strict=True)):
-        slots[row, : len(passed_slots)], sources[row, : len(passed_slots)] = zip(*passed_slots, strict=True)
+    for row, (known_slots, new_slots) in enumerate(zip(known, rest, strict=True)):
+        slots[row, : len(known_slots)], sources[row, : len(known_slots)] = zip(*known_slots, strict=True)
         slots[row, num_known : num_known + len(new_slots)] = new_slots
-        real[row, : len(passed_slots)] = real[row, num_known : num_known + len(new_slots)] = True
+        real[row, : len(known_slots)] = real[row, num_known : num_known + len(new_slots)] = True
     slots_BS, real_BS, sources_BK = (torch.from_numpy(x).to(device) for x in (slots, real, sources))
     return TailOrder(slots_BS=slots_BS, real_BS=real_BS, sources_BK=sources_BK, is_plain=False)
 

@@ -69,6 +69,7 @@ class Auto(Drafter):
         self.clock: Callable[[], float] = perf_counter
         """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.supports_rollback = all(drafter.supports_rollback for drafter in drafters)
+        self.needs_exits = any(drafter.needs_exits for drafter in drafters)
 
     def reset(self) -> None:
         """Take drafters back that were dropped because they had raised."""
@@ -194,7 +195,6 @@ class _AutoSession(DraftSession):
             draft = Draft(trees=TreeBatch.empty(context.num_rows, self._run.device))
         self._round = _Round(
             context=context,
-            offer=offer,
             plan=plan,
             draft=draft,
             started=started,
@@ -262,8 +262,7 @@ class _AutoSession(DraftSession):
         self._update_costs(round_, now)
         self._update_sources(round_, outcome)
         num_tokens = sum(map(len, outcome.tokens))
-        missed_seconds = self._missed_seconds(round_, outcome)
-        self._control.update(round_.context.plain, round_.plan, num_tokens, seconds, missed_seconds=missed_seconds)
+        self._control.update(round_.plan, num_tokens, seconds)
 
     def _update_costs(self, round_: _Round, now: float) -> None:
         """What the target's forward took, unless a part of it was drafting."""
@@ -278,14 +277,6 @@ class _AutoSession(DraftSession):
             if source is plan.source:
                 source.learn(outcome, round_.draft, round_.drafted - round_.decided, round_.context)
         self._lookup.learn(outcome, plan if plan.source is self._lookup else None)
-
-    def _missed_seconds(self, round_: _Round, outcome: Outcome) -> float:
-        """That prompt lookup would have saved in a plain round."""
-        context, offer = round_.context, round_.offer
-        if offer is None or round_.plan.source is not None:
-            return 0.0
-        would = self._lookup.would_commit(outcome, offer.length)
-        return would / context.num_rows * context.plain.seconds - offer.seconds
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for source in self._sources:
@@ -318,8 +309,6 @@ class _Round:
     """The round under way, and when its parts were done."""
 
     context: RoundContext
-    offer: Plan[Source] | None
-    """What prompt lookup had to say."""
     plan: Plan[Source]
     draft: Draft
     started: float

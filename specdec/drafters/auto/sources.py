@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
-from math import ceil, inf
+from math import inf
 from statistics import mean
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -77,9 +77,9 @@ class RoundContext:
         """Of a round that verifies so many drafted tokens in its longest row."""
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
-    def prices(self, step_seconds: float, longest: int) -> list[float]:
-        """The price of each token of a chain (see `GainLimitedChain`)."""
-        longest = min(longest, max(self.max_depths))
+    def prices(self, step_seconds: float) -> list[float]:
+        """Of the tokens of a chain, see `GainLimitedChain`."""
+        longest = min(LONGEST_DRAFT, max(self.max_depths))
         return [self.throughput * step_seconds + price for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
@@ -258,18 +258,15 @@ class ModelSource(Source):
     def _draft(self, context: RoundContext) -> Draft:
         self._steps = self.session.num_steps
         self._reading = self._reading_seconds(context)
-        longest = LONGEST_DRAFT
-        if not self._known.history.num_runs:  # one more token with every round
-            longest = min(longest, ceil(self._known.history.mean.nodes) + 1 + self._averages.num_rounds)
         if self.session.grows_trees:
             self.session.policy = GainLimitedChain(
-                prices=context.prices(self._step_seconds(context), longest),
+                prices=context.prices(self._step_seconds(context)),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
                 leaf_prices=context.leaf_prices(),
                 leaf_chance=self.leaves.chance,
             )
-        return self.session.propose([min(depth, longest) for depth in context.max_depths])
+        return self.session.propose([min(depth, LONGEST_DRAFT) for depth in context.max_depths])
 
     def learn(self, outcome: Outcome, draft: Draft, draft_seconds: float, context: RoundContext) -> None:
         """What became of this source's own draft, which took so long to make."""

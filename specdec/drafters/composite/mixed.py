@@ -42,6 +42,7 @@ class Mixed(Drafter):
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f"Mixed(budget={budget!r}): budget is a positive integer, or None for no limit")
         self.budget = budget
+        self.needs_exits = any(drafter.needs_exits for drafter in self.drafters)
 
     def models(self) -> Iterator[PreTrainedModel]:
         return chain.from_iterable(drafter.models() for drafter in self.drafters)
@@ -85,9 +86,8 @@ class _MixedSession(DraftSession):
     def propose(self, max_depths: Sequence[int]) -> Draft:
         merger, on_target = Merger(len(max_depths), self._budget), None
         for index, session in enumerate(self._sessions):
-            num_passed = self._run.target.num_passed
             merger.add(session.propose(merger.within_budget(max_depths)))
-            if self._run.target.num_passed > num_passed:
+            if session.runs_target:
                 on_target = index
         self._merged = merger.finish(on_target)
         return self._merged.draft

@@ -92,7 +92,7 @@ class NestedSession(DraftSession):
             while self._goes_on(limits):
                 self._round(limits, max_depths)
         finally:
-            self._copy.cache.truncate(lengths)
+            self._copy.cache.truncate_committed(lengths)
         draft = self._chains()
         self._num_steps += draft.trees.width
         return draft

@@ -1,8 +1,8 @@
 """Which exit drafts the next round, how far, or none: for tokens per second, as `Auto` chooses among drafters.
 
-`Plan`s say what a round of each exit is expected to bring and to take, `RoundControl` takes the one that is worth most,
-tries those that did not pay again, and guards against loss. The chain and its leaves grow for as long as they are worth
-their time (`GainLimitedChain`).
+`Plan`s say what a round of each exit is expected to bring and to take, `RoundControl` takes the one that is worth most
+and tries those that did not pay again. The chain and its leaves grow for as long as they are worth their time
+(`GainLimitedChain`).
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ class TokensPerSecond(ExitRule):
         )
 
     def _update_times(self, round_: _Round, trees: TreeBatch, num_tokens: int, now: float) -> None:
-        plan, costs, plain = round_.plan, round_.options.costs, round_.options.context.plain
+        plan, costs = round_.plan, round_.options.costs
         costs.forward.update(trees.num_rows * trees.num_slots, now - round_.drafted)
-        self._control.update(plain, plan, num_tokens, now - round_.decided)
+        self._control.update(plan, num_tokens, now - round_.decided)
         if plan.source is not None and round_.num_steps:
             step_seconds = (round_.drafted - round_.decided) / round_.num_steps
             # what it has missed is read in that time too

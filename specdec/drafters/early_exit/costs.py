@@ -17,6 +17,7 @@ from specdec.control import ForwardCosts
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.kernels import prepared
 from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
 
 _CONTEXT = 32
@@ -86,7 +87,7 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
 @torch.no_grad()
 def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
     """Time verifications, and draft steps from the lowest and the highest exit: all heads of a run are alike."""
-    scratch = TreeModel(target.model)
+    scratch = EarlyExitModel(target.model)
     context = max(min(_CONTEXT, position_limit(target.model) - 2), 1)
     scratch.prefill(torch.zeros((num_rows, context), dtype=torch.long, device=scratch.device))
     forward = _time({num_rows * width: partial(_verify, scratch, num_rows, width) for width in _WIDTHS}, scratch)
@@ -94,7 +95,7 @@ def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> Exi
     return ExitCosts(forward, _time(steps, scratch), num_rows)
 
 
-def _time(parts: Mapping[int, Callable[[], object]], scratch: TreeModel) -> dict[int, float]:
+def _time(parts: Mapping[int, Callable[[], object]], scratch: EarlyExitModel) -> dict[int, float]:
     """The shortest of several interleaved runs of each part: a busy machine only ever adds."""
     clock, began = clock_of(scratch.device), perf_counter()
     seconds = dict.fromkeys(parts, float("inf"))
@@ -109,14 +110,14 @@ def _time(parts: Mapping[int, Callable[[], object]], scratch: TreeModel) -> dict
     return seconds
 
 
-def _verify(scratch: TreeModel, num_rows: int, width: int) -> None:
+def _verify(scratch: EarlyExitModel, num_rows: int, width: int) -> None:
     tokens_BT = torch.zeros((num_rows, width), dtype=torch.long, device=scratch.device)
     order_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
     seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
     scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
 
 
-def _step(head: ExitHead, scratch: TreeModel, num_rows: int) -> Callable[[], object]:
+def _step(head: ExitHead, scratch: EarlyExitModel, num_rows: int) -> Callable[[], object]:
     tokens_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=scratch.device)
     score = head.timing_run(scratch, num_rows)
     if head.layer == 0:

@@ -29,6 +29,7 @@ from specdec.exits.module import Exit, load_exits
 from specdec.exits.shipped import shipped_exits
 from specdec.kernels import prepare_like, prepared
 from specdec.tree_model.compatibility import check_layers
+from specdec.tree_model.early_exit import EarlyExitModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
@@ -63,6 +64,8 @@ class EarlyExit(Drafter):
         UnsupportedModelError: at the call, for a target whose layers do not run one by one.
     """
 
+    needs_exits = True
+
     def __init__(
         self,
         exit_layer: int | Literal["adaptive"] = "adaptive",
@@ -90,31 +93,31 @@ class EarlyExit(Drafter):
 
     def start(self, run: Run) -> DraftSession:
         check_layers(run.target.model)
-        trained = self._trained_heads(run)
-        exits = range(1, run.target.num_layers)
-        shared: dict[int, ExitHead] = {layer: SharedHead(layer, run.target) for layer in exits}
+        target = _exit_model(run)
+        trained = self._trained_heads(run, target)
+        exits = range(1, target.num_layers)
+        shared: dict[int, ExitHead] = {layer: SharedHead(layer, target) for layer in exits}
         if self.exit_layer == "adaptive":
             heads = trained or shared
-            return _AdaptiveSession(run, heads, self._rule(run, heads))
+            return _AdaptiveSession(run, heads, self._rule(run, target, heads))
         heads = trained if self._file not in (None, SHIPPED) else shared | trained
         head = heads.get(self.exit_layer)
         if head is None:
             raise DraftError(f"EarlyExit(exit_layer={self.exit_layer}): the exits of this target are {sorted(heads)}")
         return _FixedSession(run, head, run.tree or Chain(self.num_tokens or _FIXED_LENGTH))
 
-    def _rule(self, run: Run, heads: dict[int, ExitHead]) -> ExitRule:
+    def _rule(self, run: Run, target: EarlyExitModel, heads: dict[int, ExitHead]) -> ExitRule:
         layers = sorted(heads)
         is_trained = any(isinstance(head, TrainedHead) for head in heads.values())
         max_length = self.num_tokens or (_TRAINED_LENGTH if is_trained else _DEL_LENGTH)
         # an exit module computes nothing unless it drafts
-        shadows = None if is_trained else ShadowTokens(run, layers, self.shadow_share)
+        shadows = None if is_trained else ShadowTokens(run, target, layers, self.shadow_share)
         if self.objective == "tokens-per-layer":
-            num_layers = run.target.num_layers
-            return TokensPerLayer(layers, num_layers=num_layers, max_length=max_length, shadows=shadows)
+            return TokensPerLayer(layers, num_layers=target.num_layers, max_length=max_length, shadows=shadows)
         return TokensPerSecond(run, [heads[layer] for layer in layers], max_length=max_length, shadows=shadows)
 
-    def _trained_heads(self, run: Run) -> dict[int, ExitHead]:
-        model = run.target.model
+    def _trained_heads(self, run: Run, target: EarlyExitModel) -> dict[int, ExitHead]:
+        model = target.model
         file = shipped_exits(model) if self._file == SHIPPED else self._file
         if file is None:
             return {}
@@ -122,7 +125,7 @@ class EarlyExit(Drafter):
         key = fspath(file), prepared(model)
         if key not in loaded:
             loaded[key] = [prepare_like(module, model) for module in load_exits(file, model)]
-        return {module.layer: TrainedHead(module, run.target, run.sequences) for module in loaded[key]}
+        return {module.layer: TrainedHead(module, target, run.sequences) for module in loaded[key]}
 
 
 class _ExitSession(GrowingSession):
@@ -132,7 +135,7 @@ class _ExitSession(GrowingSession):
 
     def __init__(self, run: Run, heads: dict[int, ExitHead], policy: GrowthPolicy):
         super().__init__(run, policy)
-        self._target = run.target
+        self._target = _exit_model(run)
         self._heads = heads
         self._head: ExitHead | None = None
         self._has_begun = False
@@ -235,6 +238,14 @@ class _AdaptiveSession(_ExitSession):
         draft, self._draft = self._draft, None
         if draft is not None and (outcome.is_own or outcome.own is not None):
             self._rule.learn(draft, outcome, slots)
+
+
+def _exit_model(run: Run) -> EarlyExitModel:
+    if not isinstance(run.target, EarlyExitModel):
+        raise DraftError(
+            "EarlyExit runs some of the target's layers: the drafter that it is a part of has to say needs_exits = True"
+        )
+    return run.target
 
 
 def _nothing(run: Run) -> Draft:

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from specdec.decoding.sequences import Sequences
 from specdec.exits.module import Exit
 from specdec.tree_model.cache import LayerKind, TreeCache
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
 from trees import GrowingTrees
 
@@ -52,7 +53,7 @@ class ExitHead(ABC):
         return logits_BMS
 
     @abstractmethod
-    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: EarlyExitModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         """A function that costs what this head adds to a draft step, of states [B, 1, C]; for timing.
 
         Args:
@@ -72,7 +73,7 @@ class ExitHead(ABC):
 class SharedHead(ExitHead):
     """The model's final norm and head."""
 
-    def __init__(self, layer: int, target: TreeModel):
+    def __init__(self, layer: int, target: EarlyExitModel):
         self.layer = layer
         self._target = target
 
@@ -86,7 +87,7 @@ class SharedHead(ExitHead):
     def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         return self._target.exit_logits(hidden_BMC)
 
-    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: EarlyExitModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         return target.exit_logits
 
 
@@ -101,7 +102,7 @@ class TrainedHead(ExitHead):
     The target must keep the states of the exit's layer and of its last one.
     """
 
-    def __init__(self, module: Exit, target: TreeModel, sequences: Sequences):
+    def __init__(self, module: Exit, target: EarlyExitModel, sequences: Sequences):
         self.layer = module.layer
         self._module = module
         self._target = target
@@ -169,7 +170,7 @@ class TrainedHead(ExitHead):
         first_B = self._target.next_positions_B - torch.tensor(num_seen, device=last_BPC.device)
         self._block = _BlockModel(self._module, self._target, first_B)
 
-    def timing_run(self, target: TreeModel, num_rows: int) -> Callable[[Tensor], Tensor]:
+    def timing_run(self, target: EarlyExitModel, num_rows: int) -> Callable[[Tensor], Tensor]:
         first_B = torch.zeros(num_rows, dtype=torch.long, device=target.device)
         block = _BlockModel(self._module, target, first_B)
         offsets_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=target.device)
@@ -238,6 +239,6 @@ class _BlockModel(TreeModel):
 
     def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append T slots to the tail (see `TreeModel.forward`); the block's output, before and after the norm."""
-        self._view.give(fused_BTC)
+        self._view.set_input_states(fused_BTC)
         outputs = self._call(self._view, self.cache.tail, torch.zeros_like(offsets_BT), offsets_BT, seen_BTK)
         return self._view.states[0], outputs.last_hidden_state

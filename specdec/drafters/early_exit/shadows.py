@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec.decoding.drafter import Outcome, Run
+from specdec.tree_model.early_exit import EarlyExitModel
 
 _SEED_POSITIONS = 32
 """DEL: the last prompt positions say which exits are worth trying."""
@@ -50,10 +51,10 @@ class ShadowTokens:
         seconds: spent so far.
     """
 
-    def __init__(self, run: Run, layers: Sequence[int], share: float):
+    def __init__(self, run: Run, target: EarlyExitModel, layers: Sequence[int], share: float):
         self.seconds = 0.0
         self._run = run
-        self._target = run.target
+        self._target = target
         self._layers = list(layers)
         self._share = share
         self._started = perf_counter()

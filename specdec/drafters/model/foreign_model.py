@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.model.growing import GrowingSession
-from specdec.errors import DraftError
+from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.text.translation import BROKEN, Translator, continuation, decode_from, shared_tokens
 from specdec.tree_model.compatibility import check_model
 from specdec.tree_model.model import TreeModel
@@ -71,7 +71,7 @@ class ForeignModel(Drafter):
 
     def start(self, run: Run) -> DraftSession:
         if len(run.input_ids) and not run.input_ids.shape[1]:
-            raise DraftError(
+            raise UnsupportedOptionError(
                 "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
                 "specdec.drafters.PromptLookup()"
             )
@@ -106,7 +106,7 @@ class _Reader:
         if self._cached is None:
             return self._prefill(wanted)
         seen = [_common(cached, ids) for cached, ids in zip(self._cached, wanted, strict=True)]
-        self.model.cache.cut([skipped + size for skipped, size in zip(self._padding, seen, strict=True)])
+        self.model.cache.truncate_committed([skipped + size for skipped, size in zip(self._padding, seen, strict=True)])
         sizes = [len(ids) - size for ids, size in zip(wanted, seen, strict=True)]
         tokens_BW = torch.zeros((len(sizes), max(sizes)), dtype=torch.long, device=self.model.device)
         for row, (ids, size) in enumerate(zip(wanted, sizes, strict=True)):

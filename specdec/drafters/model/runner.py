@@ -109,7 +109,7 @@ class DraftModelRunner:
         if self._cached is not None:
             lengths = self._run.sequences.lengths
             self._cached = [min(seen, length - 1) for seen, length in zip(self._cached, lengths, strict=True)]
-            self._model.cache.truncate(self._cached)
+            self._model.cache.truncate_committed(self._cached)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         if self._cached is not None:

@@ -18,7 +18,7 @@ from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.model.int8_copy import Int8Copy
 from specdec.drafters.model.runner import DraftModelRunner
-from specdec.errors import DraftError
+from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.tree_model.compatibility import check_model
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
@@ -73,7 +73,7 @@ class SmallModel(Drafter):
                 "not share a tokenizer. Take a draft of the target's own family, or specdec.drafters.ForeignModel"
             )
         if len(run.input_ids) and not run.input_ids.shape[1]:
-            raise DraftError(
+            raise UnsupportedOptionError(
                 "a draft model cannot read inputs_embeds made for the target: pass input_ids, or draft with "
                 "specdec.drafters.PromptLookup()"
             )

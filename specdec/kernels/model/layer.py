@@ -10,16 +10,17 @@ so, with int8 weights, does a token of a prompt, however long and in whatever ch
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from specdec.hf import CACHE
 from specdec.kernels import native
+from specdec.kernels.model.blocks import Attended, Part
 from specdec.kernels.model.linear import NATIVE, Int8Linear, float_linear, float_matrix, is_plain
+from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.native import structs
 
 DecoderLayer: TypeAlias = Any  # a transformers decoder layer: attributes as in `_LAYER`, `_ATTENTION`, `_MLP`
@@ -101,27 +102,6 @@ class _Constants(NamedTuple):
     rotates: bool
 
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class Once(Generic[Key, Value]):
-    """A function of an object that all layers of one forward share (mask, rotation): computed by the first layer."""
-
-    def __init__(self, function: Callable[[Key], Value]) -> None:
-        self._function = function
-        self._last: tuple[Key, Value] | None = None
-
-    def __call__(self, key: Key) -> Value:
-        last = self._last
-        if last is None or last[0] is not key:
-            self._last = last = key, self._function(key)
-        return last[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_function": self._function, "_last": None}
-
-
 def contiguous(rotation: Rotation) -> Rotation:
     cos, sin = rotation
     return native.plain(cos).contiguous(), native.plain(sin).contiguous()
@@ -134,7 +114,7 @@ class FusedLayer:
         self,
         layer: DecoderLayer,
         rotation: Once[Rotation, Rotation] | None = None,
-        model: "NativeModel | None" = None,
+        model: NativeModel | None = None,
     ) -> None:
         self.layer = layer
         self._model = model
@@ -173,7 +153,7 @@ class FusedLayer:
         T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
-        return self._attention_and_mlp(constants, x_BTC, _Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
+        return self._attention_and_mlp(constants, x_BTC, Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
 
     def _attention_inputs(
         self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
@@ -196,7 +176,7 @@ class FusedLayer:
             library.attention_inputs(constants.layer, x, count, *(angles or (0, 0)), query, key, value, num_threads)
         return query_BTHD, key_BTKD, by_row[3]
 
-    def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: "_Attended") -> torch.Tensor:
+    def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: Attended) -> torch.Tensor:
         library, num_threads = native.library(), torch.get_num_threads()
         assert library is not None
         out_BTC = torch.empty_like(x_BTC)
@@ -206,7 +186,7 @@ class FusedLayer:
             library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
         return out_BTC
 
-    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence["Part"]) -> torch.Tensor:
+    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence[Part]) -> torch.Tensor:
         """The layer for rows of several caches at once, one part after the other: the weights are read once.
 
         Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
@@ -298,75 +278,6 @@ class FusedLayer:
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
         return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
-
-
-class NativeModel:
-    """The native layers of an int8 model. They quantise activations, which is exact only while all of them are native:
-    once one has changed (an adapter was put in), all go back to the model's own forward, and activations stay float32.
-
-    Args:
-        int8_linears: all of the model.
-    """
-
-    def __init__(self, int8_linears: Sequence[Int8Linear]):
-        self.layers: list[FusedLayer] = []
-        self._int8_linears = int8_linears
-        self._check = Once(self._is_unchanged)
-
-    def is_native(self, forward: object) -> bool:
-        """Whether all layers are unchanged; looked at by the first layer of a forward, which `forward` stands for."""
-        if self._int8_linears[0].weight_only:
-            return False
-        return self._is_unchanged(None) if forward is None else self._check(forward)
-
-    def _is_unchanged(self, _: object) -> bool:
-        if all(layer.is_unchanged() for layer in self.layers):
-            return True
-        for linear in self._int8_linears:
-            linear.weight_only = True
-        return False
-
-
-class Part(NamedTuple):
-    """Rows of one cache in a forward of several.
-
-    Args:
-        mask: as of a forward of the part alone, [B, 1, T, S] or None.
-    """
-
-    num_rows: int
-    num_tokens: int
-    mask: torch.Tensor | None
-    cache: Any
-
-
-class _Attended(NamedTuple):
-    """Queries, and what they attend to."""
-
-    query_BTHD: torch.Tensor
-    key_BKSD: torch.Tensor
-    value_BKSD: torch.Tensor
-    mask: torch.Tensor | None
-
-    def blocks(self) -> Iterator[tuple[int, "_Attended"]]:
-        """Parts of at most `BLOCK_ROWS` queries that lie beside each other, and the number of queries before each."""
-        B, T = self.query_BTHD.shape[:2]
-        if B * T <= native.BLOCK_ROWS:
-            yield 0, self
-            return
-        for row, first in itertools.product(range(B), range(0, T, native.BLOCK_ROWS)):
-            part = self._part(slice(row, row + 1), slice(first, min(first + native.BLOCK_ROWS, T)))
-            yield row * T + first, part
-
-    def _part(self, rows: slice, tokens: slice) -> "_Attended":
-        B, T = self.query_BTHD.shape[:2]
-        num_keys = self.key_BKSD.shape[2]
-        if self.mask is None:  # causal: the last query sees the last key
-            mask, num_seen = None, num_keys - T + tokens.stop
-        else:
-            mask, num_seen = self.mask.expand(B, -1, T, -1)[rows, :, tokens], num_keys
-        key, value = self.key_BKSD[rows, :, :num_seen], self.value_BKSD[rows, :, :num_seen]
-        return _Attended(self.query_BTHD[rows, tokens], key, value, mask)
 
 
 @torch.no_grad()

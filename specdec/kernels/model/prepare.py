@@ -13,8 +13,9 @@ from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.layer import FusedLayer, NativeModel, Once, contiguous, is_supported, matches_reference
+from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
 from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
+from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.weight_readers import read_by_others
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.hf import CACHE
-from specdec.kernels.model.layer import FusedLayer, Part
+from specdec.kernels.model.blocks import Part
+from specdec.kernels.model.layer import FusedLayer
 from specdec.kernels.model.prepare import prepared
 
 _STATIC = {"default", "linear", "llama3", "yarn"}

@@ -164,7 +164,7 @@ class LayerSkipTrainer:
 
     def _loss(self, state_BTC: Tensor, tokens_BT: Tensor) -> Tensor:
         head = self._views.head()
-        head.give(state_BTC[:, :-1])
+        head.set_input_states(state_BTC[:, :-1])
         logits_BTV = head.model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
 

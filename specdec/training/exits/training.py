@@ -182,7 +182,7 @@ class Unroller:
         for index in range(num_passes):
             before_BTC = F.pad(state_BTC[:, :-1], (0, 0, 1, 0))
             fused_BTC = self._exit.fuse(torch.cat([hidden_BTC, before_BTC], -1))
-            self._view.give(fused_BTC)
+            self._view.set_input_states(fused_BTC)
             mask_11TS = pass_mask(num_positions, index, hidden_BTC.device)[None, None]
             normed_BTC = self._view.model(
                 inputs_embeds=fused_BTC,

@@ -1,0 +1,101 @@
+"""docs/compatibility.md says what the families' tests know.
+
+`python -m tests.tree_model.test_compatibility` writes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from specdec.errors import SpecdecError
+from specdec.kernels import quantized_copy
+from specdec.testing import FAMILIES, tiny_model
+from specdec.tree_model.cache import layer_kinds
+from specdec.tree_model.compatibility import check_layers, check_model
+from tests.support.families import REFUSED, UNLISTED
+from tests.support.images import SETTINGS as SEEING
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+_HEAD = """\
+# Compatibility
+
+Written by `python -m tests.tree_model.test_compatibility`, from what the tests of the families find out on tiny
+models; a test compares.
+
+## Families whose output is tested
+
+Greedy equality with `model.generate()` for every drafter of `tests/generation/test_families.py`, alone and in a ragged
+batch.
+
+| `model_type` | attention | sdpa | eager | `EarlyExit` | `QuantizedSelf`, int8 |
+|---|---|---|---|---|---|
+"""
+_UNLISTED = """
+## Other families
+
+A family that is not listed is tried once, by `enable()` or at the first call: it decodes a short text by trees and as
+`model.generate()` does, in a ragged batch that reaches past its windows, chunks and top-k of up to 256 tokens, and the
+logits must agree. Tested to pass:
+{passing}.
+
+Models that also read images (Gemma 3, Qwen 2.5 VL, SmolVLM, ...) take them as `model.generate()` does: it encodes the
+images and reads the prompt, and what follows is decoded by tree. Tested with pixels, in batches of different pictures:
+{seeing}. A router and an engine (`specdec serve`) take text alone.
+Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)
+or that attend in chunks (Llama 4, up to about 8,000 tokens) are decoded by tree like any other.
+
+## Refused
+
+| `model_type` | what the message says |
+|---|---|
+"""
+
+
+def _row(family: str) -> str:
+    model = tiny_model(family, attn_implementation="eager")
+    check_model(model)
+    attention = {True: "full", False: "sliding window"}
+    kinds = " and ".join(sorted({attention[kind.reach is None] for kind in layer_kinds(model.config)}))
+    has_sdpa = "yes" if model._supports_sdpa else "no"
+    cells = [f"`{family}`", kinds, has_sdpa, "yes", _works(check_layers, model), _works(quantized_copy, model)]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _works(check: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str:
+    try:
+        check(model)
+    except SpecdecError:
+        return "no"
+    return "yes"
+
+
+def _refusal(family: str) -> str:
+    settings, _ = REFUSED[family]
+    try:
+        check_model(tiny_model(family, **settings))
+    except SpecdecError as error:
+        return f"| `{family}` | {error} |\n"
+    raise AssertionError(f"{family} is not refused")
+
+
+def page() -> str:
+    passing, seeing = (", ".join(f"`{family}`" for family in families) for families in (UNLISTED, SEEING))
+    return (
+        _HEAD
+        + "".join(map(_row, FAMILIES))
+        + _UNLISTED.format(passing=passing, seeing=seeing)
+        + "".join(map(_refusal, REFUSED))
+        + "\nAlso refused: flash and flex attention (load with `attn_implementation='sdpa'`), encoder-decoders.\n"
+    )
+
+
+def test_the_page_says_what_the_tests_know() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == page()
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(page(), encoding="utf-8")
