@@ -29,6 +29,7 @@ from statistics import geometric_mean, mean, stdev
 
 import torch
 
+from bench._script import parser_of
 from bench.auto_ablations import ABLATIONS, without
 from bench.auto_clock import Clock, Noise
 from bench.auto_replay import Machine, Player
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(required=True)
     recording = commands.add_parser("record")
     recording.set_defaults(call=record)

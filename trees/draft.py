@@ -47,6 +47,11 @@ class Draft:
             return any(part.draft.is_drawn for part in self.parts)
         return self.q_BTV is not None or self.q_layers is not None
 
+    def grown(self, row: int, path: Sequence[int], num_forwarded: int) -> list[int]:
+        """Grown indices of a path's nodes that are among the first so many: nobody has forwarded the others."""
+        indices = path if self.grown_indices is None else [self.grown_indices[row][node] for node in path]
+        return [index for index in indices if 0 <= index < num_forwarded]
+
     def q_at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """Copies of the distributions of some slots, [N, V]; not meaningful for leaves and slots of other depths."""
         if self.q_layers is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from routers import DraftedStep
+from specdec.routing.remote.writer import RemoteWriter
 from specdec.routing.writer import StepWriter
 
 
@@ -54,8 +55,7 @@ class WriterView:
             self._forget()
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._writer_rows[step.row] in self.written for step in steps]
-        if steps and all(theirs):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [step.signals.log_probs for step in steps]
         logits_of = self._score_drafts({self._writer_rows[step.row]: list(step.tokens) for step in steps})
         return [_log_probs(logits_of[self._writer_rows[step.row]][: len(step.tokens)], step.tokens) for step in steps]
@@ -87,15 +87,7 @@ class WriterView:
         self._write(rows)
         self.written.update(rows)
         self.seconds += perf_counter() - started
-        return [
-            replace(
-                step,
-                tokens=self._writer.step_tokens(row),
-                signals=self._writer.step_signals(row),
-                is_last=self._writer.stop.steps[row].is_last,
-            )
-            for row, step in zip(rows, steps, strict=True)
-        ]
+        return [written(self._writer, row, step) for row, step in zip(rows, steps, strict=True)]
 
     def _score_drafts(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """row -> logits [T, V] of its chain; a forward unless they have just been scored."""
@@ -113,6 +105,12 @@ class WriterView:
 
     def _forget(self) -> None:
         self._scored, self._logits_of = {}, {}
+
+
+def written(writer: StepWriter | RemoteWriter, row: int, step: DraftedStep) -> DraftedStep:
+    """What the target has written in place of a drafted step, in a row of its own."""
+    is_last = writer.stop.steps[row].is_last
+    return replace(step, tokens=writer.step_tokens(row), signals=writer.step_signals(row), is_last=is_last)
 
 
 def _log_probs(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:

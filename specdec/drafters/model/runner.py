@@ -78,7 +78,15 @@ class DraftModelRunner:
                 left -= self._prefill_row(row, left)
         return [bool(seen) or length == 1 for seen, length in zip(self._cached, sequences.lengths, strict=True)]
 
-    def pending(self) -> tuple[Tensor, list[int]]:
+    def read_pending(self) -> Tensor:
+        """Read the committed tokens that the cache does not hold yet; logits after each row's last, [B, 1, V]."""
+        tokens_BW, sizes = self._pending()
+        logits_B1V = read_ragged(self._model, self._readable(tokens_BW), sizes)
+        assert self._cached is not None
+        self._cached = [cached + size for cached, size in zip(self._cached, sizes, strict=True)]
+        return logits_B1V
+
+    def _pending(self) -> tuple[Tensor, list[int]]:
         """int64 [B, W] the committed tokens that the cache does not hold yet, and how many each row has.
 
         That is one or more, but for rows whose prompt has not been read: they have none.
@@ -165,3 +173,13 @@ class DraftModelRunner:
     def _readable(self, tokens: Tensor) -> Tensor:
         """The tokens, with a stand-in for those of the target's padding rows that this model does not have."""
         return tokens.clamp(max=self._model.vocab_size - 1)
+
+
+def read_ragged(model: TreeModel, tokens_BW: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Commit the first `sizes` tokens of each row; logits after the last of them, [B, 1, V]."""
+    offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
+    seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
+    logits_BWV = model.forward(tokens_BW, offsets_BW, seen_BWW)
+    model.commit([range(size) for size in sizes])
+    last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
+    return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)

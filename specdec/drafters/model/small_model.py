@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,7 +106,8 @@ class _SmallModelSession(GrowingSession):
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
-        self._runner.keep([self._forwarded(row, path) for row, path in enumerate(outcome.own_paths)])
+        draft = self._draft or Draft(trees=TreeBatch.empty(len(outcome.own_paths)))
+        self._runner.keep([draft.grown(row, path, self._runner.tail) for row, path in enumerate(outcome.own_paths)])
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self._runner.select_rows(rows)
@@ -118,22 +118,8 @@ class _SmallModelSession(GrowingSession):
     def rollback(self) -> None:
         self._runner.rollback()
 
-    def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
-        """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
-        grown = path
-        if self._draft is not None and self._draft.grown_indices is not None:
-            grown = [self._draft.grown_indices[row][node] for node in path]
-        return [index for index in grown if 0 <= index < self._runner.tail]
-
     def _score_root(self) -> Tensor:
-        """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
-        tokens_BW, sizes = self._runner.pending()
-        offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
-        seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        logits_BWV = self._runner.forward(tokens_BW, offsets_BW, seen_BWW)
-        self._runner.keep([range(size) for size in sizes])
-        last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
-        return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+        return self._runner.read_pending()
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         device = self._runner.device

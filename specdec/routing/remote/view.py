@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from routers import DraftedStep
 from specdec.errors import EndpointError
 from specdec.routing.remote.endpoint import WrittenToken
 from specdec.routing.remote.writer import RemoteWriter
+from specdec.routing.view import written
 
 
 class RemoteView:
@@ -46,8 +46,7 @@ class RemoteView:
         """A server keeps no state of ours."""
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._writer_rows[step.row] in self.written for step in steps]
-        if steps and all(theirs):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [step.signals.log_probs for step in steps]
         return self._each(steps, lambda step: np.array([token.log_prob for token in self._scored(step)], np.float32))
 
@@ -67,15 +66,7 @@ class RemoteView:
         rows = {self._writer_rows[step.row]: step.tokens for step in steps}
         self._write(rows)
         self.written.update(rows)
-        return [
-            replace(
-                step,
-                tokens=self._writer.step_tokens(row),
-                signals=self._writer.step_signals(row),
-                is_last=self._writer.stop.steps[row].is_last,
-            )
-            for row, step in zip(rows, steps, strict=True)
-        ]
+        return [written(self._writer, row, step) for row, step in zip(rows, steps, strict=True)]
 
     def _each(self, steps: Sequence[DraftedStep], function: Callable[[DraftedStep], np.ndarray]) -> list[np.ndarray]:
         self._writer.num_requests += len(steps)
