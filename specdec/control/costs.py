@@ -47,7 +47,7 @@ _noting = Lock()
 class ForwardCosts:
     """Seconds of a round's forward and of what comes with it, by the number of tokens of all rows.
 
-    Several threads may read it and note rounds.
+    Several threads may read it and update it.
 
     Args:
         seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
@@ -84,12 +84,12 @@ class ForwardCosts:
         wider = (seconds for other, seconds in self._ceilings.items() if other > octave)
         return self.drift * min([own, *wider])
 
-    def note(self, num_tokens: int, seconds: float) -> None:
+    def update(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
         with _noting:
-            self._note(seconds / self.measured(num_tokens), _octave(num_tokens))
+            self._update(seconds / self.measured(num_tokens), _octave(num_tokens))
 
-    def _note(self, ratio: float, octave: int) -> None:
+    def _update(self, ratio: float, octave: int) -> None:
         if octave == self._plain or octave in self._corrections:
             self._drifts.append(ratio / self._corrections.get(octave, 1.0))
             self.drift = median(self._drifts)

@@ -48,13 +48,13 @@ from trees import (
     DySpec,
     DySpecThreshold,
     Fixed,
+    GainLimitedChain,
     Grower,
     GrowthPolicy,
     Round,
     Sequoia,
     TokenTree,
     TreeBatch,
-    WorthwhileComb,
 )
 from trees.layered import ChildByChildGrower, Node
 
@@ -76,8 +76,8 @@ class _BroomGrower(ChildByChildGrower):
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
-    "worthwhile chain": WorthwhileComb(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
-    "worthwhile comb": WorthwhileComb(
+    "gain-limited chain": GainLimitedChain(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
+    "gain-limited leaves": GainLimitedChain(
         prices=(0.4,), chance=lambda prob: prob**0.5, next_chance=0.9, leaf_prices=(0.0, 0.0, 0.3, 0.4)
     ),
     "child by child": Broom(),
@@ -342,13 +342,13 @@ def test_traversal_leaves_a_round_without_drafts_to_the_target():
 
 
 @pytest.mark.parametrize("vocab_size", [4, 7])
-def test_urns_draw_without_replacement(vocab_size: int):
+def test_samplers_draw_without_replacement(vocab_size: int):
     (q,) = random_distributions(1, vocab_size, seed=28)
     q_MV = as_batch([q])[:, 0].clone()
-    urn = trees.token_source.Urn(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
+    sampler = trees.token_source.CandidateSampler(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
     slots_M = torch.arange(len(q_MV))
-    batches = [urn.take(slots_M, 4) for _ in range(6)]
-    urn.refill()
+    batches = [sampler.take(slots_M, 4) for _ in range(6)]
+    sampler.refill()
     assert torch.equal(q_MV, as_batch([q])[:, 0])
     tokens_MK, probs_MK = (torch.cat(column, 1) for column in zip(*batches, strict=True))
     drawn = [
@@ -358,9 +358,11 @@ def test_urns_draw_without_replacement(vocab_size: int):
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
 
 
-def test_urns_draw_from_large_vocabularies():
+def test_samplers_draw_from_large_vocabularies():
     """Blocks of 17 tokens and a last one of 11; 100 000 draws, false alarm 1e-6."""
     q_V = (1.5 * torch.randn(300, generator=torch.Generator().manual_seed(31))).softmax(-1)
-    urn = trees.token_source.Urn(q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32))
-    drawn_N1, _ = urn.take(torch.zeros(100_000, dtype=torch.long), 1)
+    sampler = trees.token_source.CandidateSampler(
+        q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32)
+    )
+    drawn_N1, _ = sampler.take(torch.zeros(100_000, dtype=torch.long), 1)
     assert_drawn_from(drawn_N1[:, 0].tolist(), dict(enumerate(q_V.tolist())))

@@ -136,6 +136,14 @@ def test_a_drafter_and_a_tree_policy_in_twenty_lines():
     assert [len(program[program.index("class ") :].strip().splitlines()) <= 20 for program in programs] == [True, True]
 
 
+def test_names_of_the_glossary_are_in_the_code():
+    code = " ".join(
+        path.read_text() for folder in ("trees", "routers", "specdec") for path in (ROOT / folder).rglob("*.py")
+    )
+    names = re.findall(r"`(\w+)(?:\.(\w+))?`", (ROOT / "docs/glossary.md").read_text())
+    assert not {name for pair in names for name in pair if name} - set(re.findall(r"\w+", code))
+
+
 def test_every_page_is_in_the_navigation():
     """And links between pages lead somewhere; `mkdocs build --strict` checks the rest."""
     navigation = (ROOT / "mkdocs.yml").read_text()

@@ -152,9 +152,9 @@ class _KeptStates:
 
 def _num_common(ids: list[int], others: list[int]) -> int:
     """Length of the longest common beginning."""
-    for place, (token, other) in enumerate(zip(ids, others, strict=False)):
+    for index, (token, other) in enumerate(zip(ids, others, strict=False)):
         if token != other:
-            return place
+            return index
     return min(len(ids), len(others))
 
 

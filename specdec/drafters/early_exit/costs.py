@@ -61,9 +61,9 @@ class ExitCosts:
     def step_seconds(self, exit_layer: int) -> float:
         return self.forward.drift * self._steps.seconds(exit_layer + 1)
 
-    def note_step(self, exit_layer: int, seconds: float) -> None:
+    def update_step(self, exit_layer: int, seconds: float) -> None:
         """What a step took, beyond what the machine makes of all forwards now."""
-        self._steps.note(exit_layer + 1, seconds / self.forward.drift)
+        self._steps.update(exit_layer + 1, seconds / self.forward.drift)
 
 
 class _Measured(dict[object, ExitCosts]):
