@@ -11,11 +11,9 @@ goes to stdout; `--out NAME` also writes `bench/results/NAME.json`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from bench._script import RESULTS, parser_of
 from specdec.cli.app import app
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def options(args: argparse.Namespace) -> list[str]:
@@ -38,7 +36,7 @@ def options(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--weights", choices=("float", "int8"), default="float")
     parser.add_argument("--exits", help="file of trained exits; 'none' for the model's own head; default: shipped ones")

@@ -11,7 +11,7 @@ same prompt, and must give the same tokens.
 The second takes a round with a 64-node tree apart: one row, one thread, 50 000 tokens, made-up scores. Columns:
 
     grow     the policy's work on all layers, what it needs of a softmax of the draft's scores included
-    finish   the draft: the trees, their places, and q
+    finish   the draft: the trees, their grown indices, and q
     masks    masks of every layer (for the draft) and of the tree (for the target), with the ancestors and depths
              that the policy has not brought along
     accept   verification and its copy to the host, what it needs of a softmax of the target's scores included
@@ -43,8 +43,7 @@ from bench._script import parser_of
 from specdec.acceptance import to_host
 from specdec.decoding.sampling import Sampler
 from specdec.drafters import Plain, PromptLookup, SmallModel
-from specdec.kernels.trees.growth import STAND_INS
-from specdec.kernels.trees.urn import open_urn
+from specdec.kernels.trees.token_source import open_token_source
 from specdec.tree_model import masks
 from specdec.tree_model.cache import TreeCache
 from trees import Draft, DySpec, DySpecThreshold, Fixed, Grower, GrowingTrees, GrowthPolicy, Round, Sequoia
@@ -226,8 +225,8 @@ class TreeRounds:
             (path,) = to_host(trees, self._sampler.accept(scores_BTV, draft)).paths
         with self._phase("compact"):
             self._target.cache.commit([[0, *(node + 1 for node in path)]])
-            places = [draft.places[0][node] for node in path]
-            self._draft.cache.commit([[place for place in places if place >= 0]])
+            grown = [draft.grown_indices[0][node] for node in path]
+            self._draft.cache.commit([[index for index in grown if index >= 0]])
         return draft, grower
 
     def _grow(self, root_11: Tensor) -> tuple[Draft, Grower]:
@@ -237,8 +236,7 @@ class TreeRounds:
                 max_depths=[100],
                 sample=self._sampler.do_sample,
                 previous=self._previous,
-                open_urn=open_urn,
-                stand_ins=STAND_INS,
+                token_source=open_token_source,
             )
             grower = self._policy.start(round_)
         grown = GrowingTrees(1)
@@ -247,10 +245,10 @@ class TreeRounds:
                 scores_BMV.softmax(-1)
             with self._phase("grow"):
                 layer = grower.grow(scores_BMV)
-            if not grower.hungry:
+            if not grower.needs_scores:
                 break
             with self._phase("masks"):
-                grown.add(layer)
+                grown.append(layer)
                 masks.visible_slots(grown.seen_nodes_BMN, self._draft.cache.lengths, None)
                 grown.depths_BM  # noqa: B018
             scores_BMV = self._scores.draft(layer.tokens_BM)

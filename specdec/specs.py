@@ -187,7 +187,7 @@ TREES_OF_DRAFTERS = {name: drafter.trees for name, drafter in _DRAFTERS.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spec:
-    """What is asked for by name and not built yet, so that a typo is found before a model is loaded."""
+    """What was asked for by name and is not built yet, so that a typo is found before a model is loaded."""
 
     text: str
     kind: str

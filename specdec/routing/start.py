@@ -143,7 +143,7 @@ class Routing:
         try:
             loop.run()
         except EndpointError as error:
-            loop.salvage()
+            loop.keep_partial()
             error.partial = self._output(loop, call)
             raise
         finally:

@@ -177,7 +177,7 @@ class TreeModel:
     @property
     def can_read_along(self) -> bool:
         """Whether `reading_along` is possible."""
-        return self._is_lean and not self._kept and self.views.can_join
+        return self._is_fused and not self._kept and self.views.can_join
 
     @contextmanager
     def reading_along(self, reader: TreeModel, tokens_BT: Tensor) -> Iterator[Along]:
@@ -288,17 +288,17 @@ class TreeModel:
     @cached_property
     def _bare(self) -> View:
         """The whole model, nothing kept."""
-        return self.views.whole() if self._is_lean else View(self.model)
+        return self.views.whole() if self._is_fused else View(self.model)
 
     @cached_property
     def _body(self) -> View:
         """What reads tokens whose logits nobody wants."""
-        return self.views.body() if self._is_lean else self._bare
+        return self.views.body() if self._is_fused else self._bare
 
     @cached_property
-    def _is_lean(self) -> bool:
+    def _is_fused(self) -> bool:
         try:
-            return prepared(self.model) is not None and self.views.are_lean
+            return prepared(self.model) is not None and self.views.uses_fused_layers
         except UnsupportedModelError:  # there are no layers to be found, and none are needed
             return False
 

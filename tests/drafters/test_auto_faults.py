@@ -75,7 +75,7 @@ def forget() -> Iterator[None]:
 
 
 class FixedCosts(ForwardCosts):
-    def note(self, num_tokens: int, seconds: float) -> None:
+    def update(self, num_tokens: int, seconds: float) -> None:
         """The rounds of the test take what they take."""
 
 
@@ -281,7 +281,7 @@ def test_costs_are_read_while_rounds_are_noted() -> None:
         except Exception as error:
             wrong.append(error)
 
-    notes = [lambda: work(lambda width: costs.note(width, 1.5))] * 2
+    notes = [lambda: work(lambda width: costs.update(width, 1.5))] * 2
     run_threads([*notes, *[lambda: work(costs.seconds)] * 2])
     assert not wrong
     assert all(costs.seconds(width) > 0 for width in range(1, 100))

@@ -143,7 +143,7 @@ def check_int8() -> None:
 
 BANDS = (2, 4, 8, 16, 32)  # a batch of M rows uses the choice made for the first band >= M
 STOCK, TURNED, NATIVE = "stock", "turned", "native"
-_NATIVE_TOLERANCE = 2  # bit-identical rows and lean layers are worth that, and timings on a busy machine are no better
+_NATIVE_TOLERANCE = 2  # bit-identical rows and fused layers are worth that, and timings on a busy machine are no better
 _CALIBRATION_SECONDS = 0.3  # per shape; a machine too busy to finish in that keeps the default
 _CALIBRATION_BYTES = 100 << 20  # of weights: more than the caches hold, as in a real forward
 
