@@ -13,12 +13,12 @@ from itertools import accumulate
 from statistics import median
 from threading import Lock, RLock
 from time import perf_counter
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.kernels.model.changes import structure_of
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -112,8 +112,12 @@ def _octave(num_tokens: int) -> int:
     return (num_tokens - 1).bit_length()
 
 
-_measuring = RLock()
-_known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ForwardCosts]] = WeakKeyDictionary()
+measuring = RLock()
+"""Held while forwards are timed: two measurements at once would slow each other down."""
+
+
+class _Known(dict[tuple[object, ...], ForwardCosts]):
+    """The costs of a model's forwards, by what they depend on."""
 
 
 def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
@@ -123,8 +127,8 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     of threads, and the size of the batch up to a factor of two (each has corrections of its own). Threads that ask at
     the same time wait for one measurement.
     """
-    with _measuring:
-        key, known = _state(model), _known.setdefault(model, {})
+    with measuring:
+        key, known = _state(model), profile_of(model).part(_Known)
         if key not in known:
             known[key] = ForwardCosts(measure_forwards(model))
         sized = (*key, _octave(num_rows))
@@ -135,12 +139,12 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
 
 def costs_are_known(model: PreTrainedModel) -> bool:
     """Whether `costs_of` answers without measuring."""
-    return _state(model) in _known.get(model, {})
+    return _state(model) in profile_of(model).part(_Known)
 
 
 def remember_costs(model: PreTrainedModel, seconds: Mapping[int, float]) -> None:
     """Take these as measured for the model as it is now: number of tokens -> seconds."""
-    _known.setdefault(model, {})[_state(model)] = ForwardCosts(seconds)
+    profile_of(model).part(_Known)[_state(model)] = ForwardCosts(seconds)
 
 
 def _state(model: PreTrainedModel) -> tuple[object, ...]:

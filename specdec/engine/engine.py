@@ -15,10 +15,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec import options
 from specdec.decoding.sequences import Sequences
 from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
+from specdec.drafters.speculation import Speculation
 from specdec.engine.chunking import ChunkSizer
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
@@ -34,9 +34,8 @@ from specdec.engine.running_requests import (
     RunningRequests,
 )
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
-from specdec.generation import as_drafter
 from specdec.tree_model.cache import RowStates
-from specdec.tree_model.compatibility import check_model, position_limit
+from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
 _MEMORY_SHARE = 0.5
@@ -81,14 +80,14 @@ class Engine:
         max_cached_tokens: int | None = None,
         prefill_chunk: int = 512,
     ):
-        options.check_call(model, tree=None, verify="topdown", router=None, generator=None)
+        speculation = Speculation.of(drafter)
         limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
         if max_cached_tokens is not None:
             limits["max_cached_tokens"] = max_cached_tokens
         for name, value in limits.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it is a positive integer")
-        check_model(model)
+        speculation.check(model)
         if num_processes(model) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is split over processes (tp_plan), whose requests would come in different "
@@ -97,7 +96,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
         self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
-        self._drafter = as_drafter(drafter)
+        self._drafter = speculation.drafter
         self._prefixes = PrefixCache(self.max_cached_tokens)
         self._waiting = TurnQueue(max_waiting)
         self._reader = PromptReader(model, self._prefixes)

@@ -94,6 +94,7 @@ WARPERS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_committed_tokens_are_distributed_as_the_targets(name: str, warper: str, monkeypatch: pytest.MonkeyPatch):
@@ -114,6 +115,7 @@ def test_a_draft_warped_otherwise_than_its_target_is_exact_too(verify: str, monk
         assert error < EXACT
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", VERIFIERS)
 @pytest.mark.parametrize("policy", [Fixed((2, 1)), DySpec(3, max_depth=2)], ids=["fixed", "dyspec"])
 def test_batches_of_draws_may_repeat_themselves(policy: GrowthPolicy, verify: str, monkeypatch: pytest.MonkeyPatch):
@@ -213,6 +215,7 @@ def test_a_q_that_was_not_drawn_from_is_caught(verify: str, monkeypatch: pytest.
 # traversal verification on given trees
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("zeros", [False, True], ids=["full support", "holes in the target"])
 @pytest.mark.parametrize("name", TREES)
 def test_traversal_follows_the_oracle(name: str, zeros: bool):

@@ -24,11 +24,11 @@ from specdec.drafters import (
     SmallModel,
 )
 from specdec.drafters.auto import drafter as auto
-from specdec.drafters.auto import knowledge, sources
+from specdec.drafters.auto import sources
 from specdec.drafters.auto.knowledge import SelectionBias
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
+from tests.support.references import PartlyWrongScript, forget_drafters, plain_alone, speculate, with_noise
 from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
 from trees import Chain, Draft, TokenTree, TreeBatch
 
@@ -49,9 +49,9 @@ def set_costs(monkeypatch: pytest.MonkeyPatch, costs_of: Callable[[object], Forw
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What other tests have shown of a drafter is no part of this one."""
-    knowledge.known.clear()
+    forget_drafters()
     yield
-    knowledge.known.clear()
+    forget_drafters()
 
 
 @pytest.fixture

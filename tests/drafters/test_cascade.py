@@ -203,6 +203,7 @@ class Stopping(Cascade):
         return session
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize("cascade", [Cascade, Stopping])
 def test_samples_after_a_copy(cascade: type[Cascade], verify: str) -> None:

@@ -37,6 +37,7 @@ DRAFTERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "phi3", "qwen3", "olmo2"])
 def test_output_equals_plain_decoding(family: str, drafter: str) -> None:

@@ -42,6 +42,7 @@ MIXES: dict[str, Callable[[PreTrainedModel], list[Drafter]]] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("budget", [None, 5])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -108,6 +109,7 @@ SAMPLED: dict[str, Callable[[], list[Drafter]]] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize("mix", SAMPLED)
 def test_samples_follow_the_processed_distribution(mix: str, verify: str) -> None:

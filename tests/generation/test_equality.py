@@ -111,6 +111,7 @@ def test_drafts_longer_than_the_window(family: str) -> None:
     assert out.stats.num_accepted == script.num_true
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])

@@ -42,6 +42,7 @@ DRAFTERS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter_name", DRAFTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_equals_plain_decoding(family: str, drafter_name: str) -> None:

@@ -341,6 +341,7 @@ def test_a_target_whose_logits_become_nan(
     assert torch.equal(specdec.generate(model, PROMPT, **{**options, "do_sample": False}), expected)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("tree", [None, trees.DySpec(6), trees.Fixed((2, 2))], ids=["chain", "DySpec", "Fixed"])

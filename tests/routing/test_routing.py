@@ -85,6 +85,7 @@ def test_no_escalation_is_the_draft_alone(model, draft):
     assert CACHE not in out
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3"])
 @pytest.mark.parametrize("kind", [Scripted, Asking, Weighing, Comparing])
 def test_every_step_is_its_writers(family: str, kind: type[Scripted]):

@@ -13,6 +13,8 @@ import specdec
 from specdec import SpeculativeOutput
 from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter
+from specdec.drafters.auto.knowledge import Knowledge
+from specdec.kernels.model.profile import all_profiles
 from specdec.testing import BYTE_VOCAB_SIZE
 from trees import ROOT, TokenTree
 
@@ -85,3 +87,9 @@ class PartlyWrongScript:
             tip = len(tokens)
             tokens.append(token)
         return TokenTree(tokens=[*tokens, wrong[0]], parents=[*parents, tip])
+
+
+def forget_drafters() -> None:
+    """Forget what runs have shown `Auto` of drafters, on all models."""
+    for profile in all_profiles():
+        profile.part(Knowledge).clear()

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from threading import Lock
-from weakref import WeakKeyDictionary
-
-from transformers import PreTrainedModel
 
 from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, RunHistory, prior_averages
 from specdec.decoding.drafter import Drafter, Run
+from specdec.kernels.model.profile import profile_of
 
 _BIAS_TOKENS = 16.0
 """Tokens that full trust in proposals is worth at first."""
@@ -90,11 +88,13 @@ class Known:
 
 
 _noting = Lock()
-known: WeakKeyDictionary[PreTrainedModel, dict[object, Known]] = WeakKeyDictionary()
-"""By target, and by the kind of drafter and its model."""
+
+
+class Knowledge(dict[object, Known]):
+    """Of a target, by the kind of drafter and its model."""
 
 
 def known_of(run: Run, drafter: Drafter) -> Known:
     model = getattr(drafter, "model", None)
     key = type(drafter), None if model is None else id(model)
-    return known.setdefault(run.target.model, {}).setdefault(key, Known.initial(drafter))
+    return profile_of(run.target.model).part(Knowledge).setdefault(key, Known.initial(drafter))

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import get_clock_info, perf_counter, thread_time
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
 
 from specdec.control import ForwardCosts
+from specdec.control.costs import measuring
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.kernels import prepared
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
@@ -66,7 +66,8 @@ class ExitCosts:
         self._steps.update(exit_layer + 1, seconds / self.forward.drift)
 
 
-_measured: WeakKeyDictionary[PreTrainedModel, dict[object, ExitCosts]] = WeakKeyDictionary()
+class _Measured(dict[object, ExitCosts]):
+    """By what the costs of a model's exits depend on."""
 
 
 def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
@@ -78,10 +79,11 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
     model = target.model
     kinds = tuple((head.layer, type(head)) for head in heads)
     key = kinds, num_rows, torch.get_num_threads(), model.dtype, target.device, prepared(model)
-    known = _measured.setdefault(model, {})
-    if key not in known:
-        known[key] = _measure(target, heads, num_rows)
-    return known[key]
+    known = profile_of(model).part(_Measured)
+    with measuring:
+        if key not in known:
+            known[key] = _measure(target, heads, num_rows)
+        return known[key]
 
 
 @torch.no_grad()

@@ -235,7 +235,7 @@ class _BlockModel(TreeModel):
         self.kinds = [LayerKind("sliding_attention", module.window)]
         self.cache = TreeCache(1, len(first_B))
         self._prompt_BP = None
-        self._lag_B = -first_B
+        self._lag_AB = -first_B[None]
 
     def run(self, fused_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append T slots to the tail (see `TreeModel.forward`); the block's output, before and after the norm."""

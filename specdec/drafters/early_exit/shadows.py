@@ -61,7 +61,7 @@ class ShadowTokens:
         self._last_seconds = 0.0
         self._sweep = 0
         num_states = len(layers) * _SEED_POSITIONS // 4 * len(run.sequences)
-        step = 1 if share == 1 else min(-(-num_states // _SEED_ROWS), len(layers))
+        step = 1 if share == 1 else min(max(1, -(-num_states // _SEED_ROWS)), len(layers))
         self._watched = self._layers[step // 2 :: step]
         self._target.keep_states([*self._watched, self._target.num_layers])
 

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from statistics import mean
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, RoundAverages
 from specdec.drafters.auto.sources import RoundContext
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.drafters.early_exit.rule import reached_slots
 from specdec.drafters.early_exit.shadows import Seen
+from specdec.kernels.model.profile import profile_of
 from trees import GainLimitedChain, GrowthPolicy, TreeBatch, leaf_confidence
 
 _FIRST_SURPLUS = RoundAverages(tokens=0.2, steps=0.0, nodes=1.5)
@@ -60,8 +58,8 @@ class _Known:
     """Acceptance of the leaves beside a chain, by whether they were drawn."""
 
 
-_known: WeakKeyDictionary[nn.Module, dict[int, _Known]] = WeakKeyDictionary()
-"""By what an exit drafts with (`ExitHead.weights`), and its layer."""
+class _KnownExits(dict[int, _Known]):
+    """Of what exits draft with (`ExitHead.weights`), by their layer."""
 
 
 class ExitSource:
@@ -77,7 +75,7 @@ class ExitSource:
     """
 
     def __init__(self, head: ExitHead, *, sample: bool, is_watched: bool):
-        known = _known.setdefault(head.weights, {}).setdefault(head.layer, _Known())
+        known = profile_of(head.weights).part(_KnownExits).setdefault(head.layer, _Known())
         self.layer = head.layer
         self.acceptance = AcceptanceModel(known.acceptance)
         self.is_seen = not is_watched

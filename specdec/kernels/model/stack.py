@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,14 @@ from specdec.hf import CACHE
 from specdec.kernels.model.blocks import Part
 from specdec.kernels.model.layer import FusedLayer
 from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.profile import profile_of
 
 _STATIC = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding whose angles depend on nothing but the position."""
 
-_tried: WeakKeyDictionary[PreTrainedModel, dict[object, bool]] = WeakKeyDictionary()
+
+class _Tried(dict[object, bool]):
+    """By how the model is prepared: whether its layers, called directly, give the same."""
 
 
 class Outputs(NamedTuple):
@@ -165,7 +167,7 @@ def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module 
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (model, decoder)):
         return False
-    known, state = _tried.setdefault(model, {}), prepared(model)
+    known, state = profile_of(model).part(_Tried), prepared(model)
     if state not in known:
         known[state] = _gives_the_same(model, FusedStack(model, Rotations(model), layers, norm, has_head=True))
     return known[state]
