@@ -15,6 +15,7 @@ from threading import Lock, RLock
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kernels.model.changes import structure_of
@@ -34,6 +35,8 @@ _TIME_LIMIT_S = 1.0
 _FAR_AWAY_S = 5.0
 """A short prompt that takes so long waits for weights that are not in memory, and so does every forward."""
 _CONTEXT = 32
+_SCATTER = 7919
+"""A prime: its multiples do not come again within a vocabulary."""
 _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
 _MIN_OWN = 3
@@ -163,7 +166,7 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     scratch = TreeModel(model)
     started = perf_counter()
     context = max(min(_CONTEXT, position_limit(model) - 1), 1)
-    scratch.prefill(torch.zeros((1, context), dtype=torch.long, device=scratch.device))
+    scratch.prefill(varied_tokens(scratch, 1, context))
     if perf_counter() - started > _FAR_AWAY_S:
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
@@ -175,7 +178,7 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
 
 
 def _time(scratch: TreeModel, width: int) -> float:
-    tokens_BT = torch.zeros((1, width), dtype=torch.long, device=scratch.device)
+    tokens_BT = varied_tokens(scratch, 1, width)
     order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
     seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
     synchronise = synchroniser(scratch.device)
@@ -186,6 +189,12 @@ def _time(scratch: TreeModel, width: int) -> float:
     seconds = perf_counter() - started
     scratch.forget_tail()
     return seconds
+
+
+def varied_tokens(model: TreeModel, num_rows: int, width: int) -> Tensor:
+    """int64 [B, T] tokens to time a forward with, all different: of equal ones a mixture reads the same few experts."""
+    numbers = torch.arange(1, num_rows * width + 1, device=model.device).view(num_rows, width)
+    return numbers * _SCATTER % model.vocab_size
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:

@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
+from specdec.decoding.sampling import Sampler
+from specdec.drafters.model.growing import target_scores
 from tests.support.acceptance_oracles import (
     TREES,
     as_batch,
@@ -33,7 +36,7 @@ from tests.support.acceptance_oracles import (
     topdown_oracle,
     traversal_oracle,
 )
-from tests.support.enumeration import EXACT, ToyModel, every_draft
+from tests.support.enumeration import EXACT, VOCAB_SIZE, Prefix, ToyModel, every_draft
 from tests.support.exact_rounds import CAUGHT, VERIFIERS, Enumeration, committed_texts, distributions, total_variation
 from tests.support.goodness import assert_drawn_from
 from trees import (
@@ -128,6 +131,32 @@ def test_batches_of_draws_may_repeat_themselves(policy: GrowthPolicy, verify: st
 def test_larger_vocabularies_have_blocks_of_several_tokens(verify: str, monkeypatch: pytest.MonkeyPatch):
     target, draft_model = (ToyModel(seed, vocab_size=5) for seed in (5, 6))
     drafts = every_draft(DySpec(3, max_depth=2), [draft_model], monkeypatch)
+    assert total_variation(drafts, target, verify, monkeypatch)[0] < EXACT
+
+
+class Padded:
+    """A draft model whose vocabulary has other padding rows than the target's, as its sessions read and score it."""
+
+    def __init__(self, seed: int, vocab_size: int):
+        self._model = ToyModel(seed, vocab_size=vocab_size)
+        sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.7)]), do_sample=True)
+        self._run = SimpleNamespace(vocab_size=VOCAB_SIZE, sampler=sampler, device=torch.device("cpu"))
+
+    def scores(self, prefix: Prefix) -> Tensor:
+        readable = tuple(min(token, self._model.vocab_size - 1) for token in prefix)
+        return target_scores(self._run, self._model.scores(readable)[None, None], None)[0, 0].double()
+
+
+@pytest.mark.parametrize("verify", VERIFIERS)
+@pytest.mark.parametrize("policy", [Chain(3), Fixed((2, 2)), DySpec(4)], ids=["chain", "fixed", "dyspec"])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 1, VOCAB_SIZE + 1], ids=["fewer", "more"])
+def test_a_draft_of_another_padding_is_exact(
+    vocab_size: int, policy: GrowthPolicy, verify: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What the draft lacks has no chance in q, and what the target lacks none at all."""
+    target, draft_model = ToyModel(30, WARPERS["temperature"]), Padded(31, vocab_size)
+    drafts = every_draft(policy, [draft_model], monkeypatch)
+    assert all(token < min(vocab_size, VOCAB_SIZE) for _, draft in drafts for token in draft.trees.row(0).tokens)
     assert total_variation(drafts, target, verify, monkeypatch)[0] < EXACT
 
 

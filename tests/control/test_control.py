@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,21 @@ class TestForwardCosts:
         clock = iter(6.0 * step for step in range(1000))
         monkeypatch.setattr(costs_module, "perf_counter", lambda: next(clock))
         assert set(measure_forwards(tiny_model("llama"))) == {1}
+
+    def test_forwards_of_several_tokens_read_the_experts_of_several_tokens(self) -> None:
+        """Of equal tokens all would go to the same two experts, and a round would cost more than was measured."""
+        model = tiny_model("mixtral", num_local_experts=16, num_experts_per_tok=2)
+        num_read: dict[int, int] = {}
+
+        def count(router: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
+            num_read[len(outputs[2])] = len(outputs[2].unique())
+
+        with model.model.layers[0].mlp.gate.register_forward_hook(count):
+            measure_forwards(model)
+        assert num_read[1] == 2
+        assert num_read[2] > 2
+        assert num_read[8] >= 8
+        assert num_read[64] >= 12
 
     def test_a_source_that_is_known_to_agree_is_believed_to(self) -> None:
         assert prior_averages(0.0) is UNKNOWN_PRIORS

@@ -14,7 +14,7 @@ from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.drafters import Drafter
-from specdec.text.prompting import Message, encode_chats, has_chat_template
+from specdec.text.prompting import NO_CHAT_TEMPLATE, Message, encode_chats, has_chat_template
 from specdec.tree_model.cache import beginning
 from specdec.tree_model.compatibility import position_limit
 
@@ -40,10 +40,7 @@ class Conversation(Dialogue):
         messages: Sequence[Message] = (),
     ) -> None:
         if not has_chat_template(tokenizer):
-            raise ValueError(
-                "this model has no chat template, so it cannot hold a conversation; "
-                "`specdec generate --raw` continues a text with it"
-            )
+            raise ValueError(NO_CHAT_TEMPLATE)
         super().__init__(system=system, messages=messages)
         self.drafter = drafter
         self._model = model
