@@ -17,6 +17,7 @@ from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptio
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.cache import has_recurrent_layers
 from specdec.tree_model.early_exit import EarlyExitModel
+from specdec.tree_model.quantised import kinds_of_weights, rounds_activations
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
 
@@ -37,7 +38,8 @@ _MASKED_ATTENTION = ("sdpa", "eager")
 class PassedTrials:
     """Which trials a model has passed."""
 
-    by_tree: bool = False
+    by_tree: object = None
+    """With which kinds of weights."""
     in_parts: bool = False
 
 
@@ -81,10 +83,15 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} cuts the window of its local attention by cache slot, which is not a tree's position: "
             "use model.generate()"
         )
-    passed = profile_of(model).part(PassedTrials)
-    if config.model_type not in VERIFIED_FAMILIES and not passed.by_tree:
+    if rounds_activations(model):
+        raise UnsupportedModelError(
+            f"products of {name} round what goes into them (quantised activations), so that a token's logits jump with "
+            "the tokens beside it: quantise the weights alone, or use model.generate()"
+        )
+    passed, weights = profile_of(model).part(PassedTrials), kinds_of_weights(model)
+    if (weights or config.model_type not in VERIFIED_FAMILIES) and passed.by_tree != weights:
         _compare_with_plain(model)
-        passed.by_tree = True
+        passed.by_tree = weights
 
 
 def position_limit(model: PreTrainedModel) -> int:
