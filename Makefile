@@ -9,21 +9,28 @@ OTHER := $(CURDIR)/.other/transformers-$(OTHER_TRANSFORMERS)
 OTHER_TESTS := cli/chat/conversation engine/engine generation/enable generation/equality generation/options generation/outputs \
 	kernels/prepared kernels/stack package/warnings training/exits tree_model/cache tree_model/masks
 
-.PHONY: demo test test-other-transformers conformance docs check clean
+# As many workers as cores that we count on, each with one thread. A worker that has nothing left takes tests of the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all test-other-transformers conformance docs check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
 demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cores
 	$(BIN)/specdec pull demo
 	$(BIN)/specdec bench --model demo --weights float --methods prompt-lookup,quantized-self,auto --explain --limit 2 --threads 1
 
-# Ray (half a gigabyte, installed) is for the tests only, not for the demo: what no run of them covers is not known to work.
-test: $(READY)  ## everything that a user can run; fetches the demo model if it is not there yet
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
-	$(BIN)/python -m pytest
+test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the demo model if it is not there yet
+	$(PYTEST) -m "not slow and not ray and not ranks"
 
-test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers: about 3 minutes
+# Ray (half a gigabyte, installed) is for these tests only: what no run covers is not known to work.
+test-all: $(READY)  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,ray]"
+	$(PYTEST) -m "not ray and not ranks"
+	$(BIN)/python -m pytest -m "ray or ranks" tests/batch tests/decoding
+
+test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers
 	PYTHONPATH=$(OTHER) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(OTHER_TRANSFORMERS)', t.__file__"
-	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest $(foreach test,$(OTHER_TESTS),tests/$(dir $(test))test_$(notdir $(test)).py)
+	PYTHONPATH=$(OTHER) $(PYTEST) $(foreach test,$(OTHER_TESTS),tests/$(dir $(test))test_$(notdir $(test)).py)
 
 conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 minutes
 	$(BIN)/python -m pytest tests/generation/test_conformance.py --hypothesis-profile=nightly

@@ -21,6 +21,19 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def pair_parser(doc: str | None, *, limit: int, max_new_tokens: int) -> argparse.ArgumentParser:
+    """The same for scripts that decode Spec-Bench's questions with a target and a draft."""
+    parser = parser_of(doc)
+    parser.add_argument("target")
+    parser.add_argument("draft")
+    parser.add_argument("--prompts", type=Path, required=True, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="of the reports, without a suffix")
+    parser.add_argument("--limit", type=int, default=limit, help="questions of each task")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
 def command(name: str) -> str:
     """How a script was called; of an absolute path only its last part: where it lies is nobody's business."""
     words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])

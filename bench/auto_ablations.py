@@ -36,11 +36,11 @@ ABLATIONS: dict[str, list[Replacement]] = {
     # what proposals and drafts promise
     "selection-bias": [(auto_knowledge.SelectionBias, "share", 1.0)],
     "monotone-acceptance": [(acceptance, "monotone", _unchanged)],
-    "acceptance-memory": [(acceptance.AcceptanceMemory, "note", _nothing)],
+    "acceptance-memory": [(acceptance.AcceptanceMemory, "update", _nothing)],
     "acceptance-of-run": [(acceptance, "_RUN_DECAY", 0.0)],
     # what they cost
     "monotone-prices": [(auto_sources, "monotone", _unchanged)],
-    "learning-costs": [(costs.ForwardCosts, "note", _nothing)],
+    "learning-costs": [(costs.ForwardCosts, "update", _nothing)],
     "corrections-by-width": [(costs, "_MIN_OWN", _NEVER)],
     "ceilings": [(costs.ForwardCosts, "seconds", _seconds_of_own_width)],
     "plain-every-64": [(rounds, "_PLAIN_EVERY", _NEVER)],

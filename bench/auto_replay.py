@@ -38,7 +38,7 @@ class _Replay:
     def trace(self, sequences: Sequences, row: int) -> Trace:
         return self.traces[sequences.rows[row]]
 
-    def place(self, sequences: Sequences, row: int) -> int:
+    def position(self, sequences: Sequences, row: int) -> int:
         """Tokens of the answer that the row has."""
         return len(sequences.tokens[row]) - len(self.trace(sequences, row).prompt)
 
@@ -46,7 +46,7 @@ class _Replay:
 class ReplayedDraft(Drafter):
     """A draft model with a cache of its own."""
 
-    rewinds = True
+    supports_rollback = True
 
     def __init__(self, model: Timed, replay: _Replay):
         self.model = model
@@ -89,7 +89,7 @@ class _ReplayedSession(GrowingSession):
         return self._num_forwards
 
     @property
-    def backlog(self) -> int:
+    def num_uncached_tokens(self) -> int:
         lengths = self._lengths
         if not self._read:
             return len(lengths) * max(lengths)
@@ -109,15 +109,15 @@ class _ReplayedSession(GrowingSession):
         if not self._read:
             self._read = [len(self._replay.trace(self._run.sequences, row).prompt) for row in range(len(max_depths))]
             self._forward(len(self._read) * max(self._read))
-        self._forward(self.backlog + len(max_depths))
+        self._forward(self.num_uncached_tokens + len(max_depths))
         self._read, self._at_proposal, self._steps = self._lengths, self._lengths, 0
         grower = self.policy.start(
-            Round(max_depths=max_depths, sample=False, open_urn=lambda scores, **_: self._layer(len(max_depths)))
+            Round(max_depths=max_depths, sample=False, token_source=lambda scores, **_: self._layer(len(max_depths)))
         )
         while True:
             grower.grow(torch.zeros((len(max_depths), 1, 1)))
             self._steps += 1
-            if not grower.hungry:
+            if not grower.needs_scores:
                 return grower.finish()
             self._forward(len(max_depths))
 
@@ -127,7 +127,7 @@ class _ReplayedSession(GrowingSession):
             self._read = [start + count for start, count in zip(self._at_proposal, passed, strict=True)]
         self._at_proposal = []
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         self._read = [min(read, length - 1) for read, length in zip(self._read, self._lengths, strict=False)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -136,12 +136,12 @@ class _ReplayedSession(GrowingSession):
     def _layer(self, num_rows: int) -> TokenSource:
         ranks = []
         for row in range(num_rows):
-            trace, place = (find(self._run.sequences, row) for find in (self._replay.trace, self._replay.place))
+            trace, position = (find(self._run.sequences, row) for find in (self._replay.trace, self._replay.position))
             assert trace.draft_tokens_ADK is not None
             assert trace.draft_probs_ADK is not None
-            if place < len(trace.answer) and self._steps < trace.draft_tokens_ADK.shape[1]:
-                tokens_K = trace.draft_tokens_ADK[place, self._steps].tolist()
-                ranks.append((tokens_K, trace.draft_probs_ADK[place, self._steps].tolist()))
+            if position < len(trace.answer) and self._steps < trace.draft_tokens_ADK.shape[1]:
+                tokens_K = trace.draft_tokens_ADK[position, self._steps].tolist()
+                ranks.append((tokens_K, trace.draft_probs_ADK[position, self._steps].tolist()))
             else:
                 ranks.append(([_NOBODYS], [0.0]))
         return _ReplayedSource(ranks)
@@ -198,10 +198,10 @@ class ReplayedCopy:
         trace, own = self._trace, list(context[len(self._trace.prompt) :])
         assert trace.copy_tokens_A is not None
         assert trace.copy_probs_A is not None
-        place = min(len(own), len(trace.answer) - 1)
+        position = min(len(own), len(trace.answer) - 1)
         is_on_trace = own == trace.answer[: len(own)] and len(own) < len(trace.answer)
-        token = trace.copy_tokens_A[place] if is_on_trace else _NOBODYS
-        prob = min(max(trace.copy_probs_A[place], 0.1), 0.9999)
+        token = trace.copy_tokens_A[position] if is_on_trace else _NOBODYS
+        prob = min(max(trace.copy_probs_A[position], 0.1), 0.9999)
         logits_V = torch.full((self._vocab_size,), log((1 - prob) / (self._vocab_size - 1)))
         logits_V[int(token)] = log(prob)
         return logits_V
@@ -290,7 +290,7 @@ class Player:
 
     def _plain_seconds(self, traces: Sequence[Trace]) -> float:
         lengths = [len(trace.answer) for trace in traces]
-        left = (sum(length > place for length in lengths) for place in range(1, max(lengths)))
+        left = (sum(length > position for length in lengths) for position in range(1, max(lengths)))
         return sum(map(self._target.seconds, left)) * self.clock.noise.mean
 
     def _decode(self, traces: Sequence[Trace], vocab_size: int, max_new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Traces of greedy runs for `bench.simulate_auto`: what a target says, and what others would propose at every place.
+"""Traces of greedy runs for `bench.simulate_auto`: what a target says, and what others would propose at every position.
 
 Shape legend: A tokens of an answer, D depth of a draft, K ranks (the chain's token, then its siblings), M chains.
 """
@@ -103,7 +103,7 @@ def tuning_prompts(
 def propose_everywhere(
     model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Greedy chains and their siblings after every place of an answer: tokens and probabilities [A, D, K].
+    """Greedy chains and their siblings after every position of an answer: tokens and probabilities [A, D, K].
 
     The chains are branches of one tree, a level a forward: those that have become unlikely are followed no further.
     """

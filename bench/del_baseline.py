@@ -40,12 +40,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
 from bench import del_model
+from bench._script import RESULTS, log, parser_of, write_report
 from specdec import kernels
 from specdec.drafters import Drafter, EarlyExit, Plain
 from specdec.testing.equality import Verdict, compare
 from specdec.tree_model.early_exit import EarlyExitModel
 
-RESULTS = Path(__file__).parent / "results"
 EXITS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)
 PLAIN, COMMON, ORACLE, PAPER, OURS = "plain", "best common", "oracle", "DEL", "early exit"
@@ -75,11 +75,11 @@ class Case:
 
     def num_rounds(self, setting: Setting) -> int:
         """Rounds in which this setting decodes it: each commits its agreed drafts and one more token."""
-        agreement, place, rounds = self.agreement[setting.exit_layer], 1, 0  # the prefill yields the first token
-        while place < len(agreement):
-            longest = min(setting.length, len(agreement) - place - 1)
-            accepted = next((i for i in range(longest) if not agreement[place + i]), longest)
-            place += accepted + 1
+        agreement, position, rounds = self.agreement[setting.exit_layer], 1, 0  # the prefill yields the first token
+        while position < len(agreement):
+            longest = min(setting.length, len(agreement) - position - 1)
+            accepted = next((i for i in range(longest) if not agreement[position + i]), longest)
+            position += accepted + 1
             rounds += 1
         return rounds
 
@@ -146,7 +146,7 @@ class Bench:
                 started = thread_time()
                 num_rounds = self.generate(case.prompt_1P, setting.drafter()).stats.num_batch_rounds
                 seconds[setting].append((thread_time() - started - prefill_seconds) / num_rounds)
-            print(f"  sweep {sweep + 1}/{sweeps}", file=sys.stderr, flush=True)
+            log(f"  sweep {sweep + 1}/{sweeps}")
         return {setting: median(values) for setting, values in seconds.items()}
 
     def _prefill_seconds(self, case: Case) -> float:
@@ -203,7 +203,7 @@ def measure(bench: Bench, cases: Sequence[Case], sides: dict[str, Callable[[Case
         for case, calls in zip(cases, results, strict=True):
             for name, make in sides.items():
                 bench.time(case, make(case), calls[name])
-        print(f"  repetition {repetition + 1}/{repetitions}", file=sys.stderr, flush=True)
+        log(f"  repetition {repetition + 1}/{repetitions}")
     return results
 
 
@@ -277,7 +277,7 @@ def trace(cases: Sequence[Case], results: list[dict[str, Calls]], tokenizer: Pre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model-dir", type=Path, default=Path("models/early-exit-small"))
     parser.add_argument("--steps", type=int, default=500, help="of training, if the folder holds no model yet")
     parser.add_argument("--tuning-prompts", type=int, default=3, help="of each task")
@@ -322,8 +322,7 @@ def main() -> None:
         "tasks": tasks,
         "round_milliseconds": {str(setting): round(1000 * value, 3) for setting, value in seconds.items()},
     }
-    RESULTS.joinpath(f"del-{args.name}.json").write_text(f"{json.dumps(document, indent=2)}\n")
-    RESULTS.joinpath(f"del-{args.name}.md").write_text(f"{markdown(document)}\n")
+    write_report(RESULTS / f"del-{args.name}", document, markdown(document))
     if args.trace is not None:
         args.trace.write_text(trace(report, results, tokenizer))
     print(markdown(document))

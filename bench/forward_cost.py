@@ -77,7 +77,7 @@ def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repeti
                     best[name][width] = tuple(map(min, best[name][width], times))
     for name in ("float", "int8"):
         with form(models, name) as model:
-            if model._specdec_prepared.num_lean_layers < model.config.num_hidden_layers:
+            if model._specdec_prepared.num_fused_layers < model.config.num_hidden_layers:
                 continue  # calibration or the lack of a compiler left torch products, which are not exact
             wide = context.forward(model, ids[:, :8])
             assert torch.equal(context.forward(model, ids[:, :3]), wide[:, :3]), f"{name}: rows depend on their company"

@@ -140,8 +140,8 @@ async def _posted(target: Target, body: dict[str, Any]) -> str:
 
 @asynccontextmanager
 async def _connected(target: Target) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    place = urlsplit(target.url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    server = urlsplit(target.url)
+    reader, writer = await asyncio.open_connection(server.hostname, server.port)
     try:
         yield reader, writer
     finally:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from bench._script import parser_of, write_json
 from specdec.drafters import Plain
 from specdec.engine import Engine, Generation, Request
 from specdec.kernels import native, prepare
@@ -107,7 +108,7 @@ def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--weights", choices=("stock", "float", "int8"), default="int8")
     parser.add_argument("--streams", type=int, default=4)
@@ -128,10 +129,9 @@ def main() -> None:
     if options.weights != "stock":
         prepare(model, "int8" if options.weights == "int8" else None)
     result = {"options": {**vars(options), "output": None}, **measure(model, options)}
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if options.output:
-        options.output.write_text(text + "\n")
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from bench._script import command, log, parser_of, pipe_table
+from bench._script import command, log, pair_parser, pipe_table
 from bench.trees import Question, load_questions, write
 from specdec import kernels
 from specdec.drafters import Drafter, Plain, SmallModel
@@ -129,16 +129,9 @@ def to_line(row: dict[str, Any]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    parser.add_argument("target")
-    parser.add_argument("draft")
-    parser.add_argument("--prompts", type=Path, required=True, help="Spec-Bench's question.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="of the reports, without a suffix")
+    parser = pair_parser(__doc__, limit=1, max_new_tokens=48)
     parser.add_argument("--tasks", nargs="+", default=["mt-bench", "qa", "math_reasoning"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--limit", type=int, default=1, help="questions of each task")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cold", action="store_true")
     return parser.parse_args()
 

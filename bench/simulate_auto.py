@@ -4,7 +4,7 @@
     python -m bench.simulate_auto run [TRACES] [--machine NAME ...] [--without NAME ... | --ablate] [--seeds 16]
 
 `record` decodes prompts (of a Spec-Bench file those whose ids are *not* divisible by 3; the others are reported)
-greedily with the model in int8, and notes what a draft model would have proposed at every place of the answers; with
+greedily with the model in int8, and notes what a draft model would have proposed at every position of the answers; with
 `--copy` also what the same model says in float32, which differs from it as often as an int8 copy from its original.
 
 `run` gives the real `Auto` a clock that only forwards move, and drafters that replay the traces (a folder, by default
@@ -29,6 +29,7 @@ from statistics import geometric_mean, mean, stdev
 
 import torch
 
+from bench._script import parser_of
 from bench.auto_ablations import ABLATIONS, without
 from bench.auto_clock import Clock, Noise
 from bench.auto_replay import Machine, Player
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(required=True)
     recording = commands.add_parser("record")
     recording.set_defaults(call=record)

@@ -132,11 +132,11 @@ async def honest(
 ) -> list[Answer]:
     """One question after the other; one of `every_stream` answers is streamed."""
     answers = []
-    for place in count(7 * number):
+    for turn in count(7 * number):
         if perf_counter() >= end:
             break
-        as_stream = place % every_stream == 0
-        answers.append(await ask(target, questions[place % len(questions)], num_tokens, as_stream=as_stream))
+        as_stream = turn % every_stream == 0
+        answers.append(await ask(target, questions[turn % len(questions)], num_tokens, as_stream=as_stream))
     return answers
 
 
@@ -157,10 +157,10 @@ def judge(answer: Answer, alone: dict[str, str]) -> str:
 async def hostile(target: Target, number: int, kinds: Sequence[str], end: float) -> list[tuple[str, str]]:
     """Kinds in turn, and what came of each."""
     outcomes = []
-    for place in count(number):
+    for turn in count(number):
         if perf_counter() >= end:
             break
-        kind = kinds[place % len(kinds)]
+        kind = kinds[turn % len(kinds)]
         outcomes.append((kind, await attack(target, kind)))
         await asyncio.sleep(0.05)
     return outcomes

@@ -1,6 +1,6 @@
 """What it costs to keep a state for every drafted token: a round of a chain beside the model's own forward.
 
-    python -m bench.state_keeping [--families qwen3_5_text,lfm2] [--tokens 8] [--rounds 30] [--threads 1] [--output FILE]
+    python -m bench.state_keeping [--families qwen3_5_text,lfm2] [--tokens 8] [--rounds 30] [--threads 1] [--output F]
 
 Models of about 100 million random float32 parameters. A round is `verify` of a root and a chain, and `commit` of half
 of it; the model's own forward reads as many tokens on a copy of its cache and keeps nothing but the last state. The two

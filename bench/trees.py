@@ -40,7 +40,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import specdec
-from bench._script import command, log, parser_of, pipe_table, write_report
+from bench._script import command, log, pair_parser, pipe_table, write_report
 from bench.trees_report import (
     TASKS,
     TOPDOWN,
@@ -299,18 +299,11 @@ def write(document: dict[str, Any], output: Path, *tables: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    parser.add_argument("target")
-    parser.add_argument("draft")
-    parser.add_argument("--prompts", type=Path, required=True, help="Spec-Bench's question.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="of the reports, without a suffix")
+    parser = pair_parser(__doc__, limit=4, max_new_tokens=64)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
     parser.add_argument("--seeds", type=int, default=1, help="of every question, when sampling")
-    parser.add_argument("--limit", type=int, default=4, help="questions of each task")
     parser.add_argument("--tuning-limit", type=int, default=3, help="of each task, for what is measured beforehand")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--repetitions", type=int, default=3, help="with --time")
     return parser.parse_args()

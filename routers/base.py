@@ -1,4 +1,4 @@
-"""The contract of a router: the draft has written a step; who keeps the pen?
+"""The contract of a router, which decides which model writes the next step.
 
 A `Router` sees drafted steps with what is already known of them, may ask the target about them, and answers with a
 `Decision` each. It knows tokens, texts and numbers; models and caches are behind `TargetView`.

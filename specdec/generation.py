@@ -36,12 +36,13 @@ from specdec.decoding.stats import SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import ranks_of
 from specdec.devices import home_device, num_processes
-from specdec.drafters import Auto, Drafter, Plain, PromptLookup, Run, SmallModel
+from specdec.drafters import Drafter, Plain, Run
+from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.streaming import StreamFeed
-from specdec.tree_model.compatibility import check_model, check_positions, position_limit
+from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
 
 _logger = logging.getLogger("specdec")
@@ -101,8 +102,8 @@ def generate(
     target = None
     if isinstance(model, Endpoint):
         target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
-    options.check_call(model, tree=tree, verify=verify, router=router, generator=generator)
-    check_model(model)
+    speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
+    speculation.check(model)
     if router is not None:
         check_writer(model)
     if router is not None and num_processes(model) > 1:
@@ -111,14 +112,11 @@ def generate(
             "or with device_map='auto'"
         )
     given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-    routing = None if router is None else as_routing(router, target, drafter, tree, verify, given)
+    routing = None if router is None else as_routing(router, target, drafter, speculation, given)
     arguments = options.prepare(model, given, check=None if routing is None else check_routed)
     method = _DecodingMethod(
-        drafter=as_drafter(drafter, tree) if routing is None else Plain(),
+        speculation=speculation,
         routing=routing,
-        tree=tree,
-        verify=verify,
-        generator=generator,
         streamer=arguments.get("streamer"),
         started=started,
     )
@@ -147,9 +145,7 @@ def enable(
     """
     if unsupported not in ("plain", "error"):
         raise ValueError(f"unsupported={unsupported!r}: it is 'plain' or 'error'")
-    options.check_call(model, tree=tree, verify=verify, router=None, generator=None)
-    check_model(model)
-    as_drafter(drafter, tree)
+    Speculation.of(drafter, tree=tree, verify=verify).check(model)
     defaults = {"drafter": drafter, "tree": tree, "verify": verify}
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
     reasons: set[str] = set()
@@ -181,27 +177,6 @@ def _warn_once(error: UnsupportedOptionError, reasons: set[str]) -> None:
     if reason not in reasons:
         reasons.add(reason)
         _logger.warning("%s. This call is left to the model's own generate(), not sped up", error)
-
-
-def as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None = None) -> Drafter:
-    """The drafter that an argument stands for.
-
-    Args:
-        tree: where the caller names one, the drafter is the one that grows it: there is nothing left to choose.
-
-    Raises:
-        ValueError: the argument is nothing that drafts.
-    """
-    if drafter is None or drafter == "auto":
-        return Auto() if tree is None else PromptLookup()
-    if isinstance(drafter, Drafter):
-        return drafter
-    if isinstance(drafter, PreTrainedModel):
-        small = SmallModel(drafter)
-        return Auto(small) if tree is None else small
-    raise ValueError(
-        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,11 +211,8 @@ class _Prompt:
 class _DecodingMethod:
     """The decoding method that transformers calls once it has prepared the arguments."""
 
-    drafter: Drafter
+    speculation: Speculation
     routing: Routing | None
-    tree: GrowthPolicy | None
-    verify: str
-    generator: torch.Generator | None
     streamer: BaseStreamer | None
     started: float
 
@@ -260,8 +232,8 @@ class _DecodingMethod:
         sampler = Sampler(
             logits_processor,
             do_sample=generation_config.do_sample,
-            verify=self.verify,
-            generator=self.generator,
+            verify=self.speculation.verify,
+            generator=self.speculation.generator,
         )
         if self.routing is not None:
             return self._route(self.routing, model, prompt, sampler, stopping_criteria, generation_config)
@@ -320,21 +292,21 @@ class _DecodingMethod:
         config: GenerationConfig,
     ) -> DecodingLoop:
         num_rows, ranks = prompt.input_ids.shape[0], ranks_of(model)
-        target = self.drafter.make_target(model)
+        target = self.speculation.drafter.make_target(model)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
             target=target,
             vocab_size=target.vocab_size,
             sequences=sequences,
             sampler=sampler,
-            tree=self.tree,
+            tree=self.speculation.tree,
             input_ids=prompt.input_ids,
             attention_mask=prompt.attention_mask,
         )
         returns_dict = bool(config.return_dict_in_generate)
         return DecodingLoop(
             target=target,
-            session=ranks.start(self.drafter, run),
+            session=ranks.start(self.speculation.drafter, run),
             sampler=sampler,
             stop=stop,
             sequences=sequences,

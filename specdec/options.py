@@ -23,13 +23,11 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation import logits_process as lp
 
-from routers import Router
 from specdec.decoding.stopping import StopChecker
 from specdec.devices import home_device
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import CACHE, with_cache_named
 from specdec.tree_model.positions import text_positions
-from trees import GrowthPolicy
 
 _REFUSED_ARGUMENTS = {
     "assistant_model": "pass it as drafter=",
@@ -61,32 +59,6 @@ _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
 _OF_POSITIONS = frozenset({"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
 """Where the images of a prompt are and how large: its positions are made of them, later steps do not look at them."""
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
-
-
-def check_call(model: Any, *, tree: Any, verify: Any, router: Any, generator: Any) -> None:
-    """Check the arguments that only specdec has.
-
-    Raises:
-        ValueError: a wrong argument.
-        UnsupportedOptionError: one that this version does not have.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model is a transformers PreTrainedModel, got {type(model).__name__}")
-    if tree is not None and not isinstance(tree, GrowthPolicy):
-        raise ValueError(f"tree={tree!r}: pass a growth policy such as trees.Chain(5), or None")
-    if verify not in ("topdown", "traversal"):
-        raise ValueError(f"verify={verify!r}: it is 'topdown' or 'traversal'")
-    if router is not None and not isinstance(router, Router):
-        raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(
-            f"generator={generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)"
-        )
-    if generator is not None and generator.device.type != home_device(model).type:
-        raise ValueError(
-            f"the generator is on {generator.device} and the model on {home_device(model)}: make it with "
-            f"torch.Generator({home_device(model).type!r})"
-        )
 
 
 def prepare(

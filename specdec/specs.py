@@ -186,12 +186,18 @@ TREES_OF_DRAFTERS = {name: drafter.trees for name, drafter in _DRAFTERS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrafterSpec:
-    """A drafter asked for by name and not built yet, so that a typo is found before a model is loaded."""
+class _Spec:
+    """What was asked for by name and is not built yet, so that a typo is found before a model is loaded."""
 
     text: str
     kind: str
     parameters: dict[str, Any]
+
+
+class DrafterSpec(_Spec):
+    """A drafter asked for by name."""
+
+    __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
@@ -235,13 +241,10 @@ def _built(name: str, draft: PreTrainedModel | None = None) -> Drafter | str:
     return DrafterSpec.parse(name).build(draft)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeSpec:
+class TreeSpec(_Spec):
     """A growth policy asked for by name."""
 
-    text: str
-    kind: str
-    parameters: dict[str, Any]
+    __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> TreeSpec:

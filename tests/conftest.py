@@ -1,9 +1,14 @@
-"""Models on disk, tiny and random, for the commands to load."""
+"""Models on disk, tiny and random, for the commands to load; and which tests are slow."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from specdec.errors import ModelError
+from specdec.models import pull_demo
+from tests.support.rotation import is_left_out
 from tests.support.tiny_models import save_tiny_model, save_word_model
 
 torch.set_num_threads(1)  # the models are too small for two threads to pay
@@ -13,6 +18,22 @@ settings.register_profile("quick", max_examples=200, derandomize=True, deadline=
 settings.register_profile(
     "nightly", max_examples=2_000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("rotated") and is_left_out(item):
+            item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The folder of the demo model, fetched if it is not there; who cannot fetch it skips the test."""
+    try:
+        return pull_demo(progress=False)
+    except ModelError as error:
+        pytest.skip(f"the demo model cannot be fetched: {error}")
 
 
 @pytest.fixture(scope="session")

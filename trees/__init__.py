@@ -5,10 +5,10 @@ from trees.chain import Chain
 from trees.confidence_chain import ConfidentChain
 from trees.draft import Draft, Part
 from trees.dynamic import DySpec, DySpecThreshold
-from trees.gain_limited import WorthwhileComb, leaf_confidence
+from trees.gain_limited import GainLimitedChain, leaf_confidence
 from trees.merging import Merged, Merger, merge
 from trees.policy import Grower, GrowthPolicy, Layer, Round
-from trees.side_leaves import Leaf, chain_length, comb, comb_places
+from trees.side_leaves import chain_length
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
 from trees.tree_builder import GrowingTrees
@@ -22,11 +22,11 @@ __all__ = [
     "DySpec",
     "DySpecThreshold",
     "Fixed",
+    "GainLimitedChain",
     "Grower",
     "GrowingTrees",
     "GrowthPolicy",
     "Layer",
-    "Leaf",
     "Merged",
     "Merger",
     "Part",
@@ -34,10 +34,7 @@ __all__ = [
     "Sequoia",
     "TokenTree",
     "TreeBatch",
-    "WorthwhileComb",
     "chain_length",
-    "comb",
-    "comb_places",
     "count_ranks",
     "count_shares",
     "leaf_confidence",

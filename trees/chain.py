@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trees.draft import Draft
 from trees.policy import Grower, GrowthPolicy, Layer, Round
-from trees.token_source import Urn
+from trees.token_source import CandidateSampler
 from trees.tree import ROOT, TreeBatch
 
 
@@ -47,7 +47,7 @@ class ChainGrower(Grower):
         self._q: list[Tensor] = []
 
     @property
-    def hungry(self) -> bool:
+    def needs_scores(self) -> bool:
         return len(self._tokens) < max(self._sizes)
 
     def grow(self, scores_BMV: Tensor) -> Layer:
@@ -61,8 +61,8 @@ class ChainGrower(Grower):
         if not self._sample:
             return scores_BV.argmax(-1, keepdim=True)
         self._q.append(scores_BV.softmax(-1))
-        urn = Urn(self._q[-1], sample=True, generator=self._generator)
-        return urn.take(torch.arange(len(scores_BV), device=scores_BV.device), 1)[0]
+        sampler = CandidateSampler(self._q[-1], sample=True, generator=self._generator)
+        return sampler.take(torch.arange(len(scores_BV), device=scores_BV.device), 1)[0]
 
     def finish(self) -> Draft:
         trees = TreeBatch.chains(torch.cat(self._tokens, 1), self._sizes)

@@ -25,7 +25,7 @@ class ConfidentChain(GrowthPolicy):
         threshold: the chain ends after a token whose draft probability is lower.
 
     Raises:
-        ValueError: `length` is not a positive integer, or `threshold` no probability.
+        ValueError: `length` is not a positive integer, or `threshold` is not in [0, 1].
     """
 
     length: int

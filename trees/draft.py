@@ -29,7 +29,7 @@ class Draft:
             were drawn in node order without replacement; rows of leaves are not read. Without distributions the trees
             are deterministic (no chance was involved): then the target alone decides.
         q_layers: the same without a copy of every distribution, for drafts that were grown.
-        places: for each row the place of every node among the tokens of the layers that `Grower.grow` returned,
+        grown_indices: for each row the index of every node among the tokens of the layers that `Grower.grow` returned,
             -1 for a node that was in none. None says that node i was the i-th.
         parts: the drafts that were merged into this one (see `trees.merge`), in the order in which they are tested;
             they have the distributions then.
@@ -38,7 +38,7 @@ class Draft:
     trees: TreeBatch
     q_BTV: Tensor | None = None
     q_layers: LayeredDistributions | None = None
-    places: Sequence[Sequence[int]] | None = None
+    grown_indices: Sequence[Sequence[int]] | None = None
     parts: Sequence[Part] | None = None
 
     @property
@@ -46,6 +46,11 @@ class Draft:
         if self.parts is not None:
             return any(part.draft.is_drawn for part in self.parts)
         return self.q_BTV is not None or self.q_layers is not None
+
+    def grown(self, row: int, path: Sequence[int], num_forwarded: int) -> list[int]:
+        """Grown indices of a path's nodes that are among the first so many: nobody has forwarded the others."""
+        indices = path if self.grown_indices is None else [self.grown_indices[row][node] for node in path]
+        return [index for index in indices if 0 <= index < num_forwarded]
 
     def q_at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """Copies of the distributions of some slots, [N, V]; not meaningful for leaves and slots of other depths."""
@@ -82,21 +87,19 @@ class LayeredDistributions:
         layers_BMV: one tensor for each layer.
         layer_BT: int64 on the host, the layer that has a slot's scores; any for a leaf.
         column_BT: int64 on the host, where they stand in it.
-        norm_BT: float64 on the host, the logarithm of the sum of their e^x; any for a leaf. None if nobody knows it.
     """
 
     layers_BMV: Sequence[Tensor]
     layer_BT: np.ndarray
     column_BT: np.ndarray
-    norm_BT: np.ndarray | None = None
 
     def at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """See `Draft.q_at`."""
         device = self.layers_BMV[0].device
         if device.type == "cpu":
             rows, slots = rows_N.numpy(), slots_N.numpy()
-            places = np.stack([self.layer_BT[rows, slots], rows, self.column_BT[rows, slots]], 1).tolist()
-            return torch.stack([self.layers_BMV[layer][row, column] for layer, row, column in places]).softmax(-1)
+            cells = np.stack([self.layer_BT[rows, slots], rows, self.column_BT[rows, slots]], 1).tolist()
+            return torch.stack([self.layers_BMV[layer][row, column] for layer, row, column in cells]).softmax(-1)
         return self._joined_BPV[rows_N, self._places_BT[rows_N, slots_N]].softmax(-1)
 
     @cached_property

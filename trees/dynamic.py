@@ -55,9 +55,7 @@ class DySpec(GrowthPolicy):
 
     def start(self, round_: Round) -> Grower:
         round_ = _capped(round_, self.max_depth)
-        return round_.grower(ValueGrower)(
-            round_, budget=self.budget, threshold=0.0, shared=self.shared, calibration=self.calibration
-        )
+        return ValueGrower(round_, budget=self.budget, threshold=0.0, shared=self.shared, calibration=self.calibration)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class DySpecThreshold(GrowthPolicy):
         previous = round_.previous
         threshold = previous.next_threshold if isinstance(previous, ValueGrower) else self.threshold
         round_ = _capped(round_, self.max_depth)
-        return round_.grower(ValueGrower)(round_, budget=self.max_nodes, threshold=threshold)
+        return ValueGrower(round_, budget=self.max_nodes, threshold=threshold)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +109,7 @@ class _Pool:
     values: list[float] = field(default_factory=list)
     offers: list[tuple[float, int, Node]] = field(default_factory=list)
 
-    def note(self, value: float) -> None:
+    def push(self, value: float) -> None:
         (heappush if len(self.values) < self.limit else heapreplace)(self.values, value)
 
 
@@ -135,8 +133,8 @@ class ValueGrower(LayeredGrower):
         super().__init__(round_, calibration)
         num_rows = len(round_.max_depths)
         previous = round_.previous
-        self._guess = guess = _CAUTION * previous.least_value if isinstance(previous, ValueGrower) else 0.5 / budget
-        self._budget, self._threshold, self._is_shared = budget, threshold, shared
+        guess = _CAUTION * previous.least_value if isinstance(previous, ValueGrower) else 0.5 / budget
+        self._threshold = threshold
         self._total = budget * sum(depth > 0 for depth in round_.max_depths)
         self._pools = [_Pool(limit=budget, guess=guess) for _ in range(num_rows)]
         if shared:
@@ -170,10 +168,10 @@ class ValueGrower(LayeredGrower):
                     break
                 pool.guess = value / 2
             heappop(pool.offers)
-            if node.urn is None:
+            if node.source is None:
                 waiting.append(node)
             elif child := self._take(node):
-                pool.note(child.value)
+                pool.push(child.value)
                 self._offer(node, self._next_value(node))
                 if self._may_have_children(child):
                     self._offer(child, child.bound)
@@ -188,13 +186,10 @@ class ValueGrower(LayeredGrower):
                 kept.append(node)
         return kept
 
-    def _kept_values(self) -> list[float]:
-        return [node.value for node in self._kept()]
-
     @property
     def least_value(self) -> float:
         """Of the kept nodes; 0 if there are none."""
-        return min(self._kept_values(), default=0.0)
+        return min((node.value for node in self._kept()), default=0.0)
 
     @property
     def next_threshold(self) -> float:
@@ -202,7 +197,7 @@ class ValueGrower(LayeredGrower):
 
         The number of nodes above a threshold is taken to be inversely proportional to it.
         """
-        values = self._kept_values()
+        values = [node.value for node in self._kept()]
         used_up = len(values) == self._total
         met = min(values) if used_up else self._threshold * max(1, len(values)) / self._total
         return max(_SMALLEST_THRESHOLD, sqrt(self._threshold * met))

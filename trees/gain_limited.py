@@ -1,4 +1,4 @@
-"""Combs that grow while the next token is worth its time.
+"""Chains with leaves that grow while the next token is worth its time.
 
 Shape legend: B rows, M tokens of a layer, T slots, V vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trees.draft import Draft, LayeredDistributions
 from trees.policy import Grower, GrowthPolicy, Layer, Round
-from trees.side_leaves import Leaf, comb, comb_places
+from trees.side_leaves import Leaf, chain_grown_indices, chain_with_leaves
 from trees.token_source import TokenSource
 from trees.tree import ROOT, TreeBatch
 
@@ -27,13 +27,13 @@ _LEAST = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WorthwhileComb(GrowthPolicy):
+class GainLimitedChain(GrowthPolicy):
     """A chain that stops when the next token is not expected to bring what it costs, then leaves beside it likewise.
 
     The next token of the chain is drafted if the chance that it will be accepted, summed over the rows of the batch, is
     at least its price. Then the rows get leaves, each its best, for as long as the chances of these together come to
     what a wider verification costs; rows that are shorter than the longest fill up for nothing. What a chance is taken
-    from is known before the token is drawn, so sampled combs stay exact: it is the non-anticipating rule "take the next
+    from is known before the token is drawn, so sampled trees stay exact: it is the non-anticipating rule "take the next
     one if (A + r v) / T(n + 1) > A / T(n)", with what the time would bring elsewhere for A / T(n). With prices of 0 and
     no leaves this is `Chain`.
 
@@ -55,7 +55,7 @@ class WorthwhileComb(GrowthPolicy):
     leaf_chance: Callable[[float], float] = float
 
     def start(self, round_: Round) -> Grower:
-        return _WorthwhileGrower(round_, self)
+        return _GainLimitedGrower(round_, self)
 
     def goes_on(self, probs: Sequence[Sequence[float]]) -> bool:
         """Whether the next token of chains is worth its price.
@@ -80,7 +80,7 @@ def leaf_confidence(prob: float, elder_probs: Sequence[float], sample: bool) -> 
 
 @dataclass(slots=True)
 class _Row:
-    """A comb in the making.
+    """A row's tree in the making.
 
     Args:
         limit: most tokens of the chain.
@@ -111,31 +111,31 @@ class _Row:
         self.num_offers += 1
 
 
-class _WorthwhileGrower(Grower):
-    def __init__(self, round_: Round, policy: WorthwhileComb):
+class _GainLimitedGrower(Grower):
+    def __init__(self, round_: Round, policy: GainLimitedChain):
         self._policy = policy
         self._round = round_
         self._rows = [_Row(min(len(policy.prices) + 1, depth)) for depth in round_.max_depths]
-        self._urns: list[TokenSource] = []
+        self._sources: list[TokenSource] = []
         self._layers_BMV: list[Tensor] = []
 
     @property
-    def hungry(self) -> bool:
-        return len(self._urns) < max(row.limit for row in self._rows)
+    def needs_scores(self) -> bool:
+        return len(self._sources) < max(row.limit for row in self._rows)
 
     def grow(self, scores_BMV: Tensor) -> Layer:
-        policy, sample, slot = self._policy, self._round.sample, len(self._urns)
-        urn = self._round.open_urn(scores_BMV[:, 0], sample=sample, generator=self._round.generator)
-        self._urns.append(urn)
+        policy, sample, slot = self._policy, self._round.sample, len(self._sources)
+        source = self._round.token_source(scores_BMV[:, 0], sample=sample, generator=self._round.generator)
+        self._sources.append(source)
         self._layers_BMV.append(scores_BMV)
-        found = urn.take(range(len(self._rows)), 1 if sample else 1 + MAX_LEAVES)
+        found = source.take(range(len(self._rows)), 1 if sample else 1 + MAX_LEAVES)
         for row, tokens, probs in zip(self._rows, *found, strict=True):
             if slot < row.limit:
                 row.tokens.append(tokens[0])
                 row.probs.append(probs[:1])
                 row.reaches.append(row.reaches[-1] * policy.chance(probs[0]))
                 self._offer(row, slot, zip(tokens[1:], probs[1:], strict=True))
-        if self.hungry and self._going_on() < policy.prices[slot]:
+        if self.needs_scores and self._going_on() < policy.prices[slot]:
             for row in self._rows:
                 row.limit = min(row.limit, slot + 1)
         newest_B1 = torch.tensor([tokens[:1] for tokens in found[0]], device=scores_BMV.device)
@@ -143,13 +143,15 @@ class _WorthwhileGrower(Grower):
 
     def finish(self) -> Draft:
         self._add_leaves()
-        combs = [comb(row.tokens, [probs[0] for probs in row.probs], row.leaves) for row in self._rows]
-        trees = TreeBatch.stack(combs, self._layers_BMV[0].device)
-        return Draft(trees=trees, q_layers=self._distributions(trees.num_slots), places=comb_places(combs))
+        rows = [chain_with_leaves(row.tokens, [probs[0] for probs in row.probs], row.leaves) for row in self._rows]
+        trees = TreeBatch.stack(rows, self._layers_BMV[0].device)
+        return Draft(
+            trees=trees, q_layers=self._distributions(trees.num_slots), grown_indices=chain_grown_indices(rows)
+        )
 
     def _going_on(self) -> float:
         """The chance that the next token of the chain is accepted, of all rows."""
-        slot = len(self._urns)
+        slot = len(self._sources)
         return sum(row.reaches[slot] for row in self._rows if row.limit > slot) * self._policy.next_chance
 
     def _offer(self, row: _Row, slot: int, others: Iterable[tuple[int, float]] = ()) -> None:
@@ -179,7 +181,7 @@ class _WorthwhileGrower(Grower):
     def _take_leaf(self, number: int, row: _Row) -> None:
         _, _, slot, leaf = heappop(row.offers)
         if leaf is None:
-            tokens, probs = self._urns[slot].take([number], 1)
+            tokens, probs = self._sources[slot].take([number], 1)
             token, prob = tokens[0][0], probs[0][0]
         else:
             token, prob = leaf

@@ -43,11 +43,11 @@ class Node:
         refused: chance that all children so far are refused, if any is tested; without a calibration it is `left`.
         taken: tokens of the children.
         bound: no next child has a greater value.
-        place: see `Draft.places`.
-        urn: where the children come from; None until the slot is scored.
+        grown_index: see `Draft.grown_indices`.
+        source: where the children come from; None until the slot is scored.
         layer, column: where the slot's scores are.
-        ahead: tokens that were taken from the urn and not yet asked for, with their probabilities, the next one last.
-        num_fetches: from the urn.
+        ahead: tokens taken from the source and not yet asked for, with their probabilities, the next one last.
+        num_fetches: from the source.
     """
 
     row: int
@@ -61,8 +61,8 @@ class Node:
     left: float = 1.0
     refused: float = 1.0
     taken: set[int] = field(default_factory=set)
-    place: int = ROOT
-    urn: TokenSource | None = None
+    grown_index: int = ROOT
+    source: TokenSource | None = None
     layer: int = 0
     column: int = 0
     ahead: list[tuple[int, float]] = field(default_factory=list)
@@ -70,16 +70,12 @@ class Node:
 
 
 class FinishedTree(NamedTuple):
-    """A row's tree; for each node its place (see `Draft.places`), and the layer and column of the scores after it.
-
-    `norms` are those of all slots if they are known (see `LayeredDistributions`).
-    """
+    """A row's tree; for each node its grown index, and the layer and column of the scores after it."""
 
     tree: TokenTree
-    places: Sequence[int]
+    grown_indices: Sequence[int]
     layers: ArrayLike
     columns: ArrayLike
-    norms: ArrayLike | None = None
 
 
 def batch_size(batch: int, num_slots: int) -> int:
@@ -100,11 +96,11 @@ class LayeredGrower(Grower):
             if depth > 0
         ]
         self._layers: list[Tensor] = []
-        self._num_places = 0
-        self._spares = [0] * len(round_.max_depths)
+        self._num_grown = 0
+        self._padding_tokens = [0] * len(round_.max_depths)
 
     @property
-    def hungry(self) -> bool:
+    def needs_scores(self) -> bool:
         return bool(self._frontier)
 
     @abstractmethod
@@ -117,33 +113,30 @@ class LayeredGrower(Grower):
 
     def grow(self, scores_BMV: Tensor) -> Layer:
         is_first = not self._layers
-        urn = self._round.open_urn(scores_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator)
+        source = self._round.token_source(
+            scores_BMV.flatten(0, 1), sample=self._round.sample, generator=self._round.generator
+        )
         for slot in self._frontier:
-            slot.urn, slot.layer = urn, len(self._layers)
+            slot.source, slot.layer = source, len(self._layers)
         self._device, self._width = scores_BMV.device, scores_BMV.shape[1]
         self._layers.append(scores_BMV)
         self._frontier = self._extend(self._frontier)
         if is_first:
-            self._spares = self._spare_tokens(scores_BMV)
+            self._padding_tokens = self._find_padding_tokens(scores_BMV)
         return self._next_layer()
 
     def finish(self) -> Draft:
         rows = self._finished()
         trees = TreeBatch.stack([row.tree for row in rows], self._device)
-        places = [row.places for row in rows]
+        grown_indices = [row.grown_indices for row in rows]
         if not self._round.sample:
-            return Draft(trees=trees, places=places)
+            return Draft(trees=trees, grown_indices=grown_indices)
         layer_BT, column_BT = np.zeros((2, trees.num_rows, trees.num_slots), np.int64)
-        norm_BT = None if any(row.norms is None for row in rows) else np.zeros(layer_BT.shape)
         for number, row in enumerate(rows):
             layer_BT[number, 1 : len(row.tree) + 1] = row.layers
             column_BT[number, 1 : len(row.tree) + 1] = row.columns
-            if norm_BT is not None and row.norms is not None:
-                norm_BT[number, : len(row.tree) + 1] = row.norms
-        q_layers = LayeredDistributions(
-            layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT, norm_BT=norm_BT
-        )
-        return Draft(trees=trees, q_layers=q_layers, places=places)
+        q_layers = LayeredDistributions(layers_BMV=self._layers, layer_BT=layer_BT, column_BT=column_BT)
+        return Draft(trees=trees, q_layers=q_layers, grown_indices=grown_indices)
 
     def _finished(self) -> Sequence[FinishedTree]:
         """The tree of every row."""
@@ -157,16 +150,16 @@ class LayeredGrower(Grower):
         if not slots:
             return
         count = batch_size(slots[0].num_fetches, len(slots))
-        width, urn = self._layers[slots[0].layer].shape[1], slots[0].urn
-        assert urn is not None, "slots give children once they are scored"
+        width, source = self._layers[slots[0].layer].shape[1], slots[0].source
+        assert source is not None, "slots give children once they are scored"
         for slot, tokens, probs in zip(
-            slots, *urn.take([slot.row * width + slot.column for slot in slots], count), strict=True
+            slots, *source.take([slot.row * width + slot.column for slot in slots], count), strict=True
         ):
             slot.num_fetches += 1
             slot.ahead = list(zip(tokens[::-1], probs[::-1], strict=True))
 
     def _peek(self, slot: Node) -> float:
-        """The probability of a slot's next child; 0 if there is none. Takes its token from the urn."""
+        """The probability of a slot's next child; 0 if there is none. Takes its token from the source."""
         while True:
             while slot.ahead:
                 token, prob = slot.ahead[-1]
@@ -206,33 +199,33 @@ class LayeredGrower(Grower):
         return node.depth < self._round.max_depths[node.row]
 
     def _next_layer(self) -> Layer:
-        """Give the frontier its places and hand it out."""
-        rows: list[list[Node]] = [[] for _ in self._spares]
+        """Give the frontier its grown indices and hand it out."""
+        rows: list[list[Node]] = [[] for _ in self._padding_tokens]
         for node in self._frontier:
             rows[node.row].append(node)
         width = max(map(len, rows))
         tokens, parents = [], []
-        for nodes, spare in zip(rows, self._spares, strict=True):
+        for nodes, padding_token in zip(rows, self._padding_tokens, strict=True):
             padding = width - len(nodes)
-            tokens.append([*(node.token for node in nodes), *[spare] * padding])
-            parents.append([*(node.parent.place if node.parent else ROOT for node in nodes), *[ROOT] * padding])
+            tokens.append([*(node.token for node in nodes), *[padding_token] * padding])
+            parents.append([*(node.parent.grown_index if node.parent else ROOT for node in nodes), *[ROOT] * padding])
             for column, node in enumerate(nodes):
-                node.column, node.place = column, self._num_places + column
-        self._num_places += width
+                node.column, node.grown_index = column, self._num_grown + column
+        self._num_grown += width
         tokens_BM = torch.tensor(tokens, dtype=torch.long, device=self._device)
         return Layer(tokens_BM=tokens_BM, parents_BM=np.array(parents, np.int64))
 
-    def _spare_tokens(self, scores_BMV: Tensor) -> list[int]:
+    def _find_padding_tokens(self, scores_BMV: Tensor) -> list[int]:
         """For each row a child of its root, to fill layers in which it has fewer nodes than others."""
-        spares = [0] * len(self._spares)
+        tokens = [0] * len(self._padding_tokens)
         idle = [row for row, depth in enumerate(self._round.max_depths) if depth <= 0]
         if idle:
             for row, token in zip(idle, scores_BMV[idle, 0].argmax(-1).tolist(), strict=True):
-                spares[row] = token
+                tokens[row] = token
         for node in reversed(self._nodes):
             if node.depth == 1:
-                spares[node.row] = node.token
-        return spares
+                tokens[node.row] = node.token
+        return tokens
 
 
 class ChildByChildGrower(LayeredGrower):
@@ -275,5 +268,5 @@ def _finished_tree(nodes: Sequence[Node]) -> FinishedTree:
         probs=[node.prob for node in nodes],
         values=[node.value for node in nodes],
     )
-    places, layers, columns = ([getattr(node, name) for node in nodes] for name in ("place", "layer", "column"))
-    return FinishedTree(tree, places, layers, columns)
+    columns = ([getattr(node, name) for node in nodes] for name in ("grown_index", "layer", "column"))
+    return FinishedTree(tree, *columns)

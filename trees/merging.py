@@ -35,14 +35,14 @@ class Merged:
         return [_own_path(nodes, path) for nodes, path in zip(self.nodes[source], paths, strict=True)]
 
 
-def merge(drafts: Sequence[Draft], *, budget: int | None = None, places_of: int | None = None) -> Merged:
+def merge(drafts: Sequence[Draft], *, budget: int | None = None, grown_by: int | None = None) -> Merged:
     """Merge drafts for the same rows into one tree a row. As exact as its sources.
 
     Args:
         drafts: of the sources, in the order of their tests; they may themselves be merged.
         budget: see `Merger`.
-        places_of: the source whose nodes have passed lower layers of the target, if one has: the merged draft then has
-            the `places` of its nodes.
+        grown_by: the source whose nodes have passed lower layers of the target, if one has: the merged draft then has
+            the `grown_indices` of its nodes.
 
     Raises:
         ValueError: as of `Merger.add`.
@@ -52,7 +52,7 @@ def merge(drafts: Sequence[Draft], *, budget: int | None = None, places_of: int 
     merger = Merger(drafts[0].trees.num_rows, budget)
     for draft in drafts:
         merger.add(draft)
-    return merger.finish(places_of)
+    return merger.finish(grown_by)
 
 
 class Merger:
@@ -90,16 +90,19 @@ class Merger:
         self._nodes.append([_add(row, draft, index, self._budget) for index, row in enumerate(self._rows)])
         self._drafts.append(draft)
 
-    def finish(self, places_of: int | None = None) -> Merged:
+    def finish(self, grown_by: int | None = None) -> Merged:
         """All drafts in one; a draft that nothing was added to or taken from is returned as it is."""
         pairs = zip(self._drafts, self._nodes, strict=True)
         parts = [Part(draft=draft, nodes=nodes) for draft, nodes in pairs if draft.trees.width]
-        source = None if places_of is None else self._drafts[places_of]
+        source = None if grown_by is None else self._drafts[grown_by]
         if len(parts) == 1 and parts[0].is_whole and source in (None, parts[0].draft):
             return Merged(draft=parts[0].draft, nodes=self._nodes)
         trees = TreeBatch.stack([row.tree() for row in self._rows], self._drafts[0].trees.device)
-        places = None if places_of is None else _places(self._drafts[places_of], self._nodes[places_of], self._rows)
-        return Merged(draft=Draft(trees=trees, parts=parts if trees.width else None, places=places), nodes=self._nodes)
+        indices = (
+            None if grown_by is None else _grown_indices(self._drafts[grown_by], self._nodes[grown_by], self._rows)
+        )
+        draft = Draft(trees=trees, parts=parts if trees.width else None, grown_indices=indices)
+        return Merged(draft=draft, nodes=self._nodes)
 
 
 @dataclass(eq=False)
@@ -180,13 +183,13 @@ def _own_path(nodes: Sequence[int], path: Sequence[int]) -> list[int]:
     return own_path
 
 
-def _places(draft: Draft, nodes: Sequence[Sequence[int]], rows: Sequence[_MergedRow]) -> list[list[int]]:
-    places = [[-1] * len(row.tokens) for row in rows]
+def _grown_indices(draft: Draft, nodes: Sequence[Sequence[int]], rows: Sequence[_MergedRow]) -> list[list[int]]:
+    grown_indices = [[-1] * len(row.tokens) for row in rows]
     for row, own_nodes in enumerate(nodes):
         for own, merged in enumerate(own_nodes):
             if merged != LEFT_OUT:
-                places[row][merged] = own if draft.places is None else draft.places[row][own]
-    return places
+                grown_indices[row][merged] = own if draft.grown_indices is None else draft.grown_indices[row][own]
+    return grown_indices
 
 
 def flattened(draft: Draft) -> Iterator[Part]:

@@ -1,7 +1,7 @@
 """How a draft model's tree grows: one layer of nodes for each forward of the draft model.
 
     grower = policy.start(round_)
-    while grower.hungry:
+    while grower.needs_scores:
         layer = grower.grow(scores of the newest layer)      # the root is the first layer
     draft = grower.finish()
 
@@ -15,9 +15,8 @@ of the slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,19 +30,16 @@ from trees.token_source import TokenSource, TorchSource
 class Layer:
     """Nodes to be forwarded by the draft model, because the grower wants to know what follows them.
 
-    The tokens of all layers of a round are numbered in order: their *places*. A row that has fewer nodes in a
+    The tokens of all layers of a round are numbered in order: their *grown indices*. A row that has fewer nodes in a
     layer than another repeats one of its own.
 
     Args:
         tokens_BM: int64 token ids.
-        parents_BM: int64, places of their parents, `ROOT` for children of the root.
-        depths_BM, seen_BMT: see `GrowingTrees`; None leaves it to that to work them out.
+        parents_BM: int64, grown indices of their parents, `ROOT` for children of the root.
     """
 
     tokens_BM: Tensor
     parents_BM: np.ndarray
-    depths_BM: np.ndarray | None = None
-    seen_BMT: np.ndarray | None = None
 
 
 class Grower(ABC):
@@ -51,14 +47,14 @@ class Grower(ABC):
 
     @property
     @abstractmethod
-    def hungry(self) -> bool:
+    def needs_scores(self) -> bool:
         """Whether scores of the newest layer are wanted; False once the trees are complete."""
 
     @abstractmethod
     def grow(self, scores_BMV: Tensor) -> Layer:
         """Take the processed draft scores of the newest layer (M tokens a row) and return the next layer.
 
-        The layer is not meaningful once the grower is no longer hungry.
+        The layer is not meaningful once no scores are needed any more.
 
         Args:
             scores_BMV: float32 (or float64, which the trees' q then has too).
@@ -67,9 +63,6 @@ class Grower(ABC):
     @abstractmethod
     def finish(self) -> Draft:
         """The finished trees and the distributions that they were drawn from."""
-
-
-_Grower = TypeVar("_Grower", bound=Grower)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,20 +75,14 @@ class Round:
         generator: source of randomness, None for torch's global one.
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
-        open_urn: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
-        stand_ins: growers that are to be taken for those of this package, and do the same.
+        token_source: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
     """
 
     max_depths: Sequence[int]
     sample: bool
     generator: torch.Generator | None = None
     previous: Grower | None = None
-    open_urn: Callable[..., TokenSource] = TorchSource
-    stand_ins: Mapping[type[Grower], type[Grower]] = field(default_factory=dict)
-
-    def grower(self, kind: type[_Grower]) -> type[_Grower]:
-        """A kind of grower, or what stands in for it."""
-        return cast(type[_Grower], self.stand_ins.get(kind, kind))
+    token_source: Callable[..., TokenSource] = TorchSource
 
 
 class GrowthPolicy(ABC):

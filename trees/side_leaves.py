@@ -1,4 +1,4 @@
-"""Combs: a chain, and beside its tokens others as leaves.
+"""Chains with leaves: a chain, and beside its tokens others that nothing follows.
 
 To verify one node more costs a target little, while another draft step costs the drafter a whole forward: so only the
 chain is drafted from.
@@ -20,8 +20,8 @@ class Leaf(NamedTuple):
     slot: int
 
 
-def comb(tokens: Sequence[int], probs: Sequence[float], leaves: Sequence[Leaf]) -> TokenTree:
-    """The chain, then the leaves: the nodes that the drafter has passed stand where it passed them."""
+def chain_with_leaves(tokens: Sequence[int], probs: Sequence[float], leaves: Sequence[Leaf]) -> TokenTree:
+    """The chain, then the leaves: the nodes that the drafter has forwarded stand where it forwarded them."""
     return TokenTree(
         tokens=[*tokens, *(leaf.token for leaf in leaves)],
         parents=[*range(ROOT, len(tokens) + ROOT), *(leaf.slot + ROOT for leaf in leaves)],
@@ -30,17 +30,17 @@ def comb(tokens: Sequence[int], probs: Sequence[float], leaves: Sequence[Leaf]) 
 
 
 def chain_length(tree: TokenTree) -> int:
-    """Nodes of a comb's chain: those before the first that does not follow the one before it."""
+    """Nodes of the chain: those before the first that does not follow the one before it."""
     return next((node for node, parent in enumerate(tree.parents) if parent != node + ROOT), len(tree))
 
 
-def comb_places(combs: Sequence[TokenTree]) -> list[list[int]] | None:
-    """`Draft.places` of combs of which nothing was asked of the last token of the longest chain."""
-    lengths = list(map(chain_length, combs))
+def chain_grown_indices(trees: Sequence[TokenTree]) -> list[list[int]] | None:
+    """`Draft.grown_indices` where nothing was asked of the last token of the longest chain."""
+    lengths = list(map(chain_length, trees))
     if min(lengths) == max(lengths):
         return None
-    num_passed = max(lengths) - 1
+    num_scored = max(lengths) - 1
     return [
-        [node if node < min(length, num_passed) else -1 for node in range(len(tree))]
-        for length, tree in zip(lengths, combs, strict=True)
+        [node if node < min(length, num_scored) else -1 for node in range(len(tree))]
+        for length, tree in zip(lengths, trees, strict=True)
     ]

@@ -33,7 +33,7 @@ class Fixed(GrowthPolicy):
         object.__setattr__(self, "branching", tuple(self.branching))
 
     def start(self, round_: Round) -> Grower:
-        return round_.grower(ShapedGrower)(round_, _fixed_shape(self.branching))
+        return ShapedGrower(round_, _fixed_shape(self.branching))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sequoia(GrowthPolicy):
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
 
     def start(self, round_: Round) -> Grower:
-        return round_.grower(ShapedGrower)(round_, _sequoia_shape(self.budget, self.acceptance))
+        return ShapedGrower(round_, _sequoia_shape(self.budget, self.acceptance))
 
 
 def count_ranks(tree: TokenTree, path: Sequence[int], num_ranks: int) -> tuple[list[int], list[int]]:

@@ -29,7 +29,7 @@ class TokenSource(ABC):
         """
 
 
-class Urn:
+class CandidateSampler:
     """What is left of M distributions.
 
     Args:
@@ -105,10 +105,10 @@ class TorchSource(TokenSource):
     """On any device, in any dtype."""
 
     def __init__(self, scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None):
-        self._urn = Urn(scores_MV.softmax(-1), sample=sample, generator=generator)
+        self._sampler = CandidateSampler(scores_MV.softmax(-1), sample=sample, generator=generator)
 
     def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
-        tokens_NK, probs_NK = self._urn.take(torch.tensor(slots, device=self._urn.device), count)
+        tokens_NK, probs_NK = self._sampler.take(torch.tensor(slots, device=self._sampler.device), count)
         return tokens_NK.tolist(), probs_NK.tolist()
 
 

@@ -17,7 +17,7 @@ _CAPACITY = 128
 
 
 class GrowingTrees:
-    """The layers so far, each node at its place: who sees whom, and how deep it is.
+    """The layers so far, in the order in which they were grown: who sees whom, and how deep it is.
 
     All is worked out on the host, in memory that is allocated ahead: a layer costs what its own nodes cost. Nodes that
     fill up a layer (see `Layer`) count like others.
@@ -44,8 +44,8 @@ class GrowingTrees:
         self._depths_BC = np.zeros((num_rows, _CAPACITY), np.int64)
         self._seen_BCC[:, 0, 0] = True
 
-    def add(self, layer: Layer) -> None:
-        """Take a layer; its parents stand at earlier places."""
+    def append(self, layer: Layer) -> None:
+        """Take a layer; its parents have been grown before."""
         start, stop = self.num_slots, self.num_slots + layer.parents_BM.shape[1]
         self.is_chain = self.is_chain and stop == start + 1 and bool((layer.parents_BM == start - 2).all())
         self._layers.append(layer)
@@ -59,17 +59,13 @@ class GrowingTrees:
 
     @property
     def parents_BM(self) -> np.ndarray:
-        """int64 on the host: places of their parents, `ROOT` for children of the root."""
+        """int64 on the host: grown indices of their parents, `ROOT` for children of the root."""
         return self._layers[-1].parents_BM
 
     @property
     def depths_BM(self) -> Tensor:
         """int64 depths of the newest layer; children of the root have depth 1."""
-        known_BM = self._layers[-1].depths_BM
-        if known_BM is None:
-            self._work_out()
-            known_BM = self._depths_BC[:, self.newest.start : self.num_slots]
-        return self._tensor(known_BM)
+        return self._tensor(self.host_depths_BT[:, self.newest.start :])
 
     @property
     def seen_BMT(self) -> Tensor:
@@ -119,11 +115,8 @@ class GrowingTrees:
 
     @property
     def _newest_seen_BMT(self) -> np.ndarray:
-        known_BMT = self._layers[-1].seen_BMT
-        if known_BMT is None:
-            self._work_out()
-            known_BMT = self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
-        return known_BMT
+        self._work_out()
+        return self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(numbers)

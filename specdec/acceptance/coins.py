@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trees.token_source import Urn
+from trees.token_source import CandidateSampler
 
 
 def bernoulli(chance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -15,8 +15,8 @@ def bernoulli(chance: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def sample(weights_BV: Tensor, generator: torch.Generator | None) -> Tensor:
     """int64 [B]: one token of each row, drawn by weights that need not sum to one."""
-    urn = Urn(weights_BV, sample=True, generator=generator)
-    token_B1, _ = urn.take(torch.arange(len(weights_BV), device=weights_BV.device), 1)
+    sampler = CandidateSampler(weights_BV, sample=True, generator=generator)
+    token_B1, _ = sampler.take(torch.arange(len(weights_BV), device=weights_BV.device), 1)
     return token_B1.squeeze(1)
 
 

@@ -147,10 +147,10 @@ class _File:
             return
         with told(self.path, "read and written"), self.path.open("r+b") as file:
             end = 0
-            for place, text in enumerate(file, start=1):
+            for line_number, text in enumerate(file, start=1):
                 if text.endswith(b"\n") or not _is_begun(text):
                     end += len(text)
-                    yield self._entry(text, place, settings)
+                    yield self._entry(text, line_number, settings)
             file.truncate(end)
 
     def append(self, document: Mapping[str, Any]) -> None:
@@ -176,13 +176,13 @@ class _File:
                 self.sync()
             self._file = None
 
-    def _entry(self, text: bytes, place: int, settings: str) -> tuple[int, int]:
+    def _entry(self, text: bytes, line_number: int, settings: str) -> tuple[int, int]:
         try:
             document = json.loads(text)
             number, digest, made_with = document["line"], _as_number(document["digest"]), document["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise BatchError(
-                f"line {place} of {self.path} was not written by this command: give another output"
+                f"line {line_number} of {self.path} was not written by this command: give another output"
             ) from error
         if made_with != settings:
             raise BatchError(

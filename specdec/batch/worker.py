@@ -130,9 +130,9 @@ class Worker:
         """
         answers: list[Answer] = []
         pending = [self.begin(job) for job in jobs[: self.window]]
-        for place in range(len(jobs)):
-            pending[place].is_finished.wait()
-            answer = pending[place].answer
+        for index in range(len(jobs)):
+            pending[index].is_finished.wait()
+            answer = pending[index].answer
             if answer is None:
                 self._check()
             assert answer is not None

@@ -57,14 +57,14 @@ def _draw_speedups(axes: Axes, rows: Sequence[MethodReport], colours: dict[str, 
     width = 0.84 / len(names)
     for index, name in enumerate(names):
         own = {row.category: row for row in rows if row.name == name}
-        places = np.array([categories.index(category) for category in own]) + (index - (len(names) - 1) / 2) * width
+        positions = np.array([categories.index(category) for category in own]) + (index - (len(names) - 1) / 2) * width
         heights = np.array([row.speedup_vs_plain for row in own.values()])
-        axes.bar(places, heights, width=0.92 * width, color=colours[name])
+        axes.bar(positions, heights, width=0.92 * width, color=colours[name])
         ends = [row.speedup_interval or (row.speedup_vs_plain,) * 2 for row in own.values()]
         whiskers = np.maximum([[-1], [1]] * (np.array(ends).T - heights), 0)
-        axes.errorbar(places, heights, yerr=whiskers, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        for place, height, (_, high) in zip(places, heights, ends, strict=True):
-            above = (place, max(height, high))
+        axes.errorbar(positions, heights, yerr=whiskers, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        for position, height, (_, high) in zip(positions, heights, ends, strict=True):
+            above = (position, max(height, high))
             axes.annotate(
                 f"{height:.2f}", above, (0, 2), textcoords="offset points", ha="center", fontsize=7, bbox=_HALO
             )
@@ -86,8 +86,8 @@ def _draw_acceptance(axes: Axes, rows: Sequence[MethodReport], colours: dict[str
     for index, row in enumerate(drafted):
         counts = np.array(row.accepted_histogram)
         binned = np.append(counts[:_MAX_ACCEPTED], counts[_MAX_ACCEPTED:].sum())
-        places = np.arange(len(binned)) + (index - (len(drafted) - 1) / 2) * width
-        axes.bar(places, binned / counts.sum(), width=0.92 * width, color=colours[row.name])
+        positions = np.arange(len(binned)) + (index - (len(drafted) - 1) / 2) * width
+        axes.bar(positions, binned / counts.sum(), width=0.92 * width, color=colours[row.name])
     ticks = [f"{count}+" if count == _MAX_ACCEPTED else f"{count}" for count in range(last + 1)]
     axes.set_xticks(range(last + 1), ticks)
     axes.set_xlabel("drafted tokens accepted in a round")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import specdec
 from specdec.bench.harness import Settings, generation_kwargs
 from specdec.drafters import Drafter, DraftSession, Outcome, Run
-from specdec.generation import as_drafter
+from specdec.drafters.speculation import Speculation
 from specdec.suites import Prompt
 from specdec.text.prompting import encode_prompts
 from trees import (
@@ -58,7 +58,7 @@ def probe(
     """
     torch.manual_seed(settings.seed)
     fan = Fixed((_NUM_RANKS,))
-    found = Probe(as_drafter(drafter, fan))
+    found = Probe(Speculation.of(drafter, tree=fan).drafter)
     for prompt in prompts:
         inputs = encode_prompts(tokenizer, [prompt.text]).to(model.device)
         specdec.generate(model, **inputs, **generation_kwargs(model, settings), drafter=found, tree=fan)

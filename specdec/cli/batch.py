@@ -71,10 +71,10 @@ class _BatchCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         complete = list(args)
-        for place in range(len(args) - 1, -1, -1):
-            follows = args[place + 1] if place + 1 < len(args) else ""
-            if args[place] == "--ray" and not _ADDRESS.fullmatch(follows):
-                complete.insert(place + 1, _HERE)
+        for index in range(len(args) - 1, -1, -1):
+            follows = args[index + 1] if index + 1 < len(args) else ""
+            if args[index] == "--ray" and not _ADDRESS.fullmatch(follows):
+                complete.insert(index + 1, _HERE)
         return super().parse_args(ctx, complete)
 
 

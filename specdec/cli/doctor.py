@@ -123,10 +123,11 @@ def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> li
 
 
 def _demo_models() -> list[dict[str, Any]]:
-    from specdec.models import cache_folder
+    from specdec.models.download import cache_folder
 
     home = cache_folder()
-    folders = [config.parent for config in sorted(home.glob("*/config.json"))]
+    configs = [*sorted(home.glob("*/config.json")), *sorted(home.glob("gguf/*/config.json"))]
+    folders = [config.parent for config in configs]
     return [_found(path.name, path) for path in [*folders, *sorted(home.glob("*.gguf"))]]
 
 

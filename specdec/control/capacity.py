@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdec.control.costs import ForwardCosts, synchroniser
+from specdec.control.costs import ForwardCosts, synchroniser, varied_tokens
 from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
@@ -61,7 +61,7 @@ class RowTimer:
         length = max(min(length, position_limit(model) - 1), 2)
         self._scratch = TreeModel(model)
         self._scratch.begin(1)
-        self._scratch.read(torch.zeros((1, length), dtype=torch.long, device=self._scratch.device))
+        self._scratch.read(varied_tokens(self._scratch, 1, length))
         self._states = self._scratch.cache.row_states(0)
         self._known: dict[int, float] = {}
 
@@ -79,7 +79,7 @@ class RowTimer:
         return self._known[num_rows]
 
     def _time(self, num_rows: int) -> float:
-        tokens_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=self._scratch.device)
+        tokens_B1 = varied_tokens(self._scratch, num_rows, 1)
         synchronise = synchroniser(self._scratch.device)
         synchronise()
         started = perf_counter()

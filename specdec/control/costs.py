@@ -13,12 +13,13 @@ from itertools import accumulate
 from statistics import median
 from threading import Lock, RLock
 from time import perf_counter
-from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kernels.model.changes import structure_of
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -34,6 +35,8 @@ _TIME_LIMIT_S = 1.0
 _FAR_AWAY_S = 5.0
 """A short prompt that takes so long waits for weights that are not in memory, and so does every forward."""
 _CONTEXT = 32
+_SCATTER = 7919
+"""A prime: its multiples do not come again within a vocabulary."""
 _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
 _MIN_OWN = 3
@@ -44,7 +47,7 @@ _noting = Lock()
 class ForwardCosts:
     """Seconds of a round's forward and of what comes with it, by the number of tokens of all rows.
 
-    Several threads may read it and note rounds.
+    Several threads may read it and update it.
 
     Args:
         seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
@@ -81,12 +84,12 @@ class ForwardCosts:
         wider = (seconds for other, seconds in self._ceilings.items() if other > octave)
         return self.drift * min([own, *wider])
 
-    def note(self, num_tokens: int, seconds: float) -> None:
+    def update(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
         with _noting:
-            self._note(seconds / self.measured(num_tokens), _octave(num_tokens))
+            self._update(seconds / self.measured(num_tokens), _octave(num_tokens))
 
-    def _note(self, ratio: float, octave: int) -> None:
+    def _update(self, ratio: float, octave: int) -> None:
         if octave == self._plain or octave in self._corrections:
             self._drifts.append(ratio / self._corrections.get(octave, 1.0))
             self.drift = median(self._drifts)
@@ -112,8 +115,12 @@ def _octave(num_tokens: int) -> int:
     return (num_tokens - 1).bit_length()
 
 
-_measuring = RLock()
-_known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], ForwardCosts]] = WeakKeyDictionary()
+measuring = RLock()
+"""Held while forwards are timed: two measurements at once would slow each other down."""
+
+
+class _Known(dict[tuple[object, ...], ForwardCosts]):
+    """The costs of a model's forwards, by what they depend on."""
 
 
 def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
@@ -123,8 +130,8 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     of threads, and the size of the batch up to a factor of two (each has corrections of its own). Threads that ask at
     the same time wait for one measurement.
     """
-    with _measuring:
-        key, known = _state(model), _known.setdefault(model, {})
+    with measuring:
+        key, known = _state(model), profile_of(model).part(_Known)
         if key not in known:
             known[key] = ForwardCosts(measure_forwards(model))
         sized = (*key, _octave(num_rows))
@@ -135,12 +142,12 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
 
 def costs_are_known(model: PreTrainedModel) -> bool:
     """Whether `costs_of` answers without measuring."""
-    return _state(model) in _known.get(model, {})
+    return _state(model) in profile_of(model).part(_Known)
 
 
 def remember_costs(model: PreTrainedModel, seconds: Mapping[int, float]) -> None:
     """Take these as measured for the model as it is now: number of tokens -> seconds."""
-    _known.setdefault(model, {})[_state(model)] = ForwardCosts(seconds)
+    profile_of(model).part(_Known)[_state(model)] = ForwardCosts(seconds)
 
 
 def _state(model: PreTrainedModel) -> tuple[object, ...]:
@@ -159,7 +166,7 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
     scratch = TreeModel(model)
     started = perf_counter()
     context = max(min(_CONTEXT, position_limit(model) - 1), 1)
-    scratch.prefill(torch.zeros((1, context), dtype=torch.long, device=scratch.device))
+    scratch.prefill(varied_tokens(scratch, 1, context))
     if perf_counter() - started > _FAR_AWAY_S:
         return {1: _time(scratch, 1)}
     seconds: dict[int, float] = {}
@@ -171,7 +178,7 @@ def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMI
 
 
 def _time(scratch: TreeModel, width: int) -> float:
-    tokens_BT = torch.zeros((1, width), dtype=torch.long, device=scratch.device)
+    tokens_BT = varied_tokens(scratch, 1, width)
     order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
     seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
     synchronise = synchroniser(scratch.device)
@@ -182,6 +189,12 @@ def _time(scratch: TreeModel, width: int) -> float:
     seconds = perf_counter() - started
     scratch.forget_tail()
     return seconds
+
+
+def varied_tokens(model: TreeModel, num_rows: int, width: int) -> Tensor:
+    """int64 [B, T] tokens to time a forward with, all different: of equal ones a mixture reads the same few experts."""
+    numbers = torch.arange(1, num_rows * width + 1, device=model.device).view(num_rows, width)
+    return numbers * _SCATTER % model.vocab_size
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:

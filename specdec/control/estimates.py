@@ -32,13 +32,13 @@ class AcceptanceMemory:
 
     Args:
         edges: between the bins of confidence, rising.
-        agreement: the least chance of a token, as a first belief. Else the confidence itself is that.
+        prior_acceptance: the least chance of a token, as a first belief. Else the confidence itself is that.
     """
 
-    def __init__(self, edges: Sequence[float] = CHAIN_EDGES, agreement: float = 0.0) -> None:
+    def __init__(self, edges: Sequence[float] = CHAIN_EDGES, prior_acceptance: float = 0.0) -> None:
         self.edges = edges
         centres = [sum(pair) / 2 for pair in pairwise((0.0, *edges, 1.0))]
-        self._beliefs = [agreement + (1 - agreement) * centre for centre in centres]
+        self._beliefs = [prior_acceptance + (1 - prior_acceptance) * centre for centre in centres]
         self.seen = [0.0 for _ in centres]
         self.accepted = [0.0 for _ in centres]
 
@@ -51,7 +51,7 @@ class AcceptanceMemory:
         accepted = [count + _PRIOR_TOKENS * belief for _, count, belief in counts]
         return monotone([a / s for a, s in zip(accepted, seen, strict=True)], seen)
 
-    def note(self, bin_: int, accepted: bool) -> None:
+    def update(self, bin_: int, accepted: bool) -> None:
         with _counting:
             if self.seen[bin_] >= _MEMORY_LIMIT:
                 self.seen[bin_] *= 0.5
@@ -88,18 +88,18 @@ class AcceptanceModel:
         weights = [1.0 + memory + run for memory, run in zip(self._memory.seen, self._seen, strict=True)]
         return sum(map(mul, self._current(), weights)) / sum(weights)
 
-    def note(self, confidence: float, accepted: bool) -> None:
+    def update(self, confidence: float, accepted: bool) -> None:
         """A token was tested by the target."""
         bin_ = bisect_right(self._memory.edges, confidence)
-        self._memory.note(bin_, accepted)
+        self._memory.update(bin_, accepted)
         self._seen[bin_] = self._seen[bin_] * _RUN_DECAY + 1
         self._accepted[bin_] = self._accepted[bin_] * _RUN_DECAY + accepted
         self._chances = None
 
-    def note_chain(self, confidences: Sequence[float], num_accepted: int) -> None:
+    def update_chain(self, confidences: Sequence[float], num_accepted: int) -> None:
         """A chain was tested: those after the first refused token were not."""
-        for place, confidence in enumerate(confidences[: num_accepted + 1]):
-            self.note(confidence, place < num_accepted)
+        for index, confidence in enumerate(confidences[: num_accepted + 1]):
+            self.update(confidence, index < num_accepted)
 
     def _current(self) -> list[float]:
         if self._chances is None:

@@ -70,14 +70,13 @@ class Throughput:
         seconds = self._seconds + _THROUGHPUT_ROUNDS * plain.seconds
         return max(tokens / seconds, plain.tokens / plain.seconds)
 
-    def note(self, tokens: int, seconds: float) -> None:
+    def update(self, tokens: int, seconds: float) -> None:
         self._tokens = self._tokens * _THROUGHPUT_DECAY + tokens
         self._seconds = self._seconds * _THROUGHPUT_DECAY + seconds
 
 
 def capped_throughput(throughput: float, plans: Iterable[Plan[Any]]) -> float:
-    """The throughput, or that of the quickest plan, if none keeps up with it: what a burst has made will not come again
-    by waiting for it plainly."""
+    """The running throughput, capped at what the best plan can reach: a past burst makes no plan look slow."""
     return min(throughput, max(plan.tokens / plan.seconds for plan in plans))
 
 
@@ -102,12 +101,14 @@ _AGREEING_TOKENS = 8
 """That a source which is known to agree drafts at first."""
 
 
-def prior_averages(agreement: float) -> tuple[RoundAverages, ...]:
+def prior_averages(prior_acceptance: float) -> tuple[RoundAverages, ...]:
     """What is believed of a source that has never been seen at work, but is known to agree with the target so often."""
-    if not agreement:
+    if not prior_acceptance:
         return UNKNOWN_PRIORS
     length = _AGREEING_TOKENS
-    return (RoundAverages(tokens=sum(agreement**depth for depth in range(length + 1)), steps=length, nodes=length),)
+    return (
+        RoundAverages(tokens=sum(prior_acceptance**depth for depth in range(length + 1)), steps=length, nodes=length),
+    )
 
 
 class RunHistory:
@@ -148,7 +149,7 @@ class RunAverages:
         self._rounds = self._tokens = self._steps = self._nodes = 0.0
         self.num_rounds = 0
 
-    def note(self, tokens: float, steps: float, nodes: float) -> None:
+    def update(self, tokens: float, steps: float, nodes: float) -> None:
         """A round of this source, for a row."""
         self.num_rounds += 1
         self._rounds = self._rounds * _RUN_DECAY + 1
@@ -232,9 +233,9 @@ class RoundControl(Generic[SourceT]):
                 return trial
         return best
 
-    def note(self, plan: Plan[SourceT], tokens: int, seconds: float) -> None:
+    def update(self, plan: Plan[SourceT], tokens: int, seconds: float) -> None:
         """A round is over: this plan was carried out, and took so many seconds."""
         self.elapsed_seconds += seconds
-        self.throughput.note(tokens, min(seconds, _LONGEST_ROUND * plan.seconds))
+        self.throughput.update(tokens, min(seconds, _LONGEST_ROUND * plan.seconds))
         if plan.source is None:
             self._since_plain = 0

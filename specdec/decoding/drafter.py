@@ -78,7 +78,7 @@ class Outcome:
             return self.own
         return self.paths if self.is_own else [()] * len(self.paths)
 
-    def of_another(self) -> Outcome:
+    def as_foreign(self) -> Outcome:
         """What it is to a session that has not drafted the round."""
         return replace(self, is_own=False, own=None)
 
@@ -112,7 +112,7 @@ class DraftSession(ABC):
         return 0.0
 
     @property
-    def backlog(self) -> int:
+    def num_uncached_tokens(self) -> int:
         """Tokens of all rows that the drafter has to read, besides the newest, before it can draft; padding counts."""
         return 0
 
@@ -139,13 +139,13 @@ class DraftSession(ABC):
     def observe(self, outcome: Outcome) -> None:
         """Learn what became of the last proposal. `run.sequences` already holds the committed tokens."""
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         """Rows of `run.sequences` may have become shorter: forget what has been read past their ends.
 
-        Sessions of drafters that say that they can (`Drafter.rewinds`) are told so where what they took for committed
-        was a draft itself.
+        Sessions of drafters with `Drafter.supports_rollback` are told so where what they took for committed was a draft
+        itself.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rewind()")
+        raise NotImplementedError(f"{type(self).__name__} has no rollback()")
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order. `run.sequences` has already done so."""
@@ -164,12 +164,12 @@ class DraftSession(ABC):
 class Drafter(ABC):
     """Proposes tokens for the target to verify."""
 
-    agreement: float = 0.0
+    prior_acceptance: float = 0.0
     """Share of tokens on which it can be taken to agree with any target, however unsure it is of them: where `Auto`
     begins."""
 
-    rewinds: bool = False
-    """Whether its sessions can take back what they have read (see `DraftSession.rewind`)."""
+    supports_rollback: bool = False
+    """Whether its sessions can take back what they have read (see `DraftSession.rollback`)."""
 
     needs_exits: bool = False
     """Whether it, or a drafter that it is made of, runs some of the target's layers: `run.target` is then an

@@ -101,7 +101,7 @@ class DecodingLoop:
     def verify(self, draft: Draft) -> Tensor:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
         started = perf_counter()
-        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.places)
+        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 
@@ -113,7 +113,7 @@ class DecodingLoop:
         accepted = to_host(draft.trees, acceptance)
         for row, path in enumerate(accepted.paths):
             slots = [0, *(node + 1 for node in path)]
-            self.recorder.note(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
+            self.recorder.record(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
         return accepted
 
     def commit(self, draft: Draft, accepted: Accepted) -> None:
@@ -175,10 +175,10 @@ class DecodingLoop:
         rows, num_new = self.sequences.rows, self.sequences.num_new
         counts = [len(row_tokens) for row_tokens in tokens]
         if self.stats.num_new_tokens:
-            self.stats.note_round(rows, trees.sizes, trees.row_depths, [len(path) for path in paths], counts)
+            self.stats.record_round(rows, trees.sizes, trees.row_depths, [len(path) for path in paths], counts)
             if reasons := self.session.explain():
                 self.stats.trace.append({**reasons, "drafted": trees.sizes, "committed": counts})
-        self.stats.note_tokens(sum(counts), perf_counter() - self.started)
+        self.stats.record_tokens(sum(counts), perf_counter() - self.started)
         for row, count in zip(rows, num_new, strict=True):
             self.recorder.trim(row, count)
         if self.feed is not None:

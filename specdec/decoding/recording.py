@@ -29,7 +29,7 @@ class Recorder:
         self._states: dict[int, RowStates] | None = {} if states else None
         self._ids: dict[int, Tensor] = {}
 
-    def note(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
+    def record(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
         """Keep the vectors that a row's committed tokens were chosen from.
 
         Args:

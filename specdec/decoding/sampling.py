@@ -171,12 +171,12 @@ class Sampler:
             first_row, _, first_slot, first_prefix = present[0]
             input_ids = first_prefix.repeat(sequences.num_all_rows, 1)
             scores = scores_BTV[first_row, first_slot].repeat(sequences.num_all_rows, 1)
-            for row, place, slot, prefix in present:
-                input_ids[place] = prefix
-                scores[place] = scores_BTV[row, slot]
+            for row, index, slot, prefix in present:
+                input_ids[index] = prefix
+                scores[index] = scores_BTV[row, slot]
             processed = self.processors(input_ids, scores)
-            for row, place, slot, _ in present:
-                scores_BTV[row, slot] = processed[place]
+            for row, index, slot, _ in present:
+                scores_BTV[row, slot] = processed[index]
 
 
 def _refuse_unless(usable: bool) -> None:

@@ -136,7 +136,7 @@ class DecodingStats:
         """New tokens over the whole time, prefill included."""
         return self.num_new_tokens / self.total_seconds if self.total_seconds else 0.0
 
-    def note_round(
+    def record_round(
         self,
         rows: Sequence[int],
         drafted: Sequence[int],
@@ -161,7 +161,7 @@ class DecodingStats:
             self.row_rounds[row] += 1
             self.row_committed[row] += count
 
-    def note_tokens(self, count: int, seconds: float) -> None:
+    def record_tokens(self, count: int, seconds: float) -> None:
         """Count tokens that were committed this long after the start."""
         if not self.token_seconds:
             self.ttft_seconds = seconds

@@ -11,7 +11,7 @@ from trees import Draft, TreeBatch
 class Plain(Drafter):
     """Drafts nothing; every round commits the target's next token."""
 
-    rewinds = True
+    supports_rollback = True
 
     def start(self, run: Run) -> DraftSession:
         return _PlainSession(run)
@@ -26,7 +26,7 @@ class _PlainSession(DraftSession):
     def join(self) -> None:
         pass
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         pass
 
     def propose(self, max_depths: Sequence[int]) -> Draft:

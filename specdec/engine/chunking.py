@@ -55,20 +55,20 @@ class ChunkSizer:
         num_affordable = min(_SHARE * median(self._rounds) / rate, _GROWTH * self._last, self._most)
         return max(least, int(num_affordable))
 
-    def note_round(self, seconds: float) -> None:
+    def update_round(self, seconds: float) -> None:
         """A round has taken this, without a chunk."""
         self._rounds.append(seconds)
         self._num_along = 0
 
-    def note_chunk(self, num_tokens: int, seconds: float) -> None:
+    def update_chunk(self, num_tokens: int, seconds: float) -> None:
         """So many tokens of one prompt have been read at once."""
         if num_tokens:
             self._rates.append(seconds / num_tokens)
             self._last = num_tokens
 
-    def note_along(self, num_tokens: int, seconds: float) -> float:
+    def update_along(self, num_tokens: int, seconds: float) -> float:
         """A round in whose forward so many tokens were read has taken this; returns what they have added."""
         added = max(seconds - median(self._rounds), 0.0)
-        self.note_chunk(num_tokens, added)
+        self.update_chunk(num_tokens, added)
         self._num_along += 1
         return added

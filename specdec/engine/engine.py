@@ -16,21 +16,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec import options
 from specdec.decoding.sequences import Sequences
 from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
+from specdec.drafters.speculation import Speculation
 from specdec.engine.chunking import ChunkSizer
-from specdec.engine.members import Member, MemberLoop, MemberRecorder, Members, MemberSampler, MemberStops
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
 from specdec.engine.queue import TurnQueue
 from specdec.engine.reading import PromptReader
 from specdec.engine.request import FinishReason, Generation, Request
+from specdec.engine.running_requests import (
+    ContinuousBatchingLoop,
+    RequestRecorder,
+    RequestSampler,
+    RequestStops,
+    RunningRequest,
+    RunningRequests,
+)
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
-from specdec.generation import as_drafter
 from specdec.tree_model.cache import RowStates
-from specdec.tree_model.compatibility import check_model, position_limit
+from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
 _NODES = 8
@@ -77,14 +83,14 @@ class Engine:
         max_cached_tokens: int | None = None,
         prefill_chunk: int = 512,
     ):
-        options.check_call(model, tree=None, verify="topdown", router=None, generator=None)
+        speculation = Speculation.of(drafter)
         limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
         if max_cached_tokens is not None:
             limits["max_cached_tokens"] = max_cached_tokens
         for name, value in limits.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it is a positive integer")
-        check_model(model)
+        speculation.check(model)
         if num_processes(model) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is split over processes (tp_plan), whose requests would come in different "
@@ -93,20 +99,20 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
         self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
-        self._drafter = as_drafter(drafter)
+        self._drafter = speculation.drafter
         self._prefixes = PrefixCache(self.max_cached_tokens)
         self._waiting = TurnQueue(max_waiting)
         self._reader = PromptReader(model, self._prefixes)
         self._chunks = ChunkSizer(prefill_chunk)
         self._clock = perf_counter
-        self._admitted: deque[Member] = deque()
-        self._open: dict[Generation, Member] = {}
+        self._admitted: deque[RunningRequest] = deque()
+        self._open: dict[Generation, RunningRequest] = {}
         self._loop = self._start()
 
     @property
     def num_rows(self) -> int:
         """Requests that are being decoded, or whose prompt is being read."""
-        return len(self._loop.members) + len(self._admitted)
+        return len(self._loop.requests) + len(self._admitted)
 
     @property
     def num_waiting(self) -> int:
@@ -116,7 +122,7 @@ class Engine:
     @property
     def num_cached_tokens(self) -> int:
         """Slots of key/value memory in use or reserved, shared prefixes included."""
-        return self._reserved(self._admitted_members) + self._prefixes.num_tokens
+        return self._reserved(self._admitted_requests) + self._prefixes.num_tokens
 
     def submit(self, request: Request) -> Generation:
         """Queue a request.
@@ -131,15 +137,15 @@ class Engine:
                 f"{self.num_waiting} requests wait, and no more may (max_waiting={self.max_waiting}): try again later"
             )
         generation = Generation(request)
-        member = Member(prepare(self.model, request, self.tokenizer), generation)
-        if self._reserved([member]) > self.max_cached_tokens:
+        running = RunningRequest(prepare(self.model, request, self.tokenizer), generation)
+        if self._reserved([running]) > self.max_cached_tokens:
             raise CapacityError(
-                f"a prompt of {len(member.prompt)} tokens that may grow to {member.need} needs more than the "
+                f"a prompt of {len(running.prompt)} tokens that may grow to {running.need} needs more than the "
                 f"{self.max_cached_tokens} slots of key/value memory that there are (max_cached_tokens): shorten it or "
                 "lower max_new_tokens"
             )
-        self._open[generation] = member
-        self._waiting.append(member)
+        self._open[generation] = running
+        self._waiting.append(running)
         return generation
 
     @torch.no_grad()
@@ -150,22 +156,22 @@ class Engine:
             Whether anything is left to do.
         """
         self._admit()
-        num_tokens = self._chunks.size(is_decoding=bool(self._loop.members))
-        if self._loop.members and self._loop.target.can_read_along:
+        num_tokens = self._chunks.size(is_decoding=bool(self._loop.requests))
+        if self._loop.requests and self._loop.target.can_read_along:
             self._round(self._next_prompt() if num_tokens else None, num_tokens)
         else:
             self._read_prompts(num_tokens)
-            if self._loop.members:
+            if self._loop.requests:
                 self._round(None, 0)
         self._tell()
         return bool(self._open)
 
     def cancel(self, generation: Generation) -> None:
         """End a request now ("cancelled") and free what it holds; nothing happens if it is finished."""
-        member = self._open.get(generation)
-        if member is not None and not generation.is_finished:
-            self._remove(member)
-            self._finish(member, "cancelled")
+        running = self._open.get(generation)
+        if running is not None and not generation.is_finished:
+            self._remove(running)
+            self._finish(running, "cancelled")
 
     def run(self) -> None:
         """`step` until nothing is left to do."""
@@ -179,10 +185,10 @@ class Engine:
         self._loop.session.close()
 
     @property
-    def _admitted_members(self) -> list[Member]:
-        return [*self._loop.members.values(), *self._admitted]
+    def _admitted_requests(self) -> list[RunningRequest]:
+        return [*self._loop.requests.values(), *self._admitted]
 
-    def _start(self) -> MemberLoop:
+    def _start(self) -> ContinuousBatchingLoop:
         """A loop without rows.
 
         Raises:
@@ -191,8 +197,8 @@ class Engine:
         target = self._drafter.make_target(self.model)
         target.begin()
         nothing = torch.zeros((0, 0), dtype=torch.long, device=target.device)
-        sequences, members = Sequences(nothing, None, 0), Members()
-        sampler = MemberSampler(members, sequences)
+        sequences, requests = Sequences(nothing, None, 0), RunningRequests()
+        sampler = RequestSampler(requests, sequences)
         session = self._drafter.start(
             Run(
                 target=target,
@@ -210,28 +216,28 @@ class Engine:
                 f"{type(self._drafter).__name__} cannot take rows that join a batch: an engine drafts with Auto, "
                 "PromptLookup, SmallModel, QuantizedSelf or Plain"
             )
-        return MemberLoop(
+        return ContinuousBatchingLoop(
             target=target,
             session=session,
             sampler=sampler,
-            stop=MemberStops(members),
+            stop=RequestStops(requests),
             sequences=sequences,
-            recorder=MemberRecorder(members),
+            recorder=RequestRecorder(requests),
             feed=None,
             context_length=position_limit(self.model),
             started=perf_counter(),
-            members=members,
+            requests=requests,
             keep=self._keep,
         )
 
-    def _reserved(self, members: list[Member]) -> int:
+    def _reserved(self, requests: list[RunningRequest]) -> int:
         """Slots of rows that are padded to the longest."""
-        return len(members) * max((member.need for member in members), default=0)
+        return len(requests) * max((running.need for running in requests), default=0)
 
     def _admit(self) -> None:
         """Let requests in, as their turns come, while there is memory; shared prefixes make room."""
         while self._waiting and self.num_rows < self.max_rows:
-            reserved = self._reserved([*self._admitted_members, self._waiting.first])
+            reserved = self._reserved([*self._admitted_requests, self._waiting.first])
             if reserved > self.max_cached_tokens:
                 return
             self._prefixes.shrink(self.max_cached_tokens - reserved)
@@ -239,62 +245,62 @@ class Engine:
 
     def _read_prompts(self, left: int) -> None:
         """Read so many tokens, and let those join whose prompt has been read."""
-        while left > 0 and (member := self._next_prompt()) is not None:
-            with self._own_errors(member):
+        while left > 0 and (running := self._next_prompt()) is not None:
+            with self._own_errors(running):
                 started = self._clock()
                 num_read = self._reader.read(left)
                 seconds = self._clock() - started
-                self._chunks.note_chunk(num_read, seconds)
-                member.generation.stats.prefill_seconds += seconds
+                self._chunks.update_chunk(num_read, seconds)
+                running.generation.stats.prefill_seconds += seconds
                 left -= num_read
                 if not self._reader.num_left:
-                    self._join(member)
+                    self._join(running)
 
-    def _next_prompt(self) -> Member | None:
+    def _next_prompt(self) -> RunningRequest | None:
         """The first admitted request with tokens to read; those before it, which are known already, join."""
         while self._admitted:
-            member = self._admitted[0]
-            with self._own_errors(member):
-                self._reader.begin(member)
+            running = self._admitted[0]
+            with self._own_errors(running):
+                self._reader.begin(running)
                 if self._reader.num_left:
-                    return member
-                self._join(member)
+                    return running
+                self._join(running)
         return None
 
     @contextmanager
-    def _own_errors(self, member: Member) -> Iterator[None]:
+    def _own_errors(self, running: RunningRequest) -> Iterator[None]:
         """If reading its prompt fails, only this request ends."""
         try:
             yield
         except BaseException as error:
-            self._remove(member)
-            self._finish(member, "error", _as_exception(error))
+            self._remove(running)
+            self._finish(running, "error", _as_exception(error))
             if not isinstance(error, Exception):
                 raise
 
-    def _join(self, member: Member) -> None:
+    def _join(self, running: RunningRequest) -> None:
         """The prompt that is being read has been, and its request is decoded from now on."""
         states = self._reader.states
-        self._loop.admit(member, states)
+        self._loop.admit(running, states)
         if states is not None:
-            self._keep(member.prompt[:-1], states)
-        self._admitted.remove(member)
-        self._reader.forget(member)
+            self._keep(running.prompt[:-1], states)
+        self._admitted.remove(running)
+        self._reader.forget(running)
 
     def _keep(self, tokens: Sequence[int], states: RowStates) -> None:
         """Keep a text's states for whoever begins like it, in the memory that no row has reserved."""
         self._prefixes.add(tokens, states)
-        self._prefixes.shrink(self.max_cached_tokens - self._reserved(self._admitted_members))
+        self._prefixes.shrink(self.max_cached_tokens - self._reserved(self._admitted_requests))
 
-    def _round(self, member: Member | None, num_tokens: int) -> None:
+    def _round(self, running: RunningRequest | None, num_tokens: int) -> None:
         """A round of all rows. One that breaks ends them all, for none can be trusted to be whole.
 
         Args:
-            member: whose prompt is being read, of which so many tokens go along in the target's forward.
+            running: whose prompt is being read, of which so many tokens go along in the target's forward.
         """
         started, num_left = self._clock(), self._reader.num_left
         try:
-            if member is None:
+            if running is None:
                 self._loop.round()
             else:
                 with self._reader.reading_along(self._loop.target, num_tokens):
@@ -303,66 +309,66 @@ class Engine:
             self._break_off(error)
             return
         seconds, num_read = self._clock() - started, num_left - self._reader.num_left
-        if member is None or not num_read:
-            self._chunks.note_round(seconds)
+        if running is None or not num_read:
+            self._chunks.update_round(seconds)
             return
-        member.generation.stats.prefill_seconds += self._chunks.note_along(num_read, seconds)
+        running.generation.stats.prefill_seconds += self._chunks.update_along(num_read, seconds)
         if not self._reader.num_left:
-            with self._own_errors(member):
-                self._join(member)
+            with self._own_errors(running):
+                self._join(running)
 
     def _break_off(self, error: BaseException) -> None:
         """A round has failed."""
         broken = self._loop
-        for member in list(broken.members.values()):
-            self._finish(member, "error", _as_exception(error))
+        for running in list(broken.requests.values()):
+            self._finish(running, "error", _as_exception(error))
         broken.session.close()
         self._loop = self._start()
         if not isinstance(error, Exception):
             raise error
-        _log.error("a round of %d requests has failed", len(broken.members), exc_info=error)
+        _log.error("a round of %d requests has failed", len(broken.requests), exc_info=error)
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, running: RunningRequest) -> None:
         """Take a request out of wherever it is."""
-        if member in self._waiting:
-            self._waiting.remove(member)
-        elif member in self._admitted:
-            self._reader.forget(member)
-            self._admitted.remove(member)
-        elif member in self._loop.members.values():
-            self._loop.dismiss(member)
+        if running in self._waiting:
+            self._waiting.remove(running)
+        elif running in self._admitted:
+            self._reader.forget(running)
+            self._admitted.remove(running)
+        elif running in self._loop.requests.values():
+            self._loop.dismiss(running)
 
-    def _finish(self, member: Member, reason: FinishReason, error: Exception | None = None) -> None:
+    def _finish(self, running: RunningRequest, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request that is nowhere any more."""
-        member.fresh.clear()
-        member.finish(reason, error)
-        self._tell_end(member)
+        running.fresh.clear()
+        running.finish(reason, error)
+        self._tell_end(running)
 
     def _tell(self) -> None:
         """Give callers what the round has brought; the state is whole, so they may submit and cancel."""
         finished, self._loop.finished = self._loop.finished, []
-        for member in [*finished, *self._loop.members.values()]:
-            fresh, member.fresh = member.fresh, []
-            told = member.generation.request.on_tokens
+        for running in [*finished, *self._loop.requests.values()]:
+            fresh, running.fresh = running.fresh, []
+            told = running.generation.request.on_tokens
             if not fresh or told is None:
                 continue
             try:
                 told(fresh)
             except Exception as error:
                 _log.exception("on_tokens has failed")
-                if not member.generation.is_finished:
-                    self._remove(member)
-                    self._finish(member, "error", error)
-        for member in finished:
-            self._tell_end(member)
+                if not running.generation.is_finished:
+                    self._remove(running)
+                    self._finish(running, "error", error)
+        for running in finished:
+            self._tell_end(running)
 
-    def _tell_end(self, member: Member) -> None:
-        if self._open.pop(member.generation, None) is None:
+    def _tell_end(self, running: RunningRequest) -> None:
+        if self._open.pop(running.generation, None) is None:
             return
-        told = member.generation.request.on_finish
+        told = running.generation.request.on_finish
         if told is not None:
             try:
-                told(member.generation)
+                told(running.generation)
             except Exception:
                 _log.exception("on_finish has failed")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from specdec.engine.members import Member
+from specdec.engine.running_requests import RunningRequest
 
 
 class TurnQueue:
@@ -22,18 +22,18 @@ class TurnQueue:
     def __init__(self, max_length: int):
         self._max_length = max_length
         self._length = 0
-        self._clients: OrderedDict[str, OrderedDict[Member, None]] = OrderedDict()
+        self._clients: OrderedDict[str, OrderedDict[RunningRequest, None]] = OrderedDict()
         """Of each client, in the order of their turns, what waits, the oldest first."""
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
         return self._length
 
-    def __contains__(self, member: Member) -> bool:
-        return member in self._clients.get(_client(member), ())
+    def __contains__(self, running: RunningRequest) -> bool:
+        return running in self._clients.get(_client(running), ())
 
     @property
-    def first(self) -> Member:
+    def first(self) -> RunningRequest:
         """Whose turn it is; nothing that is appended changes it."""
         with self._changing:
             return next(iter(next(iter(self._clients.values()))))
@@ -44,12 +44,12 @@ class TurnQueue:
             return True
         return bool(client) and client not in self._clients and self._length < 2 * self._max_length
 
-    def append(self, member: Member) -> None:
+    def append(self, running: RunningRequest) -> None:
         with self._changing:
-            self._clients.setdefault(_client(member), OrderedDict())[member] = None
+            self._clients.setdefault(_client(running), OrderedDict())[running] = None
             self._length += 1
 
-    def pop(self) -> Member:
+    def pop(self) -> RunningRequest:
         """Take the first; its client is the last in turn."""
         first = self.first
         self.remove(first)
@@ -58,15 +58,15 @@ class TurnQueue:
                 self._clients.move_to_end(_client(first))
         return first
 
-    def remove(self, member: Member) -> None:
+    def remove(self, running: RunningRequest) -> None:
         """Take one out of turn; its client keeps its place. `KeyError`: it does not wait."""
         with self._changing:
-            of_client = self._clients[_client(member)]
-            del of_client[member]
+            of_client = self._clients[_client(running)]
+            del of_client[running]
             self._length -= 1
             if not of_client:
-                del self._clients[_client(member)]
+                del self._clients[_client(running)]
 
 
-def _client(member: Member) -> str:
-    return member.generation.request.client
+def _client(running: RunningRequest) -> str:
+    return running.generation.request.client

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.engine.members import Member
 from specdec.engine.prefixes import PrefixCache
+from specdec.engine.running_requests import RunningRequest
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
 
@@ -25,7 +25,7 @@ class PromptReader:
     def __init__(self, model: PreTrainedModel, prefixes: PrefixCache):
         self._model = TreeModel(model)
         self._prefixes = prefixes
-        self._member: Member | None = None
+        self._request: RunningRequest | None = None
         self._tokens: list[int] = []
         """Of the prompt but the last, which is the root of the first round."""
         self._num_read = 0
@@ -40,14 +40,14 @@ class PromptReader:
         """Of all tokens read; None if there are none."""
         return self._model.cache.row_views(0) if self._tokens else None
 
-    def begin(self, member: Member) -> None:
+    def begin(self, running: RunningRequest) -> None:
         """Begin with a prompt; nothing happens if it is the one that is being read."""
-        if member is self._member:
+        if running is self._request:
             return
-        self._member, self._tokens = member, member.prompt[:-1]
+        self._request, self._tokens = running, running.prompt[:-1]
         self._model.begin(1, capacity=len(self._tokens))
         self._num_read, states = self._prefixes.match(self._tokens)
-        member.begin(self._num_read)
+        running.begin(self._num_read)
         if states is not None:
             self._model.cache.write_row(0, states)
 
@@ -71,10 +71,10 @@ class PromptReader:
             finally:  # what comes after the forward may fail
                 self._num_read += part_1T.numel() if along.is_read else 0
 
-    def forget(self, member: Member) -> None:
+    def forget(self, running: RunningRequest) -> None:
         """The request is gone, or has all that it needs."""
-        if member is self._member:
-            self._member, self._tokens, self._num_read = None, [], 0
+        if running is self._request:
+            self._request, self._tokens, self._num_read = None, [], 0
             self._model.begin()
 
     def _next(self, most: int) -> Tensor:

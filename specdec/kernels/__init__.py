@@ -4,7 +4,7 @@ model/prepare.py   prepare(), unprepare(), quantized_copy(): swap modules in pla
 model/layer.py     a decoder layer in two native calls, checked against the original; stack.py: all of them in one
 model/linear.py    the two linears: exact int8, and float32 for small batches
 model/threads.py   calibrate_threads()
-trees/             urn.py: draws from scores; growth.py: trees grown; verification.py: trees verified;
+trees/             token_source.py: draws from scores; verification.py: trees verified;
                    cache_slots.py: slots of the cache moved; masks.py: what each token sees
 native/            the C library, built, loaded and called; torch does the work where there is none
 naive.py           what each kernel computes, in plain torch: the oracle of the tests

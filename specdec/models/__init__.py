@@ -3,45 +3,25 @@
 Weights are read from safetensors and GGUF files only: unpickling a checkpoint can run any code.
 """
 
-import contextlib
-import io
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.errors import ModelError
 from specdec.model_options import ModelOptions
-from specdec.models.download import WheelFile, fetch, require_space, staging_folder
+from specdec.models.checkpoint import Checkpoint
+from specdec.models.download import WheelFile, cache_folder, fetch, require_space, staging_folder
+from specdec.models.gguf import convert, converted, lacks_chat_template
+from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
 
 _SOURCES = "a hub id, a folder written by save_pretrained(), a .gguf file, or 'demo'"
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -60,20 +40,22 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    to_chat: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: a hub id, a folder written by `save_pretrained()`, a `.gguf` file (dequantised on load), or
-            "demo" (fetched on first use, see `pull_demo`).
+        source: a hub id, a folder written by `save_pretrained()`, a `.gguf` file (dequantised to float32 and kept so in
+            the cache, see `specdec/models/gguf.py`), or "demo" (fetched on first use, see `pull_demo`).
         dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, where bfloat16 is slower for more
             than four rows, and the checkpoint's own dtype elsewhere.
         device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         trust_remote_code: run the Python code that comes with the model.
+        to_chat: whether the model needs a chat template, which is looked for before the weights are read.
 
     Raises:
-        ModelError: the model cannot be found, fetched or read.
+        ModelError: the model cannot be found, fetched or read, or has no chat template where it needs one.
         ValueError: `dtype`, `device` or `threads` is not one of the values above.
     """
     ModelOptions(dtype=dtype, device=device, threads=threads)  # checks them
@@ -81,8 +63,10 @@ def load(
     target_dtype = _parse_dtype(dtype, target_device)
     if threads is not None:
         torch.set_num_threads(threads)
-    checkpoint = _locate(os.fspath(source))
+    checkpoint = _locate(os.fspath(source), to_chat=to_chat)
     tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
+    if to_chat and not has_chat_template(tokenizer):
+        raise ModelError(NO_CHAT_TEMPLATE)
     model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
     return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
 
@@ -109,93 +93,15 @@ def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return getattr(torch, dtype)
 
 
-# Finding and reading a checkpoint
+# Finding a checkpoint
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checkpoint:
-    """A model that `from_pretrained` can read, and what to advise if it cannot."""
-
-    name: str
-    location: str
-    """A folder or a hub id."""
-    gguf_file: str | None = None
-    remedy: str
-
-    def read_tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-        with _reading(f"a tokenizer from {self.name}", self.remedy):
-            return AutoTokenizer.from_pretrained(
-                self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
-            )
-
-    def read_model(self, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        if self.gguf_file is not None:
-            options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        with _reading(f"the model {self.name}", self.remedy), _without_progress_bars():
-            self._check_layers(trust_remote_code)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.location, use_safetensors=True, output_loading_info=True, **options
-            )
-            _check_sizes(model.config)
-        if missing := sorted(info["missing_keys"]):
-            raise ModelError(
-                f"the model {self.name} lacks {len(missing)} of its weights, {missing[0]} among them. {self.remedy}"
-            )
-        return model
-
-    def _check_layers(self, trust_remote_code: bool) -> None:
-        """A damaged configuration may ask for millions of layers, which are built before any of them is missed."""
-        files = [] if self.gguf_file is not None else sorted(Path(self.location).glob("*.safetensors"))
-        if not files:
-            return
-        config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
-        _check_sizes(config)
-        num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                num_tensors += len(tensors.keys())
-        if num_layers > num_tensors:
-            raise ValueError(f"config.json asks for {num_layers} layers, and the files hold {num_tensors} tensors")
-
-
-def _check_sizes(config: PreTrainedConfig) -> None:
-    """Some that are not above zero make a model without layers, or one that fails at its first forward."""
-    config = config.get_text_config(decoder=True)
-    for name in _SIZES:
-        size = getattr(config, name, None)
-        if isinstance(size, int) and size < 1:
-            raise ValueError(f"{name} is at least 1, and its configuration has {size}")
-
-
-@contextlib.contextmanager
-def _reading(what: str, remedy: str) -> Iterator[None]:
-    """Tell any failure as a ModelError: on bad files the readers raise anything up to a bare `Exception`."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or "no details").splitlines()[0].rstrip(" .:")
-        raise ModelError(f"cannot read {what}: {type(error).__name__}: {reason}. {remedy}") from error
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars: commands draw their own, or none."""
-    enabled = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            hf_logging.enable_progress_bar()
-
-
-def _locate(source: str) -> _Checkpoint:
+def _locate(source: str, *, to_chat: bool) -> Checkpoint:
     if source == "demo":
         return _demo_checkpoint(pull_demo())
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        return _gguf_checkpoint(path)
+        return _gguf_checkpoint(path, to_chat=to_chat)
     if path.is_dir():
         return _folder_checkpoint(path)
     if path.exists():
@@ -205,23 +111,20 @@ def _locate(source: str) -> _Checkpoint:
     raise ModelError(f"there is no folder {source}. Give {_SOURCES}.")
 
 
-def _demo_checkpoint(folder: Path) -> _Checkpoint:
+def _demo_checkpoint(folder: Path) -> Checkpoint:
     remedy = f"Remove {folder} and run `specdec pull demo` again."
-    return _Checkpoint(name=folder.name, location=str(folder), remedy=remedy)
+    return Checkpoint(name=folder.name, location=str(folder), remedy=remedy)
 
 
-def _gguf_checkpoint(path: Path) -> _Checkpoint:
+def _gguf_checkpoint(path: Path, *, to_chat: bool) -> Checkpoint:
     if not path.is_file():
         raise ModelError(f"there is no file {path}. Give {_SOURCES}.")
-    return _Checkpoint(
-        name=path.stem,
-        location=str(path.parent),
-        gguf_file=path.name,
-        remedy=f"{path} may be truncated, corrupt, or of a kind that transformers cannot dequantise.",
-    )
+    if to_chat and lacks_chat_template(path):
+        raise ModelError(NO_CHAT_TEMPLATE)
+    return converted(path)
 
 
-def _folder_checkpoint(path: Path) -> _Checkpoint:
+def _folder_checkpoint(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} holds no model: config.json is missing. Give {_SOURCES}.")
     if not any(path.glob("*.safetensors")):
@@ -229,15 +132,15 @@ def _folder_checkpoint(path: Path) -> _Checkpoint:
             f"{path} holds no *.safetensors weights, and pickled ones are never read. "
             "Save the model again with model.save_pretrained(folder)."
         )
-    return _Checkpoint(
+    return Checkpoint(
         name=path.resolve().name,
         location=str(path),
         remedy="It needs config.json, *.safetensors and tokenizer files as save_pretrained() writes them.",
     )
 
 
-def _hub_checkpoint(hub_id: str) -> _Checkpoint:
-    return _Checkpoint(
+def _hub_checkpoint(hub_id: str) -> Checkpoint:
+    return Checkpoint(
         name=hub_id,
         location=hub_id,
         remedy=f"There is no such folder here either: check the name and the network, or give another of {_SOURCES}.",
@@ -255,11 +158,6 @@ DEMO_GGUF = WheelFile(
     num_bytes=98_362_432,
     num_wheel_bytes=92_871_040,
 )
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/specdec`, or `~/.cache/specdec`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
 
 
 def pull_demo(to: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
@@ -298,17 +196,8 @@ def _install_demo(folder: Path, staging: Path, bars: Progress) -> None:
     else:
         require_space(folder.parent, DEMO_GGUF.num_fetch_bytes + DEMO_FOLDER_BYTES)
         fetch(DEMO_GGUF, gguf, staging, bars)
-    _convert(gguf, folder, staging, bars)
-
-
-def _convert(gguf: Path, folder: Path, staging: Path, bars: Progress) -> None:
     bars.add_task("converting", total=None)
-    checkpoint = _gguf_checkpoint(gguf)
-    unfinished = staging / folder.name
-    with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting turns off
-        checkpoint.read_tokenizer().save_pretrained(unfinished)
-        checkpoint.read_model(torch.float32).save_pretrained(unfinished)
-    unfinished.replace(folder)
+    convert(gguf, folder, staging)
 
 
 def _progress_bars(enabled: bool) -> Progress:

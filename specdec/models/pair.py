@@ -30,23 +30,26 @@ class LoadedPair(NamedTuple):
         return spec.build(self.draft.model, tokenizers=(self.draft.tokenizer, self.target.tokenizer))
 
 
-def load_pair(model: str, draft: str | None, options: ModelOptions, *, translates: bool = False) -> LoadedPair:
+def load_pair(
+    model: str, draft: str | None, options: ModelOptions, *, translates: bool = False, to_chat: bool = False
+) -> LoadedPair:
     """Load a target, and a draft model if one is named, and make their forwards cheap as `options.weights` says.
 
     Args:
         translates: whether the draft may have another tokenizer (`DrafterSpec.translates`).
+        to_chat: whether the target needs a chat template.
 
     Raises:
         ModelError: a model cannot be found, fetched or read.
         DraftError: the draft's tokenizer gives a token another id than the target's does.
     """
-    target = load_target(model, options)
+    target = load_target(model, options, to_chat=to_chat)
     return LoadedPair(target, None if draft is None else load_draft(draft, target, options, translates=translates))
 
 
-def load_target(model: str, options: ModelOptions) -> models.LoadedModel:
+def load_target(model: str, options: ModelOptions, *, to_chat: bool = False) -> models.LoadedModel:
     """The first half of `load_pair`."""
-    return _prepared(_load(model, options, threads=options.threads), options)
+    return _prepared(_load(model, options, threads=options.threads, to_chat=to_chat), options)
 
 
 def load_draft(
@@ -81,13 +84,16 @@ def _conflicts(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) 
             yield token, target_id, draft_id
 
 
-def _load(source: str, options: ModelOptions, threads: int | None = None) -> models.LoadedModel:
+def _load(
+    source: str, options: ModelOptions, threads: int | None = None, *, to_chat: bool = False
+) -> models.LoadedModel:
     return models.load(
         source,
         dtype=options.dtype,
         device=options.device,
         threads=threads,
         trust_remote_code=options.trust_remote_code,
+        to_chat=to_chat,
     )
 
 

@@ -33,7 +33,7 @@ class Phase(Enum):
 
     NEW = auto()
     """Nothing has been written."""
-    GLIMPSE = auto()
+    PEEK = auto()
     """The draft writes the first tokens, at which the router looks."""
     DRAFT = auto()
     """The draft writes."""
@@ -119,17 +119,17 @@ class StepLoop:
             self.feed.end()
         self._finish()
 
-    def salvage(self) -> None:
+    def keep_partial(self) -> None:
         """After an exception: finish every row with what it has, the unfinished step included."""
-        for row, place in enumerate(self.target.sequences.rows):
+        for row, caller_row in enumerate(self.target.sequences.rows):
             drafted, written = self.draft.step_tokens(row), self.target.step_tokens(row)
             if written or drafted:
                 decision = Decision(escalate=bool(written), reason="broken off")
-                self._note(row, decision, drafted, written or drafted)
-                self.stats.note_tokens(len(written or drafted), perf_counter() - self._started)
+                self._record(row, decision, drafted, written or drafted)
+                self.stats.record_tokens(len(written or drafted), perf_counter() - self._started)
             if not written:
                 self.target.sync({row: [*self.target.sequences.tokens[row], *drafted]})
-            self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
+            self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
         self._finish()
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class StepLoop:
         self.target.close()
 
     def _round(self) -> None:
-        """Somebody writes a little more, in every row where it is their turn."""
+        """One forward for every row, by whichever model is writing it."""
         drafting, writing = self.draft.stop.writing, self.target.stop.writing
         if not drafting and not writing:
             return
@@ -147,13 +147,13 @@ class StepLoop:
         try:
             writer.round()
         except EndpointError as error:
-            self._lose(error)
+            self._handle_endpoint_failure(error)
 
     def _attend(self) -> None:
         """See to every row that does not write, until all of them do or have stopped."""
         attend = {
             Phase.NEW: self._begin,
-            Phase.GLIMPSE: self._glimpse,
+            Phase.PEEK: self._peek,
             Phase.DRAFT: self._judge,
             Phase.TARGET: self._take,
         }
@@ -175,10 +175,10 @@ class StepLoop:
             self._let_draft(rows)
         else:
             for row in rows:
-                self._turns[row].phase = Phase.GLIMPSE
+                self._turns[row].phase = Phase.PEEK
             self.draft.begin(dict.fromkeys(rows, min(self.router.peek, self._longest)))
 
-    def _glimpse(self, rows: Sequence[int]) -> None:
+    def _peek(self, rows: Sequence[int]) -> None:
         """The draft has written the first tokens: the router looks."""
         decisions: dict[int, Decision | None] = dict.fromkeys(rows)
         if self._lost is None:
@@ -202,7 +202,7 @@ class StepLoop:
         decisions = {row: decision for row in rows if (decision := self._turns[row].decision) is not None}
         decisions |= self._decide({row: step for row, step in drafted.items() if row not in decisions}, view)
         kept = {row: step for row, step in drafted.items() if not decisions[row].escalate}
-        view.settle({row: step.tokens for row, step in kept.items()})
+        view.commit_scored({row: step.tokens for row, step in kept.items()})
         escalated = [row for row in rows if row not in kept]
         self._escalate({row: decisions[row] for row in escalated}, {row: drafted[row].tokens for row in escalated})
         finished = {}
@@ -220,7 +220,7 @@ class StepLoop:
         try:
             decisions = self.router.decide(list(drafted.values()), view)
         except EndpointError as error:
-            self._lose(error)
+            self._handle_endpoint_failure(error)
             return dict.fromkeys(drafted, self._alone())
         self.stats.router_seconds += perf_counter() - started - view.seconds
         return dict(zip(drafted, decisions, strict=True))
@@ -234,7 +234,9 @@ class StepLoop:
 
     def _hand_over(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """The target goes on with these rows' steps; what the draft wrote is its first token-level draft."""
-        self.target.adopt({row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)})
+        self.target.append_draft_step(
+            {row: tokens for row, tokens in drafts.items() if not self.target.step_tokens(row)}
+        )
         self.target.begin(dict.fromkeys(drafts, self._longest))
 
     def _let_write(self, drafts: Mapping[int, Sequence[int]]) -> None:
@@ -252,7 +254,7 @@ class StepLoop:
             finished[row] = _Finished(turn.decision, tokens, turn.drafted, turn.drafted, is_last)
         self._commit(finished)
 
-    def _lose(self, error: EndpointError) -> None:
+    def _handle_endpoint_failure(self, error: EndpointError) -> None:
         """Go on without an endpoint that has failed for good, if it allows that and the other writer is there."""
         if self._lost is not None or error.endpoint.on_failure == "raise":
             raise error
@@ -260,7 +262,7 @@ class StepLoop:
         if error.endpoint is self.draft.endpoint:
             self._lost = "draft"
             drafts = {
-                row: self.draft.step_tokens(row) for row, turn in turns if turn.phase in (Phase.GLIMPSE, Phase.DRAFT)
+                row: self.draft.step_tokens(row) for row, turn in turns if turn.phase in (Phase.PEEK, Phase.DRAFT)
             }
             self._escalate(dict.fromkeys(drafts, self._alone()), drafts)
             return
@@ -282,24 +284,24 @@ class StepLoop:
             return
         texts = {}
         for row, step in finished.items():
-            self._note(row, step.decision, step.in_vain, step.tokens)
+            self._record(row, step.decision, step.in_vain, step.tokens)
             texts[row] = [*self.target.sequences.tokens[row][: self.target.stop.steps[row].start], *step.tokens]
             self._turns[row] = _Turn()
         for writer in (self.draft, self.target):
             writer.sync(texts)
             writer.begin_steps(texts)
         steps = list(finished.values())
-        self.stats.note_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
-        places = [self.target.sequences.rows[row] for row in finished]
+        self.stats.record_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
+        caller_rows = [self.target.sequences.rows[row] for row in finished]
         if self.feed is not None:
             shared = [num_shared(step.drafted, step.tokens) for step in steps]
-            self.feed.put_round(places, [step.tokens for step in steps], shared)
-        for row, place, step in zip(finished, places, steps, strict=True):
-            self._steps[place].append(step.tokens)
+            self.feed.put_round(caller_rows, [step.tokens for step in steps], shared)
+        for row, caller_row, step in zip(finished, caller_rows, steps, strict=True):
+            self._steps[caller_row].append(step.tokens)
             if self.feed is not None:
-                self.feed.put(place, step.tokens, step.is_last)
+                self.feed.put(caller_row, step.tokens, step.is_last)
             if step.is_last:
-                self.recorder.finish(place, self.target.sequences.prefix(row), None, row)
+                self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
         if self.feed is not None:
             self.feed.flush()
         gone = {row for row, step in finished.items() if step.is_last}
@@ -313,18 +315,18 @@ class StepLoop:
     def _longest(self) -> int:
         return self.router.steps.max_tokens
 
-    def _note(self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int]) -> None:
+    def _record(self, row: int, decision: Decision, in_vain: Sequence[int], step: Sequence[int]) -> None:
         """Record a step.
 
         Args:
             in_vain: what was written besides, perhaps the beginning of the step itself.
         """
-        place = self.target.sequences.rows[row]
+        caller_row = self.target.sequences.rows[row]
         writer: Writer = "target" if decision.escalate else "draft"
-        self._writers[place].append(writer)
+        self._writers[caller_row].append(writer)
         self.stats.steps.append(
             StepRecord(
-                row=place,
+                row=caller_row,
                 writer=writer,
                 score=decision.score,
                 reason=decision.reason,
@@ -343,18 +345,18 @@ class StepLoop:
         stats.finish(perf_counter() - self._started)
 
     def _view(self) -> View:
-        places = {row: place for place, row in enumerate(self.target.sequences.rows)}
+        writer_rows = {row: index for index, row in enumerate(self.target.sequences.rows)}
         if isinstance(self.target, RemoteWriter):
-            return RemoteView(self.target, places, ask=self._ask, write=self._let_write)
-        return WriterView(self.target, places, ask=self._ask, token_of=self._token_of, write=self._let_write)
+            return RemoteView(self.target, writer_rows, ask=self._ask, write=self._let_write)
+        return WriterView(self.target, writer_rows, ask=self._ask, token_of=self._token_of, write=self._let_write)
 
     def _drafted(self, row: int) -> DraftedStep:
-        place = self.target.sequences.rows[row]
+        caller_row = self.target.sequences.rows[row]
         return DraftedStep(
-            row=place,
-            prompt=self._prompts[place],
-            previous=tuple(self._steps[place]),
-            writers=tuple(self._writers[place]),
+            row=caller_row,
+            prompt=self._prompts[caller_row],
+            previous=tuple(self._steps[caller_row]),
+            writers=tuple(self._writers[caller_row]),
             tokens=self.draft.step_tokens(row),
             signals=self.draft.step_signals(row),
             is_last=self.draft.stop.steps[row].is_last,

@@ -6,21 +6,24 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from routers import Router
 from specdec.drafters import SmallModel
+from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.tree_model.cache import keeps_states
 
 
-def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> None:
-    """Check what a router needs, and refuse what steps have no use for.
+def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
+    """Check what a call with a router needs.
 
     Raises:
-        ValueError: the draft model or the tokenizer is missing.
-        UnsupportedOptionError: `tree` or `verify` is given.
+        ValueError: the router is none, or the draft model or the tokenizer is missing.
         UnsupportedModelError: the draft model cannot take back what it has read.
     """
+    if not isinstance(router, Router):
+        raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
     if not isinstance(drafter, (PreTrainedModel, SmallModel, Endpoint)):
         raise ValueError(
             f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
@@ -30,6 +33,15 @@ def check_routing(drafter: Any, *, tree: Any, verify: str, tokenizer: Any) -> No
         check_writer(drafter.model if isinstance(drafter, SmallModel) else drafter)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
+
+
+def check_speculation(speculation: Speculation) -> None:
+    """Refuse what steps have no use for.
+
+    Raises:
+        UnsupportedOptionError: `tree` or `verify` is given.
+    """
+    tree, verify = speculation.tree, speculation.verify
     if tree is not None:
         raise UnsupportedOptionError(f"tree={tree!r} does not go with a router: a step is a chain; leave it out")
     if verify != "topdown":

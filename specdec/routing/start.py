@@ -25,9 +25,10 @@ from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
 from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
+from specdec.drafters.speculation import Speculation
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.loop import AnyWriter, StepLoop
-from specdec.routing.options import check_is_text, check_routing
+from specdec.routing.options import check_is_text, check_routing, check_speculation
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.routing.remote.writer import RemoteWriter, as_prompt
 from specdec.routing.session import WriterSession
@@ -36,7 +37,7 @@ from specdec.routing.writer import StepWriter
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
 from specdec.tree_model.model import TreeModel
-from trees import Chain, GrowthPolicy
+from trees import Chain
 
 _COPIED = PromptLookup(num_tokens=4, min_match=3)
 """Speeds a writer's own writing up; short, because a wrong copy costs a wider forward."""
@@ -142,7 +143,7 @@ class Routing:
         try:
             loop.run()
         except EndpointError as error:
-            loop.salvage()
+            loop.keep_partial()
             error.partial = self._output(loop, call)
             raise
         finally:
@@ -277,7 +278,7 @@ def local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrain
     if router is None:
         raise ValueError("an endpoint writes whole steps: pass router= (routers.AlwaysTarget() for its steps alone)")
     if isinstance(drafter, Endpoint):
-        check_routing(drafter, tree=None, verify="topdown", tokenizer=tokenizer)
+        check_routing(router, drafter, tokenizer)
         return stand_in(tokenizer)
     return drafter.model if isinstance(drafter, SmallModel) else drafter
 
@@ -286,8 +287,7 @@ def as_routing(
     router: Router,
     target: Endpoint | None,
     drafter: Drafter | PreTrainedModel | Endpoint | str | None,
-    tree: GrowthPolicy | None,
-    verify: str,
+    speculation: Speculation,
     arguments: Mapping[str, Any],
 ) -> Routing:
     """What a router needs besides.
@@ -297,7 +297,8 @@ def as_routing(
         ValueError: the draft model or the tokenizer is missing.
     """
     tokenizer = arguments.get("tokenizer")
-    check_routing(drafter, tree=tree, verify=verify, tokenizer=tokenizer)
+    check_routing(router, drafter, tokenizer)
+    check_speculation(speculation)
     draft = drafter if isinstance(drafter, (SmallModel, Endpoint)) else SmallModel(drafter)
     return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer)
 

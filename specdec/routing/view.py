@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from routers import DraftedStep
+from specdec.routing.remote.writer import RemoteWriter
 from specdec.routing.writer import StepWriter
 
 
@@ -19,7 +20,7 @@ class WriterView:
 
     Args:
         writer: the target's.
-        places: row of the caller's batch -> row of the writer's.
+        writer_rows: row of the caller's batch -> row of the writer's.
         ask: token ids of a question and of the opening of its answer, as they follow a step.
         token_of: the id of an answer's text.
         write: makes the target write the steps of these of its rows.
@@ -28,18 +29,18 @@ class WriterView:
     def __init__(
         self,
         writer: StepWriter,
-        places: Mapping[int, int],
+        writer_rows: Mapping[int, int],
         *,
         ask: Callable[[str, str], list[int]],
         token_of: Callable[[str], int],
         write: Callable[[Mapping[int, Sequence[int]]], None],
     ):
         self._writer = writer
-        self._places = places
+        self._writer_rows = writer_rows
         self._ask = ask
         self._token_of = token_of
         self._write = write
-        self._weighed: dict[int, Sequence[int]] = {}
+        self._scored: dict[int, Sequence[int]] = {}
         self._logits_of: dict[int, Tensor] = {}
         self.written: set[int] = set()
         """Rows whose step the target has written."""
@@ -47,72 +48,69 @@ class WriterView:
         self.seconds = 0.0
         """Spent on the target's work."""
 
-    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
+    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
         """Commit what the target has verified: kept steps as they are, in the other rows as far as it agrees."""
-        if self._weighed:
-            self._writer.settle({row: tokens for row, tokens in kept.items() if row in self._weighed})
+        if self._scored:
+            self._writer.commit_scored({row: tokens for row, tokens in kept.items() if row in self._scored})
             self._forget()
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._places[step.row] in self.written for step in steps]
-        if steps and all(theirs):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [step.signals.log_probs for step in steps]
-        logits_of = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_log_probs(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._score_drafts({self._writer_rows[step.row]: list(step.tokens) for step in steps})
+        return [_log_probs(logits_of[self._writer_rows[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        if steps and all(self._places[step.row] in self.written for step in steps):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
-        logits_of = self._weigh({self._places[step.row]: list(step.tokens) for step in steps})
-        return [_regrets(logits_of[self._places[step.row]][: len(step.tokens)], step.tokens) for step in steps]
+        logits_of = self._score_drafts({self._writer_rows[step.row]: list(step.tokens) for step in steps})
+        return [_regrets(logits_of[self._writer_rows[step.row]][: len(step.tokens)], step.tokens) for step in steps]
 
     def answers(
         self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]
     ) -> list[np.ndarray]:
         asked, ids = self._ask(question, opening), [self._token_of(choice) for choice in choices]
-        chains = {self._places[step.row]: [*step.tokens, *asked] for step in steps}
-        logits_of = self._weigh(chains)
-        rows = [self._places[step.row] for step in steps]
+        chains = {self._writer_rows[step.row]: [*step.tokens, *asked] for step in steps}
+        logits_of = self._score_drafts(chains)
+        rows = [self._writer_rows[step.row] for step in steps]
         return [logits_of[row][len(chains[row]), ids].float().softmax(-1).cpu().numpy() for row in rows]
 
     def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
         started = perf_counter()
         self._writer.wants_signals = True
-        rows = {self._places[step.row]: step.tokens for step in steps}
-        if set(self._weighed) <= set(rows):
-            self.settle({})
+        rows = {self._writer_rows[step.row]: step.tokens for step in steps}
+        if set(self._scored) <= set(rows):
+            self.commit_scored({})
         else:
             self._writer.discard()
             self._forget()
         self._write(rows)
         self.written.update(rows)
         self.seconds += perf_counter() - started
-        return [
-            replace(
-                step,
-                tokens=self._writer.step_tokens(row),
-                signals=self._writer.step_signals(row),
-                is_last=self._writer.stop.steps[row].is_last,
-            )
-            for row, step in zip(rows, steps, strict=True)
-        ]
+        return [written(self._writer, row, step) for row, step in zip(rows, steps, strict=True)]
 
-    def _weigh(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """row -> logits [T, V] of its chain; a forward unless they have just been weighed."""
+    def _score_drafts(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """row -> logits [T, V] of its chain; a forward unless they have just been scored."""
         known = all(
-            row in self._weighed and list(self._weighed[row][: len(chain)]) == list(chain)
+            row in self._scored and list(self._scored[row][: len(chain)]) == list(chain)
             for row, chain in chains.items()
         )
         if not known:
             started = perf_counter()
             self._writer.discard()
-            self._weighed = dict(chains)
-            self._logits_of = self._writer.weigh(chains)
+            self._scored = dict(chains)
+            self._logits_of = self._writer.score_drafts(chains)
             self.seconds += perf_counter() - started
         return self._logits_of
 
     def _forget(self) -> None:
-        self._weighed, self._logits_of = {}, {}
+        self._scored, self._logits_of = {}, {}
+
+
+def written(writer: StepWriter | RemoteWriter, row: int, step: DraftedStep) -> DraftedStep:
+    """What the target has written in place of a drafted step, in a row of its own."""
+    is_last = writer.stop.steps[row].is_last
+    return replace(step, tokens=writer.step_tokens(row), signals=writer.step_signals(row), is_last=is_last)
 
 
 def _log_probs(logits_TV: Tensor, tokens: Sequence[int]) -> np.ndarray:

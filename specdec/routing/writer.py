@@ -59,7 +59,7 @@ class StepWriter(DecodingLoop):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._leads: list[int] = []
-        self._weighed: _Weighed | None = None
+        self._scored: _ScoredDrafts | None = None
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
         self._has_read = False
         if self.wants_hidden:
@@ -79,12 +79,12 @@ class StepWriter(DecodingLoop):
         """The run is over."""
         self.session.close()
 
-    def adopt(self, drafts: Mapping[int, Sequence[int]]) -> None:
+    def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Commit of these drafts what the model would have written, and its own token after that."""
         chains = {row: tokens[: self._room(row)] for row, tokens in drafts.items()}
         if chains := {row: tokens for row, tokens in chains.items() if tokens}:
-            self.weigh(chains)
-            self.settle({})
+            self.score_drafts(chains)
+            self.commit_scored({})
 
     def write(self, limits: Mapping[int, int]) -> None:
         """Go on with these rows' steps until each is over or has the given number of tokens.
@@ -116,7 +116,7 @@ class StepWriter(DecodingLoop):
 
     def sync(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Make these the rows' tokens. What they share with those that stand there keeps its place in the cache."""
-        assert self._weighed is None, "settle what has been weighed first"
+        assert self._scored is None, "commit or discard what has been scored first"
         appended: list[list[int]] = [[] for _ in self.sequences.rows]
         for row, text in texts.items():
             step, length = self.stop.steps[row], len(self.sequences.tokens[row])
@@ -146,8 +146,8 @@ class StepWriter(DecodingLoop):
             self.target.states = {}  # of the rows of the last forward, not of all
             self.target.select_rows(rows)
 
-    def weigh(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Verify chains without committing any of them: `settle` does, or `discard`. Rows that write wait meanwhile.
+    def score_drafts(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Verify chains and commit none of them: `commit_scored` does, or `discard`. Rows that write wait meanwhile.
 
         Args:
             chains: row -> tokens that could follow the row's.
@@ -155,25 +155,25 @@ class StepWriter(DecodingLoop):
         Returns:
             row -> logits [T, V] after its root and each of its tokens.
         """
-        assert self._weighed is None
+        assert self._scored is None
         waiting = self.stop.writing
         for row, step in enumerate(self.stop.steps):
             step.writing = row in chains
         draft = Draft(trees=_chains([list(chains.get(row, ())) for row in range(len(self.sequences))], self.device))
         logits_RTV = self.verify(draft)
-        self._weighed = _Weighed(draft, logits_RTV, waiting)
+        self._scored = _ScoredDrafts(draft, logits_RTV, waiting)
         return dict(zip(self.stop.writing, logits_RTV, strict=True))
 
-    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
-        """Commit what was weighed.
+    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
+        """Commit what was scored.
 
         Args:
             kept: row -> the first tokens of its chain, kept as they are. In the other rows the model's own tokens
                 stand, as far as the chain agrees with them, and one more.
         """
-        assert self._weighed is not None
-        draft, logits_RTV, waiting = self._weighed
-        self._weighed = None
+        assert self._scored is not None
+        draft, logits_RTV, waiting = self._scored
+        self._scored = None
         accepted = self.accept(draft, logits_RTV)
         for row, tokens in kept.items():
             accepted.candidates[row] = list(tokens)
@@ -185,9 +185,9 @@ class StepWriter(DecodingLoop):
         self._resume(waiting)
 
     def discard(self) -> None:
-        """Forget what was weighed."""
-        if self._weighed is not None:
-            waiting, self._weighed = self._weighed.waiting, None
+        """Forget what was scored."""
+        if self._scored is not None:
+            waiting, self._scored = self._scored.waiting, None
             self.target.forget_tail()
             self._resume(waiting)
 
@@ -221,13 +221,13 @@ class StepWriter(DecodingLoop):
         scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
         found = to_host(part.trees, self.sampler.accept(scores_RTV, part))
         accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
-        for place, row in enumerate(rows):
-            path, tokens = found.paths[place], found.candidates[place]
+        for index, row in enumerate(rows):
+            path, tokens = found.paths[index], found.candidates[index]
             accepted.paths[row], accepted.candidates[row] = path, tokens
             signals: list[_TokenSignals | None] = [None] * len(tokens)
             if self.wants_signals:
                 slots = [0, *(node + 1 for node in path)]
-                signals = [*self._signals_of(logits_RTV[place, slots], tokens, row, slots)]
+                signals = [*self._signals_of(logits_RTV[index, slots], tokens, row, slots)]
             self._signals[row].extend(signals)
         return accepted
 
@@ -251,7 +251,7 @@ class StepWriter(DecodingLoop):
     def _report(self, committed: Committed) -> None:
         trees, paths, tokens, _ = committed
         busy = self.stop.writing
-        self.stats.note_round(
+        self.stats.record_round(
             [self.sequences.rows[row] for row in busy],
             [trees.sizes[row] for row in busy],
             [trees.row_depths[row] for row in busy],
@@ -284,8 +284,8 @@ class StepWriter(DecodingLoop):
 
     def _root(self, row: int) -> int:
         """The last token; of a row that does not write the first one that is not cached: what it says is dropped."""
-        place = -1 if self.stop.steps[row].writing else self.target.cache.lengths[row]
-        return int(self.sequences.prefix(row)[place])
+        position = -1 if self.stop.steps[row].writing else self.target.cache.lengths[row]
+        return int(self.sequences.prefix(row)[position])
 
     def _catch_up(self) -> None:
         """Read what is too long to be read with a draft: where several rows write, each row's on its own."""
@@ -334,7 +334,7 @@ class StepWriter(DecodingLoop):
         return [_TokenSignals(tuple(values), state) for values, state in zip(columns, hidden, strict=True)]
 
 
-class _Weighed(NamedTuple):
+class _ScoredDrafts(NamedTuple):
     """Chains that have been verified and not committed; the rows that were writing wait."""
 
     draft: Draft

@@ -2,7 +2,7 @@
 
 options.py      where the server listens, and what it allows
 protocol.py     what is asked and answered, as classes; errors.py: answers that are errors
-gate.py         API key, Host header, slow bodies, before anything else is done
+access.py         API key, Host header, slow bodies, before anything else is done
 app.py          routes
 service.py      what a request goes through: planned, submitted, known until it is closed
 preprocessing.py  templates, tokens and grammars of a request; sandbox.py, sandbox_worker.py: those that may never end

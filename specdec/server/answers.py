@@ -76,7 +76,7 @@ class Form(Protocol):
         """The event that tells the usage."""
 
 
-class TokenSpeller:
+class TokenDecoder:
     """Tokens as text and as bytes.
 
     Args:
@@ -95,16 +95,16 @@ class TokenSpeller:
 
 
 class _Form:
-    def __init__(self, prefix: str, model: str, speller: TokenSpeller):
+    def __init__(self, prefix: str, model: str, decoder: TokenDecoder):
         self._head: dict[str, Any] = {"id": f"{prefix}-{uuid4().hex}", "created": int(time()), "model": model}
-        self._speller = speller
+        self._decoder = decoder
 
 
 class ChatForm(_Form):
     """`/v1/chat/completions`."""
 
-    def __init__(self, model: str, speller: TokenSpeller):
-        super().__init__("chatcmpl", model, speller)
+    def __init__(self, model: str, decoder: TokenDecoder):
+        super().__init__("chatcmpl", model, decoder)
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> ChatCompletion:
         answers = [
@@ -151,14 +151,14 @@ class ChatForm(_Form):
         )
 
     def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._speller.text(token), "logprob": logprob, "bytes": self._speller.bytes(token)}
+        return {"token": self._decoder.text(token), "logprob": logprob, "bytes": self._decoder.bytes(token)}
 
 
 class CompletionForm(_Form):
     """`/v1/completions`."""
 
-    def __init__(self, model: str, speller: TokenSpeller):
-        super().__init__("cmpl", model, speller)
+    def __init__(self, model: str, decoder: TokenDecoder):
+        super().__init__("cmpl", model, decoder)
 
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> TextCompletion:
         answers = [
@@ -192,7 +192,7 @@ class CompletionForm(_Form):
     ) -> TextLogprobs | None:
         if logprobs is None:
             return None
-        spell = self._speller.text
+        spell = self._decoder.text
         return TextLogprobs(
             tokens=[spell(token) for token in tokens],
             token_logprobs=[known.logprob for known in logprobs],

@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from specdec import __version__
+from specdec.server.access import AccessMiddleware, client_of
 from specdec.server.answers import ChatForm, CompletionForm, Form, event_stream, whole_answer
 from specdec.server.errors import ApiError, ErrorBody, from_validation
-from specdec.server.gate import Gate, client_of
 from specdec.server.jobs import Job
 from specdec.server.protocol import (
     ChatCompletion,
@@ -80,9 +80,9 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
     _add_errors(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(
-        Gate,
+        AccessMiddleware,
         options=service.options,
-        note=lambda path, status: service.metrics.note_answer(path if path in paths else "other", status),
+        record=lambda path, status: service.metrics.record_answer(path if path in paths else "other", status),
     )
     return app
 
@@ -95,12 +95,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**_ERRORS, **stream})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Reply to a conversation."""
-        return await _answer(request, service, ChatForm(service.model_name, service.speller), body)
+        return await _answer(request, service, ChatForm(service.model_name, service.decoder), body)
 
     @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        return await _answer(request, service, CompletionForm(service.model_name, service.speller), body)
+        return await _answer(request, service, CompletionForm(service.model_name, service.decoder), body)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

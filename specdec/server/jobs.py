@@ -60,7 +60,7 @@ class _Choice:
         self._index = index
         self._eos_ids = frozenset(plan.config.eos_token_id or ())
         self._text = TextStream(tokenizer, stop)
-        self._untold: list[tuple[int, int]] = []
+        self._pending: list[tuple[int, int]] = []
         """Each token, and where its text starts."""
         self._num_told_characters = 0
         self._num_told = 0
@@ -70,7 +70,7 @@ class _Choice:
         text = ""
         for token in tokens:
             if token not in self._eos_ids:
-                self._untold.append((token, self._num_told_characters + len(text) + self._text.num_held))
+                self._pending.append((token, self._num_told_characters + len(text) + self._text.num_held))
                 text += self._text.add(token)
         return self._part(text, None) if text else None
 
@@ -80,8 +80,8 @@ class _Choice:
     def _part(self, text: str, reason: str | None) -> Part:
         self._num_told_characters += len(text)
         is_whole = reason is not None and not self._text.is_stopped
-        count = sum(is_whole or start < self._num_told_characters for _, start in self._untold)
-        told, self._untold = self._untold[:count], self._untold[count:]
+        count = sum(is_whole or start < self._num_told_characters for _, start in self._pending)
+        told, self._pending = self._pending[:count], self._pending[count:]
         assert self.generation is not None
         known = self.generation.logprobs
         logprobs = None if known is None else known[self._num_told : self._num_told + count]

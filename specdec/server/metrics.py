@@ -82,14 +82,14 @@ class Metrics:
         ):
             Gauge(name, meaning, registry=registry).set_function(read)
 
-    def note_answer(self, path: str, status: int) -> None:
+    def record_answer(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
 
-    def note_unfinished(self) -> None:
+    def record_unfinished(self) -> None:
         """Count a request that ended early."""
         self._unfinished.inc()
 
-    def note_job(self, job: Job) -> None:
+    def record_job(self, job: Job) -> None:
         """Count what a job has done, once it is closed."""
         now = perf_counter()
         for generation in job.generations:
@@ -101,7 +101,7 @@ class Metrics:
             self._drafted.inc(stats.drafted)
             self._accepted.inc(stats.accepted)
         if not job.is_complete:
-            self.note_unfinished()
+            self.record_unfinished()
         if job.first_token_at is not None:
             self._first_token.observe(job.first_token_at - job.started)
             longest = max(len(generation.tokens) for generation in job.generations)

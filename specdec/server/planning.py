@@ -127,13 +127,13 @@ class Planner:
             ChoicePlan(
                 prompt=prompt,
                 config=self._config(body, self._num_new_tokens(body, len(prompt))),
-                seed=None if body.seed is None else _nth_seed(body.seed, place),
+                seed=None if body.seed is None else _nth_seed(body.seed, index),
                 logits_processor=self._processors(body, matcher, len(prompt)),
                 stopping_criteria=self._criteria(body, len(prompt)),
                 num_logprobs=body.num_logprobs,
             )
             for prompt in prompts
-            for place in range(body.n or 1)
+            for index in range(body.n or 1)
         ]
 
     def too_long(self, body: ChatRequest | CompletionRequest, num_characters: int) -> ApiError:
@@ -239,6 +239,6 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _nth_seed(seed: int, place: int) -> int:
+def _nth_seed(seed: int, index: int) -> int:
     """Choices differ, and the nth one is what the seed `seed + n` gives alone."""
-    return (seed + place) % 2**63
+    return (seed + index) % 2**63

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import uvicorn
 
 from specdec.engine import Engine, EngineThread
-from specdec.server.answers import TokenSpeller
+from specdec.server.answers import TokenDecoder
 from specdec.server.app import create_app
 from specdec.server.connection import Connection
 from specdec.server.grammar import Grammars
@@ -38,7 +38,7 @@ def make_service(loaded: LoadedModel, engine: Engine, runner: EngineThread, opti
     with suppress(ValueError):  # everything but replies in JSON works without
         grammars = Grammars(facts.tokenizer, facts.eos_ids)
     planner = Planner(facts, grammars, max_new_tokens=options.max_new_tokens, max_choices=options.max_choices)
-    return Service(facts, planner, TokenSpeller(facts.tokenizer, grammars), runner, engine, options)
+    return Service(facts, planner, TokenDecoder(facts.tokenizer, grammars), runner, engine, options)
 
 
 def _facts(loaded: LoadedModel, engine: Engine) -> ModelFacts:

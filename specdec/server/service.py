@@ -8,7 +8,7 @@ from http import HTTPStatus
 from time import perf_counter, time
 from typing import Any
 
-from specdec.server.answers import TokenSpeller
+from specdec.server.answers import TokenDecoder
 from specdec.server.errors import ApiError, queue_full
 from specdec.server.jobs import Job, Runner, closing, too_late
 from specdec.server.metrics import EngineLoad, Metrics
@@ -30,14 +30,14 @@ class Service:
         self,
         facts: ModelFacts,
         planner: Planner,
-        speller: TokenSpeller,
+        decoder: TokenDecoder,
         runner: Runner,
         engine: EngineLoad,
         options: ServerOptions,
     ):
         self.options = options
         self.metrics = Metrics(engine, lambda: len(self._planning))
-        self.speller = speller
+        self.decoder = decoder
         self.is_closing = False
         self._is_over = False
         self.card = ModelCard(id=facts.name, created=int(time()))
@@ -84,10 +84,10 @@ class Service:
             async with asyncio.timeout(self.options.timeout):
                 return await self._submit(body, await self._preprocessor.prepare(body), client, started)
         except TimeoutError:
-            self.metrics.note_unfinished()
+            self.metrics.record_unfinished()
             raise too_late(self.options.timeout) from None
         except asyncio.CancelledError:
-            self.metrics.note_unfinished()
+            self.metrics.record_unfinished()
             if self._is_over:
                 raise closing() from None
             raise
@@ -152,7 +152,7 @@ class Service:
 
     def _forget(self, job: Job) -> None:
         self._jobs.discard(job)
-        self.metrics.note_job(job)
+        self.metrics.record_job(job)
 
 
 def _close_job(submitting: Future[Job]) -> None:

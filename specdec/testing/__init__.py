@@ -204,8 +204,10 @@ class _ScriptedSession(DraftSession):
 def _cut(tree: TokenTree, max_depth: int) -> TokenTree:
     """The nodes that can still be committed."""
     kept = [node for node, depth in enumerate(tree.depths) if depth <= max_depth]
-    place = {ROOT: ROOT, **{node: index for index, node in enumerate(kept)}}
-    return TokenTree(tokens=[tree.tokens[node] for node in kept], parents=[place[tree.parents[node]] for node in kept])
+    new_index = {ROOT: ROOT, **{node: index for index, node in enumerate(kept)}}
+    return TokenTree(
+        tokens=[tree.tokens[node] for node in kept], parents=[new_index[tree.parents[node]] for node in kept]
+    )
 
 
 def assert_same_tokens(

@@ -29,7 +29,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """The text that can be told now that this token is known."""
         self._ids.append(token)
-        text = self._untold()
+        text = self._new_text()
         if not text or text.endswith(_UNFINISHED):
             return ""
         self._ids = self._ids[self._num_told :]
@@ -38,9 +38,9 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What is still held back: bytes that make no character."""
-        return self._untold()
+        return self._new_text()
 
-    def _untold(self) -> str:
+    def _new_text(self) -> str:
         told = self._decode(self._ids[: self._num_told])
         return self._decode(self._ids)[len(told) :]
 
@@ -84,7 +84,7 @@ class TextStream:
         if self.is_stopped or not text:
             return ""
         self._held += text
-        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        found = [position for stop in self._stop if (position := self._held.find(stop)) >= 0]
         self.is_stopped = bool(found)
         count = min(found) if found else len(self._held) - self._num_suspect()
         told, self._held = self._held[:count], self._held[count:]

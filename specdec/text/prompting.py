@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = dict[str, str]
 
+NO_CHAT_TEMPLATE = (
+    "this model has no chat template, so it cannot hold a conversation; "
+    "`specdec generate --raw` continues a text with it"
+)
+
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))

@@ -347,7 +347,7 @@ class TreeCache(Cache):
         self._slots_memo = None
 
     def clear_row(self, row: int) -> None:
-        """Overwrite what a row has left in the buffers: what is no number would reach whoever gets its place."""
+        """Overwrite what a row has left in the buffers: a NaN would leak, through 0 * NaN, into the next."""
         for layer in self.stored.values():
             for buffer in layer.buffers:
                 buffer[row] = 0

@@ -7,15 +7,17 @@ transformers does, and has to say the same (`specdec/tree_model/trial.py`).
 from __future__ import annotations
 
 import sys
-from weakref import WeakSet
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.early_exit import EarlyExitModel
+from specdec.tree_model.quantised import kinds_of_weights, rounds_activations
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
 
@@ -30,8 +32,15 @@ VERIFIED_FAMILIES = frozenset(
 _MOST_SLOTS = 256
 """More than a draft has."""
 _MASKED_ATTENTION = ("sdpa", "eager")
-_checked: WeakSet[PreTrainedModel] = WeakSet()
-_layered: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(slots=True)
+class PassedTrials:
+    """Which trials a model has passed."""
+
+    by_tree: object = None
+    """With which kinds of weights."""
+    in_parts: bool = False
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -75,9 +84,15 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} cuts the window of its local attention by cache slot, which is not a tree's position: "
             "use model.generate()"
         )
-    if config.model_type not in VERIFIED_FAMILIES and model not in _checked:
+    if rounds_activations(model):
+        raise UnsupportedModelError(
+            f"products of {name} round what goes into them (quantised activations), so that a token's logits jump with "
+            "the tokens beside it: quantise the weights alone, or use model.generate()"
+        )
+    passed, weights = profile_of(model).part(PassedTrials), kinds_of_weights(model)
+    if (weights or config.model_type not in VERIFIED_FAMILIES) and passed.by_tree != weights:
         _compare_with_plain(model)
-        _checked.add(model)
+        passed.by_tree = weights
 
 
 def position_limit(model: PreTrainedModel) -> int:
@@ -159,7 +174,8 @@ def check_layers(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: says what is in the way.
     """
-    if model in _layered:
+    passed = profile_of(model).part(PassedTrials)
+    if passed.in_parts:
         return
     if keeps_states(model.config):
         raise UnsupportedModelError(
@@ -178,7 +194,7 @@ def check_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} gives other logits when its layers run in two parts (are some of them offloaded, "
             "or wrapped?): take another drafter"
         )
-    _layered.add(model)
+    passed.in_parts = True
 
 
 def _trial_exit(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

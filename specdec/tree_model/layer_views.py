@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.model.stack import LeanStack, Rotations, can_join, is_lean, stacks
+from specdec.kernels.model.stack import FusedStack, Rotations, can_join, is_fused, stacks
 from specdec.tree_model.module_copies import with_modules
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -58,17 +58,17 @@ class View:
     Attributes:
         model: called like the model that it is a view of.
         states: what the last call left: number of layers passed -> hidden states [B, T, C], before the final norm.
-        run: gives the same as `model` for tokens that are added to a tail, more cheaply where the layers are lean.
+        run: gives the same as `model` for tokens that are added to a tail, more cheaply where the layers are fused.
     """
 
     model: PreTrainedModel
     states: dict[int, Tensor] = field(default_factory=dict)
     _given: _Given | None = None
-    _lean: LeanStack | None = None
+    _fused: FusedStack | None = None
 
     @property
     def run(self) -> Callable[..., Any]:
-        return self._lean or self.model
+        return self._fused or self.model
 
     def set_input_states(self, hidden_BTC: Tensor) -> None:
         """The hidden states that the next call starts with."""
@@ -114,14 +114,14 @@ class LayerViews:
         return None if self._norm is None else getattr(self._model.get_decoder(), self._norm)
 
     @cached_property
-    def are_lean(self) -> bool:
+    def uses_fused_layers(self) -> bool:
         """Whether the layers can be called without the model's own forward around them (`kernels/model/stack.py`)."""
         return stacks(self._model, self.layers, self.final_norm)
 
     @property
     def can_join(self) -> bool:
         """Whether tokens of another cache may go through the layers together with a whole view's own."""
-        return self.are_lean and can_join(self._model, self.layers)
+        return self.uses_fused_layers and can_join(self._model, self.layers)
 
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""
@@ -132,10 +132,10 @@ class LayerViews:
         return self._view(0, stop, kept)
 
     def body(self) -> View:
-        """All layers without norm and head, if the layers are lean: for tokens that nobody asks about."""
-        assert self.are_lean
+        """All layers without norm and head, if the layers are fused: for tokens that nobody asks about."""
+        assert self.uses_fused_layers
         if "body" not in self._views:
-            self._views["body"] = View(self._model, _lean=self._lean(self.layers, None, None, has_head=False))
+            self._views["body"] = View(self._model, _fused=self._fused(self.layers, None, None, has_head=False))
         return self._views["body"]
 
     def above(self, start: int, kept: Iterable[int] = ()) -> View:
@@ -154,8 +154,8 @@ class LayerViews:
             given = _Given()
             kept = _Kept(block, 0, states)
             layers = [*[given] * self._place(self.num_layers - 1), kept]
-            lean = self._lean([kept], given, self.final_norm, has_head=False) if is_lean(block) else None
-            self._views[key] = View(self._with(layers).base_model, states, given, lean)
+            fused = self._fused([kept], given, self.final_norm, has_head=False) if is_fused(block) else None
+            self._views[key] = View(self._with(layers).base_model, states, given, fused)
         return self._views[key]
 
     def _view(self, start: int, stop: int, kept: Iterable[int]) -> View:
@@ -177,18 +177,18 @@ class LayerViews:
             layers.append(_Kept(layer, index + 1, states) if index + 1 in kept else layer)
         if stop < self.num_layers:
             layers.append(_Kept(None, stop, states))
-            lean = self._lean(layers, given, None, has_head=False)
-            return View(self._without_norm([*stand_ins, *layers]), states, given, lean)
-        lean = self._lean(layers, given, self.final_norm, has_head=True)
-        return View(self._with([*stand_ins, *layers]), states, given, lean)
+            fused = self._fused(layers, given, None, has_head=False)
+            return View(self._without_norm([*stand_ins, *layers]), states, given, fused)
+        fused = self._fused(layers, given, self.final_norm, has_head=True)
+        return View(self._with([*stand_ins, *layers]), states, given, fused)
 
-    def _lean(
+    def _fused(
         self, layers: Sequence[nn.Module], given: _Given | None, norm: nn.Module | None, *, has_head: bool
-    ) -> LeanStack | None:
-        if not self.are_lean:
+    ) -> FusedStack | None:
+        if not self.uses_fused_layers:
             return None
         start = None if given is None else lambda: given.hidden_BTC
-        return LeanStack(self._model, self._rotations, layers, norm, has_head=has_head, given=start)
+        return FusedStack(self._model, self._rotations, layers, norm, has_head=has_head, given=start)
 
     @cached_property
     def _rotations(self) -> Rotations:

@@ -222,7 +222,7 @@ class TreeModel:
     @property
     def can_read_along(self) -> bool:
         """Whether `reading_along` is possible."""
-        return self._is_lean and not self._kept and self.views.can_join
+        return self._is_fused and not self._kept and self.views.can_join
 
     @contextmanager
     def reading_along(self, reader: TreeModel, tokens_BT: Tensor) -> Iterator[Along]:
@@ -260,12 +260,14 @@ class TreeModel:
         self.cache = other.cache
         self._prompt_BP, self._lag_AB = other._prompt_BP, other._lag_AB
 
-    def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
+    def verify(
+        self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 
         Args:
             roots_B1: int64 the last committed token of each row.
-            places: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
+            grown_indices: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
 
         Returns:
             Logits after every slot, [B, 1 + N, V], in the model's dtype.
@@ -333,17 +335,17 @@ class TreeModel:
     @cached_property
     def _bare(self) -> View:
         """The whole model, nothing kept."""
-        return self.views.whole() if self._is_lean else View(self._runs)
+        return self.views.whole() if self._is_fused else View(self._runs)
 
     @cached_property
     def _body(self) -> View:
         """What reads tokens whose logits nobody wants."""
-        return self.views.body() if self._is_lean else self._bare
+        return self.views.body() if self._is_fused else self._bare
 
     @cached_property
-    def _is_lean(self) -> bool:
+    def _is_fused(self) -> bool:
         try:
-            return prepared(self.model) is not None and self.views.are_lean
+            return prepared(self.model) is not None and self.views.uses_fused_layers
         except UnsupportedModelError:  # there are no layers to be found, and none are needed
             return False
 

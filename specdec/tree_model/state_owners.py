@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from specdec.devices import home_device
 from specdec.errors import UnsupportedModelError
 from specdec.hf import cache_name
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.module_copies import StandIn, with_modules
 from specdec.tree_model.recurrent import Key, states_of
@@ -22,8 +23,13 @@ from specdec.tree_model.recurrent import Key, states_of
 Owners = dict[str, tuple[int, frozenset[Key]]]
 """Path of a mixer -> its layer's index, and its states."""
 
-_owners: WeakKeyDictionary[PreTrainedModel, Owners] = WeakKeyDictionary()
-_reads_on: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class _Found:
+    """What is known of a model; None of what has not been asked for."""
+
+    owners: Owners | None = None
+    reads_on: bool | None = None
 
 
 def owners_of(model: PreTrainedModel, like: TreeCache) -> Owners:
@@ -35,16 +41,18 @@ def owners_of(model: PreTrainedModel, like: TreeCache) -> Owners:
     Raises:
         UnsupportedModelError: states are kept elsewhere than in the cache.
     """
-    if model not in _owners:
-        _owners[model] = _find_owners(model, like)
-    return _owners[model]
+    found = profile_of(model).part(_Found)
+    if found.owners is None:
+        found.owners = _find_owners(model, like)
+    return found.owners
 
 
 def reads_on(model: PreTrainedModel) -> bool:
     """Whether a model's own forward of several tokens goes on from its states: some begin anew (Mamba, Jamba)."""
-    if model not in _reads_on:
-        _reads_on[model] = _try_reading_on(model)
-    return _reads_on[model]
+    found = profile_of(model).part(_Found)
+    if found.reads_on is None:
+        found.reads_on = _try_reading_on(model)
+    return found.reads_on
 
 
 @torch.no_grad()

@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import trees.token_source
 from specdec import acceptance
 from specdec.acceptance import coins as coins_module
+from specdec.decoding.sampling import Sampler
+from specdec.drafters.model.growing import target_scores
 from tests.support.acceptance_oracles import (
     TREES,
     as_batch,
@@ -33,7 +36,7 @@ from tests.support.acceptance_oracles import (
     topdown_oracle,
     traversal_oracle,
 )
-from tests.support.enumeration import EXACT, ToyModel, every_draft
+from tests.support.enumeration import EXACT, VOCAB_SIZE, Prefix, ToyModel, every_draft
 from tests.support.exact_rounds import CAUGHT, VERIFIERS, Enumeration, committed_texts, distributions, total_variation
 from tests.support.goodness import assert_drawn_from
 from trees import (
@@ -45,13 +48,13 @@ from trees import (
     DySpec,
     DySpecThreshold,
     Fixed,
+    GainLimitedChain,
     Grower,
     GrowthPolicy,
     Round,
     Sequoia,
     TokenTree,
     TreeBatch,
-    WorthwhileComb,
 )
 from trees.layered import ChildByChildGrower, Node
 
@@ -73,8 +76,8 @@ class _BroomGrower(ChildByChildGrower):
 POLICIES = {
     "chain": Chain(3),
     "confident chain": ConfidentChain(3, threshold=0.35),
-    "worthwhile chain": WorthwhileComb(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
-    "worthwhile comb": WorthwhileComb(
+    "gain-limited chain": GainLimitedChain(prices=(0.4, 0.2), chance=lambda prob: prob**0.5, next_chance=0.9),
+    "gain-limited leaves": GainLimitedChain(
         prices=(0.4,), chance=lambda prob: prob**0.5, next_chance=0.9, leaf_prices=(0.0, 0.0, 0.3, 0.4)
     ),
     "child by child": Broom(),
@@ -94,6 +97,7 @@ WARPERS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("warper", WARPERS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_committed_tokens_are_distributed_as_the_targets(name: str, warper: str, monkeypatch: pytest.MonkeyPatch):
@@ -114,6 +118,7 @@ def test_a_draft_warped_otherwise_than_its_target_is_exact_too(verify: str, monk
         assert error < EXACT
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", VERIFIERS)
 @pytest.mark.parametrize("policy", [Fixed((2, 1)), DySpec(3, max_depth=2)], ids=["fixed", "dyspec"])
 def test_batches_of_draws_may_repeat_themselves(policy: GrowthPolicy, verify: str, monkeypatch: pytest.MonkeyPatch):
@@ -126,6 +131,32 @@ def test_batches_of_draws_may_repeat_themselves(policy: GrowthPolicy, verify: st
 def test_larger_vocabularies_have_blocks_of_several_tokens(verify: str, monkeypatch: pytest.MonkeyPatch):
     target, draft_model = (ToyModel(seed, vocab_size=5) for seed in (5, 6))
     drafts = every_draft(DySpec(3, max_depth=2), [draft_model], monkeypatch)
+    assert total_variation(drafts, target, verify, monkeypatch)[0] < EXACT
+
+
+class Padded:
+    """A draft model whose vocabulary has other padding rows than the target's, as its sessions read and score it."""
+
+    def __init__(self, seed: int, vocab_size: int):
+        self._model = ToyModel(seed, vocab_size=vocab_size)
+        sampler = Sampler(LogitsProcessorList([TemperatureLogitsWarper(0.7)]), do_sample=True)
+        self._run = SimpleNamespace(vocab_size=VOCAB_SIZE, sampler=sampler, device=torch.device("cpu"))
+
+    def scores(self, prefix: Prefix) -> Tensor:
+        readable = tuple(min(token, self._model.vocab_size - 1) for token in prefix)
+        return target_scores(self._run, self._model.scores(readable)[None, None], None)[0, 0].double()
+
+
+@pytest.mark.parametrize("verify", VERIFIERS)
+@pytest.mark.parametrize("policy", [Chain(3), Fixed((2, 2)), DySpec(4)], ids=["chain", "fixed", "dyspec"])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 1, VOCAB_SIZE + 1], ids=["fewer", "more"])
+def test_a_draft_of_another_padding_is_exact(
+    vocab_size: int, policy: GrowthPolicy, verify: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What the draft lacks has no chance in q, and what the target lacks none at all."""
+    target, draft_model = ToyModel(30, WARPERS["temperature"]), Padded(31, vocab_size)
+    drafts = every_draft(policy, [draft_model], monkeypatch)
+    assert all(token < min(vocab_size, VOCAB_SIZE) for _, draft in drafts for token in draft.trees.row(0).tokens)
     assert total_variation(drafts, target, verify, monkeypatch)[0] < EXACT
 
 
@@ -213,6 +244,7 @@ def test_a_q_that_was_not_drawn_from_is_caught(verify: str, monkeypatch: pytest.
 # traversal verification on given trees
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("zeros", [False, True], ids=["full support", "holes in the target"])
 @pytest.mark.parametrize("name", TREES)
 def test_traversal_follows_the_oracle(name: str, zeros: bool):
@@ -310,13 +342,13 @@ def test_traversal_leaves_a_round_without_drafts_to_the_target():
 
 
 @pytest.mark.parametrize("vocab_size", [4, 7])
-def test_urns_draw_without_replacement(vocab_size: int):
+def test_samplers_draw_without_replacement(vocab_size: int):
     (q,) = random_distributions(1, vocab_size, seed=28)
     q_MV = as_batch([q])[:, 0].clone()
-    urn = trees.token_source.Urn(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
+    sampler = trees.token_source.CandidateSampler(q_MV, sample=True, generator=torch.Generator().manual_seed(29))
     slots_M = torch.arange(len(q_MV))
-    batches = [urn.take(slots_M, 4) for _ in range(6)]
-    urn.refill()
+    batches = [sampler.take(slots_M, 4) for _ in range(6)]
+    sampler.refill()
     assert torch.equal(q_MV, as_batch([q])[:, 0])
     tokens_MK, probs_MK = (torch.cat(column, 1) for column in zip(*batches, strict=True))
     drawn = [
@@ -326,9 +358,11 @@ def test_urns_draw_without_replacement(vocab_size: int):
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
 
 
-def test_urns_draw_from_large_vocabularies():
+def test_samplers_draw_from_large_vocabularies():
     """Blocks of 17 tokens and a last one of 11; 100 000 draws, false alarm 1e-6."""
     q_V = (1.5 * torch.randn(300, generator=torch.Generator().manual_seed(31))).softmax(-1)
-    urn = trees.token_source.Urn(q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32))
-    drawn_N1, _ = urn.take(torch.zeros(100_000, dtype=torch.long), 1)
+    sampler = trees.token_source.CandidateSampler(
+        q_V[None].clone(), sample=True, generator=torch.Generator().manual_seed(32)
+    )
+    drawn_N1, _ = sampler.take(torch.zeros(100_000, dtype=torch.long), 1)
     assert_drawn_from(drawn_N1[:, 0].tolist(), dict(enumerate(q_V.tolist())))

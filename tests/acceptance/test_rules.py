@@ -61,6 +61,7 @@ def test_the_oracle_is_lossless():
 # topdown
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("zeros", [False, True], ids=["full support", "holes in the target"])
 @pytest.mark.parametrize("name", TREES)
 def test_topdown_follows_the_oracle(name: str, zeros: bool):

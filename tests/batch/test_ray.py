@@ -19,6 +19,8 @@ from specdec.errors import WorkerError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e .[ray]")
 
+pytestmark = pytest.mark.ray
+
 NUM_LINES = 36
 SETTINGS = Settings(max_new_tokens=16)
 

@@ -1,6 +1,7 @@
 """Who else decodes the prompts of `specdec bench`, and how it is told from specdec."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from specdec.bench.peers import PeerSpec, choose_peers, llama_cpp
 from specdec.bench.report import mismatches, summarise
 from specdec.bench.running import Peer, Run
 from specdec.drafters import Plain
-from specdec.models import pull_demo
 from specdec.suites import Prompt, load_suite
 from tests.support.references import with_noise
 
@@ -231,13 +231,11 @@ def test_gguf_files_are_found_or_asked_for(tmp_path: Any, monkeypatch: pytest.Mo
         llama_files([], **(files | {"gguf": beside}))
 
 
-def test_llama_cpp_decodes_the_demo_model() -> None:
+@pytest.mark.network
+def test_llama_cpp_decodes_the_demo_model(demo_folder: Path) -> None:
     """Plain and n-gram speculation say the same, and the n-grams of what is edited are found."""
     pytest.importorskip("xllamacpp")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(pull_demo(progress=False))
-    except Exception as error:
-        pytest.skip(f"the demo model cannot be fetched: {error}")
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder)
     peers = choose_peers("llama.cpp/ngram-simple:size_n=2:size_m=4", draft=None).values()
     llama = llama_files(peers, model="demo", draft=None, gguf=None, draft_gguf=None)
     models = Models(target=None, tokenizer=tokenizer, llama=llama)  # type: ignore[arg-type]  # not asked for anything

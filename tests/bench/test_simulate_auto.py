@@ -24,13 +24,13 @@ DRAFT = {1: 2.0, 64: 20.0}
 def trace(seed: int, *, accuracy: float, length: int = 60) -> Trace:
     """A text without repetitions, and a draft that is right so often and says so."""
     random = Random(seed)
-    text = [1000 * (seed + 1) + place for place in range(20 + length)]
+    text = [1000 * (seed + 1) + position for position in range(20 + length)]
     prompt, answer = text[:20], text[20:]
     tokens_ADK, probs_ADK = np.full((length, DEPTH, RANKS), 7, np.int32), np.zeros((length, DEPTH, RANKS))
-    for place in range(1, length):
-        for depth in range(min(DEPTH, length - place)):
-            tokens_ADK[place, depth, 0] = answer[place + depth] if random.random() < accuracy else 7
-            probs_ADK[place, depth, 0] = accuracy
+    for position in range(1, length):
+        for depth in range(min(DEPTH, length - position)):
+            tokens_ADK[position, depth, 0] = answer[position + depth] if random.random() < accuracy else 7
+            probs_ADK[position, depth, 0] = accuracy
     return Trace(
         category=f"category {seed % 2}",
         prompt=prompt,
@@ -60,12 +60,12 @@ def test_chains_are_what_the_draft_says_step_by_step() -> None:
     model = tiny_model("llama")
     prompt, answer = [5, 6, 7, 8], [9, 30, 31, 32, 33]
     tokens_ADK, probs_ADK = propose_everywhere(model, prompt, answer)
-    for place in range(1, len(answer)):
-        text = [*prompt, *answer[:place]]
-        depth = int((probs_ADK[place, :, 0] > 0).sum())
-        assert depth, "every place has a proposal"
+    for position in range(1, len(answer)):
+        text = [*prompt, *answer[:position]]
+        depth = int((probs_ADK[position, :, 0] > 0).sum())
+        assert depth, "every position has a proposal"
         expected = model.generate(torch.tensor([text]), max_new_tokens=depth, min_new_tokens=depth, do_sample=False)
-        assert tokens_ADK[place, :depth, 0].tolist() == expected[0, len(text) :].tolist()
+        assert tokens_ADK[position, :depth, 0].tolist() == expected[0, len(text) :].tolist()
     said_A, _ = read_answer(model, prompt, answer)
     assert said_A[1:].tolist() == tokens_ADK[1:, 0, 0].tolist()
 
@@ -86,7 +86,7 @@ def test_a_good_draft_is_used_and_pays(machine: Machine) -> None:
     assert 0 < result.slowest <= result.slowest_category <= result.mean
 
 
-def test_a_draft_that_lies_costs_little() -> None:
+def test_an_overconfident_draft_costs_little() -> None:
     machine = Machine(traces="", target=TARGET, draft=DRAFT, wrong_until=1.0)
     assert simulate(machine, traces(0.97), SILENT, seed=0).mean > 0.94
 
@@ -120,7 +120,7 @@ def test_every_ablation_finds_what_it_replaces_and_puts_it_back(name: str) -> No
 
 
 def test_what_the_command_takes() -> None:
-    args = parse_args(["run", "--without", "guard", "leaves", "--machine", "liar"])
-    assert (args.without, args.machine, args.noise) == (["guard", "leaves"], ["liar"], ["quiet"])
+    args = parse_args(["run", "--without", "trials", "leaves", "--machine", "liar"])
+    assert (args.without, args.machine, args.noise) == (["trials", "leaves"], ["liar"], ["quiet"])
     with pytest.raises(SystemExit):
         parse_args(["run", "--without", "everything"])

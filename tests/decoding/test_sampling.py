@@ -78,6 +78,7 @@ def drafters() -> dict[str, Drafter]:
 DRAFTERS = tuple(drafters())
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_follow_the_processed_distribution(target: PreTrainedModel, sampler: str, drafter: str):
@@ -127,6 +128,7 @@ def test_ragged_rows_follow_distributions_of_their_own(target: PreTrainedModel, 
     assert_ragged_rows_are_exact(target, drafters()[drafter])
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize("tree", [Chain(2), Fixed((2, 1)), DySpec(budget=4)], ids=["chain", "fixed", "dyspec"])
 def test_grown_trees_in_ragged_batches(target: PreTrainedModel, tree: GrowthPolicy, verify: str):
@@ -140,6 +142,7 @@ EARLY_EXITS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize(
     ("drafter", "tree"),

@@ -40,6 +40,7 @@ def results(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) ->
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
 
 
+@pytest.mark.ranks
 def test_split_over_processes(model: PreTrainedModel, results: list[dict[str, Any]]) -> None:
     """Greedy output is plain decoding's in every process, whoever drafts."""
     reference = plain_alone(model, PROMPTS, NUM_NEW)
@@ -49,6 +50,7 @@ def test_split_over_processes(model: PreTrainedModel, results: list[dict[str, An
         assert_same_tokens(model, reference, torch.tensor(tokens), PROMPTS["attention_mask"])
 
 
+@pytest.mark.ranks
 def test_all_processes_say_the_same(results: list[dict[str, Any]]) -> None:
     """With a seed, without one, and where the clock decides."""
     assert results[0]["tokens"] == results[1]["tokens"]
@@ -57,6 +59,7 @@ def test_all_processes_say_the_same(results: list[dict[str, Any]]) -> None:
     assert tokens["sampled plain"] == tokens["unseeded plain"]  # the first process has seed 0 both times
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("name", "error", "reason"),
     [

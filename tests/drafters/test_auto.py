@@ -24,11 +24,11 @@ from specdec.drafters import (
     SmallModel,
 )
 from specdec.drafters.auto import drafter as auto
-from specdec.drafters.auto import knowledge, sources
+from specdec.drafters.auto import sources
 from specdec.drafters.auto.knowledge import SelectionBias
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from tests.support.references import TruthAmongLies, plain_alone, speculate, with_noise
+from tests.support.references import PartlyWrongScript, forget_drafters, plain_alone, speculate, with_noise
 from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
 from trees import Chain, Draft, TokenTree, TreeBatch
 
@@ -49,9 +49,9 @@ def set_costs(monkeypatch: pytest.MonkeyPatch, costs_of: Callable[[object], Forw
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What other tests have shown of a drafter is no part of this one."""
-    knowledge.known.clear()
+    forget_drafters()
     yield
-    knowledge.known.clear()
+    forget_drafters()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_sources_that_do_not_draft_keep_up() -> None:
     model = tiny_model("llama")
     prompt = random_prompts([9])
     expected = plain_alone(model, prompt, NUM_NEW)
-    truth, turns = TruthAmongLies(expected), iter(range(10_000))
+    truth, turns = PartlyWrongScript(expected), iter(range(10_000))
 
     def every_other(sequences: object) -> list[TokenTree]:
         return truth(sequences) if next(turns) % 2 else [TokenTree(tokens=[], parents=[])]
@@ -215,7 +215,7 @@ def case() -> tuple:
     return model, prompt, model.generate(**prompt, max_new_tokens=200, do_sample=False)[0].tolist()
 
 
-def test_a_drafter_that_lies_costs_at_most_five_percent(clock: Clock, case: tuple) -> None:
+def test_an_overconfident_drafter_costs_at_most_five_percent(clock: Clock, case: tuple) -> None:
     model, prompt, output = case
     plain, _ = seconds_of(clock, model, prompt, specdec.drafters.Plain(), 200)
     spent, trace = seconds_of(clock, model, prompt, Auto(OracleDrafter(clock, output, 0.0)), 200)
@@ -251,12 +251,13 @@ def test_it_knows_of_a_slower_machine_within_fifty_rounds(clock: Clock, case: tu
 
 def test_runs_start_from_what_earlier_ones_have_shown(clock: Clock, case: tuple) -> None:
     model, prompt, output = case
-    liar = OracleDrafter(clock, output, 0.0)
-    traces = [seconds_of(clock, model, prompt, Auto(liar), 200)[1] for _ in range(8)]
+    useless = OracleDrafter(clock, output, 0.0)
+    traces = [seconds_of(clock, model, prompt, Auto(useless), 200)[1] for _ in range(8)]
     tries = [sum(choice["drafter"] == "OracleDrafter" for choice in trace) for trace in traces]
     assert tries[0] > tries[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_drafter_that_disappointed_is_tried_again(clock: Clock, case: tuple) -> None:
     """And seldom: until then the runs are hardly slower than plain ones."""
     model, prompt, output = case
@@ -274,13 +275,13 @@ def test_chosen_proposals_are_trusted_as_far_as_they_keep_what_they_promise() ->
     trust = SelectionBias()
     assert trust.share == 1.0
     for _ in range(50):
-        trust.note(promised=4.0, kept=2.0)
+        trust.update(promised=4.0, kept=2.0)
     assert trust.share == pytest.approx(0.5, abs=0.05)
     for _ in range(300):
         trust.passed_over()
     assert trust.share > 0.9, "or nothing would ever be chosen again"
     for _ in range(50):
-        trust.note(promised=2.0, kept=4.0)
+        trust.update(promised=2.0, kept=4.0)
     assert trust.share == 1.0
 
 

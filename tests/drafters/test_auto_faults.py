@@ -19,12 +19,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from specdec.control import ForwardCosts, costs_of
 from specdec.drafters import Auto, Drafter, DraftSession, EarlyExit, Run, SmallModel
 from specdec.drafters.auto import drafter as auto
-from specdec.drafters.auto import knowledge, sources
+from specdec.drafters.auto import sources
 from specdec.drafters.auto.dropped import is_dropped
+from specdec.drafters.auto.knowledge import Knowledge
 from specdec.engine import Engine, Request
 from specdec.errors import DraftError
+from specdec.kernels.model.profile import profile_of
 from specdec.testing import random_prompts, tiny_model
-from tests.support.references import plain_alone, speculate, with_noise
+from tests.support.references import forget_drafters, plain_alone, speculate, with_noise
 
 NUM_NEW = 40
 ALONE = random_prompts([9])
@@ -67,13 +69,13 @@ class Breaks(SmallModel):
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    knowledge.known.clear()
+    forget_drafters()
     yield
-    knowledge.known.clear()
+    forget_drafters()
 
 
 class FixedCosts(ForwardCosts):
-    def note(self, num_tokens: int, seconds: float) -> None:
+    def update(self, num_tokens: int, seconds: float) -> None:
         """The rounds of the test take what they take."""
 
 
@@ -261,7 +263,7 @@ def test_threads_share_what_auto_learns() -> None:
     run_threads([lambda start=start: work(start) for start in range(4)])
     assert not wrong
     assert costs_of(model) is costs_of(model)
-    for known in knowledge.known[model].values():
+    for known in profile_of(model).part(Knowledge).values():
         memory = known.acceptance
         assert all(0 <= taken <= seen for taken, seen in zip(memory.accepted, memory.seen, strict=True))
         assert len(known.history.runs) <= 2 + 24
@@ -279,7 +281,7 @@ def test_costs_are_read_while_rounds_are_noted() -> None:
         except Exception as error:
             wrong.append(error)
 
-    notes = [lambda: work(lambda width: costs.note(width, 1.5))] * 2
+    notes = [lambda: work(lambda width: costs.update(width, 1.5))] * 2
     run_threads([*notes, *[lambda: work(costs.seconds)] * 2])
     assert not wrong
     assert all(costs.seconds(width) > 0 for width in range(1, 100))

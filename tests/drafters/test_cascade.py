@@ -23,7 +23,7 @@ from tests.support.exact_rounds import CAUGHT, Enumeration, distributions, total
 from tests.support.faults import Bomb, Watched
 from tests.support.references import rows_of, speculate, with_noise
 from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
-from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GrowthPolicy, TokenTree, TreeBatch, WorthwhileComb
+from trees import Chain, ConfidentChain, Draft, DySpec, Fixed, GainLimitedChain, GrowthPolicy, TokenTree, TreeBatch
 
 
 def lookup() -> Drafter:
@@ -98,7 +98,7 @@ def test_copies_follow_processors_that_look_at_prefixes(cascade: str) -> None:
 
 
 def test_a_copy_stops_where_the_next_token_is_not_worth_its_price() -> None:
-    policy = WorthwhileComb(prices=[0.5, 0.5, 0.5], chance=lambda prob: prob, next_chance=0.9)
+    policy = GainLimitedChain(prices=[0.5, 0.5, 0.5], chance=lambda prob: prob, next_chance=0.9)
     assert policy.goes_on([[0.8]])
     assert not policy.goes_on([[0.8, 0.6]])
     assert policy.goes_on([[0.8, 0.6], [0.5]]), "two rows pay for it together"
@@ -199,10 +199,11 @@ class Stopping(Cascade):
     def start(self, run: Run) -> DraftSession:
         session = super().start(run)
         assert isinstance(session, NestedSession)
-        session.policy = WorthwhileComb(prices=[0.35] * 3, chance=lambda prob: prob, next_chance=0.9)
+        session.policy = GainLimitedChain(prices=[0.35] * 3, chance=lambda prob: prob, next_chance=0.9)
         return session
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize("cascade", [Cascade, Stopping])
 def test_samples_after_a_copy(cascade: type[Cascade], verify: str) -> None:

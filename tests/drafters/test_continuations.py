@@ -41,7 +41,7 @@ def test_estimates_are_counts_of_all_contexts(text: list[int], shortest: int) ->
     automaton = SuffixAutomaton(text)
     found = predict(automaton, automaton.known_suffix(), shortest)
     wanted = counted(text, [], shortest)
-    assert sum(follower.prob for follower in found.values()) <= 1
+    assert sum(continuation.prob for continuation in found.values()) <= 1
     for token in range(VOCAB_SIZE):
         prob = found[token].prob if token in found else 0
         assert prob == pytest.approx(wanted.get(token, 0), abs=EXACT_UP_TO)

@@ -26,7 +26,7 @@ from specdec.tree_model.layer_views import LayerViews
 from specdec.tree_model.model import TreeModel
 from tests.support.early_exits import NUM_LAYERS, NUM_NEW, PROMPTS, WithModules, early_model, random_exit, reference
 from tests.support.references import rows_of, speculate
-from trees import ROOT, DySpec, Fixed, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch, WorthwhileComb
+from trees import ROOT, DySpec, Fixed, GainLimitedChain, GrowingTrees, GrowthPolicy, Layer, TokenTree, TreeBatch
 
 DRAFTERS: dict[str, Any] = {
     **{f"exit {layer}": lambda model, layer=layer: EarlyExit(layer) for layer in range(1, NUM_LAYERS)},
@@ -37,6 +37,7 @@ DRAFTERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "phi3", "qwen3", "olmo2"])
 def test_output_equals_plain_decoding(family: str, drafter: str) -> None:
@@ -59,7 +60,7 @@ def test_trees_from_an_exit(drafter: str, tree: GrowthPolicy) -> None:
 @pytest.fixture
 def always_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round drafts chains with so many leaves that exits which have learnt nothing are often right by chance."""
-    policy = WorthwhileComb(
+    policy = GainLimitedChain(
         prices=[0.0] * 2, chance=float, next_chance=1.0, leaf_prices=[0.0] * 60, leaf_chance=lambda _: 1.0
     )
     choose = TokensPerSecond.choose
@@ -139,7 +140,7 @@ def test_states_of_a_verification_equal_those_of_a_whole_forward() -> None:
     parts.forward_below(2, roots_B1, torch.zeros_like(roots_B1), None)
     grown = GrowingTrees(2)  # node 1, a node that is dropped, and node 0; then node 2
     for tokens, parents in (([6, 250, 5], [ROOT] * 3), ([7], [0])):
-        grown.add(Layer(tokens_BM=torch.tensor([tokens] * 2), parents_BM=np.array([parents] * 2)))
+        grown.append(Layer(tokens_BM=torch.tensor([tokens] * 2), parents_BM=np.array([parents] * 2)))
         parts.forward_below(2, grown.tokens_BM, grown.depths_BM, grown.seen_BMT)
     in_parts = parts.verify(trees, roots_B1, [[2, 0, 3, -1, -1]] * 2)
     torch.testing.assert_close(in_parts, logits)

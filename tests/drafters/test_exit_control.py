@@ -22,7 +22,7 @@ from specdec.drafters.early_exit.del_rule import TokensPerLayer
 from specdec.drafters.early_exit.rule import ExitChoice, ExitRule, reached_slots
 from specdec.drafters.early_exit.shadows import Seen
 from specdec.drafters.early_exit.sources import likely_averages
-from trees import ROOT, ConfidentChain, Draft, TokenTree, TreeBatch, WorthwhileComb
+from trees import ROOT, ConfidentChain, Draft, GainLimitedChain, TokenTree, TreeBatch
 
 NUM_LAYERS = 8
 EXITS = range(1, NUM_LAYERS)
@@ -277,7 +277,7 @@ class VirtualTime:
         return self.num_tokens / self.num_rows / self.now
 
     def _draft(self, policy: Any) -> int:
-        assert isinstance(policy, WorthwhileComb)
+        assert isinstance(policy, GainLimitedChain)
         length = 1
         while policy.goes_on([[0.7] * length] * self.num_rows):
             length += 1
@@ -359,8 +359,8 @@ def test_depths_between_those_that_were_timed_and_what_rounds_add() -> None:
     costs = ExitCosts({1: 1.0, 64: 4.0}, {3: 0.1, 9: 0.4}, num_rows=1)
     assert costs.step_seconds(5) == pytest.approx(0.25)
     for _ in range(9):
-        costs.forward.note(1, 2.0)  # the machine is busy: steps take twice as long too
+        costs.forward.update(1, 2.0)  # the machine is busy: steps take twice as long too
     assert costs.step_seconds(5) == pytest.approx(0.5)
     for _ in range(9):
-        costs.note_step(2, 0.2)
+        costs.update_step(2, 0.2)
     assert costs.step_seconds(2) == pytest.approx(0.2), "it was busy, and that is all"

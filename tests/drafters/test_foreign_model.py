@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import specdec
 from specdec import DraftError, UnsupportedOptionError
 from specdec.drafters import ForeignModel, Mixed, PromptLookup
-from specdec.models import load
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
 from specdec.text.translation import Translator, continuation, decode_from, shared_tokens
 from tests.support.references import plain_alone, rows_of, speculate
@@ -230,11 +230,9 @@ def test_translations_say_the_same(tokenizers: dict, source: str, other: str) ->
         check_translation(tokenizers[source], tokenizers[other], text)
 
 
-def test_translations_from_and_to_a_real_tokenizer(tokenizers: dict) -> None:
-    try:
-        real = load("demo").tokenizer
-    except specdec.ModelError as error:
-        pytest.skip(f"the demo model cannot be fetched: {error}")
+@pytest.mark.network
+def test_translations_from_and_to_a_real_tokenizer(tokenizers: dict, demo_folder: Path) -> None:
+    real = AutoTokenizer.from_pretrained(demo_folder)
     for text in [TEXT, *STRANGE, "<|im_start|>user\nhi<|im_end|>\n"]:
         check_translation(real, tokenizers["small"], text)
         check_translation(tokenizers["small"], real, text)

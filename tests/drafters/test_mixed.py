@@ -16,7 +16,7 @@ from tests.support.early_exits import NUM_NEW, WithModules, early_model, random_
 from tests.support.early_exits import PROMPTS as RAGGED
 from tests.support.faults import Bomb, Watched
 from tests.support.forward_log import ForwardLog
-from tests.support.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.support.references import PartlyWrongScript, plain_alone, rows_of, speculate, with_noise
 from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact, draw_fork, tiny
 from trees import DySpec, Fixed, TokenTree
 
@@ -42,6 +42,7 @@ MIXES: dict[str, Callable[[PreTrainedModel], list[Drafter]]] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("budget", [None, 5])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -81,7 +82,7 @@ def test_a_cache_follows_branches_of_its_own_and_of_others() -> None:
     model = early_model("llama")
     prompt = random_prompts([9])
     expected = plain_alone(model, prompt, 40)
-    truth = TruthAmongLies(expected, longest=6)
+    truth = PartlyWrongScript(expected, longest=6)
     draft = with_noise(model, std=0.0)
     with ForwardLog(draft) as log:
         drafter = Mixed([ScriptedDrafter(truth), SmallModel(draft, num_tokens=2)])
@@ -108,6 +109,7 @@ SAMPLED: dict[str, Callable[[], list[Drafter]]] = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("verify", ["topdown", "traversal"])
 @pytest.mark.parametrize("mix", SAMPLED)
 def test_samples_follow_the_processed_distribution(mix: str, verify: str) -> None:

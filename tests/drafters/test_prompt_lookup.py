@@ -142,16 +142,16 @@ def test_latest_repeat_wins_a_tie() -> None:
     assert proposal(PromptLookup(num_tokens=1), text) == [40]
 
 
-def test_place_that_foretold_more_is_copied_from() -> None:
+def test_position_that_predicted_more_is_copied_from() -> None:
     text = [1, 2, 30, 31, 1, 2, 40, 41, 1, 2]
     session = session_of(PromptLookup(num_tokens=2), [text])
     assert session.trees([9])[0].tokens == [40, 41], "the latest place"
     session.observe(Outcome(paths=[[]], tokens=[[30, 99, 1, 2]]))
-    assert session.trees([9])[0].tokens == [30, 31], "the earliest one, which had foretold the 30"
+    assert session.trees([9])[0].tokens == [30, 31], "the earliest one, which had predicted the 30"
     session.observe(Outcome(paths=[[]], tokens=[[50, 98, 1, 2]]))
     assert session.trees([9])[0].tokens == [30, 31]
     session.observe(Outcome(paths=[[]], tokens=[[50, 97, 1, 2]]))
-    assert session.trees([9])[0].tokens == [50, 97], "the latest one, which had foretold the 50"
+    assert session.trees([9])[0].tokens == [50, 97], "the latest one, which had predicted the 50"
 
 
 def test_draft_past_the_end_goes_on_with_the_period() -> None:

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import DraftError, UnsupportedModelError, UnsupportedOptionError
 from specdec.drafters import SmallModel
+from specdec.drafters.model import small_model
 from specdec.testing import BYTE_VOCAB_SIZE, assert_same_tokens, random_prompts, tiny_model
 from tests.support.forward_log import ForwardLog
 from tests.support.references import plain_alone, speculate, with_noise
-from trees import Chain
+from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact, tiny
+from trees import Chain, Fixed, GrowthPolicy
 
 NUM_NEW = 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -107,6 +109,30 @@ def test_draft_may_have_fewer_padding_rows(target: PreTrainedModel, mode: str) -
     out = speculate(target, PROMPTS, SmallModel(draft), max_new_tokens=NUM_NEW, **SAMPLING[mode])
     assert_same_tokens(target, reference, out.sequences, PROMPTS["attention_mask"])
     assert 0 < out.stats.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("tree", [Chain(2), Fixed((2, 1))], ids=["chain", "tree"])
+@pytest.mark.parametrize("difference", [-1, 1], ids=["fewer", "more"])
+def test_samples_follow_the_target_whatever_its_padding(
+    difference: int, tree: GrowthPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_model, "_PADDING_ROWS", 0.2)  # of six tokens
+    model = tiny(seed=1)
+    draft = SmallModel(resized(tiny(seed=2), VOCAB_SIZE + difference))
+    assert_ragged_rows_are_exact(model, draft, tree=tree)
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+def test_processors_may_leave_tokens_only_that_the_draft_lacks(target: PreTrainedModel, mode: str) -> None:
+    def allowed(_: int, text: Tensor) -> list[int]:
+        return [BYTE_VOCAB_SIZE - 1] if len(text) % 2 else [7, 9]
+
+    options = {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": NUM_NEW}
+    reference = target.generate(**ONE_PROMPT, **options, do_sample=False)
+    draft = SmallModel(resized(target, BYTE_VOCAB_SIZE - 2))
+    for tree in (Chain(3), Fixed((2, 2))):
+        out = speculate(target, ONE_PROMPT, draft, tree=tree, **options, **SAMPLING[mode])
+        assert torch.equal(out.sequences, reference)
 
 
 def test_draft_of_another_vocabulary_is_refused(target: PreTrainedModel) -> None:

@@ -25,9 +25,9 @@ def chunks_of(sizer: ChunkSizer, round_s: float, cost: Callable[[int], float], c
     """Sizes of chunks beside rounds of that length, on a machine where chunks have that cost."""
     sizes = []
     for _ in range(count):
-        sizer.note_round(round_s)
+        sizer.update_round(round_s)
         sizes.append(sizer.size(is_decoding=True))
-        sizer.note_chunk(sizes[-1], cost(sizes[-1]))
+        sizer.update_chunk(sizes[-1], cost(sizes[-1]))
     return sizes
 
 
@@ -71,7 +71,7 @@ def test_chunks_follow_a_machine_that_gets_slower():
 def test_one_disturbed_chunk_changes_nothing():
     sizer = ChunkSizer(10_000)
     (*_, before) = chunks_of(sizer, 0.1, lambda num_tokens: 0.001 * num_tokens)
-    sizer.note_chunk(before, 5.0)
+    sizer.update_chunk(before, 5.0)
     assert sizer.size(is_decoding=True) == before
 
 
@@ -135,21 +135,21 @@ def test_long_prompts_beside_a_stream():
 
 def test_rounds_that_read_along_show_what_a_token_adds():
     sizer = ChunkSizer(512)
-    sizer.note_round(0.1)
-    sizer.note_along(8, 0.1 + 8 * 0.002)
+    sizer.update_round(0.1)
+    sizer.update_along(8, 0.1 + 8 * 0.002)
     assert sizer.size(is_decoding=True) == 12  # 85 tokens take 0.17 s, but a chunk grows by half at most
     for _ in range(15):
-        sizer.note_along(85, 0.1 + 85 * 0.002)
+        sizer.update_along(85, 0.1 + 85 * 0.002)
     assert sizer.size(is_decoding=True) == 0  # let us see what a round takes by now
-    sizer.note_round(0.1)
+    sizer.update_round(0.1)
     assert sizer.size(is_decoding=True) == 85
 
 
 def test_noise_that_hides_what_a_chunk_costs_does_not_make_the_next_one_huge():
     sizer = ChunkSizer(512)
-    sizer.note_round(0.1)
+    sizer.update_round(0.1)
     for _ in range(5):
-        sizer.note_chunk(8, 0.0)
+        sizer.update_chunk(8, 0.0)
     assert sizer.size(is_decoding=True) == 12
 
 

@@ -37,7 +37,7 @@ from specdec.training.exits.collect import self_generation
 from specdec.training.exits.run import ExitTraining, Source
 from specdec.training.exits.training import Recipe
 from tests.support.goodness import assert_drawn_from
-from tests.support.references import TruthAmongLies, plain_alone, speculate, with_noise
+from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -117,7 +117,7 @@ def _drafters() -> list[str]:
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen3", "mistral", "phi3", "opt"])
 def test_families(family: str) -> None:
     model = tiny_model(family).cuda()
-    script = TruthAmongLies(plain_alone(model, on_gpu(RAGGED), NUM_NEW))
+    script = PartlyWrongScript(plain_alone(model, on_gpu(RAGGED), NUM_NEW))
     out = check(model, ScriptedDrafter(script))
     assert out.stats.num_accepted == script.num_true > 0
     check(model, PromptLookup(), ONE)

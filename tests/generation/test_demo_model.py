@@ -1,10 +1,11 @@
 """The real demo model over the built-in suite: the same tokens as plain decoding, alone and in a ragged batch."""
 
+from pathlib import Path
+
 import pytest
 from torch import Tensor
 from transformers import BatchEncoding
 
-from specdec import ModelError
 from specdec.drafters import Plain, PromptLookup, QuantizedSelf
 from specdec.models import LoadedModel, load
 from specdec.suites import Prompt, load_suite
@@ -13,17 +14,16 @@ from specdec.text.prompting import encode_prompts
 from tests.support.references import plain_alone, rows_of, speculate
 from trees import DySpec, DySpecThreshold, Fixed, Sequoia
 
+pytestmark = pytest.mark.network
+
 NUM_NEW = 24
 DRAFTERS = {"plain": Plain(), "lookup": PromptLookup()}
 POLICIES = [Fixed((3, 2, 1)), Sequoia(12, (0.8, 0.1, 0.05)), DySpec(12), DySpecThreshold(max_nodes=12)]
 
 
 @pytest.fixture(scope="module")
-def demo() -> LoadedModel:
-    try:
-        return load("demo")
-    except ModelError as error:
-        pytest.skip(f"the demo model cannot be fetched: {error}")
+def demo(demo_folder: Path) -> LoadedModel:
+    return load("demo")
 
 
 def shortest_of_each_category() -> list[Prompt]:
@@ -41,6 +41,7 @@ def reference(demo: LoadedModel, prompts: BatchEncoding) -> Tensor:
     return plain_alone(demo.model, prompts, NUM_NEW)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("rows", [[0], [2], [4], [0, 1, 2, 3]], ids=str)
 def test_same_tokens_as_plain_decoding(
@@ -53,6 +54,7 @@ def test_same_tokens_as_plain_decoding(
     assert bool(out.stats.num_drafted) == (drafter == "lookup")
 
 
+@pytest.mark.slow
 def test_same_tokens_with_every_tree(demo: LoadedModel, prompts: BatchEncoding, reference: Tensor) -> None:
     rows, num_new = [0, 2, 4], NUM_NEW // 2
     batch, quantized = rows_of(prompts, rows), QuantizedSelf()

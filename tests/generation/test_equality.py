@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.cache import layer_kinds
-from tests.support.references import TruthAmongLies, plain_alone, speculate, with_noise
+from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, Sequoia, TokenTree
 
 NUM_NEW = 24
@@ -21,7 +21,7 @@ ONE_PROMPT = random_prompts([12])
 def check_trees(model: PreTrainedModel, prompts: dict = PROMPTS) -> None:
     """Trees with the true tokens among wrong ones: all true ones are accepted, no other."""
     reference = plain_alone(model, prompts, NUM_NEW)
-    script = TruthAmongLies(reference)
+    script = PartlyWrongScript(reference)
     out = speculate(model, prompts, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
     assert out.stats.num_accepted == script.num_true > 0
@@ -105,19 +105,20 @@ def test_drafts_longer_than_the_window(family: str) -> None:
         out = speculate(model, prompts, SmallModel(draft, num_tokens=10), max_new_tokens=NUM_NEW)
         assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
         assert histogram is None or out.stats.accepted_histogram == histogram
-    script = TruthAmongLies(reference, longest=12)
+    script = PartlyWrongScript(reference, longest=12)
     out = speculate(model, prompts, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
     assert out.stats.num_accepted == script.num_true
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_half_precision(family: str, dtype: torch.dtype, attention: str) -> None:
     model = tiny_model(family, dtype=dtype, attn_implementation=attention)
     reference = plain_alone(model, PROMPTS, NUM_NEW)
-    for drafter in (Plain(), SmallModel(with_noise(model)), ScriptedDrafter(TruthAmongLies(reference))):
+    for drafter in (Plain(), SmallModel(with_noise(model)), ScriptedDrafter(PartlyWrongScript(reference))):
         out = speculate(model, PROMPTS, drafter, max_new_tokens=NUM_NEW)
         assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
 
@@ -173,7 +174,7 @@ def test_offloaded_model(offload: object, tmp_path: Path) -> None:
     draft = with_noise(model)
     model = offload(model, tmp_path)
     assert any(weights.is_meta for weights in model.parameters())
-    for drafter in (SmallModel(draft), ScriptedDrafter(TruthAmongLies(reference)), SmallModel(model)):
+    for drafter in (SmallModel(draft), ScriptedDrafter(PartlyWrongScript(reference)), SmallModel(model)):
         out = speculate(model, PROMPTS, drafter, max_new_tokens=NUM_NEW)
         assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
         assert out.stats.num_accepted > 0

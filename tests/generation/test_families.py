@@ -12,7 +12,7 @@ from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.testing import FAMILIES, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.compatibility import VERIFIED_FAMILIES, check_model
 from tests.support.families import REFUSED, UNLISTED
-from tests.support.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.support.references import PartlyWrongScript, plain_alone, rows_of, speculate, with_noise
 
 NUM_NEW = 24
 PROMPTS = random_prompts([5, 12, 9, 18])
@@ -42,6 +42,7 @@ DRAFTERS = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter_name", DRAFTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_equals_plain_decoding(family: str, drafter_name: str) -> None:
@@ -79,7 +80,7 @@ def test_unlisted_family_passes_its_trial_and_says_the_same(family: str) -> None
     assert family not in VERIFIED_FAMILIES
     model = tiny_model(family, **UNLISTED[family])
     reference = plain_alone(model, PROMPTS, NUM_NEW)
-    script = TruthAmongLies(reference)
+    script = PartlyWrongScript(reference)
     out = speculate(model, PROMPTS, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
     assert out.stats.num_accepted == script.num_true > 0

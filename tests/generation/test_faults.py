@@ -176,6 +176,7 @@ def catch(error: BaseException, model: PreTrainedModel, **options: Any) -> BaseE
 ERRORS = {"error": LookupError("bang"), "Ctrl-C": KeyboardInterrupt(), "out of memory": torch.OutOfMemoryError("full")}
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("fuse", [1, 4])
 @pytest.mark.parametrize("error", ERRORS.values(), ids=list(ERRORS))
 @pytest.mark.parametrize("place", PLACES)
@@ -341,6 +342,7 @@ def test_a_target_whose_logits_become_nan(
     assert torch.equal(specdec.generate(model, PROMPT, **{**options, "do_sample": False}), expected)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("tree", [None, trees.DySpec(6), trees.Fixed((2, 2))], ids=["chain", "DySpec", "Fixed"])

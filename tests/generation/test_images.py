@@ -19,7 +19,7 @@ from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from specdec.tree_model.model import TreeModel
 from tests.support.images import IMAGE, model_of
-from tests.support.references import TruthAmongLies, speculate
+from tests.support.references import PartlyWrongScript, speculate
 from trees import Chain, Fixed
 
 NUM_NEW = 24
@@ -82,7 +82,7 @@ def plain(model: PreTrainedModel, prompts: dict[str, Tensor], **options: Any) ->
 def test_what_follows_different_pictures_is_what_the_model_says(family: str) -> None:
     model, prompts = model_of(family), PROMPTS[family]()
     reference = plain(model, prompts)
-    script = TruthAmongLies(reference)
+    script = PartlyWrongScript(reference)
     out = speculate(model, prompts, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert torch.equal(out.sequences, reference)
     assert out.stats.num_accepted == script.num_true > 0
@@ -190,5 +190,5 @@ def test_prompt_that_ends_in_a_picture() -> None:
     prompts |= {name: prompts[name][:, :-4] for name in ends}
     assert prompts["input_ids"][:, -1].tolist() == [IMAGE, IMAGE]
     reference = plain(model, prompts)
-    out = speculate(model, prompts, ScriptedDrafter(TruthAmongLies(reference)), max_new_tokens=NUM_NEW)
+    out = speculate(model, prompts, ScriptedDrafter(PartlyWrongScript(reference)), max_new_tokens=NUM_NEW)
     assert torch.equal(out.sequences, reference)

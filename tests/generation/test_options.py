@@ -160,7 +160,7 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
             "inputs_embeds": model.get_input_embeddings()(PROMPT).detach(),
             "drafter": SmallModel(model),
         },
-        DraftError,
+        UnsupportedOptionError,
         "pass input_ids",
     ),
     "a tree that is one": ({"tree": TokenTree.chain([1, 2])}, ValueError, "pass a growth policy"),

@@ -158,6 +158,7 @@ def prompt_cache(model: PreTrainedModel, num_tokens: int) -> DynamicCache:
     return model(PROMPT[:, :num_tokens], use_cache=True)[CACHE]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("only_new_ids", [False, True], ids=["all ids", "only new ids"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ from specdec.options import check_model_inputs
 from specdec.testing import BYTE_VOCAB_SIZE, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.positions import next_positions, text_positions
-from tests.support.references import TruthAmongLies, speculate
+from tests.support.references import PartlyWrongScript, speculate
 from trees import Fixed
 
 NUM_NEW = 20
@@ -68,7 +68,7 @@ def test_text_alone_is_continued_as_the_model_does(family: str) -> None:
     """transformers passes an empty `mm_encoder_outputs` with every text, and positions of images may come in planes."""
     model = model_of(family)
     reference = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False)
-    script = TruthAmongLies(reference)
+    script = PartlyWrongScript(reference)
     out = speculate(model, PROMPTS, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
     assert out.stats.num_accepted == script.num_true > 0
@@ -112,7 +112,7 @@ def test_model_that_names_its_head_a_decoder() -> None:
     """`get_decoder()` of modernbert-decoder is its head, which is given no positions."""
     model = tiny_model("modernbert-decoder", local_attention=16, pad_token_id=258, bos_token_id=258, eos_token_id=258)
     reference = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False)
-    out = speculate(model, PROMPTS, ScriptedDrafter(TruthAmongLies(reference)), max_new_tokens=NUM_NEW)
+    out = speculate(model, PROMPTS, ScriptedDrafter(PartlyWrongScript(reference)), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
 
 

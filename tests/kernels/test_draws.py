@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from specdec import acceptance
 from specdec.kernels import native
 from specdec.kernels.trees import verification
-from specdec.kernels.trees.growth import STAND_INS, NativeShapedGrower, NativeValueGrower
-from specdec.kernels.trees.urn import NativeUrn, open_urn
+from specdec.kernels.trees.token_source import NativeTokenSource, open_token_source
 from tests.support.acceptance_oracles import (
     outcomes_of,
     sequences_without_replacement,
@@ -28,16 +26,11 @@ from trees import (
     DySpec,
     DySpecThreshold,
     Fixed,
-    Grower,
-    GrowingTrees,
-    GrowthPolicy,
-    Layer,
     Round,
     Sequoia,
     TokenTree,
     TreeBatch,
 )
-from trees.dynamic import ValueGrower
 from trees.token_source import TorchSource
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
@@ -73,7 +66,7 @@ def scores_of(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_the_likeliest_tokens_come_first(vocab_size: int):
     scores = scores_of(4, vocab_size)
-    ours = NativeUrn(scores, sample=False, generator=None)
+    ours = NativeTokenSource(scores, sample=False, generator=None)
     count = min(5, -(-vocab_size // 3))
     best = scores.topk(min(2 * count, vocab_size))
     for batch in range(2):
@@ -90,34 +83,30 @@ def test_the_likeliest_tokens_come_first(vocab_size: int):
 def test_draws_are_without_replacement():
     """20 000 rows, chi-square with a false-alarm probability of 1e-6."""
     scores = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).repeat(20_000, 1)
-    urn = NativeUrn(scores, sample=True, generator=torch.Generator().manual_seed(2))
+    source = NativeTokenSource(scores, sample=True, generator=torch.Generator().manual_seed(2))
     rows = range(len(scores))
-    (first, probs), (then, _) = urn.take(rows, 2), urn.take(rows, 1)
+    (first, probs), (then, _) = source.take(rows, 2), source.take(rows, 1)
     drawn = [(*a, *b) for a, b in zip(first, then, strict=True)]
     q = scores[0].double().softmax(-1).tolist()
     assert probs[0] == pytest.approx([q[token] for token in first[0]], rel=1e-5)
     assert_drawn_from(drawn, dict(sequences_without_replacement(q, 3)))
-    exhausted = urn.take(rows, 4)[1]
+    exhausted = source.take(rows, 4)[1]
     assert all(row[3] == 0 < row[2] for row in exhausted)
 
 
 def test_draws_find_every_block():
     """Blocks of 256 tokens and a last one of 88; 50 000 draws, false alarm 1e-6."""
     scores = (1.5 * torch.randn(1, 600, generator=torch.Generator().manual_seed(3))).repeat(50_000, 1)
-    urn = NativeUrn(scores, sample=True, generator=torch.Generator().manual_seed(4))
-    tokens, _ = urn.take(range(len(scores)), 1)
+    source = NativeTokenSource(scores, sample=True, generator=torch.Generator().manual_seed(4))
+    tokens, _ = source.take(range(len(scores)), 1)
     q = scores[0].double().softmax(-1).tolist()
     assert_drawn_from([token for (token,) in tokens], dict(enumerate(q)))
 
 
-NATIVE = {"open_urn": open_urn, "stand_ins": STAND_INS}
-
-
 def grown(name: str, models: list[RandomScores], sample: bool, is_native: bool, max_depth: int = 6) -> Draft:
     generator = torch.Generator().manual_seed(5)
-    round_ = Round(
-        max_depths=[max_depth] * len(models), sample=sample, generator=generator, **(NATIVE if is_native else {})
-    )
+    hooks = {"token_source": open_token_source} if is_native else {}
+    round_ = Round(max_depths=[max_depth] * len(models), sample=sample, generator=generator, **hooks)
     return drive(POLICIES[name].start(round_), models)
 
 
@@ -129,96 +118,32 @@ def test_greedy_trees_are_those_of_torch(name: str):
     assert torch.equal(ours.trees.parents_BN, theirs.trees.parents_BN)
 
 
-@pytest.mark.parametrize("max_depths", [[50], [50, 0, 3], [1, 4]])
-@pytest.mark.parametrize(
-    "policy",
-    [
-        DySpec(1),
-        DySpec(30),
-        DySpec(200),
-        DySpecThreshold(0.02, max_nodes=25),
-        Sequoia(40, (0.6, 0.2, 0.1)),
-        Fixed((13, 2, 1)),
-    ],
-    ids=repr,
-)
-def test_native_growth_takes_the_steps_of_its_oracle(policy: GrowthPolicy, max_depths: list[int]):
-    """Layers, trees and all that is known of a node, over rounds that learn from each other; some models know 11
-    tokens, so that slots run empty."""
-    growers: dict[str, Grower | None] = {"native": None, "python": None}
-    for seed in range(6):
-        vocab_size = 11 if seed % 2 else 700
-        models = [RandomScores(10 * seed + row, vocab_size, spread=1.0 + seed) for row in range(len(max_depths))]
-        drafts, layers = {}, {}
-        for name, hooks in (("native", NATIVE), ("python", {"open_urn": open_urn})):
-            round_ = Round(max_depths=max_depths, sample=False, previous=growers[name], **hooks)
-            growers[name] = policy.start(round_)
-            assert isinstance(growers[name], NativeValueGrower | NativeShapedGrower) == (name == "native")
-            layers[name] = []
-            drafts[name] = drive(Spy(growers[name], layers[name]), models)
-        assert layers["native"] == layers["python"]
-        assert drafts["native"].places == drafts["python"].places
-        for row in range(len(max_depths)):
-            ours, theirs = (drafts[name].trees.row(row) for name in ("native", "python"))
-            assert (ours.tokens, ours.parents) == (theirs.tokens, theirs.parents)
-            assert ours.probs == pytest.approx(theirs.probs, rel=1e-9)
-            assert ours.values == pytest.approx(theirs.values, rel=1e-9)
-        for steer in ("least_value", "next_threshold") if isinstance(growers["python"], ValueGrower) else ():
-            assert getattr(growers["native"], steer) == pytest.approx(getattr(growers["python"], steer), rel=1e-9)
-
-
-class Spy:
-    """Writes down what a grower asks for."""
-
-    def __init__(self, grower: Grower, layers: list):
-        self._grower, self._layers, self._grown = grower, layers, None
-
-    def grow(self, scores_BMV: torch.Tensor) -> Layer:
-        layer = self._grower.grow(scores_BMV)
-        if self.hungry:
-            self._grown = self._grown or GrowingTrees(len(layer.tokens_BM))
-            self._grown.add(replace(layer, depths_BM=None, seen_BMT=None))
-            self._layers.append((layer.tokens_BM.tolist(), layer.parents_BM.tolist()))
-            if layer.seen_BMT is not None:
-                assert (layer.depths_BM == self._grown.depths_BM.numpy()).all()
-                assert (layer.seen_BMT == self._grown.seen_BMT.numpy()).all()
-        return layer
-
-    def finish(self) -> Draft:
-        return self._grower.finish()
-
-    @property
-    def hungry(self) -> bool:
-        return self._grower.hungry
-
-
 def shape_of(tree: TokenTree) -> tuple[tuple[int, int], ...]:
     return tuple(zip(tree.tokens, tree.parents, strict=True))
 
 
 @pytest.mark.parametrize("name", ["dyspec", "threshold", "fixed"])
-def test_native_trees_have_the_chances_of_their_oracles(name: str, monkeypatch: pytest.MonkeyPatch):
-    """6 000 trees against the enumeration of all that Python's grower can draw; false alarm 1e-6."""
+def test_trees_of_native_draws_have_the_chances_of_torch(name: str, monkeypatch: pytest.MonkeyPatch):
+    """6 000 trees against the enumeration of all that can be drawn; false alarm 1e-6."""
     model = ToyModel(seed=31)
     policy = {"dyspec": DySpec(3), "threshold": DySpecThreshold(0.3, max_nodes=3), "fixed": Fixed((2, 1))}[name]
     expected: Counter[tuple] = Counter()
     for chance, draft in every_draft(policy, [model], monkeypatch):
         expected[shape_of(draft.trees.row(0))] += chance
     monkeypatch.undo()
-    monkeypatch.setattr("specdec.kernels.trees.growth._NUM_COINS", 1)
     monkeypatch.setattr(model, "_scores", {prefix: scores.float() for prefix, scores in model._scores.items()})
     generator, found = torch.Generator().manual_seed(32), []
     for _ in range(6):
-        round_ = Round(max_depths=[MAX_DEPTH] * 1000, sample=True, generator=generator, **NATIVE)
+        round_ = Round(max_depths=[MAX_DEPTH] * 1000, sample=True, generator=generator, token_source=open_token_source)
         trees = drive(policy.start(round_), [model] * 1000).trees
         found += [shape_of(trees.row(row)) for row in range(1000)]
     assert_drawn_from(found, expected)
 
 
 def test_other_scores_are_left_to_torch():
-    assert isinstance(open_urn(scores_of(2, 9).double(), sample=True, generator=None), TorchSource)
-    assert isinstance(open_urn(scores_of(9, 2).T, sample=True, generator=None), TorchSource)
-    assert isinstance(open_urn(scores_of(2, 9), sample=True, generator=None), NativeUrn)
+    assert isinstance(open_token_source(scores_of(2, 9).double(), sample=True, generator=None), TorchSource)
+    assert isinstance(open_token_source(scores_of(9, 2).T, sample=True, generator=None), TorchSource)
+    assert isinstance(open_token_source(scores_of(2, 9), sample=True, generator=None), NativeTokenSource)
 
 
 def fractions_of(weights: torch.Tensor) -> list[list[Fraction]]:
@@ -235,7 +160,6 @@ def repeated(draft: Draft, times: int) -> Draft:
             layers_BMV=[layer.repeat(times, 1, 1) for layer in layers.layers_BMV],
             layer_BT=layers.layer_BT.repeat(times, 0),
             column_BT=layers.column_BT.repeat(times, 0),
-            norm_BT=layers.norm_BT.repeat(times, 0),
         ),
     )
 
@@ -259,24 +183,6 @@ def test_verification_follows_the_oracles(name: str, rule: str, holes: bool):
     oracle = {"topdown": topdown_oracle, "traversal": traversal_oracle}[rule]
     expected = oracle(tree, fractions_of(target.softmax(-1)), fractions_of(torch.stack(q)))
     assert_drawn_from(outcomes_of(accepted), expected)
-
-
-@pytest.mark.parametrize("name", ["fixed", "dyspec"])
-def test_verification_need_not_read_again_what_growth_has_read(name: str):
-    models = [RandomScores(seed, vocab_size=700) for seed in (14, 15)]
-    for max_depth in (1, 6):
-        draft = grown(name, models, True, True, max_depth)
-        layers = draft.q_layers
-        for row in range(2):
-            for slot, family in enumerate(draft.trees.row(row).children):
-                scores_V = layers.layers_BMV[layers.layer_BT[row, slot]][row, layers.column_BT[row, slot]]
-                assert not family or layers.norm_BT[row, slot] == pytest.approx(float(scores_V.logsumexp(-1)), abs=1e-5)
-        forgetful = replace(draft, q_layers=replace(layers, norm_BT=None))
-        for seed in range(30):
-            scores = scores_of(2 * draft.trees.num_slots, 700, seed).view(2, -1, 700)
-            for verify in (acceptance.topdown, acceptance.traversal):
-                knowing, reading = (verify(x, scores, torch.Generator().manual_seed(seed)) for x in (draft, forgetful))
-                assert outcomes_of(knowing) == outcomes_of(reading)
 
 
 @pytest.mark.parametrize("rule", ["topdown", "traversal"])

@@ -59,7 +59,7 @@ def test_the_same_without_native_kernels(monkeypatch):
 def test_native_models_keep_quantised_activations_because_their_rows_are_bit_identical():
     model = specdec.prepare(tiny_model("llama", **NATIVE_LAYERS), weights="int8")
     assert prepared(model).activations == "int8"
-    assert prepared(model).num_lean_layers == 2
+    assert prepared(model).num_fused_layers == 2
     assert gap_between_widths(model) == 0
 
 
@@ -69,7 +69,7 @@ def test_one_foreign_product_is_enough_to_keep_all_activations_float():
     model.model.layers[1].mlp.act_fn = nn.GELU()
     specdec.prepare(model, weights="int8")
     assert prepared(model).activations == "float"
-    assert prepared(model).num_lean_layers == 0
+    assert prepared(model).num_fused_layers == 0
     assert all(part.weight_only for part in model.modules() if isinstance(part, Int8Linear))
 
 
@@ -107,7 +107,7 @@ def test_greedy_output_is_the_int8_models_own(family, drafter):
 @needs_native
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 1), (17, 70), (130, 201)])
-def test_weight_only_products_are_right_and_the_same_bits_in_every_company(instruction_set, n, k):
+def test_weight_only_products_are_right_and_the_same_bits_in_every_batch(instruction_set, n, k):
     library, best = native.library(), native.library().instruction_set
     try:
         library.select(instruction_set)

@@ -138,7 +138,7 @@ def test_prepared_float_model_is_the_model(backend, family, implementation):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     assert kernels.prepare(model) is model
-    assert model._specdec_prepared.num_lean_layers == (2 if backend == "native" else 0)
+    assert model._specdec_prepared.num_fused_layers == (2 if backend == "native" else 0)
     assert relative(model(ids).logits, expected) < 1e-5
     assert relative(model(ids, attention_mask=padding).logits[1, 4:], expected_padded[1, 4:]) < 1e-5
     assert torch.equal(model.generate(ids, attention_mask=padding, max_new_tokens=12, do_sample=False), generated)
@@ -203,14 +203,14 @@ def test_a_tree_wider_than_small_batches_is_int8_exact_too(backend):
 
 
 @needs_native
-def test_lean_layers_match_the_module_wise_int8_model():
+def test_fused_layers_match_the_module_wise_int8_model():
     model, ids = (
         kernels.prepare(make_model("qwen3", attn_implementation="eager"), "int8"),
         torch.randint(1, 300, (3, 7)),
     )
-    lean = model(ids).logits
-    module_wise = model(ids, output_attentions=True)  # asks for what lean layers do not have
-    assert relative(lean, module_wise.logits) < 0.02
+    fused = model(ids).logits
+    module_wise = model(ids, output_attentions=True)  # asks for what fused layers do not have
+    assert relative(fused, module_wise.logits) < 0.02
     assert len(module_wise.attentions) == 2
 
 
@@ -241,7 +241,7 @@ def test_a_layer_that_computes_something_else_is_left_alone(backend):
     ids = torch.randint(1, 300, (1, 7))
     expected = model(ids).logits
     kernels.prepare(model)
-    assert model._specdec_prepared.num_lean_layers == (1 if backend == "native" else 0)
+    assert model._specdec_prepared.num_fused_layers == (1 if backend == "native" else 0)
     assert relative(model(ids).logits, expected) < 1e-5
 
 
@@ -334,4 +334,4 @@ def test_thread_calibration_measures_and_restores():
 def test_exported_names():
     expected = ["calibrate_threads", "describe", "prepare", "prepare_like", "prepared", "quantized_copy", "unprepare"]
     assert sorted(kernels.__all__) == expected
-    assert layers.fits(make_model().model.layers[0]) is False, "not before its linears are prepared"
+    assert layers.is_supported(make_model().model.layers[0]) is False, "not before its linears are prepared"

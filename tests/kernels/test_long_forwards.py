@@ -17,7 +17,7 @@ import specdec
 from specdec.drafters import Plain
 from specdec.kernels import native
 from specdec.kernels.model.linear import Int8Linear
-from specdec.kernels.model.stack import is_lean
+from specdec.kernels.model.stack import is_fused
 from specdec.testing import random_prompts, tiny_model
 from specdec.tree_model.model import TreeModel
 
@@ -47,7 +47,7 @@ def int8_model() -> PreTrainedModel:
         max_position_embeddings=2048,
     )
     specdec.prepare(model, weights="int8")
-    assert all(map(is_lean, model.model.layers))
+    assert all(map(is_fused, model.model.layers))
     return model
 
 

@@ -14,7 +14,6 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from specdec.kernels import native
 from specdec.kernels.model import linear
 from specdec.kernels.model.linear import Int8Linear
 from specdec.kernels.native import build, structs
-from specdec.kernels.trees import growth, urn, verification
+from specdec.kernels.trees import token_source, verification
 from specdec.testing import tiny_model
 from trees import Draft, TokenTree, TreeBatch
 
@@ -364,14 +363,14 @@ def _attend(library):
 def _forward(library):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = kernels.prepare(tiny_model("llama", **sizes).requires_grad_(False), "int8")
-    assert kernels.prepared(model).num_lean_layers == 2
+    assert kernels.prepared(model).num_fused_layers == 2
     ids = torch.arange(1, 6)[None]
     return lambda: model(ids).logits.tolist()
 
 
 def _take(library):
     scores_MV = torch.linspace(0, 1, 500).expand(2, -1).contiguous()
-    return lambda: urn.NativeUrn(scores_MV, sample=False, generator=None).take([0, 1], 3)
+    return lambda: token_source.NativeTokenSource(scores_MV, sample=False, generator=None).take([0, 1], 3)
 
 
 def _verify(library):
@@ -381,34 +380,7 @@ def _verify(library):
     return lambda: verification.verify(draft, scores_BTV, "walk")
 
 
-def _tree(library, shape=()):
-    """Layer after layer to the end, with coins."""
-    scores_MV = torch.linspace(0, 3, 300).expand(400, -1).contiguous()
-    settings = structs.TreeSettings(300, 300, 5, 1, 0.0, 1e-6)
-    if shape:
-        starts, spots = np.array(shape[0]), np.array(shape[1])
-        settings = structs.TreeSettings(300, len(spots), 5, 1, 0.0, 0.0, starts.ctypes.data, spots.ctypes.data)
-        settings.alive = (starts, spots)
-
-    def grow():
-        tree, generator = growth._GrowingTree(settings), torch.Generator().manual_seed(0)
-        width, num_slots = 1, 1
-        while width and num_slots < 400:
-            width = tree.grow(scores_MV.data_ptr(), generator)
-            num_slots += width
-            numbers, seen = np.empty((3, 1, width), np.int64), np.zeros((1, width, num_slots), np.bool_)
-            tree.write_layer(width, 0, structs.NextLayer(1, 0, numbers.ctypes.data, seen.ctypes.data))
-        finished = tree.finish().tree
-        return finished.tokens, finished.parents, finished.probs
-
-    return grow
-
-
-def _shaped_tree(library):
-    return _tree(library, shape=([0, 3, 5, 6, 6, 6, 6, 6], [1, 2, 3, 4, 5, 6]))
-
-
-CALLS = [_linear, _attend, _forward, _take, _verify, _tree, _shaped_tree]
+CALLS = [_linear, _attend, _forward, _take, _verify]
 
 
 @needs_native

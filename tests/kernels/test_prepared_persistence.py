@@ -140,7 +140,7 @@ def test_a_float_model_that_is_pickled_works_without_kernels(monkeypatch: pytest
     assert torch.equal(pickle.loads(stored).generate(**PROMPT, **GREEDY), expected)
 
 
-# lean layers are given addresses, which may be left behind
+# fused layers are given addresses, which may be left behind
 
 
 def halved_twice(model: PreTrainedModel) -> None:
@@ -181,7 +181,7 @@ def adapted(model: PreTrainedModel) -> None:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
 
 
-@pytest.mark.skipif(native.library() is None, reason="lean layers are native")
+@pytest.mark.skipif(native.library() is None, reason="fused layers are native")
 @pytest.mark.parametrize("change", [halved_twice, replaced_data, replaced_parameters, adapted])
 def test_a_prepared_float_model_that_changes_computes_with_what_it_is_now(
     change: Callable[[PreTrainedModel], None], monkeypatch: pytest.MonkeyPatch
@@ -191,7 +191,7 @@ def test_a_prepared_float_model_that_changes_computes_with_what_it_is_now(
         sys.modules["specdec.kernels.model.prepare"], "calibrate", lambda linears: dict.fromkeys(BANDS, NATIVE)
     )
     model, stock = specdec.prepare(tiny_model("llama", **SIZES)), tiny_model("llama", **SIZES)
-    assert model._specdec_prepared.num_lean_layers == 2
+    assert model._specdec_prepared.num_fused_layers == 2
     ids = PROMPT["input_ids"]
     with torch.no_grad():
         before = model(ids).logits

@@ -1,4 +1,4 @@
-"""Lean layers called without the model's own forward: the same states to the last bit, or not at all."""
+"""Fused layers called without the model's own forward: the same states to the last bit, or not at all."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_logits_and_states_are_those_of_the_models_own_forward(
     model, prompts = prepared(family, weights), random_prompts(lengths)
     trees, roots_B1 = TreeBatch.stack([TREE] * len(lengths)), torch.full((len(lengths), 1), 3)
     results = []
-    for is_lean in (True, False):
+    for is_fused in (True, False):
         target = EarlyExitModel(model)
-        if not is_lean:
+        if not is_fused:
             monkeypatch.setattr("specdec.tree_model.layer_views.stacks", lambda *_: False)
-        assert target.views.are_lean == is_lean
+        assert target.views.uses_fused_layers == is_fused
         target.keep_states([2, 4])
         target.prefill(prompts["input_ids"], attention_mask=prompts["attention_mask"])
         logits = target.verify(trees, roots_B1)
@@ -44,14 +44,14 @@ def test_logits_and_states_are_those_of_the_models_own_forward(
     assert all(map(torch.equal, *results))
 
 
-def test_only_plain_stacks_of_lean_layers_are_called_directly() -> None:
-    assert not LayerViews(tiny_model("llama", **SIZES)).are_lean, "nothing was prepared"
-    assert not LayerViews(prepared("gemma2")).are_lean, "its layers are not lean"
+def test_only_plain_stacks_of_fused_layers_are_called_directly() -> None:
+    assert not LayerViews(tiny_model("llama", **SIZES)).uses_fused_layers, "nothing was prepared"
+    assert not LayerViews(prepared("gemma2")).uses_fused_layers, "its layers are not fused"
     model = prepared()
     hook = model.register_forward_hook(lambda *_: None)
-    assert not LayerViews(model).are_lean, "the hook would not run"
+    assert not LayerViews(model).uses_fused_layers, "the hook would not run"
     hook.remove()
-    assert LayerViews(model).are_lean
+    assert LayerViews(model).uses_fused_layers
 
 
 def test_a_model_that_does_more_than_its_layers_is_found_out() -> None:
@@ -63,7 +63,7 @@ def test_a_model_that_does_more_than_its_layers_is_found_out() -> None:
         outputs.logits = outputs.logits * 0.5
         return outputs
 
-    assert not LayerViews(model).are_lean
+    assert not LayerViews(model).uses_fused_layers
 
 
 def test_positions_past_the_first_table() -> None:

@@ -84,7 +84,8 @@ def fuzz(path: Path, read: Callable[[], Any], allowed: tuple[type[Exception], ..
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_gguf(tmp_path: Path) -> None:
+def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "tiny.gguf")
     fuzz(tmp_path / "tiny.gguf", lambda: load(tmp_path / "tiny.gguf"), (SpecdecError,), 30)
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec import models
 from specdec.errors import ModelError, SpecdecError
-from specdec.models import download
+from specdec.models import download, gguf
 from specdec.models.download import WheelFile
 from specdec.testing import ByteTokenizer, tiny_model
 from tests.support.tiny_gguf import FEED_FORWARD_SIZE, HIDDEN_SIZE, NUM_HEADS, NUM_LAYERS, write_tiny_gguf
@@ -48,6 +48,13 @@ def tiny_folder(tmp_path: Path) -> Path:
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of copies of GGUF files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "specdec" / "gguf"
 
 
 # Loading
@@ -129,6 +136,110 @@ def test_damaged_folder_is_a_model_error(tiny_folder: Path, damage: Callable[[Pa
     damage(tiny_folder)
     with pytest.raises(ModelError, match=message):
         models.load(tiny_folder)
+
+
+def test_gguf_is_converted_once(
+    tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = models.load(tiny_gguf)
+    told = capsys.readouterr()
+    assert told.err.startswith("Converting tiny.gguf, once")
+    assert told.err.count("\n") == 1, "and no bars"
+    monkeypatch.setattr(gguf, "convert", None)
+    again = models.load(tiny_gguf)
+    assert capsys.readouterr() == ("", "")
+    assert (again.name, again.model.dtype) == ("tiny", torch.float32)
+    assert again.tokenizer("the cat").input_ids == first.tokenizer("the cat").input_ids
+    direct = gguf.gguf_checkpoint(tiny_gguf)
+    for weights in (first.model.state_dict(), again.model.state_dict()):
+        expected = direct.read_model(torch.float32).state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_gguf_that_has_changed_is_converted_again(tiny_gguf: Path, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_gguf, path)
+    models.load(path)
+    (before,) = cache.glob("model-*")
+    os.utime(path, ns=(0, 0))
+    models.load(path)
+    (after,) = cache.glob("model-*")
+    assert before != after
+    assert models.load(tiny_gguf).name == "tiny"
+    assert len(list(cache.glob("*-*-*"))) == 2, "the copy of another file stays"
+
+
+def test_conversion_that_fails_leaves_nothing(tiny_gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_model = gguf.Checkpoint.read_model
+    monkeypatch.setattr(gguf.Checkpoint, "read_model", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.load(tiny_gguf)
+    assert {path.name for path in cache.iterdir()} == {".lock"}
+    monkeypatch.setattr(gguf.Checkpoint, "read_model", read_model)
+    assert models.load(tiny_gguf).name == "tiny"
+
+
+def _writable_by_others(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (_writable_by_others, "others can write"),
+        (lambda cache: (cache.parent.mkdir(parents=True), cache.write_text("")), "File exists"),
+    ],
+)
+def test_gguf_without_a_place_for_a_copy_is_read_each_time(
+    tiny_gguf: Path,
+    cache: Path,
+    trouble: Callable[[Path], object],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trouble(cache)
+    assert models.load(tiny_gguf).model.dtype == torch.float32
+    assert capsys.readouterr().err == ""
+    assert reason in caplog.text
+    assert "is read anew each time" in caplog.text
+
+
+def test_gguf_larger_than_the_disk_is_read_each_time(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_bytes = 4 * gguf.read_header(tiny_gguf).num_weights
+    for num_free, is_enough in ((num_bytes, True), (num_bytes - 1, False)):
+        caplog.clear()
+        os.utime(tiny_gguf)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, num_free=num_free: shutil._ntuple_diskusage(0, 0, num_free))
+        models.load(tiny_gguf)
+        assert ("MB free" in caplog.text) != is_enough
+
+
+def test_gguf_header(tiny_gguf: Path, tmp_path: Path) -> None:
+    header = gguf.read_header(tiny_gguf)
+    assert {"general.architecture", "tokenizer.ggml.tokens", "llama.block_count"} <= header.keys
+    weights = gguf.gguf_checkpoint(tiny_gguf).read_model(torch.float32)
+    assert header.num_weights == sum(each.numel() for each in weights.parameters())
+    content = tiny_gguf.read_bytes()
+    for damaged in (b"", b"GGUF", b"GGUF\x09" + content[5:], content[:3000], content[:8] + b"\xff" * 200):
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(damaged)
+        assert gguf.read_header(path) is None
+
+
+def test_chat_template_is_looked_for_before_anything_is_read(
+    tiny_gguf: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "convert", None)
+    monkeypatch.setattr(gguf.Checkpoint, "read_model", None)
+    for source in (tiny_gguf, tiny_folder):
+        with pytest.raises(ModelError, match=r"no chat template.*generate --raw"):
+            models.load(source, to_chat=True)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 3, 100, 20_000])

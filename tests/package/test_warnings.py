@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import specdec
 from specdec.hf import CACHE
-from specdec.kernels.model.layer import LeanForward
+from specdec.kernels.model.layer import FusedLayer
 from specdec.testing import tiny_model
 
 PROMPT = torch.tensor([list(b"a rose is a rose is a")])
@@ -39,7 +39,7 @@ greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256}
 def decode(model, **options):
     return specdec.generate(model, ids, attention_mask=torch.ones_like(ids), **greedy, **options)
 
-model = tiny_model("llama", num_hidden_layers=3, hidden_size=128, intermediate_size=192)  # layers that get lean
+model = tiny_model("llama", num_hidden_layers=3, hidden_size=128, intermediate_size=192)  # layers that can be fused
 expected = decode(model)
 for name in ("cache", "past_key_values"):
     out = decode(model, drafter=SmallModel(model), return_dict_in_generate=True, **{name: DynamicCache()})
@@ -104,14 +104,14 @@ def test_two_caches_are_refused(model: PreTrainedModel):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lean_layer_takes_the_cache_under_either_name(name: str):
+def test_a_fused_layer_takes_the_cache_under_either_name(name: str):
     """As the layer's own forward does in 5.24: code of other people's may still say `past_key_values`."""
     model = specdec.prepare(tiny_model("llama", hidden_size=128, intermediate_size=192))
-    lean = [layer.forward for layer in model.model.layers if isinstance(layer.__dict__.get("forward"), LeanForward)]
-    if not lean:
+    fused = [layer.forward for layer in model.model.layers if isinstance(layer.__dict__.get("forward"), FusedLayer)]
+    if not fused:
         pytest.skip("no native kernels")
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     rotation = torch.ones(1, 1, head_dim), torch.zeros(1, 1, head_dim)
     cache = DynamicCache()
-    lean[0](torch.zeros(1, 1, model.config.hidden_size), position_embeddings=rotation, **{name: cache})
+    fused[0](torch.zeros(1, 1, model.config.hidden_size), position_embeddings=rotation, **{name: cache})
     assert cache.get_seq_length() == 1

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ import routers
 import specdec
 from routers import Arbitrage, DraftedStep, EarlyEscalation, Steps, TargetGrade, TargetLikelihood
 from specdec import Endpoint, EndpointError, UnsupportedOptionError
-from specdec.models import pull_demo
 from specdec.testing import ByteTokenizer, assert_same_tokens, random_prompts, tiny_model
 from tests.support.completions_server import TOKENIZER, Completions, Fault, Spoken, saying
 from tests.support.references import plain_alone, with_noise
@@ -475,23 +475,20 @@ def test_an_interrupted_run_asks_no_more(model, draft, big):
 
 
 @pytest.fixture(scope="module")
-def llama_cpp() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
+def llama_cpp(demo_folder: Path) -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
     """llama.cpp's server with the demo model, and its tokenizer."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="the extra 'peers' is not installed")
-    try:
-        folder = pull_demo()
-    except specdec.ModelError as error:
-        pytest.skip(f"the demo model cannot be fetched: {error}")
     params = xllamacpp.CommonParams()
-    params.model.path = f"{folder}.gguf"
+    params.model.path = f"{demo_folder}.gguf"
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 512, 1, 0, 0
     params.fit_params, params.cache_ram_mib, params.verbosity, params.warmup = False, 0, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
-    yield f"{server.listening_address}/v1", AutoTokenizer.from_pretrained(folder)
+    yield f"{server.listening_address}/v1", AutoTokenizer.from_pretrained(demo_folder)
     del server  # until here, or nobody holds it
 
 
+@pytest.mark.network
 def test_llama_cpp(llama_cpp):
     """It writes both kinds of steps, so the text is its own, and says what it thought; it cannot score a given step."""
     url, tokenizer = llama_cpp

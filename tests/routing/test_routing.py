@@ -85,6 +85,7 @@ def test_no_escalation_is_the_draft_alone(model, draft):
     assert CACHE not in out
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "qwen3"])
 @pytest.mark.parametrize("kind", [Scripted, Asking, Weighing, Comparing])
 def test_every_step_is_its_writers(family: str, kind: type[Scripted]):
@@ -220,7 +221,7 @@ def test_a_draft_equal_to_the_target_is_accepted_whole(model):
     assert all(step.num_discarded == 0 for step in out.stats.steps)
 
 
-def test_weighing_a_step_is_its_verification(model, draft):
+def test_scoring_a_step_is_its_verification(model, draft):
     """A router that asks for log p_target costs no forward more where the target then writes."""
     asked = routed(model, draft, Weighing(lambda row, index: True), random_prompts([9]))
     silent = routed(model, draft, Scripted(lambda row, index: True), random_prompts([9]))

@@ -17,8 +17,8 @@ for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
 
 import httpx2
 
+from specdec.server.access import client_of
 from specdec.server.connection import LEAST_READ_BYTES, Lag
-from specdec.server.gate import client_of
 from specdec.server.options import ServerOptions
 from tests.support.serving import EOS, NAME, Running, running, served_model, wait_until
 

@@ -37,7 +37,7 @@ from tests.support.conformance_cases import (
     Prompt,
     config_of,
 )
-from tests.support.references import TruthAmongLies, with_noise
+from tests.support.references import PartlyWrongScript, with_noise
 
 TOKENIZER = ByteTokenizer()
 
@@ -168,7 +168,7 @@ def _drafter(case: Case, plain: Result) -> Drafter:
         return drafter_of(case.drafter, case.family, case.attention)
     if plain.error is not None:
         return Plain()
-    script = TruthAmongLies(plain.sequences, vocab_size=VOCAB_SIZE)
+    script = PartlyWrongScript(plain.sequences, vocab_size=VOCAB_SIZE)
     return ScriptedDrafter(script)
 
 

@@ -119,7 +119,7 @@ def drive(grower: Grower, models: Sequence[Scores]) -> Draft:
     while True:
         rows = zip(models, newest, strict=True)
         layer = grower.grow(torch.stack([torch.stack([model.scores(prefix) for prefix in row]) for model, row in rows]))
-        if not grower.hungry:
+        if not grower.needs_scores:
             return grower.finish()
         for row, (tokens, parents) in enumerate(zip(layer.tokens_BM.tolist(), layer.parents_BM.tolist(), strict=True)):
             above = [() if parent == ROOT else placed[row][parent] for parent in parents]

@@ -28,7 +28,7 @@ class Watched(Drafter):
         self.drafter = drafter
         self.bombs = bombs or {}
         self.num_opened = self.num_closed = 0
-        self.rewinds, self.needs_exits = drafter.rewinds, drafter.needs_exits
+        self.supports_rollback, self.needs_exits = drafter.supports_rollback, drafter.needs_exits
 
     def start(self, run: Run) -> DraftSession:
         self.touch("start")
@@ -45,8 +45,8 @@ class _WatchedSession(DraftSession):
         self.drafter = drafter
         self.session = session
 
-    def rewind(self) -> None:
-        self.session.rewind()
+    def rollback(self) -> None:
+        self.session.rollback()
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         self.drafter.touch("propose")

@@ -13,6 +13,8 @@ import specdec
 from specdec import SpeculativeOutput
 from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter
+from specdec.drafters.auto.knowledge import Knowledge
+from specdec.kernels.model.profile import all_profiles
 from specdec.testing import BYTE_VOCAB_SIZE
 from trees import ROOT, TokenTree
 
@@ -49,13 +51,13 @@ def with_noise(model: PreTrainedModel, std: float = 0.02) -> PreTrainedModel:
     return copy
 
 
-class TruthAmongLies:
+class PartlyWrongScript:
     """A script for `ScriptedDrafter`: random trees that hold the next tokens of a known output among wrong ones.
 
     Args:
         reference: int64 [B, L] the outputs, prompts included.
         longest: most true tokens in a tree.
-        vocab_size: lies are drawn below it.
+        vocab_size: wrong tokens are drawn below it.
     """
 
     def __init__(self, reference: Tensor, longest: int = 6, vocab_size: int = BYTE_VOCAB_SIZE):
@@ -73,15 +75,21 @@ class TruthAmongLies:
         ]
 
     def _tree(self, truth: Sequence[int]) -> TokenTree:
-        lies = sorted(set(range(self._vocab_size)) - set(truth))
+        wrong = sorted(set(range(self._vocab_size)) - set(truth))
         num_true = self._random.randrange(len(truth))
         self.num_true += num_true
         tokens, parents, tip = [], [], ROOT
         for token in truth[:num_true]:
             for _ in range(self._random.randrange(3)):
                 parents.append(self._random.randrange(ROOT, len(tokens)))
-                tokens.append(self._random.choice(lies))
+                tokens.append(self._random.choice(wrong))
             parents.append(tip)
             tip = len(tokens)
             tokens.append(token)
-        return TokenTree(tokens=[*tokens, lies[0]], parents=[*parents, tip])
+        return TokenTree(tokens=[*tokens, wrong[0]], parents=[*parents, tip])
+
+
+def forget_drafters() -> None:
+    """Forget what runs have shown `Auto` of drafters, on all models."""
+    for profile in all_profiles():
+        profile.part(Knowledge).clear()

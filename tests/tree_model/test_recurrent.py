@@ -31,7 +31,7 @@ from specdec.tree_model.model import TreeModel
 from specdec.tree_model.recurrent import StateLayer, states_of
 from specdec.tree_model.state_owners import reads_on
 from tests.support.recurrent_models import KINDS, RECURRENT, recurrent_model
-from tests.support.references import TruthAmongLies, plain_alone, rows_of, speculate, with_noise
+from tests.support.references import PartlyWrongScript, plain_alone, rows_of, speculate, with_noise
 from trees import ROOT, Fixed, TokenTree, TreeBatch
 
 NUM_NEW = 24
@@ -83,7 +83,7 @@ def test_draft_model_with_states_grows_trees(family: str, drafter: str) -> None:
 def test_every_family_passes_its_trial_and_takes_trees(family: str) -> None:
     model = recurrent_model(family)
     check_model(model)
-    script = TruthAmongLies(reference(family))
+    script = PartlyWrongScript(reference(family))
     out = speculate(model, PROMPTS, ScriptedDrafter(script), max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference(family), out.sequences, PROMPTS["attention_mask"])
     assert out.stats.num_accepted == script.num_true > 0
@@ -273,7 +273,7 @@ def test_prepared_model_says_what_it_says(family: str) -> None:
     """int8 weights: the int8 model's own tokens."""
     model = specdec.prepare(tiny_model(family, **RECURRENT[family]), weights="int8")
     expected = plain_alone(model, PROMPTS, 12)
-    out = speculate(model, PROMPTS, ScriptedDrafter(TruthAmongLies(expected)), max_new_tokens=12)
+    out = speculate(model, PROMPTS, ScriptedDrafter(PartlyWrongScript(expected)), max_new_tokens=12)
     assert_same_tokens(model, expected, out.sequences, PROMPTS["attention_mask"])
 
 

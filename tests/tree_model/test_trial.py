@@ -15,10 +15,11 @@ import specdec
 from specdec import UnsupportedModelError, UnsupportedOptionError
 from specdec.engine import Engine, Request
 from specdec.hf import CACHE
+from specdec.kernels.model.profile import profile_of
 from specdec.testing import tiny_model
 from specdec.tree_model import compatibility, masks
 from specdec.tree_model import model as target
-from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.compatibility import PassedTrials, check_model
 from specdec.tree_model.trial import trial_logits
 from tests.support.families import CHUNKED, INDEXED, UNLISTED
 
@@ -45,7 +46,7 @@ def test_text_reaches_past_what_the_model_sees(reach: str, size: int, monkeypatc
     settings = {**CHUNKED, "attention_chunk_size": size}
     model = window_model(size) if reach == "within_window" else tiny_model("llama4_text", **settings)
     check_model(model)
-    compatibility._checked.discard(model)
+    profile_of(model).part(PassedTrials).by_tree = False
     monkeypatch.setattr(masks, reach, lambda _, offsets_BT, *__: torch.ones(()).bool())
     with pytest.raises(UnsupportedModelError, match="other logits"):
         check_model(model)
@@ -74,7 +75,7 @@ def test_padded_rows_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         model, "prepare_inputs_for_generation", lambda *args, **given: {**prepare(*args, **given), "position_ids": None}
     )
     check_model(model)
-    compatibility._checked.discard(model)
+    profile_of(model).part(PassedTrials).by_tree = False
     monkeypatch.setattr(target, "positions_read", nothing_read)
     with pytest.raises(UnsupportedModelError, match="other logits"):
         check_model(model)

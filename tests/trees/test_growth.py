@@ -41,11 +41,11 @@ from trees import (
     DySpec,
     DySpecThreshold,
     Fixed,
+    GainLimitedChain,
     GrowthPolicy,
     Round,
     Sequoia,
     TokenTree,
-    WorthwhileComb,
     chain_length,
     count_ranks,
     count_shares,
@@ -64,8 +64,8 @@ POLICIES = {
     "dyspec shared": DySpec(9, shared=True),
     "threshold": DySpecThreshold(0.05, max_nodes=9),
     "dyspec calibrated": DySpec(9, calibration=CALIBRATION),
-    "worthwhile chain": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8),
-    "worthwhile comb": WorthwhileComb(prices=[0.3] * 3, chance=float, next_chance=0.8, leaf_prices=[0.02] * 9),
+    "gain-limited chain": GainLimitedChain(prices=[0.3] * 3, chance=float, next_chance=0.8),
+    "gain-limited leaves": GainLimitedChain(prices=[0.3] * 3, chance=float, next_chance=0.8, leaf_prices=[0.02] * 9),
 }
 
 
@@ -440,10 +440,10 @@ def test_greedy_output_is_that_of_plain_decoding(name: str, target, small):
             assert_same_tokens(target, plain, found, prompts["attention_mask"], **options)
 
 
-COMB = WorthwhileComb(prices=[0.0] * 3, chance=float, next_chance=1.0, leaf_prices=[0.0] * 9)
+LEAVES = GainLimitedChain(prices=[0.0] * 3, chance=float, next_chance=1.0, leaf_prices=[0.0] * 9)
 
 
-@pytest.mark.parametrize("tree", [Fixed((2, 1, 1)), COMB], ids=["fixed", "comb"])
+@pytest.mark.parametrize("tree", [Fixed((2, 1, 1)), LEAVES], ids=["fixed", "leaves"])
 def test_trees_follow_processors_that_look_at_prefixes(tree: GrowthPolicy, target):
     prompts = random_prompts([5, 9, 3, 12])
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.3}
@@ -511,16 +511,16 @@ def test_a_confident_chain_ends_after_the_first_token_that_it_is_not_sure_of():
     probs = [[0.9, 0.8, 0.3, 0.9], [0.4, 0.9, 0.9, 0.9]]
     grower = ConfidentChain(4, threshold=0.5).start(Round(max_depths=[9, 9], sample=False))
     for step in range(4):
-        if grower.hungry:
+        if grower.needs_scores:
             rest = [(1 - row[step]) / 9 for row in probs]
             grower.grow(torch.tensor([[[row[step], *[left] * 9]] for row, left in zip(probs, rest, strict=True)]).log())
     assert grower.finish().trees.sizes == (3, 1)
 
 
-def test_a_worthwhile_comb_takes_all_that_is_worth_its_price():
+def test_a_gain_limited_chain_takes_all_that_is_worth_its_price():
     """Greedy: the chain goes on while its reach pays, and no leaf that is left out is worth more than its price."""
     model = RandomScores(3, spread=1.5)
-    policy = WorthwhileComb(
+    policy = GainLimitedChain(
         prices=[0.25] * 5, chance=lambda prob: prob**0.25, next_chance=0.6, leaf_prices=[0.05] * 20, leaf_chance=float
     )
     tree = grow_greedily(policy, model)
@@ -542,8 +542,8 @@ def test_a_worthwhile_comb_takes_all_that_is_worth_its_price():
 def test_rows_fill_up_to_the_width_that_there_is():
     """A row that must not draft deep gets leaves for nothing beside one that drafts a long chain."""
     models = [RandomScores(seed, spread=1.0) for seed in (1, 2)]
-    dear = WorthwhileComb(prices=[0.0] * 4, chance=float, next_chance=1.0, leaf_prices=[2.0] * 9)
+    dear = GainLimitedChain(prices=[0.0] * 4, chance=float, next_chance=1.0, leaf_prices=[2.0] * 9)
     draft = grow(dear, models, [5, 1], sample=False)
     assert draft.trees.sizes[0] == 5, "chain"
     assert draft.trees.sizes[1] == 4, "one token and three leaves"
-    assert draft.places == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]
+    assert draft.grown_indices == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]

@@ -255,14 +255,14 @@ def test_a_draft_that_is_alone_is_left_as_it_is():
     assert cut.is_drawn
 
 
-def test_places_are_those_of_the_source_that_has_them():
-    grown = Draft(trees=TreeBatch.stack([TokenTree(tokens=[3, 4], parents=[ROOT, ROOT])]), places=[[2, -1]])
+def test_grown_indices_are_those_of_the_source_that_has_them():
+    grown = Draft(trees=TreeBatch.stack([TokenTree(tokens=[3, 4], parents=[ROOT, ROOT])]), grown_indices=[[2, -1]])
     chain = told(TokenTree.chain([4, 9]))
-    assert merge([chain, grown], places_of=1).draft.places == [[-1, -1, 2]]
-    assert merge([grown, chain], places_of=1).draft.places == [[-1, 0, 1]]
-    assert merge([grown, chain]).draft.places is None
+    assert merge([chain, grown], grown_by=1).draft.grown_indices == [[-1, -1, 2]]
+    assert merge([grown, chain], grown_by=1).draft.grown_indices == [[-1, 0, 1]]
+    assert merge([grown, chain]).draft.grown_indices is None
     empty = told(TokenTree.chain([]))
-    assert merge([empty, chain], places_of=0).draft.places == [[-1, -1]], "places of nobody's are not the chain's"
+    assert merge([empty, chain], grown_by=0).draft.grown_indices == [[-1, -1]], "those of nobody's are not the chain's"
 
 
 def test_what_is_told_gives_its_likeliest_paths():

@@ -138,7 +138,7 @@ def test_growing_trees_see_what_finished_ones_see(data: st.DataObject) -> None:
         num_old = len(parents[0])
         layer = [[data.draw(st.integers(ROOT, num_old - 1)) for _ in range(size)] for _ in range(num_rows)]
         parents = [row + more for row, more in zip(parents, layer, strict=True)]
-        grown.add(Layer(tokens_BM=torch.full((num_rows, size), num_old), parents_BM=np.array(layer)))
+        grown.append(Layer(tokens_BM=torch.full((num_rows, size), num_old), parents_BM=np.array(layer)))
         whole = TreeBatch.stack([TokenTree(tokens=range(len(row)), parents=row) for row in parents])
         assert (grown.sizes, grown.num_slots) == (whole.sizes, whole.num_slots)
         assert torch.equal(grown.ancestors_BTT, whole.ancestors_BTT)
@@ -158,7 +158,7 @@ def test_growing_trees_see_what_finished_ones_see(data: st.DataObject) -> None:
 def test_single_nodes_side_by_side_are_no_chain() -> None:
     grown = GrowingTrees(1)
     for parent, is_chain in ((ROOT, True), (0, True), (ROOT, False), (2, False)):
-        grown.add(Layer(tokens_BM=torch.tensor([[7]]), parents_BM=np.array([[parent]])))
+        grown.append(Layer(tokens_BM=torch.tensor([[7]]), parents_BM=np.array([[parent]])))
         assert grown.is_chain == is_chain
     assert grown.seen_BMT.tolist() == [[[True, False, False, True, True]]]
 

@@ -14,7 +14,7 @@ from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.drafters import Drafter
-from specdec.text.prompting import Message, encode_chats, has_chat_template
+from specdec.text.prompting import NO_CHAT_TEMPLATE, Message, encode_chats, has_chat_template
 from specdec.tree_model.cache import beginning, keeps_states
 from specdec.tree_model.compatibility import position_limit
 
@@ -41,10 +41,7 @@ class Conversation(Dialogue):
         messages: Sequence[Message] = (),
     ) -> None:
         if not has_chat_template(tokenizer):
-            raise ValueError(
-                "this model has no chat template, so it cannot hold a conversation; "
-                "`specdec generate --raw` continues a text with it"
-            )
+            raise ValueError(NO_CHAT_TEMPLATE)
         super().__init__(system=system, messages=messages)
         self.drafter = drafter
         self._model = model
@@ -156,9 +153,9 @@ class _KeptStates:
 
 def _num_common(ids: list[int], others: list[int]) -> int:
     """Length of the longest common beginning."""
-    for place, (token, other) in enumerate(zip(ids, others, strict=False)):
+    for index, (token, other) in enumerate(zip(ids, others, strict=False)):
         if token != other:
-            return place
+            return index
     return min(len(ids), len(others))
 
 

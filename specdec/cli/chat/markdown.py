@@ -61,9 +61,9 @@ def tint(lines: Sequence[Text], text: str, marks: Sequence[bool], style: Style) 
             if char.isspace():
                 is_marked.append(bool(is_marked) and is_marked[-1])
                 continue
-            place = text.find(char, start, start + _LOOK_AHEAD)
-            is_marked.append(place >= 0 and marks[place])
-            start = max(start, place + 1)
+            position = text.find(char, start, start + _LOOK_AHEAD)
+            is_marked.append(position >= 0 and marks[position])
+            start = max(start, position + 1)
         column = 0
         for mark, run in itertools.groupby(is_marked):
             first, column = column, column + len(list(run))

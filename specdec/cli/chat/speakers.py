@@ -75,7 +75,8 @@ class LocalSpeaker:
         Raises:
             ModelError, DraftError: as `load_pair`.
         """
-        return cls._of(load_pair(model, draft, options, translates=drafter_spec.translates), options, drafter_spec)
+        pair = load_pair(model, draft, options, translates=drafter_spec.translates, to_chat=True)
+        return cls._of(pair, options, drafter_spec)
 
     @classmethod
     def _of(cls, pair: LoadedPair, options: ModelOptions, spec: DrafterSpec) -> LocalSpeaker:

@@ -31,7 +31,7 @@ class ReplyStreamer(RoundStreamer):
     def put_round(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], num_accepted: Sequence[int]) -> None:
         (row_tokens,), (count,) = tokens, num_accepted
         self.num_tokens += len(row_tokens)
-        self._take([Piece(self._detokenizer.add(token), place < count) for place, token in enumerate(row_tokens)])
+        self._take([Piece(self._detokenizer.add(token), index < count) for index, token in enumerate(row_tokens)])
 
     def end(self) -> None:
         """Tell what was held back; also called when the run was broken off."""

@@ -36,6 +36,7 @@ from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.quantized_self import QuantizedSelf
 from specdec.errors import SpecdecError, UnsupportedOptionError
 from specdec.kernels import native, prepared
+from specdec.kernels.model.linear import is_dense
 from trees import Draft, TreeBatch
 
 _MIN_COPY_TOKENS = 32
@@ -68,7 +69,7 @@ class Auto(Drafter):
         self.drafters = drafters
         self.clock: Callable[[], float] = perf_counter
         """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
-        self.rewinds = all(drafter.rewinds for drafter in drafters)
+        self.supports_rollback = all(drafter.supports_rollback for drafter in drafters)
         self.needs_exits = any(drafter.needs_exits for drafter in drafters)
 
     def reset(self) -> None:
@@ -106,14 +107,16 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
     """What a target brings along to draft for itself: its copy, for which the others draft."""
     model, done = run.target.model, prepared(run.target.model)
     is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
-    is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
+    is_here = num_processes(model) == 1 and all(
+        weights.device.type == "cpu" and is_dense(weights) for weights in model.parameters()
+    )
     if not is_here or not is_float or not native.library() or is_dropped(model, _quantized_self):
         return []
     num_bytes = sum(parameter.numel() for parameter in model.parameters())
     has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes
     if not has_room:
         return []
-    if not auto.rewinds:
+    if not auto.supports_rollback:
         return [_quantized_self]
     return [Cascade(auto, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
 
@@ -252,7 +255,7 @@ class _AutoSession(DraftSession):
             self._learn(round_, outcome, now)
         for source in self._sources:
             is_own = round_ is None or round_.plan.source in (None, source)  # a draft without nodes is part of any
-            source.tell(methodcaller("observe", outcome if is_own else outcome.of_another()))
+            source.tell(methodcaller("observe", outcome if is_own else outcome.as_foreign()))
         self._control_seconds += self._clock() - now
 
     def _learn(self, round_: _Round, outcome: Outcome, now: float) -> None:
@@ -262,13 +265,13 @@ class _AutoSession(DraftSession):
         self._update_costs(round_, now)
         self._update_sources(round_, outcome)
         num_tokens = sum(map(len, outcome.tokens))
-        self._control.note(round_.plan, num_tokens, seconds)
+        self._control.update(round_.plan, num_tokens, seconds)
 
     def _update_costs(self, round_: _Round, now: float) -> None:
         """What the target's forward took, unless a part of it was drafting."""
         context, source = round_.context, round_.plan.source
         if source is None or not source.session.runs_target:
-            context.costs.note(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
+            context.costs.update(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
 
     def _update_sources(self, round_: _Round, outcome: Outcome) -> None:
         """What became of the draft, and of what prompt lookup would have drafted."""
@@ -290,9 +293,9 @@ class _AutoSession(DraftSession):
         for source in self._sources:
             source.tell(methodcaller("join"))
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         for source in self._sources:
-            source.tell(methodcaller("rewind"))
+            source.tell(methodcaller("rollback"))
 
     def close(self) -> None:
         self._lookup.session.close()

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 from traceback import walk_tb
-from typing import TypeAlias
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec.decoding.drafter import Drafter
 from specdec.drafters.model.int8_copy import original_of
+from specdec.kernels.model.profile import all_profiles, profile_of
 
 _log = logging.getLogger(__name__)
 
-_Dropped: TypeAlias = WeakValueDictionary[int, object]
-_dropped: WeakKeyDictionary[PreTrainedModel, _Dropped] = WeakKeyDictionary()
-"""By target; the drafters, or the models that they draft with, by id: a drafter need not be hashable."""
+
+class _Dropped(WeakValueDictionary[int, object]):
+    """Of a target: the drafters, or the models that they draft with, by id: a drafter need not be hashable."""
 
 
 def is_dropped(target: PreTrainedModel, drafter: Drafter) -> bool:
     """Whether the drafter has raised at work for the target (or for its int8 copy)."""
     identity = _identity(drafter)
-    return _dropped.get(original_of(target), _Dropped()).get(id(identity)) is identity
+    return _dropped_of(target).get(id(identity)) is identity
 
 
 def drop(target: PreTrainedModel, drafter: Drafter, error: Exception) -> None:
@@ -30,7 +30,7 @@ def drop(target: PreTrainedModel, drafter: Drafter, error: Exception) -> None:
     if is_dropped(target, drafter):
         return
     target, identity = original_of(target), _identity(drafter)
-    _dropped.setdefault(target, _Dropped())[id(identity)] = identity
+    _dropped_of(target)[id(identity)] = identity
     _log.warning(
         "%s raised %s: %s. Auto goes on without it for this %s (Auto.reset() takes it back)",
         *(type(drafter).__name__, type(error).__name__, error, type(target).__name__),
@@ -40,14 +40,18 @@ def drop(target: PreTrainedModel, drafter: Drafter, error: Exception) -> None:
 
 def take_back(drafter: Drafter) -> None:
     """Try it again, for all targets."""
-    for gone in list(_dropped.values()):
-        gone.pop(id(_identity(drafter)), None)
+    for profile in all_profiles():
+        profile.part(_Dropped).pop(id(_identity(drafter)), None)
 
 
 def is_the_callers(error: Exception) -> bool:
     """Whether one of the call's own logits processors raised, which drafters ask about their drafts."""
     code = LogitsProcessorList.__call__.__code__
     return any(frame.f_code is code for frame, _ in walk_tb(error.__traceback__))
+
+
+def _dropped_of(target: PreTrainedModel) -> _Dropped:
+    return profile_of(original_of(target)).part(_Dropped)
 
 
 def _identity(drafter: Drafter) -> object:

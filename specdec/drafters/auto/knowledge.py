@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from threading import Lock
-from weakref import WeakKeyDictionary
-
-from transformers import PreTrainedModel
 
 from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, RunHistory, prior_averages
 from specdec.decoding.drafter import Drafter, Run
+from specdec.kernels.model.profile import profile_of
 
 _BIAS_TOKENS = 16.0
 """Tokens that full trust in proposals is worth at first."""
@@ -25,7 +23,7 @@ _MOST_FAILURES = 5
 
 @dataclass(eq=False)
 class SelectionBias:
-    """How much of what chosen proposals promised was kept: those that look best are those that are overrated most.
+    """Corrects the winner's curse: the proposal that is chosen as the best is overestimated on average.
 
     Where nothing is chosen, it goes back to full trust bit by bit.
     """
@@ -37,7 +35,7 @@ class SelectionBias:
     def share(self) -> float:
         return min(self.kept / self.promised, 1.0)
 
-    def note(self, promised: float, kept: float) -> None:
+    def update(self, promised: float, kept: float) -> None:
         """Drafted tokens of a round that were expected to be accepted, and that were."""
         self.promised = _BIAS_DECAY * self.promised + promised
         self.kept = _BIAS_DECAY * self.kept + kept
@@ -54,9 +52,9 @@ class Known:
     acceptance: AcceptanceMemory
     history: RunHistory
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
-    """Of those beside a chain, by whether they were drawn."""
+    """Acceptance of the leaves beside a chain, by whether they were drawn."""
     selection_bias: dict[int, SelectionBias] = field(default_factory=dict)
-    """Of proposals, by rows."""
+    """Selection bias of proposals, by number of rows."""
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
     failures: int = 0
@@ -65,10 +63,10 @@ class Known:
     """Of the runs since then, in which it was not at work."""
 
     @classmethod
-    def at_first(cls, drafter: Drafter) -> Known:
+    def initial(cls, drafter: Drafter) -> Known:
         """Before any run has shown anything."""
-        acceptance = AcceptanceMemory(agreement=drafter.agreement)
-        return cls(acceptance=acceptance, history=RunHistory(prior_averages(drafter.agreement)))
+        acceptance = AcceptanceMemory(prior_acceptance=drafter.prior_acceptance)
+        return cls(acceptance=acceptance, history=RunHistory(prior_averages(drafter.prior_acceptance)))
 
     def bias_at(self, num_rows: int) -> SelectionBias:
         return self.selection_bias.setdefault(num_rows, SelectionBias())
@@ -76,7 +74,7 @@ class Known:
     def leaves_when(self, drawn: bool) -> AcceptanceMemory:
         return self.leaves.setdefault(drawn, AcceptanceMemory(LEAF_EDGES))
 
-    def note_run(self, pays: bool | None, elapsed_seconds: float) -> None:
+    def update_run(self, pays: bool | None, elapsed_seconds: float) -> None:
         """pays: None for a run in which it was not at work."""
         with _noting:
             if pays is None:
@@ -90,11 +88,13 @@ class Known:
 
 
 _noting = Lock()
-known: WeakKeyDictionary[PreTrainedModel, dict[object, Known]] = WeakKeyDictionary()
-"""By target, and by the kind of drafter and its model."""
+
+
+class Knowledge(dict[object, Known]):
+    """Of a target, by the kind of drafter and its model."""
 
 
 def known_of(run: Run, drafter: Drafter) -> Known:
     model = getattr(drafter, "model", None)
     key = type(drafter), None if model is None else id(model)
-    return known.setdefault(run.target.model, {}).setdefault(key, Known.at_first(drafter))
+    return profile_of(run.target.model).part(Knowledge).setdefault(key, Known.initial(drafter))

@@ -32,7 +32,7 @@ from specdec.drafters.auto.dropped import drop, is_the_callers
 from specdec.drafters.auto.knowledge import known_of
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.plain import Plain
-from trees import Draft, TokenTree, TreeBatch, WorthwhileComb, chain_length, leaf_confidence
+from trees import Draft, GainLimitedChain, TokenTree, TreeBatch, chain_length, leaf_confidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,13 +78,13 @@ class RoundContext:
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
     def prices(self, step_seconds: float) -> list[float]:
-        """Of the tokens of a chain, see `WorthwhileComb`."""
+        """Of the tokens of a chain, see `GainLimitedChain`."""
         longest = min(LONGEST_DRAFT, max(self.max_depths))
         return [self.throughput * step_seconds + price for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
-        """Of the nodes of a tree, see `WorthwhileComb`: the closest ones that do not fall, as differences of widths
-        that are timed and corrected one by one are mostly noise."""
+        """The price of each node of a tree (see `GainLimitedChain`): an isotonic regression of the marginal costs, as
+        differences of widths that are timed and corrected one by one are mostly noise."""
         verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
         prices = [self.throughput * (wider - narrower) for narrower, wider in pairwise(verified)]
         return monotone(prices, [1.0] * len(prices))
@@ -162,11 +162,11 @@ class LookupSource(Source):
             bias.passed_over()
         else:
             promised = (drafted.tokens - num_rows) / bias.share
-            bias.note(promised, self.would_commit(outcome, drafted.length) - num_rows)
+            bias.update(promised, self.would_commit(outcome, drafted.length) - num_rows)
         agreed = self._agreed(outcome, LONGEST_LOOKUP)
         for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
             tested = (chain.probs or ())[: len(tokens)]
-            self.acceptance.note_chain(tested, num_accepted)
+            self.acceptance.update_chain(tested, num_accepted)
 
     def _agreed(self, outcome: Outcome, length: int) -> list[int]:
         """For each row how many of the proposal's first tokens are those that were committed."""
@@ -259,7 +259,7 @@ class ModelSource(Source):
         self._steps = self.session.num_steps
         self._reading = self._reading_seconds(context)
         if self.session.grows_trees:
-            self.session.policy = WorthwhileComb(
+            self.session.policy = GainLimitedChain(
                 prices=context.prices(self._step_seconds(context)),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
@@ -272,23 +272,23 @@ class ModelSource(Source):
         """What became of this source's own draft, which took so long to make."""
         trees, num_rows = draft.trees, context.num_rows
         steps = max(self.session.num_steps - self._steps, 1 if trees.width else 0)
-        self._averages.note(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
+        self._averages.update(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
         if steps and self._reading < _READING_SHARE * draft_seconds:
-            self._step_costs(context).note(num_rows, (draft_seconds - self._reading) / steps)
+            self._step_costs(context).update(num_rows, (draft_seconds - self._reading) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
-                self._learn_comb(row, row.probs, path)
+                self._learn_leaves(row, row.probs, path)
 
-    def _learn_comb(self, row: TokenTree, probs: Sequence[float], path: Sequence[int]) -> None:
+    def _learn_leaves(self, row: TokenTree, probs: Sequence[float], path: Sequence[int]) -> None:
         """What the target took of a chain, and of the leaves beside what it came to."""
         length = chain_length(row)
         num_along = sum(node < length for node in path)
-        self.acceptance.note_chain(probs[:length], num_along)
+        self.acceptance.update_chain(probs[:length], num_along)
         for slot in range(min(num_along + 1, length)):
             elders = [probs[slot]]
             for leaf in row.children[slot][1:]:
                 confidence = leaf_confidence(probs[leaf], elders, self._run.sampler.do_sample)
-                self.leaves.note(confidence, leaf in path)
+                self.leaves.update(confidence, leaf in path)
                 elders.append(probs[leaf])
 
     def _attempt(self, step: Callable[Concatenate[ModelSource, P], T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -318,7 +318,7 @@ class ModelSource(Source):
         """The run is over, after so much time."""
         if self.is_gone:
             return
-        self._known.note_run(self._pays if self.has_begun else None, elapsed_seconds)
+        self._known.update_run(self._pays if self.has_begun else None, elapsed_seconds)
         self._averages.close()
         self.session.close()
 
@@ -344,10 +344,10 @@ class ModelSource(Source):
 
     def _reading_seconds(self, context: RoundContext) -> float:
         """For what the drafter has to read before it can draft."""
-        backlog, costs = self.session.backlog, self._costs_of(context.num_rows)
-        if not backlog or costs is None:
+        num_uncached_tokens, costs = self.session.num_uncached_tokens, self._costs_of(context.num_rows)
+        if not num_uncached_tokens or costs is None:
             return 0.0
-        return costs.seconds(context.num_rows + backlog) - costs.seconds(context.num_rows)
+        return costs.seconds(context.num_rows + num_uncached_tokens) - costs.seconds(context.num_rows)
 
 
 def _costs_of_draft(session: DraftSession, num_rows: int) -> ForwardCosts | None:

@@ -44,7 +44,7 @@ class Cascade(Drafter):
             raise ValueError(
                 f"Cascade(cheap={cheap!r}): cheap is a drafter, for example specdec.drafters.PromptLookup()"
             )
-        if not cheap.rewinds:
+        if not cheap.supports_rollback:
             raise ValueError(
                 f"Cascade(cheap={type(cheap).__name__}): cheap must be able to take back what it has read: "
                 "PromptLookup, SmallModel, or Auto of these"
@@ -64,7 +64,7 @@ class Cascade(Drafter):
         self.middle = QuantizedSelf() if middle is None else middle
         self.num_tokens = num_tokens
         self.min_tokens = min_tokens
-        self.agreement = self.middle.agreement
+        self.prior_acceptance = self.middle.prior_acceptance
 
     def models(self) -> Iterator[PreTrainedModel]:
         return chain(self.cheap.models(), self.middle.models())

@@ -2,7 +2,7 @@
 
 The copy's chain is the output of a decoding loop of its own, in which another drafter proposes and the copy verifies.
 It works on the target's cache: what it commits there while it drafts is taken back before the target verifies. When the
-target disagrees, the other drafter's text is taken back too (`DraftSession.rewind`).
+target disagrees, the other drafter's text is taken back too (`DraftSession.rollback`).
 
 Whether the copy goes on is decided by what it has written so far, and every token of it is distributed as the copy's
 own given those before, so that is the q of the draft.
@@ -24,7 +24,7 @@ from specdec.decoding.sampling import Prefixes
 from specdec.decoding.sequences import num_shared
 from specdec.drafters.model.growing import target_scores
 from specdec.tree_model.model import TreeModel
-from trees import Draft, TokenTree, TreeBatch, WorthwhileComb
+from trees import Draft, GainLimitedChain, TokenTree, TreeBatch
 
 
 @dataclass(slots=True)
@@ -49,11 +49,11 @@ class NestedSession(DraftSession):
         policy: says when to stop, of chains of `least` tokens and more; None stops there.
     """
 
-    policy: WorthwhileComb | None
+    policy: GainLimitedChain | None
     grows_trees = True
 
     def __init__(self, run: Run, copy: TreeModel, cheap: Drafter, *, most: int, least: int):
-        assert cheap.rewinds
+        assert cheap.supports_rollback
         self.policy = None
         self._run = run
         self._most, self._least = most, least
@@ -102,7 +102,7 @@ class NestedSession(DraftSession):
         counts = [num_shared(line.tokens, tokens) for line, tokens in zip(lines, outcome.tokens, strict=True)]
         for row, (line, count) in enumerate(zip(lines, counts, strict=True)):
             self._sequences.retract(row, len(line.tokens) - count)
-        self._cheap.rewind()
+        self._cheap.rollback()
         appended = [tokens[count:] for tokens, count in zip(outcome.tokens, counts, strict=True)]
         for row, tokens in enumerate(appended):
             self._sequences.put(row, tokens)

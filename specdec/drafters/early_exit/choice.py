@@ -2,7 +2,7 @@
 
 `Plan`s say what a round of each exit is expected to bring and to take, `RoundControl` takes the one that is worth most
 and tries those that did not pay again. The chain and its leaves grow for as long as they are worth their time
-(`WorthwhileComb`).
+(`GainLimitedChain`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Options:
 
     Args:
         plans: of the exits of which something is known.
-        prices, leaf_prices: see `WorthwhileComb`; the former by exit.
+        prices, leaf_prices: see `GainLimitedChain`; the former by exit.
         acceptance: of a token that is not drawn yet, by exit.
     """
 
@@ -105,7 +105,7 @@ class TokensPerSecond(ExitRule):
         round_, now = self._round, self._clock()
         assert round_ is not None
         if outcome.is_own:  # else others have drafted and been verified in that time
-            self._note_times(round_, draft.trees, sum(map(len, outcome.tokens)), now)
+            self._update_times(round_, draft.trees, sum(map(len, outcome.tokens)), now)
         own = round_.plan.source
         if own is not None:
             self._sources[own].learn(draft.trees, outcome.own_paths, round_.num_steps)
@@ -164,15 +164,15 @@ class TokensPerSecond(ExitRule):
             acceptance={layer: source.acceptance.mean_chance for layer, source in seen.items()},
         )
 
-    def _note_times(self, round_: _Round, trees: TreeBatch, num_tokens: int, now: float) -> None:
+    def _update_times(self, round_: _Round, trees: TreeBatch, num_tokens: int, now: float) -> None:
         plan, costs = round_.plan, round_.options.costs
-        costs.forward.note(trees.num_rows * trees.num_slots, now - round_.drafted)
-        self._control.note(plan, num_tokens, now - round_.decided)
+        costs.forward.update(trees.num_rows * trees.num_slots, now - round_.drafted)
+        self._control.update(plan, num_tokens, now - round_.decided)
         if plan.source is not None and round_.num_steps:
             step_seconds = (round_.drafted - round_.decided) / round_.num_steps
             # what it has missed is read in that time too
             if self._source(plan).is_up_to_date or step_seconds < costs.step_seconds(plan.source):
-                costs.note_step(plan.source, step_seconds)
+                costs.update_step(plan.source, step_seconds)
 
 
 def _centre(plan: Plan[int], acceptance: dict[int, float], *, default: int) -> int:

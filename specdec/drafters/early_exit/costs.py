@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import get_clock_info, perf_counter, thread_time
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
 
 from specdec.control import ForwardCosts
+from specdec.control.costs import measuring, varied_tokens
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.kernels import prepared
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
@@ -61,12 +61,13 @@ class ExitCosts:
     def step_seconds(self, exit_layer: int) -> float:
         return self.forward.drift * self._steps.seconds(exit_layer + 1)
 
-    def note_step(self, exit_layer: int, seconds: float) -> None:
+    def update_step(self, exit_layer: int, seconds: float) -> None:
         """What a step took, beyond what the machine makes of all forwards now."""
-        self._steps.note(exit_layer + 1, seconds / self.forward.drift)
+        self._steps.update(exit_layer + 1, seconds / self.forward.drift)
 
 
-_measured: WeakKeyDictionary[PreTrainedModel, dict[object, ExitCosts]] = WeakKeyDictionary()
+class _Measured(dict[object, ExitCosts]):
+    """By what the costs of a model's exits depend on."""
 
 
 def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
@@ -78,10 +79,11 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
     model = target.model
     kinds = tuple((head.layer, type(head)) for head in heads)
     key = kinds, num_rows, torch.get_num_threads(), model.dtype, target.device, prepared(model)
-    known = _measured.setdefault(model, {})
-    if key not in known:
-        known[key] = _measure(target, heads, num_rows)
-    return known[key]
+    known = profile_of(model).part(_Measured)
+    with measuring:
+        if key not in known:
+            known[key] = _measure(target, heads, num_rows)
+        return known[key]
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> Exi
     """Time verifications, and draft steps from the lowest and the highest exit: all heads of a run are alike."""
     scratch = EarlyExitModel(target.model)
     context = max(min(_CONTEXT, position_limit(target.model) - 2), 1)
-    scratch.prefill(torch.zeros((num_rows, context), dtype=torch.long, device=scratch.device))
+    scratch.prefill(varied_tokens(scratch, num_rows, context))
     forward = _time({num_rows * width: partial(_verify, scratch, num_rows, width) for width in _WIDTHS}, scratch)
     steps = {head.layer + 1: _step(head, scratch, num_rows) for head in (heads[0], heads[-1])}
     return ExitCosts(forward, _time(steps, scratch), num_rows)
@@ -111,15 +113,15 @@ def _time(parts: Mapping[int, Callable[[], object]], scratch: EarlyExitModel) ->
 
 
 def _verify(scratch: EarlyExitModel, num_rows: int, width: int) -> None:
-    tokens_BT = torch.zeros((num_rows, width), dtype=torch.long, device=scratch.device)
+    tokens_BT = varied_tokens(scratch, num_rows, width)
     order_BT = torch.arange(width, device=scratch.device).expand_as(tokens_BT)
     seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
     scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
 
 
 def _step(head: ExitHead, scratch: EarlyExitModel, num_rows: int) -> Callable[[], object]:
-    tokens_B1 = torch.zeros((num_rows, 1), dtype=torch.long, device=scratch.device)
+    tokens_B1 = varied_tokens(scratch, num_rows, 1)
     score = head.timing_run(scratch, num_rows)
     if head.layer == 0:
         return lambda: score(scratch.embed(tokens_B1))
-    return lambda: score(scratch.forward_below(head.layer, tokens_B1, tokens_B1, None))
+    return lambda: score(scratch.forward_below(head.layer, tokens_B1, torch.zeros_like(tokens_B1), None))

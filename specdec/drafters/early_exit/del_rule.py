@@ -68,10 +68,10 @@ class TokensPerLayer(ExitRule):
     def seed(self, seen: Iterable[Seen]) -> None:
         """Learn from the prompt: it counts as a part of the first round."""
         for exit_layer, confidences, agreements in seen:
-            place = self._exits.index(exit_layer)
+            index = self._exits.index(exit_layer)
             weights_ST = np.stack([agreements, 1 - np.asarray(agreements)])
-            self._counts_SE[:, place] += weights_ST.sum(1)
-            self._confidence_SE[:, place] += (weights_ST * np.asarray(confidences)).sum(1)
+            self._counts_SE[:, index] += weights_ST.sum(1)
+            self._confidence_SE[:, index] += (weights_ST * np.asarray(confidences)).sum(1)
 
     def observe(self, seen: Iterable[Seen]) -> None:
         """Learn from a round: from its slots up to the first one whose draft was refused, that one included."""
@@ -90,8 +90,8 @@ class TokensPerLayer(ExitRule):
     def _best(self, longest: int) -> ExitChoice:
         if self._is_first_round:
             return ExitChoice(self._exits[0], ConfidentChain(1, threshold=0.0))
-        place = int(self._tokens_per_layer_ED().argmax()) // _NUM_LENGTHS
-        return ExitChoice(self._exits[place], ConfidentChain(longest, threshold=float(self.midpoint_E[place])))
+        index = int(self._tokens_per_layer_ED().argmax()) // _NUM_LENGTHS
+        return ExitChoice(self._exits[index], ConfidentChain(longest, threshold=float(self.midpoint_E[index])))
 
     def _tokens_per_layer_ED(self) -> Array:
         tokens_DE = np.ones((_NUM_LENGTHS, len(self._exits)))

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.early_exit.choice import TokensPerSecond
@@ -28,16 +26,18 @@ from specdec.errors import DraftError
 from specdec.exits.module import Exit, load_exits
 from specdec.exits.shipped import shipped_exits
 from specdec.kernels import prepare_like, prepared
+from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.compatibility import check_layers
 from specdec.tree_model.early_exit import EarlyExitModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 SHIPPED = "shipped"
 
-_loaded: WeakKeyDictionary[PreTrainedModel, dict[object, list[Exit]]] = WeakKeyDictionary()
-"""The exits of a model by their file and its preparation. They hold parts of it, and go with it."""
-
 _FIXED_LENGTH, _TRAINED_LENGTH, _DEL_LENGTH = 5, 6, 18
+
+
+class _Loaded(dict[object, list[Exit]]):
+    """The exits of a model by their file and its preparation. They hold parts of it, and go with it."""
 
 
 class EarlyExit(Drafter):
@@ -121,10 +121,11 @@ class EarlyExit(Drafter):
         file = shipped_exits(model) if self._file == SHIPPED else self._file
         if file is None:
             return {}
-        loaded = _loaded.setdefault(model, {})
-        key = fspath(file), prepared(model)
-        if key not in loaded:
-            loaded[key] = [prepare_like(module, model) for module in load_exits(file, model)]
+        profile, key = profile_of(model), (fspath(file), prepared(model))
+        loaded = profile.part(_Loaded)
+        with profile.lock:
+            if key not in loaded:
+                loaded[key] = [prepare_like(module, model) for module in load_exits(file, model)]
         return {module.layer: TrainedHead(module, target, run.sequences) for module in loaded[key]}
 
 

@@ -23,7 +23,7 @@ _SEED_POSITIONS = 32
 _SEED_ROWS = 64
 """States that pass the head for that, where the time is limited."""
 _STRIDE = 4
-"""Every how manyth of the other candidates is looked at, besides the best one and its neighbours."""
+"""Besides the best candidate and its neighbours, every n-th of the others is checked."""
 
 
 class Seen(NamedTuple):
@@ -61,7 +61,7 @@ class ShadowTokens:
         self._last_seconds = 0.0
         self._sweep = 0
         num_states = len(layers) * _SEED_POSITIONS // 4 * len(run.sequences)
-        step = 1 if share == 1 else min(-(-num_states // _SEED_ROWS), len(layers))
+        step = 1 if share == 1 else min(max(1, -(-num_states // _SEED_ROWS)), len(layers))
         self._watched = self._layers[step // 2 :: step]
         self._target.keep_states([*self._watched, self._target.num_layers])
 
@@ -139,10 +139,10 @@ class ShadowTokens:
         if self.seconds + self._last_seconds > self._share * (perf_counter() - self._started):
             return []
         self._sweep = (self._sweep + 1) % _STRIDE
-        place = self._layers.index(centre)
-        near = {place - 1, place, place + 1} & set(range(len(self._layers)))
-        places = near | set(range(self._sweep, len(self._layers), _STRIDE))
-        return [self._layers[place] for place in sorted(places)]
+        index = self._layers.index(centre)
+        near = {index - 1, index, index + 1} & set(range(len(self._layers)))
+        indices = near | set(range(self._sweep, len(self._layers), _STRIDE))
+        return [self._layers[index] for index in sorted(indices)]
 
 
 def _kept(values_BET: Tensor, counts: Sequence[int]) -> list[list[float]]:

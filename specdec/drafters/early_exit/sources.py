@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from statistics import mean
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from specdec.control import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, Plan, RoundAverages
 from specdec.drafters.auto.sources import RoundContext
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.drafters.early_exit.rule import reached_slots
 from specdec.drafters.early_exit.shadows import Seen
-from trees import GrowthPolicy, TreeBatch, WorthwhileComb, leaf_confidence
+from specdec.kernels.model.profile import profile_of
+from trees import GainLimitedChain, GrowthPolicy, TreeBatch, leaf_confidence
 
 _FIRST_SURPLUS = RoundAverages(tokens=0.2, steps=0.0, nodes=1.5)
 """What leaves bring, and how many there are, before anything is known."""
@@ -40,7 +38,7 @@ class _Surplus:
             nodes=max(expected.nodes + mean.nodes, 1.0),
         )
 
-    def note(self, actual: RoundAverages, expected: RoundAverages) -> None:
+    def update(self, actual: RoundAverages, expected: RoundAverages) -> None:
         self._num_rounds = min(self._num_rounds + 1, self._most_rounds)
         mean, share = self._mean, 1 / self._num_rounds
         self._mean = RoundAverages(
@@ -57,11 +55,11 @@ class _Known:
     acceptance: AcceptanceMemory = field(default_factory=AcceptanceMemory)
     surplus: _Surplus = field(default_factory=_Surplus)
     leaves: dict[bool, AcceptanceMemory] = field(default_factory=dict)
-    """Of those beside a chain, by whether they were drawn."""
+    """Acceptance of the leaves beside a chain, by whether they were drawn."""
 
 
-_known: WeakKeyDictionary[nn.Module, dict[int, _Known]] = WeakKeyDictionary()
-"""By what an exit drafts with (`ExitHead.weights`), and its layer."""
+class _KnownExits(dict[int, _Known]):
+    """Of what exits draft with (`ExitHead.weights`), by their layer."""
 
 
 class ExitSource:
@@ -77,7 +75,7 @@ class ExitSource:
     """
 
     def __init__(self, head: ExitHead, *, sample: bool, is_watched: bool):
-        known = _known.setdefault(head.weights, {}).setdefault(head.layer, _Known())
+        known = profile_of(head.weights).part(_KnownExits).setdefault(head.layer, _Known())
         self.layer = head.layer
         self.acceptance = AcceptanceModel(known.acceptance)
         self.is_seen = not is_watched
@@ -95,23 +93,23 @@ class ExitSource:
         """Whether only a draft shows what it is worth now."""
         return self._has_begun or not self._is_watched
 
-    def plan(self, place: int, context: RoundContext, step_seconds: float, prices: Sequence[float]) -> Plan[int]:
+    def plan(self, source: int, context: RoundContext, step_seconds: float, prices: Sequence[float]) -> Plan[int]:
         """What a round of it is expected to bring and to take.
 
         Args:
-            prices: of the tokens of its chain (see `WorthwhileComb`).
+            prices: of the tokens of its chain (see `GainLimitedChain`).
         """
         self._prices = prices
         expected = self._surplus.on(likely_averages(self.acceptance.mean_chance, prices, context.num_rows))
         return Plan(
-            source=place,
+            source=source,
             length=len(prices) + 1,
             tokens=expected.tokens * context.num_rows,
             seconds=expected.steps * step_seconds + context.seconds(expected.nodes),
         )
 
     def policy(self, prices: Sequence[float], leaf_prices: Sequence[float]) -> GrowthPolicy:
-        return WorthwhileComb(
+        return GainLimitedChain(
             prices=prices,
             chance=self.acceptance.chance,
             next_chance=self.acceptance.mean_chance,
@@ -123,20 +121,20 @@ class ExitSource:
         """What became of its draft, which took so many forwards."""
         self._has_begun = True
         for probs, accepted in reached_slots(trees, paths):
-            self.acceptance.note(probs[0], accepted == 0)
-            for place in range(1, len(probs)):
-                confidence = leaf_confidence(probs[place], probs[:place], self._sample)
-                self._leaves.note(confidence, accepted == place)
+            self.acceptance.update(probs[0], accepted == 0)
+            for rank in range(1, len(probs)):
+                confidence = leaf_confidence(probs[rank], probs[:rank], self._sample)
+                self._leaves.update(confidence, accepted == rank)
         # by what is believed now: that the first beliefs were wrong is no surplus
         expected = likely_averages(self.acceptance.mean_chance, self._prices, len(paths))
         actual = RoundAverages(tokens=1 + mean(map(len, paths)), steps=num_steps, nodes=trees.width)
-        self._surplus.note(actual, expected)
+        self._surplus.update(actual, expected)
 
     def observe(self, seen: Seen) -> None:
         """How it agreed with the target without drafting. Of a chance a coin says whether it came true."""
         self.is_seen = True
         for confidence, agreement in zip(seen.confidences, seen.agreements, strict=True):
-            self.acceptance.note(confidence, self._coins.random() < agreement)
+            self.acceptance.update(confidence, self._coins.random() < agreement)
 
 
 def likely_averages(chance: float, prices: Sequence[float], num_rows: int) -> RoundAverages:

@@ -25,7 +25,7 @@ _MAX_FOLLOWERS = 64
 """Of a context that more tokens have followed, only the first ones seen are looked at."""
 
 
-class Follower(NamedTuple):
+class Continuation(NamedTuple):
     """A token that may come next: its estimated probability, and the longest known context that ends in it."""
 
     prob: float
@@ -41,13 +41,13 @@ class Source:
     max_depth: int
 
 
-def predict(text: SuffixAutomaton, context: Context, shortest: int) -> dict[int, Follower]:
+def predict(text: SuffixAutomaton, context: Context, shortest: int) -> dict[int, Continuation]:
     """Tokens that followed the context, or the shorter ones in it, and how likely each is to come next.
 
     Args:
         shortest: length of the shortest context that is asked, positive.
     """
-    found: dict[int, Follower] = {}
+    found: dict[int, Continuation] = {}
     left = 1.0
     while context.length >= shortest and left > _NEGLIGIBLE:
         shorter = text.shorter(context.state)
@@ -57,7 +57,7 @@ def predict(text: SuffixAutomaton, context: Context, shortest: int) -> dict[int,
             total, num_lengths = sum(counts), context.length - max(shorter.length, shortest - 1)
             escaped = left * (len(followers) / (total + len(followers))) ** num_lengths
             for (token, state), count in zip(followers.items(), counts, strict=True):
-                known = found.get(token, Follower(0.0, Context(state, context.length + 1)))
+                known = found.get(token, Continuation(0.0, Context(state, context.length + 1)))
                 found[token] = known._replace(prob=known.prob + (left - escaped) * count / total)
             left = escaped
         context = shorter
@@ -90,7 +90,7 @@ class _Candidate(NamedTuple):
     parent: int
     depth: int
     token: int
-    follower: Follower
+    continuation: Continuation
 
 
 class _GrowingTree:
@@ -109,13 +109,13 @@ class _GrowingTree:
     def add(self, node: _Candidate) -> list[_Candidate]:
         """Take a node; returns its children."""
         self._nodes.append(node)
-        return self._children(len(self._nodes) - 1, node.depth, -node.neg_reach, node.follower.context)
+        return self._children(len(self._nodes) - 1, node.depth, -node.neg_reach, node.continuation.context)
 
     def finish(self) -> TokenTree:
         return TokenTree(
             tokens=[node.token for node in self._nodes],
             parents=[node.parent for node in self._nodes],
-            probs=[node.follower.prob for node in self._nodes],
+            probs=[node.continuation.prob for node in self._nodes],
             values=[-node.neg_reach for node in self._nodes],
         )
 
@@ -125,14 +125,14 @@ class _GrowingTree:
         text = self._source.text
         return [
             _Candidate(
-                neg_reach=-reach * follower.prob,
-                neg_recent=-text.position_after(follower.context.state),
+                neg_reach=-reach * continuation.prob,
+                neg_recent=-text.position_after(continuation.context.state),
                 row=self._row,
                 parent=parent,
                 depth=depth + 1,
                 token=token,
-                follower=follower,
+                continuation=continuation,
             )
-            for token, follower in predict(text, context, self._shortest).items()
+            for token, continuation in predict(text, context, self._shortest).items()
             if 0 <= token < self._vocab_size
         ]

@@ -2,9 +2,9 @@
 
 Prompt lookup decoding (Saxena 2023) with the matching of SAM-Decoding (Hu et al. 2024, section 3): the longest
 suffix of the whole text so far that occurred before. It may have occurred more than once. A text that repeats itself
-is best copied from the latest place, an edit or an extract of the prompt from the earliest: what a chain copies is that
-of the two which has foretold more of the row's text lately. A tree holds several continuations, of that suffix and of
-shorter ones; `continuations.py` says which.
+is best copied from the latest position, an edit or an extract of the prompt from the earliest: a chain copies from that
+one of the two which has predicted more of the row's text lately. A tree holds several continuations, of that suffix and
+of shorter ones; `continuations.py` says which.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdec.errors import UnsupportedOptionError
 from trees import Chain, Draft, DySpec, TokenTree, TreeBatch
 
 _DECAY = 0.8
-"""Of what the two places have foretold, from round to round."""
+"""Of what the two positions have predicted, from round to round."""
 
 _BOUNDARY = -1
 """Stands between the texts of a corpus; equal to no token, so that no match crosses it."""
@@ -47,7 +47,7 @@ class PromptLookup(Drafter):
         ValueError: a number is not positive, or a corpus text is not a sequence of token ids.
     """
 
-    rewinds = True
+    supports_rollback = True
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class _RowText:
     """A row's own text, and how much of its end the corpus contains.
 
     Args:
-        lead: how many tokens more the latest place of a suffix has foretold than its earliest, decayed.
+        lead: how many tokens more the latest position of a suffix has predicted than its earliest, decayed.
     """
 
     own: SuffixAutomaton
@@ -104,19 +104,19 @@ class _RowText:
     lead: float = 0.0
 
     @property
-    def places(self) -> tuple[int, int]:
+    def positions(self) -> tuple[int, int]:
         """Where the token after the longest repeated suffix stands: latest and earliest."""
         return self.own.longest_match().next, self.own.first_position_after(self.own.known_suffix().state)
 
     def judge(self, tokens: Sequence[int]) -> None:
-        """Compare what the two places have foretold with the tokens that are next."""
-        latest, earliest = self.places
+        """Compare what the two positions have predicted with the tokens that are next."""
+        latest, earliest = self.positions
         if latest != earliest:
-            lead = self._num_foretold(latest, tokens) - self._num_foretold(earliest, tokens)
+            lead = self._num_predicted(latest, tokens) - self._num_predicted(earliest, tokens)
             self.lead = _DECAY * self.lead + lead
 
-    def _num_foretold(self, place: int, tokens: Sequence[int]) -> int:
-        copied = _copy(self.own.tokens, place, len(tokens))
+    def _num_predicted(self, position: int, tokens: Sequence[int]) -> int:
+        copied = _copy(self.own.tokens, position, len(tokens))
         return next((count for count, pair in enumerate(zip(copied, tokens, strict=True)) if ne(*pair)), len(tokens))
 
 
@@ -147,7 +147,7 @@ class LookupSession(DraftSession):
     def join(self) -> None:
         self._add(self._run.sequences.tokens[-1])
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         """What was taken back stays a text to copy from, as one that has been written once."""
 
     def _add(self, tokens: Iterable[int]) -> None:
@@ -192,7 +192,7 @@ class _ChainSession(LookupSession):
         if self._drafter.tokens_per_match is not None:
             length = min(length, self._drafter.tokens_per_match * suffix.length)
         if text is row.own:
-            copied = _copy(text.tokens, row.places[row.lead < 0], length)
+            copied = _copy(text.tokens, row.positions[row.lead < 0], length)
         else:
             start = text.position_after(suffix.state)
             known = text.tokens[start : start + length]

@@ -1,6 +1,6 @@
 """A suffix automaton that grows token by token and knows how often each substring occurred, and where first and last.
 
-Blumer et al. 1985. Every state stands for a set of substrings that end at the same places; its suffix link leads
+Blumer et al. 1985. Every state stands for a set of substrings that end at the same positions; its suffix link leads
 to the longest suffix that also ends elsewhere. So the link of the state of the whole text is the longest suffix
 that has occurred before. Appending a token costs amortised O(1).
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 _MAX_REFRESHED = 64
 """How far up the suffix links an append refreshes `_recent` and `_counts`. Only in a text with that many nested repeats
-can a match be reported at an older place than its latest one, or a count be too small; matches stay the longest."""
+can a match be reported at an older position than its latest one, or a count be too small; matches stay the longest."""
 
 
 class Match(NamedTuple):
@@ -68,7 +68,7 @@ class SuffixAutomaton:
         self._note_occurrence(self._links[new], position)
 
     def longest_match(self) -> Match:
-        """The longest suffix of the text that occurred earlier, at its latest earlier place; length 0 if none."""
+        """The longest suffix of the text that occurred earlier, at its latest earlier position; length 0 if none."""
         return self._match
 
     def known_suffix(self) -> Context:

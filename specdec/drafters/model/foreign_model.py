@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.model.growing import GrowingSession
+from specdec.drafters.model.runner import read_ragged
 from specdec.errors import DraftError, UnsupportedModelError, UnsupportedOptionError
 from specdec.text.translation import BROKEN, Translator, continuation, decode_from, shared_tokens
 from specdec.tree_model.cache import keeps_states
@@ -117,13 +118,8 @@ class _Reader:
         tokens_BW = torch.zeros((len(sizes), max(sizes)), dtype=torch.long, device=self.model.device)
         for row, (ids, size) in enumerate(zip(wanted, sizes, strict=True)):
             tokens_BW[row, :size] = torch.tensor(ids[-size:])
-        offsets_BW = torch.arange(max(sizes), device=tokens_BW.device).expand_as(tokens_BW)
-        seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        logits_BWV = self.model.forward(tokens_BW, offsets_BW, seen_BWW)
-        self.model.commit([range(size) for size in sizes])
         self._cached = [list(ids) for ids in wanted]
-        last_B = torch.tensor(sizes, device=tokens_BW.device) - 1
-        return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+        return read_ragged(self.model, tokens_BW, sizes)
 
     def keep(self, slots: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> None:
         """These tail slots of each row, which hold these tokens, may be of use in the next round."""
@@ -150,14 +146,8 @@ class _Reader:
         return self.model.prefill(input_ids, attention_mask=mask)
 
 
-class _TextSession(DraftSession):
-    """The draft writes, the target's tokenizer reads."""
-
-    def __init__(self, drafter: ForeignModel, run: Run, num_tokens: int):
-        self._drafter = drafter
-        self._run = run
-        self._num_tokens = num_tokens
-        self._reader = _Reader(drafter, run)
+class _ForeignSession(DraftSession):
+    _reader: _Reader
 
     @property
     def num_forwards(self) -> int:
@@ -166,6 +156,19 @@ class _TextSession(DraftSession):
     @property
     def draft_model(self) -> PreTrainedModel:
         return self._reader.model.model
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._reader.select_rows(rows)
+
+
+class _TextSession(_ForeignSession):
+    """The draft writes, the target's tokenizer reads."""
+
+    def __init__(self, drafter: ForeignModel, run: Run, num_tokens: int):
+        self._drafter = drafter
+        self._run = run
+        self._num_tokens = num_tokens
+        self._reader = _Reader(drafter, run)
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
@@ -176,9 +179,6 @@ class _TextSession(DraftSession):
             for row, (tokens, depth) in enumerate(zip(written, max_depths, strict=True))
         ]
         return Draft(trees=TreeBatch.stack([TokenTree.chain(chain) for chain in chains], self._run.device))
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self._reader.select_rows(rows)
 
     def _write(self, count: int) -> list[list[int]]:
         """The draft's next tokens of each row; all but the last of them are in its cache then."""
@@ -201,7 +201,7 @@ class _TextSession(DraftSession):
         return list(takewhile(lambda token: token < self._run.vocab_size, drafted[:max_depth]))
 
 
-class _SharedTokensSession(GrowingSession):
+class _SharedTokensSession(_ForeignSession, GrowingSession):
     """The draft keeps to the tokens that both vocabularies have."""
 
     def __init__(self, drafter: ForeignModel, run: Run, policy: GrowthPolicy):
@@ -216,14 +216,6 @@ class _SharedTokensSession(GrowingSession):
         self._own_V[self._target_S] = self._own_S
         self._draft: Draft | None = None
 
-    @property
-    def num_forwards(self) -> int:
-        return self._reader.model.num_forwards
-
-    @property
-    def draft_model(self) -> PreTrainedModel:
-        return self._reader.model.model
-
     def propose(self, max_depths: Sequence[int]) -> Draft:
         self._draft = None
         if max(max_depths) == 0:
@@ -234,20 +226,14 @@ class _SharedTokensSession(GrowingSession):
     def observe(self, outcome: Outcome) -> None:
         if self._draft is None:
             return
-        kept = [self._forwarded(self._draft, row, path) for row, path in enumerate(outcome.own_paths)]
+        tail = self._reader.model.cache.tail
+        kept = [self._draft.grown(row, path, tail) for row, path in enumerate(outcome.own_paths)]
         tokens = [
             self._own_V[self._draft.trees.tokens_BN[row, list(path[: len(slots)])].to(self._own_V.device)].tolist()
             for row, (path, slots) in enumerate(zip(outcome.own_paths, kept, strict=True))
         ]
         self._reader.keep(kept, tokens)
         self._draft = None
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self._reader.select_rows(rows)
-
-    def _forwarded(self, draft: Draft, row: int, path: Sequence[int]) -> list[int]:
-        places = path if draft.places is None else [draft.places[row][node] for node in path]
-        return [place for place in places if 0 <= place < self._reader.model.cache.tail]
 
     def _score_root(self) -> Tensor:
         return self._in_target_vocabulary(self._reader.read())

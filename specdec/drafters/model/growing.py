@@ -13,8 +13,7 @@ from torch import Tensor
 
 from specdec.decoding.drafter import DraftSession, Run
 from specdec.decoding.sampling import Prefixes
-from specdec.kernels.trees.growth import STAND_INS
-from specdec.kernels.trees.urn import open_urn
+from specdec.kernels.trees.token_source import open_token_source
 from trees import Draft, Grower, GrowingTrees, GrowthPolicy, Round
 
 
@@ -57,8 +56,7 @@ class GrowingSession(DraftSession):
             sample=sampler.do_sample,
             generator=sampler.generator,
             previous=self._grower,
-            open_urn=open_urn,
-            stand_ins=STAND_INS,
+            token_source=open_token_source,
         )
         grower = self._grower = self.policy.start(round_)
         grown = GrowingTrees(len(max_depths), self._run.device)
@@ -66,7 +64,7 @@ class GrowingSession(DraftSession):
         while True:
             prefixes = Prefixes(self._run.sequences, grown, grown.newest)
             layer = grower.grow(target_scores(self._run, logits_BMV, prefixes))
-            if not grower.hungry:
+            if not grower.needs_scores:
                 return grower.finish()
-            grown.add(layer)
+            grown.append(layer)
             logits_BMV = self._score_nodes(grown)

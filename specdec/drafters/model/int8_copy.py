@@ -6,20 +6,28 @@ A stale copy would not make the output wrong, but hardly anything that it drafts
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from threading import RLock
 from time import perf_counter
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from transformers import PreTrainedModel
 
 from specdec.kernels import quantized_copy
 from specdec.kernels.model.changes import State, state_of
 from specdec.kernels.model.prepare import check_whole
+from specdec.kernels.model.profile import profile_of
 
 _log = logging.getLogger(__name__)
 _making = RLock()
 """Held while a copy is made: threads that want the same one wait for it."""
-_originals: WeakKeyDictionary[PreTrainedModel, ref[PreTrainedModel]] = WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class _Origin:
+    """What a copy was made of."""
+
+    original: ref[PreTrainedModel] | None = None
 
 
 class Int8Copy:
@@ -60,12 +68,12 @@ class Int8Copy:
         self._state = state_of(original)
         copy = quantized_copy(original)
         self.seconds = perf_counter() - started
-        _originals[copy] = ref(original)
+        profile_of(copy).part(_Origin).original = ref(original)
         return copy
 
 
 def original_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model that an int8 copy was made of; any other model itself."""
-    reference = _originals.get(model)
+    reference = profile_of(model).part(_Origin).original
     original = None if reference is None else reference()
     return model if original is None else original

@@ -39,7 +39,7 @@ class QuantizedSelf(Drafter):
         ValueError: `num_tokens` is not a positive integer.
     """
 
-    agreement = 0.9
+    prior_acceptance = 0.9
 
     def __init__(self, num_tokens: int = 5):
         self._policy = Chain(num_tokens)

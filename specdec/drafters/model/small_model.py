@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.drafters.model.follower import Follower
 from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.model.int8_copy import Int8Copy
+from specdec.drafters.model.runner import DraftModelRunner
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
@@ -46,7 +45,7 @@ class SmallModel(Drafter):
         if weights not in (None, "int8"):
             raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
         check_model(model)
-        self.rewinds = not keeps_states(model.config)
+        self.supports_rollback = not keeps_states(model.config)
         self._model: PreTrainedModel | Int8Copy = model
         if weights is not None:
             self._model = Int8Copy(model)
@@ -84,60 +83,47 @@ class _SmallModelSession(GrowingSession):
 
     def __init__(self, drafter: SmallModel, run: Run):
         super().__init__(run, run.tree or drafter.policy)
-        self._follower = Follower(drafter.model, run)
+        self._runner = DraftModelRunner(drafter.model, run)
         self._draft: Draft | None = None
 
     @property
     def num_forwards(self) -> int:
-        return self._follower.num_forwards
+        return self._runner.num_forwards
 
     @property
-    def backlog(self) -> int:
-        return self._follower.backlog
+    def num_uncached_tokens(self) -> int:
+        return self._runner.num_uncached_tokens
 
     @property
     def draft_model(self) -> PreTrainedModel:
-        return self._follower.model
+        return self._runner.model
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        is_read = self._follower.read_prompts()
+        is_read = self._runner.prefill_chunk()
         self._draft = self._grow([depth if read else 0 for depth, read in zip(max_depths, is_read, strict=True)])
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
-        self._follower.keep([self._forwarded(row, path) for row, path in enumerate(outcome.own_paths)])
+        draft = self._draft or Draft(trees=TreeBatch.empty(len(outcome.own_paths)))
+        self._runner.keep([draft.grown(row, path, self._runner.tail) for row, path in enumerate(outcome.own_paths)])
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        self._follower.select_rows(rows)
+        self._runner.select_rows(rows)
 
     def join(self) -> None:
-        self._follower.join()
+        self._runner.join()
 
-    def rewind(self) -> None:
-        self._follower.rewind()
-
-    def _forwarded(self, row: int, path: Sequence[int]) -> list[int]:
-        """Where the draft's cache holds the nodes of a path (not the last one, if nothing was asked of it)."""
-        places = path
-        if self._draft is not None and self._draft.places is not None:
-            places = [self._draft.places[row][node] for node in path]
-        return [place for place in places if 0 <= place < self._follower.tail]
+    def rollback(self) -> None:
+        self._runner.rollback()
 
     def _score_root(self) -> Tensor:
-        """Forward the committed tokens that the draft has not seen; logits after each row's last, [B, 1, V]."""
-        tokens_BW, sizes = self._follower.pending()
-        offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
-        seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        logits_BWV = self._follower.forward(tokens_BW, offsets_BW, seen_BWW)
-        self._follower.keep([range(size) for size in sizes])
-        last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
-        return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+        return self._runner.read_pending()
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
-        device = self._follower.device
-        return self._follower.forward(
+        device = self._runner.device
+        return self._runner.forward(
             grown.tokens_BM.to(device),
             grown.depths_BM.to(device) - 1,
             None if grown.is_chain else grown.seen_nodes_BMN.to(device),

@@ -33,7 +33,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _HARMLESS = {"cache_position", "output_hidden_states", "return_dict", "logits_to_keep"}
 
 
-def fits(layer: DecoderLayer) -> bool:
+def is_supported(layer: DecoderLayer) -> bool:
     """Whether the layer has the structure that the native calls compute, and sizes that they can take."""
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP:
         return False
@@ -50,7 +50,7 @@ def fits(layer: DecoderLayer) -> bool:
     return has_silu and has_sizes and has_norms
 
 
-class _Places:
+class _TensorAddresses:
     """The modules and tensors whose addresses a layer's calls are given, to see whether they are still those.
 
     A cast and back, `share_memory`, `weight.data = ...` or an adapter around a linear would leave the addresses behind.
@@ -92,7 +92,7 @@ def _stores(module: Any) -> list[tuple[dict[str, Any], str]]:
 class _Constants(NamedTuple):
     """What a layer's calls need and no call changes."""
 
-    places: _Places
+    addresses: _TensorAddresses
     layer: structs.Layer
     layer_idx: int
     scale: float
@@ -107,7 +107,7 @@ def contiguous(rotation: Rotation) -> Rotation:
     return native.plain(cos).contiguous(), native.plain(sin).contiguous()
 
 
-class LeanForward:
+class FusedLayer:
     """The forward of a recognised layer. Holds no tensors of its own but the last rotation and mask."""
 
     def __init__(
@@ -245,15 +245,15 @@ class LeanForward:
         """Whether the layer is what it was when it was recognised, and the kernels are here."""
         constants = self._constants
         if constants is None:
-            return native.library() is not None and fits(self.layer)
-        return constants.places.hold_the_same()
+            return native.library() is not None and is_supported(self.layer)
+        return constants.addresses.hold_the_same()
 
     def _prepare(self, rotation: object) -> _Constants | None:
         """None where the layer has to be the model's own. `rotation` tells one forward from another."""
         if not (self.is_unchanged() if self._model is None else self._model.is_native(rotation)):
             return None
         constants = self._constants
-        if constants is None or constants.places.have_moved():
+        if constants is None or constants.addresses.have_moved():
             constants = self._constants = self._find()
         return constants
 
@@ -277,12 +277,12 @@ class LeanForward:
         )
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
-        return _Constants(_Places(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
+        return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
 
 
 @torch.no_grad()
-def agrees(layer: DecoderLayer) -> bool:
-    """Whether the lean forward computes what the layer's own does, on a random masked batch with a past.
+def matches_reference(layer: DecoderLayer) -> bool:
+    """Whether the fused forward computes what the layer's own does, on a random masked batch with a past.
 
     The bound is loose for int8 (a rounding may tip) and still far below what a wrong formula would show.
     """
@@ -303,7 +303,7 @@ def agrees(layer: DecoderLayer) -> bool:
             out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
         return out_BTC
 
-    expected_BTC, actual_BTC = run(layer.forward), run(LeanForward(layer))
+    expected_BTC, actual_BTC = run(layer.forward), run(FusedLayer(layer))
     bound = 0.02 if isinstance(attn.q_proj, Int8Linear) else 1e-4
     return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC[:, past:]).norm().item()
 

@@ -13,8 +13,8 @@ from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.layer import LeanForward, agrees, contiguous, fits
-from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
+from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
+from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.weight_readers import read_by_others
@@ -33,7 +33,7 @@ class Prepared:
 
     weights: str | None
     num_linears: int
-    num_lean_layers: int
+    num_fused_layers: int
     activations: str = "float"
 
 
@@ -118,7 +118,7 @@ def unprepare(model: Model) -> Model:
             "the model was prepared with weights='int8': its float weights are gone, reload it"
         )
     for module in model.modules():
-        if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), LeanForward):
+        if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), FusedLayer):
             module.__dict__.pop("forward", None)
     delattr(model, _MARK)
     return model
@@ -141,11 +141,16 @@ def _to_int8(model: nn.Module) -> int:
     kept = read_by_others(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child not in kept:
+            if type(child) is nn.Linear and is_dense(child.weight) and child not in kept:
                 if child not in replaced:
                     replaced[child] = Int8Linear(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
+    if not replaced:
+        raise UnsupportedModelError(
+            f"no linear of {type(model).__name__} has weights that can become int8 (another library has quantised them "
+            "already, or their code reads them): leave weights='int8' and QuantizedSelf out"
+        )
     _to_float32(model)
     for module in model.modules():
         if any(isinstance(part, Int8Linear) for part in module.modules() if part is not module):
@@ -160,7 +165,12 @@ def _to_float32(model: nn.Module) -> None:
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in stores:
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                if (
+                    tensor is not None
+                    and is_dense(tensor)
+                    and tensor.is_floating_point()
+                    and tensor.dtype != torch.float32
+                ):
                     if tensor not in made:
                         made[tensor] = tensor.detach().float()
                         if isinstance(tensor, nn.Parameter):
@@ -187,10 +197,10 @@ def rows_are_independent(model: nn.Module) -> bool:
     All int8 products must lie in native layers or be the LM head, and a forward of four tokens must say what four
     forwards of one say.
     """
-    lean = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), LeanForward)]
-    inside = {id(part) for layer in lean for part in layer.modules()}
+    fused = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLayer)]
+    inside = {id(part) for layer in fused for part in layer.modules()}
     inside.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
-    if not lean or any(isinstance(part, Int8Linear) and id(part) not in inside for part in model.modules()):
+    if not fused or any(isinstance(part, Int8Linear) and id(part) not in inside for part in model.modules()):
         return False
     config: Any = model.config
     input_ids = torch.arange(1, 9).unsqueeze(0) * 7919 % config.get_text_config(decoder=True).vocab_size
@@ -207,17 +217,17 @@ def _to_weight_only(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.weight_only = True
-        elif isinstance(module.__dict__.get("forward"), LeanForward):
+        elif isinstance(module.__dict__.get("forward"), FusedLayer):
             del module.__dict__["forward"]
 
 
 def _to_lean_layers(model: nn.Module) -> int:
     layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
-    lean = [layer for layer in layers if fits(layer) and agrees(layer)]
+    fused = [layer for layer in layers if is_supported(layer) and matches_reference(layer)]
     int8_linears = [part for part in model.modules() if isinstance(part, Int8Linear)]
     rotation, group = Once(contiguous), NativeModel(int8_linears) if int8_linears else None
-    for layer in lean:
-        layer.__dict__["forward"] = forward = LeanForward(layer, rotation, group)
+    for layer in fused:
+        layer.__dict__["forward"] = forward = FusedLayer(layer, rotation, group)
         if group is not None:
             group.layers.append(forward)
-    return len(lean)
+    return len(fused)

@@ -1,8 +1,8 @@
-"""Lean layers called one after the other, without the model's own forward around them.
+"""Fused layers called one after the other, without the model's own forward around them.
 
 That forward makes masks, positions and outputs for every case there is: half a millisecond a call, as much as five
 layers of a small model. Drafting from early layers calls it several times for every token, with masks and positions
-that are known. So where all layers are lean and nothing else is special, they are called directly; the model's own
+that are known. So where all layers are fused and nothing else is special, they are called directly; the model's own
 embedding, rotary embedding, norm and head are. Whether that gives the model's own states, to the last bit, is tried
 once for a model.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.hf import CACHE
 from specdec.kernels.model.blocks import Part
-from specdec.kernels.model.layer import LeanForward
+from specdec.kernels.model.layer import FusedLayer
 from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.profile import profile_of
 
 _STATIC = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding whose angles depend on nothing but the position."""
 
-_tried: WeakKeyDictionary[PreTrainedModel, dict[object, bool]] = WeakKeyDictionary()
+
+class _Tried(dict[object, bool]):
+    """By how the model is prepared: whether its layers, called directly, give the same."""
 
 
 class Outputs(NamedTuple):
@@ -60,7 +62,7 @@ class Rotations:
         return tuple(table[position_ids] for table in self._tables)
 
 
-class LeanStack:
+class FusedStack:
     """Called like a model, with the arguments that a `TreeModel` gives.
 
     Args:
@@ -141,7 +143,7 @@ class LeanStack:
 def can_join(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
     """Whether tokens of two caches may go through the layers at once: int8 ones, which take any number of rows."""
     inv_freq = getattr(model.get_decoder().rotary_emb, "inv_freq", None)
-    if inv_freq is None or not all(map(is_lean, layers)) or not layers[0].__dict__["forward"].model_is_native:
+    if inv_freq is None or not all(map(is_fused, layers)) or not layers[0].__dict__["forward"].model_is_native:
         return False
     return all(
         layer.__dict__["forward"].any_rows
@@ -151,9 +153,9 @@ def can_join(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
     )
 
 
-def is_lean(layer: nn.Module) -> bool:
-    """Whether `prepare` has made the layer lean."""
-    return isinstance(layer.__dict__.get("forward"), LeanForward)
+def is_fused(layer: nn.Module) -> bool:
+    """Whether `prepare` has fused the layer."""
+    return isinstance(layer.__dict__.get("forward"), FusedLayer)
 
 
 def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:
@@ -161,18 +163,18 @@ def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module 
     decoder = model.get_decoder()
     config = model.config.get_text_config(decoder=True)
     is_plain = all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb")) and norm is not None
-    if not is_plain or len(set(getattr(config, "layer_types", None) or ())) > 1 or not all(map(is_lean, layers)):
+    if not is_plain or len(set(getattr(config, "layer_types", None) or ())) > 1 or not all(map(is_fused, layers)):
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (model, decoder)):
         return False
-    known, state = _tried.setdefault(model, {}), prepared(model)
+    known, state = profile_of(model).part(_Tried), prepared(model)
     if state not in known:
-        known[state] = _gives_the_same(model, LeanStack(model, Rotations(model), layers, norm, has_head=True))
+        known[state] = _gives_the_same(model, FusedStack(model, Rotations(model), layers, norm, has_head=True))
     return known[state]
 
 
 @torch.no_grad()
-def _gives_the_same(model: PreTrainedModel, stack: LeanStack) -> bool:
+def _gives_the_same(model: PreTrainedModel, stack: FusedStack) -> bool:
     """Both forward a few tokens, then one more."""
     cache, past = DynamicCache(), DynamicCache()
     vocab_size = model.config.get_text_config(decoder=True).vocab_size

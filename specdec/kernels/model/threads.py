@@ -15,7 +15,7 @@ def calibrate_threads(model: nn.Module, num_tokens: int = 4) -> int:
     """The thread count with the fastest forward of `num_tokens` tokens, of 1, 2, 4 ... and all cores.
 
     Only measures: torch's setting is as before on return. Give the answer to `torch.set_num_threads`; the native
-    kernels obey that too. Runs are interleaved and the best of each counts, because a busy machine lies upwards.
+    kernels obey that too. Runs are interleaved and the best of each counts: interference only makes a run slower.
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     candidates = sorted({num_cores, *itertools.takewhile(num_cores.__gt__, (2**i for i in range(10)))})

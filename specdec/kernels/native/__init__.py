@@ -20,15 +20,12 @@ import torch
 from specdec.kernels.native import build
 from specdec.kernels.native.structs import (
     Attention,
-    FinishedTree,
+    Candidates,
     Int,
     Layer,
     Matrix,
-    NextLayer,
     Pointer,
     Taken,
-    TreeSettings,
-    Urn,
     Verification,
     Visibility,
 )
@@ -40,10 +37,7 @@ _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(Matrix, Layer, Attention, Urn, Taken),
-    *(TreeSettings, NextLayer, FinishedTree, Visibility, Verification),
-)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Layer, Attention, Candidates, Taken, Visibility, Verification)
 
 
 def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
@@ -72,12 +66,9 @@ _FUNCTIONS = {
     "attention_and_mlp": _Function(
         (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Int, Pointer, Pointer, _Threads), Int, True
     ),
-    "take": _Function((ctypes.POINTER(Urn), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True),
-    "new_tree": _Function((ctypes.POINTER(TreeSettings),), Pointer, True),
-    "free_tree": _Function((Pointer,)),
-    "grow_tree": _Function((Pointer, Pointer, Pointer, Int), Int, True),
-    "write_layer": _Function((Pointer, Int, Int, ctypes.POINTER(NextLayer))),
-    "finish_tree": _Function((Pointer, ctypes.POINTER(FinishedTree)), Int, True),
+    "take": _Function(
+        (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
+    ),
     "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), Int, True),
     "write_mask": _Function((ctypes.POINTER(Visibility),)),
     "move": _Function((Pointer, Pointer, Int, Int, Pointer, Pointer, Int)),
@@ -131,18 +122,13 @@ def _layout_in_python() -> dict[str, tuple[int, int]]:
 class Library:
     """The native functions. Callers pass contiguous float32 CPU tensors unless said otherwise.
 
-    Those that need memory raise MemoryError where there is none. The next call works; a tree can then only be freed.
+    Those that need memory raise MemoryError where there is none. The next call works.
     """
 
     attention_inputs: Callable[..., int]
     attention_and_mlp: Callable[..., int]
     take: Callable[..., int]
     verify: Callable[..., int]
-    new_tree: Callable[..., int]
-    free_tree: Callable[..., None]
-    grow_tree: Callable[..., int]
-    write_layer: Callable[..., None]
-    finish_tree: Callable[..., int]
     write_mask: Callable[..., None]
     move: Callable[..., None]
     fail_allocation_after: Callable[[int], None]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from specdec.kernels.native.access import check_access, check_folder
+
 SOURCES = Path(__file__).parent
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
@@ -75,7 +77,7 @@ def _kept_files(compilers: Sequence[str]) -> Iterator[Path]:
     """Files of these sources that may be loaded."""
     try:
         cache = folder()
-        _check_folder(cache)
+        check_folder(cache)
     except OSError:  # a folder that is not there, or not to be trusted: whoever wants to write there says which
         return
     for compiler in compilers:
@@ -86,37 +88,11 @@ def _kept_files(compilers: Sequence[str]) -> Iterator[Path]:
 
 def _may_be_loaded(file: Path) -> bool:
     try:
-        _check_access(file)
+        check_access(file)
         return stat.S_ISREG(file.lstat().st_mode) and file.stem.endswith(_digest(file.read_bytes()))
     except OSError as error:
         _log.info("%s is not loaded: %s", file, error)
         return False
-
-
-def _check_folder(path: Path) -> None:
-    """Raises OSError where somebody else could put a file into a folder, or another folder in its place.
-
-    Folders further up may belong to a group: so do homes, often.
-    """
-    _check_access(path)
-    _check_owner(path.parent)
-    for parent in path.parents:
-        mode = parent.lstat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise OSError(f"others can write {parent}")
-
-
-def _check_access(path: Path) -> None:
-    """Raises OSError where somebody else than the user and root could have written a file or folder."""
-    _check_owner(path)
-    if path.lstat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"others can write {path}")
-
-
-def _check_owner(path: Path) -> None:
-    owner = path.lstat().st_uid
-    if owner not in (0, os.geteuid()):
-        raise OSError(f"{path} belongs to user {owner}")
 
 
 def _name(compiler: str) -> str:
@@ -173,7 +149,7 @@ def _keep(built: Path, name: str) -> Path:
     cache = folder()
     cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     cache.mkdir(mode=0o700, exist_ok=True)
-    _check_folder(cache)
+    check_folder(cache)
     content = built.read_bytes()
     part = cache / f".{secrets.token_hex(8)}.part"
     try:

@@ -55,35 +55,13 @@ typedef struct {
     int64_t vocab;
     float *peaks, *shares; /* [rows][blocks] */
     double *norms;
-} Urn;
+} Candidates;
 
 /* The tokens that were taken from some rows before, with room for `room` in each; nothing is read where that is 0. */
 typedef struct {
     const int64_t *tokens, *counts;
     int64_t room;
 } Taken;
-
-/* A tree that grows (growth.h), and what it is told: see trees.dynamic.ValueGrower, or, if there is a shape,
- * trees.static.ShapedGrower. The children of spot i of a shape are spots[starts[i]] up to spots[starts[i + 1]]. */
-typedef struct GrowingTree GrowingTree;
-typedef struct {
-    int64_t vocab, limit, max_depth, sample;
-    double threshold, guess;
-    const int64_t *starts, *spots; /* NULL: there is no shape */
-} TreeSettings;
-
-/* What the trees of all rows want to have scored next (see trees.Layer), and the row that is written. */
-typedef struct {
-    int64_t num_rows, row;
-    int64_t *numbers; /* tokens, parents and depths, each [num_rows][width] */
-    uint8_t *seen;    /* [num_rows][width][places so far, and the root] */
-} NextLayer;
-
-/* What is left of it; each column has room for `limit` nodes, and norms (by slot; leaves' say nothing) for the root. */
-typedef struct {
-    int64_t *tokens, *parents, *places, *layers, *columns;
-    double *probs, *values, *norms;
-} FinishedTree;
 
 /* What the new tokens of a forward see; see specdec.tree_model.masks.visible_slots. The keys of `seen` are contiguous. */
 typedef struct {
@@ -100,7 +78,6 @@ typedef struct {
     int64_t num_slots, size, depth, vocab;
     const float *p;                          /* [num_slots][vocab] */
     const float *const *q;                   /* the draft's scores, by slot; leaves' are not read */
-    const double *q_norms;                   /* logarithms of their sums of e^x; NULL if nobody knows them yet */
     const int64_t *tokens, *parents;         /* by node */
     const double *coins;                     /* by slot, and one for the token after the path */
     int64_t *path, count, next;              /* found: nodes, their number, the token after them */
@@ -117,13 +94,8 @@ typedef struct {
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
     void (*attention_and_mlp)(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out);
-    void (*take_from)(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+    void (*take_from)(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
-    GrowingTree *(*new_tree)(const TreeSettings *settings);
-    void (*free_tree)(GrowingTree *t); /* all that may be done with a tree that ran out of memory */
-    int64_t (*grow_tree)(GrowingTree *t, const float *x, const double *coins, int64_t num_coins);
-    void (*write_layer)(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out);
-    int64_t (*finish_tree)(const GrowingTree *t, FinishedTree *out);
     void (*verify)(Verification *v, int rule);
 } Kernels;
 
@@ -149,9 +121,7 @@ extern jmp_buf memory_ran_out;
 void begin_call(int num_threads);
 void end_call(void);
 
-/* malloc and realloc, NULL where there is no memory: what can be made to fail (specdec_fail_allocation_after). */
-void *allocate(size_t bytes);
-void *reallocate(void *memory, size_t bytes);
+/* Makes a request for memory fail: see specdec_fail_allocation_after. */
 void fail_allocation_after(int64_t count);
 
 /* Ahead of use; any address will do, also one that does not exist. */

@@ -1,5 +1,5 @@
 /* Tokens drawn from distributions that are given by their scores, and the verification of the trees they make. One
- * thread, one pass over a row of scores for each question; what trees.Urn and specdec.acceptance do with torch. */
+ * thread, one pass over a row of scores for each question; what trees.token_source and specdec.acceptance do with torch. */
 
 #define AHEAD 8 /* blocks fetched before they are read: the processor's own fetching stops at every page */
 
@@ -76,7 +76,7 @@ typedef struct {
     const float *x, *peaks, *shares;
     double norm;
     int64_t vocab;
-} UrnRow;
+} CandidateRow;
 
 /* The place at which running sums of weights pass a point; the last weight that is no zero if rounding keeps them
  * below it; -1 if there is none. The sum before it is added to `before`. */
@@ -113,7 +113,7 @@ INLINE int64_t find_in_block(const float *probs, double share, double *sum) {
     return stretch * VL + find(inside, VL, share * *sum - before, &before);
 }
 
-static TARGET int64_t draw_token(const UrnRow *u, const int64_t *out, int64_t num_out, double coin, double *weights) {
+static TARGET int64_t draw_token(const CandidateRow *u, const int64_t *out, int64_t num_out, double coin, double *weights) {
     const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
     double before = 0, sum;
     const double point = coin * sum_of(weights, num_blocks);
@@ -143,7 +143,7 @@ INLINE int64_t first_equal(const float *x, int64_t count, float wanted) {
     return -1;
 }
 
-static TARGET int64_t best_token(const UrnRow *u, const int64_t *out, int64_t num_out, float *peaks) {
+static TARGET int64_t best_token(const CandidateRow *u, const int64_t *out, int64_t num_out, float *peaks) {
     const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
     VF best = vf_load(peaks);
     for (int64_t b = VL; b < num_blocks; b += VL) best = vf_max(best, vf_load(peaks + b));
@@ -162,7 +162,7 @@ static TARGET int64_t best_token(const UrnRow *u, const int64_t *out, int64_t nu
 /* The next tokens of a row, drawn without replacement, or the likeliest if there are no coins. `out` holds the
  * num_out tokens that were taken before and has room for `count` more. Where nothing is left the probability is 0.
  * `scratch` has room for twice as many numbers as there are blocks (padded). */
-static TARGET void take_tokens(const UrnRow *u, int64_t *out, int64_t num_out, int64_t count, const double *coins,
+static TARGET void take_tokens(const CandidateRow *u, int64_t *out, int64_t num_out, int64_t count, const double *coins,
                                int64_t *tokens, double *probs, double *scratch) {
     const int64_t num_blocks = PADDED_BLOCKS(u->vocab);
     double *weights = scratch;
@@ -184,7 +184,7 @@ static TARGET void take_tokens(const UrnRow *u, int64_t *out, int64_t num_out, i
 }
 
 /* Takes the next tokens of some slots (see take_tokens); a slot that nothing was taken from yet is scanned first. */
-static TARGET void take_from(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+static TARGET void take_from(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                              const double *coins, int64_t *tokens, double *probs) {
     const int64_t padded = PADDED_BLOCKS(u->vocab);
     double *scratch = take((size_t)(2 * padded) * sizeof(double));
@@ -195,7 +195,7 @@ static TARGET void take_from(const Urn *u, const int64_t *slots, int64_t num_slo
         float *peaks = u->peaks + slot * padded, *shares = u->shares + slot * padded;
         if (isnan(u->norms[slot])) u->norms[slot] = scan_row(x, u->vocab, peaks, shares);
         if (num_taken) memcpy(out, taken->tokens + i * taken->room, (size_t)num_taken * sizeof(int64_t));
-        const UrnRow row = {x, peaks, shares, u->norms[slot], u->vocab};
+        const CandidateRow row = {x, peaks, shares, u->norms[slot], u->vocab};
         take_tokens(&row, out, num_taken, count, coins ? coins + i * count : NULL, tokens + i * count,
                     probs + i * count, scratch);
     }
@@ -314,8 +314,7 @@ static TARGET double norm_of(const Verification *v, const float *x) {
 
 static TARGET Slot enter(const Verification *v, int64_t slot) {
     const float *x = v->p + slot * v->vocab;
-    const double y_norm = v->q_norms ? v->q_norms[slot] : norm_of(v, v->q[slot]);
-    return (Slot){x, v->q[slot], norm_of(v, x), y_norm, NULL, NULL, 1, 1};
+    return (Slot){x, v->q[slot], norm_of(v, x), norm_of(v, v->q[slot]), NULL, NULL, 1, 1};
 }
 
 /* The chance of a child whose parent has a reach. */

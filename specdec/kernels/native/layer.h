@@ -1,6 +1,6 @@
 /* A decoder layer in two calls, with the cache update between them: norm, q/k/v and rotation; then attention, output
  * product, norm and MLP. Also single products. All of it for one instruction set: avx2.c, avx512.c and amx.c include
- * this file after choosing a vocabulary. */
+ * this file after one of simd_*.h. */
 
 #include "rows.h"
 
@@ -10,7 +10,6 @@
 
 #include "draws.h"
 
-#include "growth.h"
 
 /* ---- products over the pool ---- */
 
@@ -201,4 +200,4 @@ static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t cou
 }
 
 const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp,
-                         take_from, new_tree, free_tree, grow_tree, write_layer, finish_tree, verify};
+                         take_from, verify};

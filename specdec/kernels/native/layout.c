@@ -10,7 +10,6 @@
 #define FIELDS_5(type, a, b, c, d, e) FIELDS_3(type, a, b, c), FIELDS_2(type, d, e)
 #define FIELDS_6(type, a, b, c, d, e, f) FIELDS_3(type, a, b, c), FIELDS_3(type, d, e, f)
 #define FIELDS_7(type, a, b, c, d, e, f, g) FIELDS_3(type, a, b, c), FIELDS_4(type, d, e, f, g)
-#define FIELDS_8(type, a, b, c, d, e, f, g, h) FIELDS_4(type, a, b, c, d), FIELDS_4(type, e, f, g, h)
 
 static const struct {
     const char *name;
@@ -26,21 +25,15 @@ static const struct {
     FIELDS_6(Attention, B, T, S, H, K, D),
     FIELDS_5(Attention, q, k, v, k_strides, v_strides),
     FIELDS_7(Attention, mask, mask_is_bool, mask_strides, scale, out, scores, padded_keys),
-    SIZE(Urn),
-    FIELDS_5(Urn, x, vocab, peaks, shares, norms),
+    SIZE(Candidates),
+    FIELDS_5(Candidates, x, vocab, peaks, shares, norms),
     SIZE(Taken),
     FIELDS_3(Taken, tokens, counts, room),
-    SIZE(TreeSettings),
-    FIELDS_8(TreeSettings, vocab, limit, max_depth, sample, threshold, guess, starts, spots),
-    SIZE(NextLayer),
-    FIELDS_4(NextLayer, num_rows, row, numbers, seen),
-    SIZE(FinishedTree),
-    FIELDS_8(FinishedTree, tokens, parents, places, layers, columns, probs, values, norms),
     SIZE(Visibility),
     FIELDS_5(Visibility, num_rows, num_new, num_tail, num_slots, prompt_size),
     FIELDS_5(Visibility, seen, seen_strides, lengths, prompt, out),
     SIZE(Verification),
-    FIELDS_8(Verification, num_slots, size, depth, vocab, p, q, q_norms, tokens),
+    FIELDS_7(Verification, num_slots, size, depth, vocab, p, q, tokens),
     FIELDS_5(Verification, parents, coins, path, count, next),
     FIELDS_4(Verification, first_child, next_sibling, scratch, rows),
     {"num_blocks", 0, PADDED_BLOCKS(1 << 20)},

@@ -2,9 +2,9 @@
  *
  * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
  * seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
- * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h, growth.h; simd_*.h as needed.
+ * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h; simd_*.h as needed.
  *
- * What needs memory returns OUT_OF_MEMORY (new_tree: NULL) where there is none, and the next call works. */
+ * What needs memory returns OUT_OF_MEMORY where there is none, and the next call works. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
@@ -93,25 +93,10 @@ EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *attentions, 
 }
 
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
-EXPORT int64_t specdec_take(const Urn *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
+EXPORT int64_t specdec_take(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                          const double *coins, int64_t *tokens, double *probs) {
     CALL(1, take_from(u, slots, num_slots, taken, count, coins, tokens, probs));
 }
-
-/* Trees of the nodes of the greatest values: see growth.h. NULL: there is no memory for one. */
-EXPORT GrowingTree *specdec_new_tree(const TreeSettings *settings) { return kernels->new_tree(settings); }
-
-EXPORT void specdec_free_tree(GrowingTree *t) { kernels->free_tree(t); }
-
-EXPORT int64_t specdec_grow_tree(GrowingTree *t, const float *x, const double *coins, int64_t num_coins) {
-    return kernels->grow_tree(t, x, coins, num_coins);
-}
-
-EXPORT void specdec_write_layer(GrowingTree *t, int64_t width, int64_t spare, const NextLayer *out) {
-    kernels->write_layer(t, width, spare, out);
-}
-
-EXPORT int64_t specdec_finish_tree(const GrowingTree *t, FinishedTree *out) { return kernels->finish_tree(t, out); }
 
 /* Verifies a drafted tree: 0 walks to the greatest scores, 1 is topdown, 2 is traversal (see control/estimates.py). */
 EXPORT int64_t specdec_verify(Verification *v, int rule) {

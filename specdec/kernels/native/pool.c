@@ -107,10 +107,6 @@ static int is_refused(void) {
     return atomic_load_explicit(&requests_left, memory_order_relaxed) >= 0 && atomic_fetch_sub(&requests_left, 1) == 0;
 }
 
-void *allocate(size_t bytes) { return is_refused() ? NULL : malloc(bytes); }
-
-void *reallocate(void *memory, size_t bytes) { return is_refused() ? NULL : realloc(memory, bytes); }
-
 /* What the running call took beyond the scratch memory that was there; 64 bytes before the memory itself. */
 typedef struct Extra {
     _Alignas(64) struct Extra *next;

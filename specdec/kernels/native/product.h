@@ -1,7 +1,7 @@
 /* Products of a few rows with a big weight matrix: out[m][n] = sum_k x[m][k] w[n][k].
  *
  * The weights are streamed from memory once, whatever the number of rows, and every (m, n) is summed in one fixed
- * order: a row's result does not depend on its company. While one strip of weights is in use the next is fetched: the
+ * order: each row is bit-identical whatever the batch. While one strip of weights is in use the next is fetched: the
  * hardware's own prefetching stops at every page.
  *
  * float32 weights stay as torch stores them, [n][k].

@@ -41,7 +41,7 @@ class Attention(ctypes.Structure):
     )
 
 
-class Urn(ctypes.Structure):
+class Candidates(ctypes.Structure):
     """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
 
     _fields_ = (("x", Pointer), ("vocab", Int), ("peaks", Pointer), ("shares", Pointer), ("norms", Pointer))
@@ -50,27 +50,6 @@ class Urn(ctypes.Structure):
 class Taken(ctypes.Structure):
     alive: tuple[object, ...]
     _fields_ = (("tokens", Pointer), ("counts", Pointer), ("room", Int))
-
-
-class TreeSettings(ctypes.Structure):
-    """What a growing tree is told; mirrors common.h, as do the two below."""
-
-    alive: tuple[object, ...]
-    _fields_ = (
-        *((name, Int) for name in ("vocab", "limit", "max_depth", "sample")),
-        *((name, ctypes.c_double) for name in ("threshold", "guess")),
-        *((name, Pointer) for name in ("starts", "spots")),
-    )
-
-
-class NextLayer(ctypes.Structure):
-    _fields_ = (("num_rows", Int), ("row", Int), ("numbers", Pointer), ("seen", Pointer))
-
-
-class FinishedTree(ctypes.Structure):
-    _fields_ = tuple(
-        (name, Pointer) for name in ("tokens", "parents", "places", "layers", "columns", "probs", "values", "norms")
-    )
 
 
 class Visibility(ctypes.Structure):
@@ -90,7 +69,7 @@ class Verification(ctypes.Structure):
     alive: tuple[object, ...]
     _fields_ = (
         *((name, Int) for name in ("num_slots", "size", "depth", "vocab")),
-        *((name, Pointer) for name in ("p", "q", "q_norms", "tokens", "parents", "coins", "path")),
+        *((name, Pointer) for name in ("p", "q", "tokens", "parents", "coins", "path")),
         *((name, Int) for name in ("count", "next")),
         *((name, Pointer) for name in ("first_child", "next_sibling", "scratch", "rows")),
     )

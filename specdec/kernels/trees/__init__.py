@@ -1,1 +1,1 @@
-"""Work on trees: draws, growth, verification, masks, slots of the cache."""
+"""Work on trees: draws, verification, masks, slots of the cache."""

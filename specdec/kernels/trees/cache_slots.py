@@ -39,6 +39,6 @@ class SlotMover:
             sources, targets: slots; targets rise and none is above its source.
         """
         count = len(sources)
-        places = (ctypes.c_int64 * (2 * count))(*sources, *targets)
-        start = ctypes.addressof(places)
+        moves = (ctypes.c_int64 * (2 * count))(*sources, *targets)
+        start = ctypes.addressof(moves)
         self._library.move(self._addresses, self._numbers, len(self._addresses), row, start, start + 8 * count, count)

@@ -29,7 +29,7 @@ def write(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | None) ->
         seen_BTK = seen_BTK.contiguous()
     prompt_BP = None if prompt_BP is None else prompt_BP.contiguous()
     num_slots, prompt_size = max(lengths) + num_tail, 0 if prompt_BP is None else prompt_BP.shape[1]
-    # growing trees has just called the same: it is in the processor's cache, what torch would call is not
+    # numpy allocates in a fraction of torch's time
     visible_BTS = torch.from_numpy(np.empty((num_rows, num_new, num_slots), np.bool_))
     lengths_B = (ctypes.c_int64 * num_rows)(*lengths)
     library.write_mask(

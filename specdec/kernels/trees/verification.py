@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.kernels import native
 from specdec.kernels.native import structs
-from specdec.kernels.trees.urn import is_native
+from specdec.kernels.trees.token_source import is_native
 from trees import Draft
 
 Rule = Literal["walk", "topdown", "traversal"]
@@ -41,11 +41,11 @@ def verify(
     assert library is not None, "can_verify() asks first"
     trees = draft.trees
     num_slots, vocab_size = trees.num_slots, scores_BTV.shape[2]
-    q_at = norms_at = coins_at = 0
+    q_at = coins_at = 0
     if draft.is_drawn:
-        q_BT, norm_BT = _draft_scores(draft)
+        q_BT = _draft_scores(draft)
         coins_BX = torch.rand((trees.num_rows, num_slots + 1), dtype=torch.float64, generator=generator)
-        q_at, norms_at, coins_at = q_BT.data_ptr(), 0 if norm_BT is None else norm_BT.data_ptr(), coins_BX.data_ptr()
+        q_at, coins_at = q_BT.data_ptr(), coins_BX.data_ptr()
     tokens_BN, parents_BN = trees.tokens_BN.contiguous(), trees.parents_BN.contiguous()
     path = (ctypes.c_int64 * (trees.depth + 1))()
     v = structs.Verification(num_slots=num_slots, depth=trees.depth, vocab=vocab_size, path=ctypes.addressof(path))
@@ -57,15 +57,14 @@ def verify(
         v.parents = parents_BN.data_ptr() + 8 * row * trees.width
         if draft.is_drawn:
             v.q, v.coins = q_at + 8 * row * num_slots, coins_at + 8 * row * (num_slots + 1)
-            v.q_norms = norms_at + 8 * row * num_slots if norms_at else None
         library.verify(v, _NUMBERS[rule])
         paths.append(path[: v.count])
         following.append(v.next)
     return paths, following
 
 
-def _draft_scores(draft: Draft) -> tuple[Tensor, Tensor | None]:
-    """Where the scores of the draft at every slot begin, and their norms; those of leaves are not meaningful."""
+def _draft_scores(draft: Draft) -> Tensor:
+    """Where the scores of the draft at every slot begin; those of leaves are not meaningful."""
     layers = draft.q_layers
     assert layers is not None, "can_verify() asks first"
     starts_L = np.array([layer.data_ptr() for layer in layers.layers_BMV])
@@ -73,4 +72,4 @@ def _draft_scores(draft: Draft) -> tuple[Tensor, Tensor | None]:
     rows_B1 = np.arange(draft.trees.num_rows)[:, None]
     place_BT = rows_B1 * widths_L[layers.layer_BT] + layers.column_BT
     q_BT = starts_L[layers.layer_BT] + 4 * layers.layers_BMV[0].shape[2] * place_BT
-    return torch.from_numpy(q_BT), None if layers.norm_BT is None else torch.from_numpy(layers.norm_BT)
+    return torch.from_numpy(q_BT)

@@ -124,8 +124,8 @@ class Endpoint:
 
     def __repr__(self) -> str:
         parts = urlsplit(self.base_url)
-        place = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-        return f"Endpoint({place!r}{f', model={self._model!r}' if self._model else ''})"
+        address = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return f"Endpoint({address!r}{f', model={self._model!r}' if self._model else ''})"
 
     def connect(self) -> None:
         """Make sure that somebody is there, and find the model's name if none was given.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from routers import DraftedStep
 from specdec.errors import EndpointError
 from specdec.routing.remote.endpoint import WrittenToken
 from specdec.routing.remote.writer import RemoteWriter
+from specdec.routing.view import written
 
 
 class RemoteView:
@@ -19,7 +19,7 @@ class RemoteView:
 
     Args:
         writer: the target's.
-        places: row of the caller's batch -> row of the writer's.
+        writer_rows: row of the caller's batch -> row of the writer's.
         ask: token ids of a question and of the opening of its answer, as they follow a step.
         write: makes the target write the steps of these of its rows.
     """
@@ -27,12 +27,12 @@ class RemoteView:
     def __init__(
         self,
         writer: RemoteWriter,
-        places: Mapping[int, int],
+        writer_rows: Mapping[int, int],
         *,
         ask: Callable[[str, str], list[int]],
         write: Callable[[Mapping[int, Sequence[int]]], None],
     ):
-        self._writer, self._places, self._ask, self._write = writer, places, ask, write
+        self._writer, self._writer_rows, self._ask, self._write = writer, writer_rows, ask, write
         self._before = writer.stats.verify_seconds
         self.written: set[int] = set()
         """Rows whose step the target has written."""
@@ -42,17 +42,16 @@ class RemoteView:
         """Spent on the target's work."""
         return self._writer.stats.verify_seconds - self._before
 
-    def settle(self, kept: Mapping[int, Sequence[int]]) -> None:
+    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
         """A server keeps no state of ours."""
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        theirs = [self._places[step.row] in self.written for step in steps]
-        if steps and all(theirs):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [step.signals.log_probs for step in steps]
         return self._each(steps, lambda step: np.array([token.log_prob for token in self._scored(step)], np.float32))
 
     def regrets(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
-        if steps and all(self._places[step.row] in self.written for step in steps):
+        if steps and all(self._writer_rows[step.row] in self.written for step in steps):
             return [np.zeros(len(step.tokens), np.float32) for step in steps]
         return self._each(steps, self._regrets)
 
@@ -64,18 +63,10 @@ class RemoteView:
         return self._each(steps, lambda step: self._chosen(step, asked, choices))
 
     def write(self, steps: Sequence[DraftedStep]) -> list[DraftedStep]:
-        rows = {self._places[step.row]: step.tokens for step in steps}
+        rows = {self._writer_rows[step.row]: step.tokens for step in steps}
         self._write(rows)
         self.written.update(rows)
-        return [
-            replace(
-                step,
-                tokens=self._writer.step_tokens(row),
-                signals=self._writer.step_signals(row),
-                is_last=self._writer.stop.steps[row].is_last,
-            )
-            for row, step in zip(rows, steps, strict=True)
-        ]
+        return [written(self._writer, row, step) for row, step in zip(rows, steps, strict=True)]
 
     def _each(self, steps: Sequence[DraftedStep], function: Callable[[DraftedStep], np.ndarray]) -> list[np.ndarray]:
         self._writer.num_requests += len(steps)

@@ -167,7 +167,7 @@ class RemoteWriter:
         self._scored: list[list[WrittenToken]] = [[] for _ in sequences.rows]
         self._tokenizing, self._over = Lock(), Event()
 
-    def adopt(self, drafts: Mapping[int, Sequence[int]]) -> None:
+    def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """A server cannot be given a draft: it writes its own words."""
 
     def write(self, limits: Mapping[int, int]) -> None:

@@ -135,9 +135,9 @@ class Corpus:
 
     def rows(self, step: int, batch_rows: int, seed: int) -> Tensor:
         """The rows of a step: an epoch has every row once, in an order that depends on it and on the seed alone."""
-        epoch, place = divmod(step, self.steps_per_epoch(batch_rows))
+        epoch, batch = divmod(step, self.steps_per_epoch(batch_rows))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_rows, generator=generator)[place * batch_rows :][:batch_rows]
+        return torch.randperm(self.num_rows, generator=generator)[batch * batch_rows :][:batch_rows]
 
     def steps_per_epoch(self, batch_rows: int) -> int:
         return math.ceil(self.num_rows / batch_rows)

@@ -49,16 +49,16 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def _problem(line: str, place: str) -> Problem:
+def _problem(line: str, where: str) -> Problem:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
+        raise ValueError(f"{where} is no JSON: {error}") from error
     fields = record if isinstance(record, dict) else {}
     turns = fields.get("turns") or [None]
     question = fields.get("question") or fields.get("prompt") or turns[0]
     if not isinstance(question, str):
-        raise ValueError(f"{place} has no `question`, `prompt` or `turns`")
+        raise ValueError(f"{where} has no `question`, `prompt` or `turns`")
     answer = fields.get("answer")
     return Problem(question=question, answer=None if answer is None else str(answer))
 

@@ -28,7 +28,7 @@ from specdec.tree_model.cache import RowStates
 from trees import Draft
 
 
-class Member:
+class RunningRequest:
     """A request in the engine: what its settings amount to, and what has become of it.
 
     Attributes:
@@ -47,19 +47,19 @@ class Member:
         self.error: Exception | None = None
         self.fresh: list[int] = []
         self._submitted = perf_counter()
-        self._noted: Tensor | None = None
+        self._logprobs_KV: Tensor | None = None
 
     def begin(self, num_reused: int) -> None:
         """Its prompt is read from now on."""
         self.generation.stats.queued_seconds = perf_counter() - self._submitted
         self.generation.stats.num_reused_tokens = num_reused
 
-    def note(self, logits_KV: Tensor) -> None:
+    def record(self, logits_KV: Tensor) -> None:
         """The target's logits at the slots of a path."""
         if self.generation.logprobs is not None:
-            self._noted = logits_KV.float().log_softmax(-1)
+            self._logprobs_KV = logits_KV.float().log_softmax(-1)
 
-    def take(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
+    def append(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
         """Tokens that a round has committed."""
         generation, stats = self.generation, self.generation.stats
         stats.rounds += 1
@@ -85,9 +85,9 @@ class Member:
 
     def _logprobs(self, tokens: Sequence[int]) -> list[TokenLogprobs]:
         count = self.generation.request.num_logprobs
-        assert self._noted is not None
+        assert self._logprobs_KV is not None
         assert count is not None
-        logprobs_KV = self._noted[: len(tokens)]
+        logprobs_KV = self._logprobs_KV[: len(tokens)]
         chosen = logprobs_KV.gather(1, torch.tensor(tokens, device=logprobs_KV.device).unsqueeze(1))[:, 0].tolist()
         top = logprobs_KV.topk(min(count, logprobs_KV.shape[1]), -1)
         rows = zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
@@ -97,7 +97,7 @@ class Member:
         ]
 
 
-class Members(dict[int, Member]):
+class RunningRequests(dict[int, RunningRequest]):
     """The rows of the batch, by their number in `Sequences.rows`."""
 
     @contextmanager
@@ -109,23 +109,23 @@ class Members(dict[int, Member]):
             self[row].error = error
 
 
-class MemberSampler(Sampler):
+class RequestSampler(Sampler):
     """Applies to every row its own processors, and its own noise if it is sampled: what is left is greedy."""
 
-    def __init__(self, members: Members, sequences: Sequences):
+    def __init__(self, requests: RunningRequests, sequences: Sequences):
         super().__init__(LogitsProcessorList(), do_sample=False)
-        self._members = members
+        self._requests = requests
         self._sequences = sequences
         self._noise = GumbelNoise()
 
     def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
-        rows = [(index, row, self._members[row]) for index, row in enumerate(prefixes.sequences.rows)]
-        is_changed = any(member.sampler.processors or member.seed is not None for _, _, member in rows)
+        rows = [(index, row, self._requests[row]) for index, row in enumerate(prefixes.sequences.rows)]
+        is_changed = any(running.sampler.processors or running.seed is not None for _, _, running in rows)
         scores_BTV = logits_BTV.to(torch.float32, copy=is_changed)
-        for index, row, member in rows:
-            if (member.sampler.processors or member.seed is not None) and member.error is None:
-                with self._members.own_errors(row):
-                    self._process_row(scores_BTV, prefixes, index, member)
+        for index, row, running in rows:
+            if (running.sampler.processors or running.seed is not None) and running.error is None:
+                with self._requests.own_errors(row):
+                    self._process_row(scores_BTV, prefixes, index, running)
         return scores_BTV
 
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
@@ -133,33 +133,33 @@ class MemberSampler(Sampler):
         accepted = follow(draft.trees, scores_BTV)
         if not accepted.has_next:
             for row, next_token in zip(self._sequences.rows, accepted.next_B.tolist(), strict=True):
-                if next_token < 0 and self._members[row].error is None:
-                    self._members[row].error = NumericalError("the target's scores for this row are not numbers (NaN)")
+                if next_token < 0 and self._requests[row].error is None:
+                    self._requests[row].error = NumericalError("the target's scores for this row are not numbers (NaN)")
             next_B = accepted.next_B.clamp(min=0)
             accepted = Acceptance(path_BD=accepted.path_BD, counts_B=accepted.counts_B, next_B=next_B)
         return accepted
 
-    def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, member: Member) -> None:
+    def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, running: RunningRequest) -> None:
         own = Prefixes(prefixes.sequences.single_row(index), prefixes.trees.single_row(index), prefixes.slots)
         scores_TV = scores_BTV[index]
-        if member.sampler.processors:
-            scores_TV.copy_(member.sampler.process(scores_TV.unsqueeze(0), own)[0])
-        if member.seed is not None:
+        if running.sampler.processors:
+            scores_TV.copy_(running.sampler.process(scores_TV.unsqueeze(0), own)[0])
+        if running.seed is not None:
             used = [slot for slot in prefixes.slots if slot <= prefixes.trees.sizes[index]]
             depths = own.trees.host_depths_BT[0]
             length = prefixes.sequences.lengths[index]
-            self._noise.add(scores_TV[: len(used)], member.seed, [length + int(depths[slot]) for slot in used])
+            self._noise.add(scores_TV[: len(used)], running.seed, [length + int(depths[slot]) for slot in used])
 
 
-class MemberStops(StopChecker):
+class RequestStops(StopChecker):
     """Stops every row by its own criteria."""
 
-    def __init__(self, members: Members):
+    def __init__(self, requests: RunningRequests):
         super().__init__(StoppingCriteriaList())
-        self._members = members
+        self._requests = requests
 
     def limits(self, sequences: Sequences) -> list[int]:
-        return [self._members[row].stop.max_length for row in sequences.rows]
+        return [self._requests[row].stop.max_length for row in sequences.rows]
 
     def cut(
         self, sequences: Sequences, candidates: Sequence[Sequence[int]], scores_of: Callable[[int], Scores]
@@ -167,76 +167,76 @@ class MemberStops(StopChecker):
         """As `StopChecker.cut`; a row whose criteria raise stops."""
         counts, stopped = [1] * len(candidates), [True] * len(candidates)
         for index, row in enumerate(sequences.rows):
-            if self._members[row].error is None:
-                with self._members.own_errors(row):
-                    own = self._members[row].stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
+            if self._requests[row].error is None:
+                with self._requests.own_errors(row):
+                    own = self._requests[row].stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
                     (counts[index],), (stopped[index],) = own
         return counts, stopped
 
 
-class MemberRecorder(Recorder):
+class RequestRecorder(Recorder):
     """Keeps nothing but what requests ask for."""
 
-    def __init__(self, members: Members):
+    def __init__(self, requests: RunningRequests):
         super().__init__(0, scores=False, logits=False, states=False)
-        self._members = members
+        self._requests = requests
 
-    def note(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
-        member = self._members[row]
-        if member.generation.logprobs is not None:
-            member.note(logits_TV[list(slots)])
+    def record(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
+        running = self._requests[row]
+        if running.generation.logprobs is not None:
+            running.record(logits_TV[list(slots)])
 
 
 @dataclass(kw_only=True, eq=False)
-class MemberLoop(DecodingLoop):
-    """A `DecodingLoop` whose rows are members: they join and leave, and there may be none.
+class ContinuousBatchingLoop(DecodingLoop):
+    """A `DecodingLoop` whose rows are requests: they join and leave, and there may be none.
 
     Args:
         keep: called with the committed tokens but the last, and their states, of a row that has stopped by itself.
     """
 
-    members: Members
+    requests: RunningRequests
     keep: Callable[[Sequence[int], RowStates], None]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.finished: list[Member] = []
+        self.finished: list[RunningRequest] = []
 
-    def admit(self, member: Member, states: RowStates | None) -> None:
+    def admit(self, running: RunningRequest, states: RowStates | None) -> None:
         """Let a request join; arguments as of `join`. What it may come to hold is allocated now."""
-        self.target.cache.reserve(len(self.members) + 1, member.need)
-        self.members[self.join(member.prompt, states)] = member
+        self.target.cache.reserve(len(self.requests) + 1, running.need)
+        self.requests[self.join(running.prompt, states)] = running
 
-    def dismiss(self, member: Member) -> None:
+    def dismiss(self, running: RunningRequest) -> None:
         """Let a request go, in whatever state it is."""
-        (row,) = (row for row, other in self.members.items() if other is member)
-        del self.members[row]
+        (row,) = (row for row, other in self.requests.items() if other is running)
+        del self.requests[row]
         self.leave({self.sequences.rows.index(row)})
 
     def _report(self, committed: Committed) -> None:
         for index, row in enumerate(self.sequences.rows):
             tokens = committed.tokens[index]
             num_accepted = min(len(committed.paths[index]), len(tokens))
-            if self.members[row].error is None:
-                self.members[row].take(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
+            if self.requests[row].error is None:
+                self.requests[row].append(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
 
     def _let_go(self, stopped: Sequence[bool]) -> None:
         rows = list(self.sequences.rows)
-        gone = {index for index, row in enumerate(rows) if stopped[index] or self.members[row].error is not None}
+        gone = {index for index, row in enumerate(rows) if stopped[index] or self.requests[row].error is not None}
         for index in sorted(gone):
             self._finish(index, rows[index])
         if gone:
             self.leave(gone)
 
     def _finish(self, index: int, row: int) -> None:
-        member = self.members[row]
+        running = self.requests[row]
         alone = self.sequences.single_row(index)
-        if member.error is None:
-            with self.members.own_errors(row):
-                member.finish(member.stop_reason(alone))
-        if member.error is not None:
-            member.finish("error", member.error)
+        if running.error is None:
+            with self.requests.own_errors(row):
+                running.finish(running.stop_reason(alone))
+        if running.error is not None:
+            running.finish("error", running.error)
             self.target.cache.clear_row(index)
         else:
             self.keep(alone.tokens[0][:-1], self.target.cache.row_views(index))
-        self.finished.append(self.members.pop(row))
+        self.finished.append(self.requests.pop(row))

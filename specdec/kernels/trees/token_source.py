@@ -1,4 +1,4 @@
-"""Draws from rows of scores in the processor's native tongue: one pass over a row, and no softmax.
+"""Native sampling from rows of scores: one pass over a row, and no softmax.
 
 Shape legend: M rows, V vocabulary.
 """
@@ -16,10 +16,10 @@ from specdec.kernels.native import structs
 from trees.token_source import TokenSource, TorchSource
 
 
-def open_urn(scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None) -> TokenSource:
-    """A native urn where there can be one, torch's elsewhere."""
+def open_token_source(scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None) -> TokenSource:
+    """A native source where there can be one, torch's elsewhere."""
     if is_native(scores_MV):
-        return NativeUrn(scores_MV, sample=sample, generator=generator)
+        return NativeTokenSource(scores_MV, sample=sample, generator=generator)
     return TorchSource(scores_MV, sample=sample, generator=generator)
 
 
@@ -28,7 +28,7 @@ def is_native(scores: Tensor) -> bool:
     return on_cpu and native.library() is not None
 
 
-class NativeUrn(TokenSource):
+class NativeTokenSource(TokenSource):
     """What is left of M distributions that are given by their scores, [M, V] contiguous float32 (kept, not changed).
 
     A row is read when something is first taken from it: rows that nobody asks about cost nothing.
@@ -36,7 +36,7 @@ class NativeUrn(TokenSource):
 
     def __init__(self, scores_MV: Tensor, *, sample: bool, generator: torch.Generator | None):
         library = native.library()
-        assert library is not None, "open_urn() asks first"
+        assert library is not None, "open_token_source() asks first"
         self._library = library
         self._scores_MV = scores_MV
         self._sample = sample
@@ -47,7 +47,9 @@ class NativeUrn(TokenSource):
         self._found = np.empty(num_blocks + num_rows)  # two float32 a block, then the norms
         self._found[num_blocks:] = np.nan
         start = self._found.ctypes.data
-        self._urn = structs.Urn(scores_MV.data_ptr(), vocab_size, start, start + 4 * num_blocks, start + 8 * num_blocks)
+        self._candidates = structs.Candidates(
+            scores_MV.data_ptr(), vocab_size, start, start + 4 * num_blocks, start + 8 * num_blocks
+        )
 
     def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
         num_slots = len(slots)
@@ -61,7 +63,7 @@ class NativeUrn(TokenSource):
         start, taken = numbers.ctypes.data, _pack(before)
         after_slots, size = start + 8 * num_slots, 8 * num_slots * count
         self._library.take(
-            self._urn, start, num_slots, taken, count, native.address(coins), after_slots, after_slots + size
+            self._candidates, start, num_slots, taken, count, native.address(coins), after_slots, after_slots + size
         )
         new = tokens.tolist()
         self._taken.update((slot, [*old, *row]) for slot, old, row in zip(slots, before, new, strict=True))

@@ -17,23 +17,23 @@ OPEN_PATHS = frozenset({"/health"})
 """What needs no key."""
 
 
-class Gate:
+class AccessMiddleware:
     """An ASGI application around another one.
 
     Without a key, a server on the loopback answers only requests that name this machine as their host: otherwise a
     web page could reach it through a name that it lets point here (DNS rebinding).
 
     Args:
-        note: told the path and the status of every answer.
+        record: told the path and the status of every answer.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, note: Callable[[str, int], None]):
+    def __init__(self, app: ASGIApp, options: ServerOptions, record: Callable[[str, int], None]):
         self._app = app
         self._key = None if options.api_key is None else options.api_key.encode()
         self._checks_host = options.api_key is None and is_loopback(options.host)
         self._body_timeout = options.body_timeout
         self._max_body_bytes = options.max_body_bytes
-        self._note = note
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,9 +42,9 @@ class Gate:
 
         body = Body(receive, max_bytes=self._max_body_bytes, timeout=self._body_timeout)
 
-        async def send_and_note(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._note(scope["path"], message["status"])
+                self._record(scope["path"], message["status"])
             elif not message.get("more_body", False) and not body.is_complete:
                 await send({**message, "more_body": True})  # the whole answer, but not its end
                 await body.discard()
@@ -53,7 +53,7 @@ class Gate:
 
         refusal = self._bad_length(scope) or self._refusal(scope)
         app = self._app if refusal is None else refusal.response()
-        await app(scope, body.receive, send_and_note)
+        await app(scope, body.receive, send_and_record)
 
     def _bad_length(self, scope: Scope) -> ApiError | None:
         lengths = _values(scope, b"content-length")

@@ -18,10 +18,10 @@ _CHUNK = 256
 """Tokens of prompts that are read in a round."""
 
 
-class Follower:
+class DraftModelRunner:
     """Reads the prompts when something is first asked; then keeps what the target accepts of its tail.
 
-    The prompts of rows that join are read one after the other, a chunk a round: see `read_prompts`.
+    The prompts of rows that join are read one after the other, a chunk a round: see `prefill_chunk`.
     """
 
     def __init__(self, model: PreTrainedModel, run: Run):
@@ -38,7 +38,7 @@ class Follower:
         return self._model.model
 
     @property
-    def backlog(self) -> int:
+    def num_uncached_tokens(self) -> int:
         """Tokens that are not in the cache, besides the newest, padding included."""
         lengths = self._run.sequences.lengths
         if self._cached is None and not self._has_joined:
@@ -61,7 +61,7 @@ class Follower:
         """Slots forwarded since the last `keep`."""
         return 0 if self._cached is None else self._model.cache.tail
 
-    def read_prompts(self) -> list[bool]:
+    def prefill_chunk(self) -> list[bool]:
         """Read the prompts of the call; of rows that have joined no more than a chunk, so that others need not wait.
 
         Returns:
@@ -75,16 +75,24 @@ class Follower:
             self._cached = [0] * len(sequences)
         for row, length in enumerate(sequences.lengths):
             if left > 0 and not self._cached[row] and length > 1:
-                left -= self._read_alone(row, left)
+                left -= self._prefill_row(row, left)
         return [bool(seen) or length == 1 for seen, length in zip(self._cached, sequences.lengths, strict=True)]
 
-    def pending(self) -> tuple[Tensor, list[int]]:
+    def read_pending(self) -> Tensor:
+        """Read the committed tokens that the cache does not hold yet; logits after each row's last, [B, 1, V]."""
+        tokens_BW, sizes = self._pending()
+        logits_B1V = read_ragged(self._model, self._readable(tokens_BW), sizes)
+        assert self._cached is not None
+        self._cached = [cached + size for cached, size in zip(self._cached, sizes, strict=True)]
+        return logits_B1V
+
+    def _pending(self) -> tuple[Tensor, list[int]]:
         """int64 [B, W] the committed tokens that the cache does not hold yet, and how many each row has.
 
         That is one or more, but for rows whose prompt has not been read: they have none.
         """
         if self._cached is None:
-            self.read_prompts()
+            self.prefill_chunk()
         assert self._cached is not None
         sequences = self._run.sequences
         rows = zip(sequences.lengths, self._cached, strict=True)
@@ -104,7 +112,7 @@ class Follower:
             self._model.commit(kept)
             self._cached = [cached + len(slots) for cached, slots in zip(self._cached, kept, strict=True)]
 
-    def rewind(self) -> None:
+    def rollback(self) -> None:
         """Forget what the cache holds past the ends of the texts; the newest token is never in it."""
         if self._cached is not None:
             lengths = self._run.sequences.lengths
@@ -129,7 +137,7 @@ class Follower:
         """Whether there is a row that the call did not come with: it has no padding."""
         return any(number >= len(self._run.input_ids) for number in self._run.sequences.rows)
 
-    def _read_alone(self, row: int, most: int) -> int:
+    def _prefill_row(self, row: int, most: int) -> int:
         """Go on reading a row's text but its newest token; returns the number of tokens read."""
         assert self._cached is not None
         sequences = self._run.sequences
@@ -165,3 +173,13 @@ class Follower:
     def _readable(self, tokens: Tensor) -> Tensor:
         """The tokens, with a stand-in for those of the target's padding rows that this model does not have."""
         return tokens.clamp(max=self._model.vocab_size - 1)
+
+
+def read_ragged(model: TreeModel, tokens_BW: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Commit the first `sizes` tokens of each row; logits after the last of them, [B, 1, V]."""
+    offsets_BW = torch.arange(tokens_BW.shape[1], device=tokens_BW.device).expand_as(tokens_BW)
+    seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
+    logits_BWV = model.forward(tokens_BW, offsets_BW, seen_BWW)
+    model.commit([range(size) for size in sizes])
+    last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
+    return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)

@@ -1,0 +1,86 @@
+"""How a call speculates: who drafts, in which shape, and how drafts are verified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.decoding.drafter import Drafter
+from specdec.devices import home_device
+from specdec.drafters.auto.drafter import Auto
+from specdec.drafters.lookup.prompt_lookup import PromptLookup
+from specdec.drafters.model.small_model import SmallModel
+from specdec.tree_model.compatibility import check_model
+from trees import GrowthPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Speculation:
+    """The options of a call that only specdec has; arguments as of `specdec.generate`.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
+
+    drafter: Drafter
+    tree: GrowthPolicy | None = None
+    verify: str = "topdown"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.tree is not None and not isinstance(self.tree, GrowthPolicy):
+            raise ValueError(f"tree={self.tree!r}: pass a growth policy such as trees.Chain(5), or None")
+        if self.verify not in ("topdown", "traversal"):
+            raise ValueError(f"verify={self.verify!r}: it is 'topdown' or 'traversal'")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise ValueError(
+                f"generator={self.generator!r}: pass a torch.Generator, for example torch.Generator().manual_seed(0)"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        drafter: Drafter | PreTrainedModel | str | None,
+        *,
+        tree: GrowthPolicy | None = None,
+        verify: str = "topdown",
+        generator: torch.Generator | None = None,
+    ) -> Speculation:
+        """With the drafter that an argument stands for.
+
+        Args:
+            tree: where the caller names one, the drafter is the one that grows it: there is nothing left to choose.
+        """
+        return cls(drafter=_as_drafter(drafter, tree), tree=tree, verify=verify, generator=generator)
+
+    def check(self, model: Any) -> None:
+        """Refuse a model that cannot be decoded like this.
+
+        Raises:
+            UnsupportedModelError: it cannot be decoded by tree.
+            ValueError: it is no model, or not where the generator is.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model is a transformers PreTrainedModel, got {type(model).__name__}")
+        if self.generator is not None and self.generator.device.type != home_device(model).type:
+            raise ValueError(
+                f"the generator is on {self.generator.device} and the model on {home_device(model)}: make it with "
+                f"torch.Generator({home_device(model).type!r})"
+            )
+        check_model(model)
+
+
+def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None) -> Drafter:
+    if drafter is None or drafter == "auto":
+        return Auto() if tree is None else PromptLookup()
+    if isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, PreTrainedModel):
+        small = SmallModel(drafter)
+        return Auto(small) if tree is None else small
+    raise ValueError(
+        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
+    )
