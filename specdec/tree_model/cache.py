@@ -393,6 +393,8 @@ class TreeCache(Cache):
             for buffer in layer.buffers:
                 assert buffer.shape[0] == len(layer.keys) >= self.num_rows
                 assert buffer.shape[2] >= max(self.lengths)
+        if self.states is not None:
+            self.states.check_integrity(self.num_rows)
 
     def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Row and slot indices, each [B, T], of the tail slots start .. start + count - 1 (ragged rows)."""

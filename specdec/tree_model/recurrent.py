@@ -291,6 +291,14 @@ class TreeStates:
         """A row's states, layer by layer."""
         return [layer.row(row) for layer in self.layers.values()]
 
+    def check_integrity(self, num_rows: int) -> None:
+        """Assert what must hold between rounds: no nodes, and states of every row or none."""
+        assert len(self._places) == num_rows
+        assert not self.tail
+        for layer in self.layers.values():
+            assert list(layer.levels) == [COMMITTED]
+            assert all(len(state) == num_rows for state in layer.levels[COMMITTED].values())
+
     def point(self) -> tuple[States, ...]:
         """What the rows have committed, to return to: nothing is copied."""
         return tuple(layer.levels[COMMITTED] for layer in self.layers.values())

@@ -142,6 +142,7 @@ def test_refused_branches_leave_no_trace_in_the_states(family: str) -> None:
             text += [root, *(tree.tokens[node] for node in path)]
     target.join(target.cache.row_states(0))
     target.select_rows([2, 1])
+    target.cache.check_integrity()
     for row, text in enumerate(texts):
         prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()].tolist()
         wanted = states_after(model, prompt, text)
