@@ -76,6 +76,7 @@ def prepare(
         UnsupportedOptionError: an option that is not possible here.
         ValueError: a wrong prompt.
     """
+    _check_steps(model)
     arguments = with_cache_named(arguments)
     for name, advice in _REFUSED_ARGUMENTS.items():
         value = arguments.pop(name, None)
@@ -152,6 +153,16 @@ def _inputs_of_a_step(model: PreTrainedModel, given: dict[str, Any]) -> set[str]
     token_11 = torch.zeros(1, 1, dtype=torch.long, device=home_device(model))
     inputs = model.prepare_inputs_for_generation(token_11, is_first_iteration=False, use_cache=True, **given)
     return {name for name, value in inputs.items() if value is not None}
+
+
+def _check_steps(model: PreTrainedModel) -> None:
+    """Learned prompts of peft are put before the text at every step, by its own `prepare_inputs_for_generation`."""
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    if owner is not model:
+        raise UnsupportedOptionError(
+            f"a {type(owner).__name__} prepares the inputs of every step, which drafted tokens would need too: use its "
+            "own generate()"
+        )
 
 
 def _effective_config(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:
