@@ -215,12 +215,14 @@ class TreeModel:
         self.cache = other.cache
         self._prompt_BP, self._lag_AB = other._prompt_BP, other._lag_AB
 
-    def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
+    def verify(
+        self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 
         Args:
             roots_B1: int64 the last committed token of each row.
-            places: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
+            grown_indices: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
 
         Returns:
             Logits after every slot, [B, 1 + N, V], in the model's dtype.
