@@ -7,6 +7,7 @@ config conflicts) is left to it, so that its users see the messages that they kn
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,11 @@ _MODE_ADVICE = {
 }
 
 _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
-_OF_POSITIONS = frozenset({"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
-"""Where the images of a prompt are and how large: its positions are made of them, later steps do not look at them."""
+_OF_IMAGES = frozenset(
+    {"token_type_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"}
+)
+"""Where the images of a prompt are and how large. Models that read images make the prompt's positions and masks of
+them; later steps are given them in vain."""
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 
 
@@ -110,7 +114,8 @@ def check_model_inputs(
         UnsupportedOptionError: names them.
     """
     given = {name: value for name, value in model_inputs.items() if not (value is None or value == {})}
-    unknown = given.keys() - _KNOWN_MODEL_INPUTS - _OF_POSITIONS
+    reads_images = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    unknown = given.keys() - _KNOWN_MODEL_INPUTS - (_OF_IMAGES if reads_images else set())
     unknown = unknown and unknown & _inputs_of_a_step(model, given)
     if unknown:
         raise UnsupportedOptionError(
