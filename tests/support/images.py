@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "clip_vision_model"},
         "vision_feature_layer": -1,
     },
+    "paligemma": {"text_config": {"model_type": "gemma"}, "projection_dim": 32},
     "qwen2_5_vl": {
         "text_config": PLANES,
         "vision_config": {"fullatt_block_indexes": [1], "window_size": 32, "tokens_per_second": 2},
@@ -73,7 +74,7 @@ layers that keep states."""
 @cache
 def model_of(family: str) -> PreTrainedModel:
     given = SETTINGS[family]
-    name = "image_token_index" if family in ("gemma3", "llava") else "image_token_id"
+    name = "image_token_index" if family in ("gemma3", "llava", "paligemma") else "image_token_id"
     parts = {
         "text_config": {**TEXT, **given["text_config"]},
         "vision_config": {**TOWER, **given.get("vision_config", {})},

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from specdec.errors import SpecdecError
 from specdec.kernels import quantized_copy
 from specdec.testing import FAMILIES, tiny_model
-from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
+from specdec.tree_model.layer_kinds import layer_kinds
 from tests.support.families import REFUSED, UNLISTED
 from tests.support.images import SETTINGS as SEEING
 from tests.support.recurrent_models import RECURRENT
+from tests.support.wrapped import EXACT, WRAPPED, Wrapped
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -62,6 +63,25 @@ prompts from its beginning, and so does a chat: of a text that begins alike ther
 """
 
 
+_WRAPPED = """
+## What is wrapped around a model
+
+Of a Llama, tried by `tests/generation/test_wrapped.py`: greedy equality, or the words of the refusal. A copy is made
+again when adapters have been put in, switched or merged between two calls.
+
+| wrapped | `specdec.generate` | with an int8 copy (`QuantizedSelf`) |
+|---|---|---|
+"""
+_UNTRIED = """
+Not tried here, because they do not run on this project's machines: bitsandbytes, GPTQ, AWQ. Any model with packed
+weights decodes the short text above first, whatever its family, and is refused if the logits do not agree.
+"""
+
+
+def _of_copy(wrapped: Wrapped) -> str:
+    return wrapped.copy_says if wrapped.says == EXACT else ""
+
+
 def _row(family: str) -> str:
     model = tiny_model(family, attn_implementation="eager")
     check_model(model)
@@ -100,6 +120,9 @@ def page() -> str:
         + _UNLISTED.format(passing=_names(UNLISTED), seeing=_names(SEEING), recurrent=_names(RECURRENT))
         + "".join(map(_refusal, REFUSED))
         + "\nAlso refused: flash and flex attention (load with `attn_implementation='sdpa'`), encoder-decoders.\n"
+        + _WRAPPED
+        + "".join(f"| {name} | {each.says} | {_of_copy(each)} |\n" for name, each in WRAPPED.items())
+        + _UNTRIED
     )
 
 
