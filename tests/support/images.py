@@ -50,6 +50,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_config": {"fullatt_block_indexes": [1], "window_size": 32, "tokens_per_second": 2},
         **QWEN_TOKENS,
     },
+    "qwen3_5": {
+        "text_config": {
+            "layer_types": ["linear_attention", "full_attention"],
+            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            "rope_parameters": {**PLANES["rope_parameters"], "partial_rotary_factor": 1.0},
+        },
+        "vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": []},
+        **QWEN_TOKENS,
+    },
     "qwen3_vl": {
         "text_config": PLANES,
         "vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
@@ -57,7 +67,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "smolvlm": {"text_config": {"model_type": "llama"}, "scale_factor": 2},
 }
-"""Of one kind of positions and of three, with images that see both ways and with pictures of several sizes."""
+"""Of one kind of positions and of three, with images that see both ways and with pictures of several sizes; one has
+layers that keep states."""
 
 
 @cache
