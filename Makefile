@@ -22,7 +22,7 @@ demo: $(READY)  ## fetch the demo model and measure it: about 9 minutes on 2 cor
 test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the demo model if it is not there yet
 	$(PYTEST) -m "not slow and not ray and not ranks"
 
-# Ray (half a gigabyte, installed) is for these tests only: what no run of them covers is not known to work.
+# Ray (half a gigabyte, installed) is for these tests only: what no run covers is not known to work.
 test-all: $(READY)  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,ray]"
 	$(PYTEST) -m "not ray and not ranks"

@@ -14,19 +14,16 @@ from rich.text import Text
 from specdec.bench.methods import MethodSpec, choose_methods
 from specdec.bench.peers import choose_peers
 from specdec.cli.bench_options import (
+    ALL_PROMPTS,
+    NO_PEERS,
     TABLE_ONLY,
     BatchSizesOption,
-    CategoryOption,
-    DraftGgufOption,
-    GgufOption,
-    InputLengthsOption,
     JsonOption,
-    LimitOption,
     MethodsOption,
     OutputLengthsOption,
     OutputOptions,
-    PeersOption,
-    PromptsOption,
+    PeerOptions,
+    PromptOptions,
     ReferenceOption,
     RepetitionsOption,
     SeedOption,
@@ -45,14 +42,12 @@ from specdec.cli.options import (
     VerifyOption,
 )
 from specdec.errors import SpecdecError
-from specdec.suites import load_suite, of_lengths
 
 if TYPE_CHECKING:
     from specdec.bench.harness import BatchResult, Harness
     from specdec.suites import Prompt
 
 NOT_IDENTICAL = 1
-PROMPTS_OF_A_LENGTH = 2
 
 
 def register(app: typer.Typer) -> None:
@@ -67,14 +62,9 @@ def bench(
     loading: LoadingOptions = LOADING,
     methods: MethodsOption = None,
     tree: TreesOption = None,
-    peers: PeersOption = None,
-    gguf: GgufOption = None,
-    draft_gguf: DraftGgufOption = None,
+    others: PeerOptions = NO_PEERS,
     reference: ReferenceOption = "transformers",
-    prompts: PromptsOption = None,
-    category: CategoryOption = None,
-    limit: LimitOption = None,
-    input_len: InputLengthsOption = None,
+    asked: PromptOptions = ALL_PROMPTS,
     max_new_tokens: OutputLengthsOption = "64",
     batch_size: BatchSizesOption = "1",
     repetitions: RepetitionsOption = 3,
@@ -90,12 +80,11 @@ def bench(
 
     Exit code 1: a greedy output of specdec differs from the reference by more than a numerical tie.
     """
-    input_lengths = whole_numbers("--input-len", input_len)
     lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
-    wanted = choose_peers(peers, draft=draft, draft_gguf=draft_gguf)
+    wanted = choose_peers(others.peers, draft=draft, draft_gguf=others.draft_gguf)
     drafting_peers = any(spec.needs_draft for spec in wanted.values())
     specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafting_peers)
-    suite = load_suite(prompts).select(category or (), None if input_lengths else limit)
+    suite = asked.suite()
 
     from specdec.bench.building import Models, build_methods, build_peers, llama_files
     from specdec.bench.document import make_document
@@ -104,15 +93,14 @@ def bench(
     from specdec.models.pair import load_pair
 
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
-    llama = llama_files(peer_specs, model=model, draft=draft, gguf=gguf, draft_gguf=draft_gguf)
+    llama = llama_files(peer_specs, model=model, draft=draft, gguf=others.gguf, draft_gguf=others.draft_gguf)
     sampling = Settings(sample=sample, temperature=temperature, verify=verify, seed=seed)
     base = replace(sampling, repetitions=repetitions, warmup=warmup, without_penalty=llama is not None)
     settings = [replace(base, max_new_tokens=length, batch_size=size) for length, size in product(lengths, sizes)]
     pair = load_pair(model, draft, loading, translates=not drafting_peers and _all_translate(specs))
     models = Models.of(pair, llama)
     built = build_methods(specs, models, suite.select(limit=1).prompts, settings[0])
-    if input_lengths:
-        suite = of_lengths(suite, input_lengths, models.tokenizer, count=limit or PROMPTS_OF_A_LENGTH)
+    suite = asked.cut(suite, models.tokenizer)
     built += build_peers(peer_specs, models, suite.prompts, max(lengths))
     harnesses = [Harness(models.target, models.tokenizer, built, one) for one in settings]
     results, was_interrupted = _measure(harnesses, suite.prompts)

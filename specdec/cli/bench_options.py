@@ -1,17 +1,37 @@
 """The options of `specdec bench`, by the panel of `--help` in which they stand."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from specdec.cli.bench_output import BenchOutput
 from specdec.specs import DRAFTERS, TREE_EXAMPLES, TREES_OF_DRAFTERS
+from specdec.suites import Suite, load_suite, of_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _COMPARED = "What is compared"
 _PROMPTS = "Prompts and lengths (1,4 measures one after the other)"
 _MEASURING = "Measuring"
 _RESULTS = "Results"
+PROMPTS_OF_A_LENGTH = 2
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """`1,4,16`: positive whole numbers, each once; nothing gives none. Raises `ValueError` that names the option."""
+    try:
+        values = () if text is None else tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        raise ValueError(f"{option} takes a whole number or several, separated by commas: got {text!r}") from None
+    if any(value < 1 for value in values):
+        raise ValueError(f"{option} must be at least 1, got {text}")
+    return values
+
 
 MethodsOption = Annotated[
     str | None,
@@ -38,29 +58,41 @@ TreesOption = Annotated[
         rich_help_panel=_COMPARED,
     ),
 ]
-PeersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--peers",
-        help="Separated by commas: transformers (prompt lookup, and its assisted generation if there is a --draft), "
-        "llama.cpp (plain, ngram-simple, and draft if there is one; needs the extra `peers`); or single modes: "
-        "transformers/early-exit:exit_layer=8, llama.cpp/draft:n_max=8.",
-        rich_help_panel=_COMPARED,
-    ),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """Who else decodes, and the files that llama.cpp reads."""
+
+    peers: str | None = None
+    gguf: Path | None = None
+    draft_gguf: Path | None = None
+
+
+PeerOptions = Annotated[
+    Peers,
+    {
+        "peers": typer.Option(
+            "--peers",
+            help="Separated by commas: transformers (prompt lookup, and its assisted generation if there is a "
+            "--draft), llama.cpp (plain, ngram-simple, and draft if there is one; needs the extra `peers`); or single "
+            "modes: transformers/early-exit:exit_layer=8, llama.cpp/draft:n_max=8.",
+            rich_help_panel=_COMPARED,
+        ),
+        "gguf": typer.Option(
+            "--gguf",
+            metavar="FILE",
+            help="What llama.cpp reads; without it the --model itself or the .gguf file of the same name beside it.",
+            rich_help_panel=_COMPARED,
+        ),
+        "draft_gguf": typer.Option(
+            "--draft-gguf", metavar="FILE", help="What llama.cpp drafts with.", rich_help_panel=_COMPARED
+        ),
+    },
 ]
-GgufOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--gguf",
-        metavar="FILE",
-        help="What llama.cpp reads; without it the --model itself or the .gguf file of the same name beside it.",
-        rich_help_panel=_COMPARED,
-    ),
-]
-DraftGgufOption = Annotated[
-    Path | None,
-    typer.Option("--draft-gguf", metavar="FILE", help="What llama.cpp drafts with.", rich_help_panel=_COMPARED),
-]
+NO_PEERS = Peers()
+"""The default values of `PeerOptions`."""
+
 ReferenceOption = Annotated[
     Literal["transformers", "plain"],
     typer.Option(
@@ -70,38 +102,58 @@ ReferenceOption = Annotated[
     ),
 ]
 
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="JSON lines with 'prompt' and 'category', or Spec-Bench's 'turns' (the first turn is used); "
-        "the built-in suite if absent.",
-        rich_help_panel=_PROMPTS,
-    ),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Which prompts of which suite. Raises `ValueError` for lengths that are none."""
+
+    prompts: Path | None = None
+    category: list[str] | None = None
+    limit: int | None = None
+    input_len: str | None = None
+
+    def __post_init__(self) -> None:
+        whole_numbers("--input-len", self.input_len)
+
+    def suite(self) -> Suite:
+        """The suite, whole where prompts of other lengths are cut from it."""
+        return load_suite(self.prompts).select(self.category or (), None if self.input_len else self.limit)
+
+    def cut(self, suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
+        """The suite, or prompts of the lengths that were asked for."""
+        lengths = whole_numbers("--input-len", self.input_len)
+        return of_lengths(suite, lengths, tokenizer, count=self.limit or PROMPTS_OF_A_LENGTH) if lengths else suite
+
+
+PromptOptions = Annotated[
+    Prompts,
+    {
+        "prompts": typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="JSON lines with 'prompt' and 'category', or Spec-Bench's 'turns' (the first turn is used); "
+            "the built-in suite if absent.",
+            rich_help_panel=_PROMPTS,
+        ),
+        "category": typer.Option(
+            "--category", help="Only this category; may be given several times.", rich_help_panel=_PROMPTS
+        ),
+        "limit": typer.Option(
+            "--limit",
+            min=1,
+            help="Prompts of each category, or of each --input-len (there 2 if absent).",
+            rich_help_panel=_PROMPTS,
+        ),
+        "input_len": typer.Option(
+            "--input-len",
+            metavar="N,...",
+            help="Prompts of exactly so many tokens, cut from the text of the suite, without a chat template.",
+            rich_help_panel=_PROMPTS,
+        ),
+    },
 ]
-CategoryOption = Annotated[
-    list[str] | None,
-    typer.Option("--category", help="Only this category; may be given several times.", rich_help_panel=_PROMPTS),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        min=1,
-        help="Prompts of each category, or of each --input-len (there 2 if absent).",
-        rich_help_panel=_PROMPTS,
-    ),
-]
-InputLengthsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--input-len",
-        metavar="N,...",
-        help="Prompts of exactly so many tokens, cut from the text of the suite, without a chat template.",
-        rich_help_panel=_PROMPTS,
-    ),
-]
+ALL_PROMPTS = Prompts()
+"""The default values of `PromptOptions`."""
 OutputLengthsOption = Annotated[
     str,
     typer.Option("--max-new-tokens", "--output-len", "-n", metavar="N,...", help="At most.", rich_help_panel=_PROMPTS),
@@ -164,14 +216,3 @@ OutputOptions = Annotated[
 ]
 TABLE_ONLY = BenchOutput()
 """The default values of `OutputOptions`."""
-
-
-def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """`1,4,16`: positive whole numbers, each once; nothing gives none. Raises `ValueError` that names the option."""
-    try:
-        values = () if text is None else tuple(dict.fromkeys(map(int, text.split(","))))
-    except ValueError:
-        raise ValueError(f"{option} takes a whole number or several, separated by commas: got {text!r}") from None
-    if any(value < 1 for value in values):
-        raise ValueError(f"{option} must be at least 1, got {text}")
-    return values

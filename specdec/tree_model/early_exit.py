@@ -34,10 +34,12 @@ class EarlyExitModel(TreeModel):
         self._partial = self._order = None
         super().begin(num_rows, capacity=capacity)
 
-    def verify(self, trees: TreeBatch, roots_B1: Tensor, places: Sequence[Sequence[int]] | None = None) -> Tensor:
+    def verify(
+        self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
         if self._partial is None:
             return super().verify(trees, roots_B1)
-        return self._verify_above(self._partial, trees, torch.cat([roots_B1, trees.tokens_BN], 1), places)
+        return self._verify_above(self._partial, trees, torch.cat([roots_B1, trees.tokens_BN], 1), grown_indices)
 
     def forward_below(self, exit_layer: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
         """Append T slots to the tail of the first `exit_layer` layers only; arguments as of `forward`.
@@ -70,8 +72,8 @@ class EarlyExitModel(TreeModel):
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         if self._order is not None and not self._order.is_plain:
-            places = self._order.places_BT.tolist()
-            kept = [[places[row][slot] for slot in slots] for row, slots in enumerate(kept)]
+            indices = self._order.tail_indices_BT.tolist()
+            kept = [[indices[row][slot] for slot in slots] for row, slots in enumerate(kept)]
         self._order = None
         super().commit(kept)
 
@@ -80,11 +82,15 @@ class EarlyExitModel(TreeModel):
         super().forget_tail()
 
     def _verify_above(
-        self, partial: PartialForward, trees: TreeBatch, tokens_BT: Tensor, places: Sequence[Sequence[int]] | None
+        self,
+        partial: PartialForward,
+        trees: TreeBatch,
+        tokens_BT: Tensor,
+        grown_indices: Sequence[Sequence[int]] | None,
     ) -> Tensor:
         """Verify where the lower layers have already forwarded some of the slots."""
         exit_layer = partial.exit_layer
-        order = self._order = tail_order(trees, places, partial.num_slots)
+        order = self._order = tail_order(trees, grown_indices, partial.num_slots)
         tokens_BS, offsets_BS = order.arrange(tokens_BT), order.arrange(trees.depths_BT)
         seen_BSS, split = order.arrange_mask(trees.ancestors_BTT), order.num_forwarded
         self._rearrange(partial, order, offsets_BS[:, :split])

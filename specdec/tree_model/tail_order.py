@@ -1,12 +1,12 @@
 """Verification of trees of which some layers have forwarded some slots already.
 
 While a model drafts for itself from an early exit, its lower layers process one draft layer after the other: their
-cache tail holds the root and the drafted nodes in the order of drafting (*places*; the root is the first). The upper
-layers then process root and nodes at once. This module says in which order: slots that the lower layers know first,
-then the rest, which has to pass the lower layers before.
+cache tail holds the root and then the drafted nodes in the order of drafting (`Draft.grown_indices`). The upper layers
+then process root and nodes at once. This module says in which order: slots that the lower layers know first, then the
+rest, which has to pass the lower layers before.
 
-Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that the
-lower layers have forwarded, C channels.
+Shape legend: B rows, T slots of the trees, S slots in the order of the tail, K of these that the lower layers have
+forwarded, C channels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class TailOrder:
     """How the slots of a batch of trees stand in the cache's tail.
 
     Args:
-        slots_BS: int64 slot at each place of the new tail; a row with fewer slots than others repeats its root.
+        slots_BS: int64 slot of the tree at each index of the new tail; a row with fewer slots than others repeats its
+            root.
         real_BS: bool: False where the root is repeated.
-        sources_BK: int64 place in the old tail of each of the first K.
-        is_plain: slot i stands at place i, and the old tail needs no change but a cut.
+        sources_BK: int64 index in the old tail of each of the first K.
+        is_plain: slot i stands at index i, and the old tail needs no change but a cut.
     """
 
     slots_BS: Tensor
@@ -58,15 +59,15 @@ class TailOrder:
 
     def restore(self, values_BSX: Tensor) -> Tensor:
         """The inverse of `arrange`."""
-        return values_BSX if self.is_plain else _gather(values_BSX, self.places_BT)
+        return values_BSX if self.is_plain else _gather(values_BSX, self.tail_indices_BT)
 
     @property
-    def places_BT(self) -> Tensor:
-        """int64 place in the new tail of every slot (the root's for padding)."""
+    def tail_indices_BT(self) -> Tensor:
+        """int64 index in the new tail of every slot (the root's for padding)."""
         num_slots = int(self.slots_BS.max()) + 1
-        places_BT = self.slots_BS.new_zeros((len(self.slots_BS), num_slots))
-        places_S = torch.arange(self.slots_BS.shape[1], device=places_BT.device)
-        return places_BT.scatter_reduce(1, self.slots_BS, (places_S * self.real_BS), "amax")
+        tail_indices_BT = self.slots_BS.new_zeros((len(self.slots_BS), num_slots))
+        indices_S = torch.arange(self.slots_BS.shape[1], device=tail_indices_BT.device)
+        return tail_indices_BT.scatter_reduce(1, self.slots_BS, (indices_S * self.real_BS), "amax")
 
 
 class PartialForward:
@@ -94,23 +95,23 @@ class PartialForward:
             self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
 
 
-def tail_order(trees: TreeBatch, places: Sequence[Sequence[int]] | None, num_forwarded: int) -> TailOrder:
+def tail_order(trees: TreeBatch, grown_indices: Sequence[Sequence[int]] | None, num_forwarded: int) -> TailOrder:
     """Where the slots of these trees go.
 
     Args:
-        places: of every node (see `trees.Draft`), -1 for one that has none.
-        num_forwarded: tail slots that the lower layers have forwarded: the root, then nodes by place.
+        grown_indices: of every node (see `trees.Draft`), -1 for one that has none.
+        num_forwarded: tail slots that the lower layers have forwarded: the root, then nodes as they were grown.
     """
     device = trees.device
-    if places is None:
+    if grown_indices is None:
         num_known = min(num_forwarded, trees.num_slots)
         slots_BS = torch.arange(trees.num_slots, device=device).expand(trees.num_rows, -1)
         return TailOrder(slots_BS=slots_BS, real_BS=trees.real_BT, sources_BK=slots_BS[:, :num_known], is_plain=True)
     known, rest = [], []
-    for node_places in places:
-        tail = [0, *(place + 1 if 0 <= place < num_forwarded - 1 else -1 for place in node_places)]
-        known.append([(slot, place) for slot, place in enumerate(tail) if place >= 0])
-        rest.append([slot for slot, place in enumerate(tail) if place < 0])
+    for indices in grown_indices:
+        tail = [0, *(index + 1 if 0 <= index < num_forwarded - 1 else -1 for index in indices)]
+        known.append([(slot, index) for slot, index in enumerate(tail) if index >= 0])
+        rest.append([slot for slot, index in enumerate(tail) if index < 0])
     num_known, num_rest = max(map(len, known)), max(map(len, rest))
     slots = np.zeros((len(known), num_known + num_rest), np.int64)
     sources, real = np.zeros((len(known), num_known), np.int64), np.zeros(slots.shape, bool)

@@ -257,6 +257,7 @@ def test_runs_start_from_what_earlier_ones_have_shown(clock: Clock, case: tuple)
     assert tries[0] > tries[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_drafter_that_disappointed_is_tried_again(clock: Clock, case: tuple) -> None:
     """And seldom: until then the runs are hardly slower than plain ones."""
     model, prompt, output = case

@@ -41,6 +41,7 @@ def reference(demo: LoadedModel, prompts: BatchEncoding) -> Tensor:
     return plain_alone(demo.model, prompts, NUM_NEW)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("rows", [[0], [2], [4], [0, 1, 2, 3]], ids=str)
 def test_same_tokens_as_plain_decoding(
@@ -53,6 +54,7 @@ def test_same_tokens_as_plain_decoding(
     assert bool(out.stats.num_drafted) == (drafter == "lookup")
 
 
+@pytest.mark.slow
 def test_same_tokens_with_every_tree(demo: LoadedModel, prompts: BatchEncoding, reference: Tensor) -> None:
     rows, num_new = [0, 2, 4], NUM_NEW // 2
     batch, quantized = rows_of(prompts, rows), QuantizedSelf()

@@ -176,6 +176,7 @@ def catch(error: BaseException, model: PreTrainedModel, **options: Any) -> BaseE
 ERRORS = {"error": LookupError("bang"), "Ctrl-C": KeyboardInterrupt(), "out of memory": torch.OutOfMemoryError("full")}
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("fuse", [1, 4])
 @pytest.mark.parametrize("error", ERRORS.values(), ids=list(ERRORS))
 @pytest.mark.parametrize("place", PLACES)

@@ -15,6 +15,8 @@ import pytest
 
 import specdec
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("specdec", "trees", "routers")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")

@@ -206,7 +206,9 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch):
     assert "serve needs fastapi, uvicorn, prometheus_client, llguidance: pip install" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)]
+)
 def test_the_command(tiny: str, sent: signal.Signals, code: int):
     command = [sys.executable, "-c", "from specdec.cli import main; main()", "serve", tiny, "--port", "0"]
     command += ["--name", "mine", "--threads", "1", "--drafter", "prompt-lookup"]

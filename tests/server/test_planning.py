@@ -320,6 +320,7 @@ def test_processes_end_with_their_server():
     wait_until(lambda: not own & {number for number, _ in workers()}, "none is left")
 
 
+@pytest.mark.slow
 def test_a_server_survives_its_processes():
     psutil = pytest.importorskip("psutil")
     before = {number for number, _ in workers()}

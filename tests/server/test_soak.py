@@ -15,6 +15,7 @@ for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
 WITHOUT_BOMBS = [kind for kind in KINDS if kind != "schema-bomb"]
 
 
+@pytest.mark.slow
 def test_a_short_soak(words: str, capsys: pytest.CaptureFixture[str]):
     options = ["--model", words, "--drafter", "prompt-lookup", "--clients", "8", "--hostile", "0.4", "--json"]
     options += ["--seconds", "6", "--warm-up", "3", "--patience", "3", "--questions", "6", "--max-new-tokens", "12"]

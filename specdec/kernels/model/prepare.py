@@ -14,7 +14,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_plain, small_batch_forward
+from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.weight_readers import read_by_others
@@ -141,11 +141,16 @@ def _to_int8(model: nn.Module) -> int:
     kept = read_by_others(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child not in kept:
+            if type(child) is nn.Linear and is_dense(child.weight) and child not in kept:
                 if child not in replaced:
                     replaced[child] = Int8Linear(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
+    if not replaced:
+        raise UnsupportedModelError(
+            f"no linear of {type(model).__name__} has weights that can become int8 (another library has quantised them "
+            "already, or their code reads them): leave weights='int8' and QuantizedSelf out"
+        )
     _to_float32(model)
     for module in model.modules():
         if any(isinstance(part, Int8Linear) for part in module.modules() if part is not module):
@@ -160,7 +165,12 @@ def _to_float32(model: nn.Module) -> None:
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in stores:
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                if (
+                    tensor is not None
+                    and is_dense(tensor)
+                    and tensor.is_floating_point()
+                    and tensor.dtype != torch.float32
+                ):
                     if tensor not in made:
                         made[tensor] = tensor.detach().float()
                         if isinstance(tensor, nn.Parameter):

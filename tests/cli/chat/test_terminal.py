@@ -30,7 +30,7 @@ class Chat:
 
     def __init__(self, folder: str, home: Path, *options: str, term: str = "xterm-256color", **environment: str):
         names = {"XDG_STATE_HOME": str(home), "TERM": term, "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
-        self.ready = "> " if term == "dumb" else READY
+        self.ready = "\n> " if term == "dumb" else READY
         self.terminal = pexpect.spawn(
             sys.executable,
             ["-c", SCRIPT, "chat", "-m", folder, "--threads", "1", *options],
