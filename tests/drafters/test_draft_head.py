@@ -15,6 +15,8 @@ import specdec
 from specdec import DraftError
 from specdec.drafters import Auto, Drafter, DraftHead, EarlyExit, Mixed, PromptLookup
 from specdec.drafters.head import drafter
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.speculation import Speculation
 from specdec.hf import CACHE
 from specdec.testing import assert_same_tokens, random_prompts
 from tests.support.heads import LAYOUTS, Listener, TinyHead, save_original, save_speculators, small_vocab_model
@@ -170,6 +172,15 @@ def test_texts_past_what_a_head_was_trained_on_are_warned_of(tmp_path: Path, cap
     check_equality(folder)
     assert [record.message for record in caplog.records if "20 positions" in record.message]
     assert len(caplog.records) == 1
+
+
+def test_a_folder_or_a_loaded_head_may_be_named_alone(tmp_path: Path) -> None:
+    folder = save_speculators(tmp_path, TinyHead())
+    for drafter_ in (str(folder), Eagle3.load(folder)):
+        made = Speculation.of(drafter_).drafter
+        assert isinstance(made, Auto)
+        assert isinstance(made.drafters[0], DraftHead)
+        assert isinstance(Speculation.of(drafter_, tree=Chain(2)).drafter, DraftHead)
 
 
 # Heads of strangers
