@@ -8,12 +8,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from specdec.model_options import Weights
+
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = ("stock", "float", "int8")
+WEIGHTS: tuple[str, ...] = get_args(Weights)
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

@@ -127,7 +127,7 @@ def main() -> None:
         library.select(options.instructions)
     model, _, _ = load(options.model)
     if options.weights != "stock":
-        prepare(model, "int8" if options.weights == "int8" else None)
+        prepare(model, options.weights)
     result = {"options": {**vars(options), "output": None}, **measure(model, options)}
     print(json.dumps(result, indent=2))
     if options.output:

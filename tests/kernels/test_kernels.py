@@ -30,7 +30,7 @@ from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model import layer as layers
 from specdec.kernels.model import linear as linears
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import Int8Linear
 
 prepare_module = importlib.import_module("specdec.kernels.model.prepare")
 
@@ -314,7 +314,7 @@ def test_without_a_compiler_everything_works(tmp_path):
     """In a fresh process with an empty PATH and an empty cache: torch does the work, and says so."""
     code = (
         "import torch; from specdec import kernels\n"
-        "from specdec.kernels.model.linear import Int8Linear\n"
+        "from specdec.kernels.model.quantized_linear import Int8Linear\n"
         "linear = torch.nn.Linear(64, 64); x = torch.randn(2, 64)\n"
         "print(kernels.describe()); print((Int8Linear(linear)(x) - linear(x)).norm().item() < 0.1)"
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import Plain
 from specdec.kernels import native
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import Int8Linear
 from specdec.kernels.model.stack import is_fused
 from specdec.testing import random_prompts, tiny_model
 from specdec.tree_model.model import TreeModel

@@ -6,12 +6,12 @@
  *
  * What needs memory returns OUT_OF_MEMORY where there is none, and the next call works. */
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <sys/mman.h>
 
 #include "common.h"
 
 #ifdef HAS_AMX
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,6 +23,12 @@ static int can_use_amx(void) {
            !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
 }
 #endif
+
+/* Whether the processor reads 16-bit floats, as all with AVX2 do that we know of. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -46,6 +52,7 @@ EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n);
 EXPORT const char *specdec_select(const char *name) {
     __builtin_cpu_init();
     const Kernels *best = NULL;
+    if (!has_f16c()) return NULL;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (!name || !strcmp(name, "avx2")))
         best = &kernels_avx2;
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
@@ -59,18 +66,22 @@ EXPORT const char *specdec_select(const char *name) {
     return best ? best->name : NULL;
 }
 
-EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k) {
-    return (n + STRIP - 1) / STRIP * STRIP * ((k + GROUP - 1) / GROUP * GROUP);
+/* Of n outputs and k inputs, padded. */
+EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k, int64_t bits) {
+    const int64_t blocks = (n + STRIP - 1) / STRIP * STRIP / 16, groups = (k + GROUP - 1) / GROUP;
+    return blocks * groups * (bits == 8 ? GROUP * 16 : GROUP4_BYTES);
 }
 
-/* w [n][k] -> packed int8 (layout in product.h) and one scale per output: w ~ scale * q, q in -127..127. */
-EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale, int num_threads) {
+/* w [n][k] -> packed weights of 8 or 4 bits (layouts in product.h). Of 8: one scale per output, w ~ scale * q, q in
+ * -127..127. Of 4: all is in `packed`, and `scale` is NULL. */
+EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale,
+                            int num_threads) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k);
+    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k, bits);
     const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
     if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
 #endif
-    CALL(num_threads, pack(w, n, k, packed, scale));
+    CALL(num_threads, pack(w, n, k, bits, packed, scale));
 }
 
 EXPORT int64_t specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out,

@@ -1,8 +1,9 @@
-/* The vector vocabulary of the kernels, 8 floats wide (AVX2 + FMA). Same names as simd_avx512.h. */
-#define TARGET __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+/* The vector vocabulary of the kernels, 8 floats wide (AVX2, FMA, F16C). Same names as simd_avx512.h. */
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
+#define INT4_ACC 8 /* of 16 bits, of half a block */
 #define WEIGHT_ONLY_BLOCKS(rows) ((rows) <= 2 ? 2 : 1) /* blocks of 16 outputs whose sums do */
 
 #define VF __m256
@@ -28,9 +29,13 @@
 #define vi_set1 _mm256_set1_epi32
 #define vi_add _mm256_add_epi32
 #define vi_byte(v, j) _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_code(v, j) _mm256_and_si256(_mm256_srli_epi32(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
+#define vi_high_codes(v) _mm256_srli_epi32(v, 4) /* to where vi_code finds them */
+#define vf_load_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 
 /* sum += v in a loop: for the intrinsic, gcc 12 copies every accumulator, every step. */
 #define vi_add_to(sum, v) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v))
+#define vi_add16_to(sum, v) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v))
 
 INLINE float vf_sum(VF v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -125,6 +130,46 @@ INLINE void dot_group(const int blocks, const int rows, const int stride, const 
                 float *sum = sums + (b * rows + m) * 16 + half * 8;
                 vf_store(sum, vf_fma(vf_from_int(acc[b][m][half]), vf_set1(scales[m]), vf_load(sum)));
             }
+}
+
+/* The whole product of 4-bit weights. These are the unsigned side, and so small that the sums of 32 inputs fit into 16 bits:
+ * two of them, each of 16 products of at most 15 * 127. Half a block of outputs at a time, whose sums stay in registers. */
+INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                        int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
+    const VI low_bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+        for (int part = 0; part < 4; part++) {
+            const int half = part / 2, side = part % 2;
+            const int8_t *codes = w + 128 + 256 * half + 32 * side;
+            VI dot[4][TILE];
+            for (int b = 0; b < blocks; b++)
+                for (int m = 0; m < rows; m++) dot[b][m] = vi_zero();
+#pragma GCC unroll 4
+            for (int step = 0; step < 4; step++)
+                for (int b = 0; b < blocks; b++) {
+                    const VI bytes = vi_load(codes + b * block_bytes + 64 * step);
+                    const VI low = _mm256_and_si256(bytes, low_bits);
+                    const VI high = _mm256_and_si256(vi_high_codes(bytes), low_bits);
+                    if (!side) prefetch_l2(codes + (b + 4) * block_bytes + 64 * step);
+                    const int8_t *row = x + (32 * half + 4 * step) * stride;
+                    for (int m = 0; m < rows; m++, row += 4) {
+                        vi_add16_to(dot[b][m], _mm256_maddubs_epi16(low, vi_set1(load_int32(row))));
+                        vi_add16_to(dot[b][m], _mm256_maddubs_epi16(high, vi_set1(load_int32(row + 16 * stride))));
+                    }
+                }
+            for (int b = 0; b < blocks; b++) {
+                const int8_t *group = w + b * block_bytes + 32 * half + 16 * side;
+                const VF scale = vf_load_half(group), offset = vf_load_half(group + 64);
+                if (!side) prefetch_l2(group + 4 * block_bytes + 32 * half);
+                for (int m = 0; m < rows; m++) {
+                    float *sum = sums + (b * rows + m) * 16 + 8 * side;
+                    const VF product = vf_mul(vf_from_int(_mm256_madd_epi16(dot[b][m], ones)), scale);
+                    const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), vf_load(sum));
+                    vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
+                }
+            }
+        }
 }
 
 /* ---- many rows: two products of 16 bits and their sum in one instruction, without signs to move ---- */
