@@ -39,8 +39,8 @@ from specdec.devices import home_device, num_processes
 from specdec.drafters import Drafter, Plain, Run
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import CACHE
-from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
+from specdec.hf import cache_name
+from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
@@ -104,6 +104,8 @@ def generate(
         target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
     speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
     speculation.check(model)
+    if router is not None:
+        check_writer(model)
     if router is not None and num_processes(model) > 1:
         raise UnsupportedOptionError(
             f"{type(router).__name__} does not go with a model that is split over processes (tp_plan): load it whole, "
@@ -197,7 +199,7 @@ class _Prompt:
     ) -> _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
-        mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
+        mask, cache = others.pop("attention_mask", None), others.pop(cache_name(model))
         others = options.check_model_inputs(model, others, config, mask)
         if mask is not None:
             mask = mask.to(device)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.model.profile import profile_of
-from specdec.tree_model.cache import has_recurrent_layers
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.early_exit import EarlyExitModel
+from specdec.tree_model.quantised import kinds_of_weights, rounds_activations
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
 
@@ -37,7 +38,8 @@ _MASKED_ATTENTION = ("sdpa", "eager")
 class PassedTrials:
     """Which trials a model has passed."""
 
-    by_tree: bool = False
+    by_tree: object = None
+    """With which kinds of weights."""
     in_parts: bool = False
 
 
@@ -55,9 +57,10 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} has no language-modelling head: load it with AutoModelForCausalLM")
-    if model._is_stateful and has_recurrent_layers(config):
+    if model._is_stateful and getattr(config.get_text_config(decoder=True), "layer_types", None) is None:
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
+            f"{name} keeps a recurrent state elsewhere than in its cache, which cannot take back drafted tokens: use "
+            "model.generate()"
         )
     spread = getattr(config, "distributed_config", None)
     if spread is not None and (spread.fsdp_size > 1 or spread.pp_size > 1):
@@ -81,10 +84,15 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} cuts the window of its local attention by cache slot, which is not a tree's position: "
             "use model.generate()"
         )
-    passed = profile_of(model).part(PassedTrials)
-    if config.model_type not in VERIFIED_FAMILIES and not passed.by_tree:
+    if rounds_activations(model):
+        raise UnsupportedModelError(
+            f"products of {name} round what goes into them (quantised activations), so that a token's logits jump with "
+            "the tokens beside it: quantise the weights alone, or use model.generate()"
+        )
+    passed, weights = profile_of(model).part(PassedTrials), kinds_of_weights(model)
+    if (weights or config.model_type not in VERIFIED_FAMILIES) and passed.by_tree != weights:
         _compare_with_plain(model)
-        passed.by_tree = True
+        passed.by_tree = weights
 
 
 def position_limit(model: PreTrainedModel) -> int:
@@ -169,6 +177,10 @@ def check_layers(model: PreTrainedModel) -> None:
     passed = profile_of(model).part(PassedTrials)
     if passed.in_parts:
         return
+    if keeps_states(model.config):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps states, which an exit would leave between two tokens: take another drafter"
+        )
     try:
         in_parts, whole = _trial_exit(model)
     except UnsupportedModelError:

@@ -36,6 +36,7 @@ from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.quantized_self import QuantizedSelf
 from specdec.errors import SpecdecError, UnsupportedOptionError
 from specdec.kernels import native, prepared
+from specdec.kernels.model.linear import is_dense
 from trees import Draft, TreeBatch
 
 _MIN_COPY_TOKENS = 32
@@ -106,7 +107,9 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
     """What a target brings along to draft for itself: its copy, for which the others draft."""
     model, done = run.target.model, prepared(run.target.model)
     is_float = model.dtype == torch.float32 and (done is None or done.weights is None)
-    is_here = num_processes(model) == 1 and all(weights.device.type == "cpu" for weights in model.parameters())
+    is_here = num_processes(model) == 1 and all(
+        weights.device.type == "cpu" and is_dense(weights) for weights in model.parameters()
+    )
     if not is_here or not is_float or not native.library() or is_dropped(model, _quantized_self):
         return []
     num_bytes = sum(parameter.numel() for parameter in model.parameters())

@@ -19,6 +19,7 @@ from specdec.drafters.model.quantized_copy import QuantizedCopy, check_quantized
 from specdec.drafters.model.runner import DraftModelRunner
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.model_options import QuantizedWeights
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
@@ -40,13 +41,12 @@ class SmallModel(Drafter):
         ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 
-    supports_rollback = True
-
     def __init__(self, model: PreTrainedModel, weights: QuantizedWeights | None = None, num_tokens: int = 5):
         self.policy: GrowthPolicy = Chain(num_tokens)
         if weights is not None:
             check_quantized_weights("SmallModel", weights)
         check_model(model)
+        self.supports_rollback = not keeps_states(model.config)
         self._model: PreTrainedModel | QuantizedCopy = model
         if weights is not None:
             self._model = QuantizedCopy(model, weights)

@@ -50,8 +50,14 @@ def float_matrix(linear: nn.Linear) -> structs.Matrix:
     return native.matrix(linear.weight, *sizes, bits=32, scale=None, bias=linear.bias)
 
 
+def is_dense(weight: torch.Tensor) -> bool:
+    """Whether a tensor is torch's own: another library's, such as a quantised weight, has no values at its address."""
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
 def is_plain(weight: torch.Tensor) -> bool:
-    return weight.dtype is torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    is_float = weight.dtype is torch.float32 and weight.device.type == "cpu"
+    return is_float and is_dense(weight) and weight.is_contiguous()
 
 
 def _product(choice: str, linear: nn.Linear, x_MK: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import calibrate, is_plain, small_batch_forward
+from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
@@ -148,11 +148,16 @@ def _to_quantized(model: nn.Module, weights: str) -> int:
     kept, head = read_by_others(model), _head_of(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child not in kept:
+            if type(child) is nn.Linear and is_dense(child.weight) and child not in kept:
                 if child not in replaced:
                     replaced[child] = Int8Linear(child) if child is head else quantized(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
+    if not replaced:
+        raise UnsupportedModelError(
+            f"no linear of {type(model).__name__} has weights that can become {weights} (another library has quantised "
+            f"them already, or their code reads them): leave weights={weights!r} and QuantizedSelf out"
+        )
     _to_float32(model)
     for module in model.modules():
         if any(isinstance(part, QuantizedLinear) for part in module.modules() if part is not module):
@@ -171,7 +176,12 @@ def _to_float32(model: nn.Module) -> None:
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in stores:
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                if (
+                    tensor is not None
+                    and is_dense(tensor)
+                    and tensor.is_floating_point()
+                    and tensor.dtype != torch.float32
+                ):
                     if tensor not in made:
                         made[tensor] = tensor.detach().float()
                         if isinstance(tensor, nn.Parameter):
