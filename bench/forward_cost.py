@@ -21,16 +21,14 @@ from typing import get_args
 import torch
 from transformers import PreTrainedModel
 
-from bench._script import WEIGHTS, parser_of
+from bench._script import WEIGHTS, add_instructions, parser_of, select_instructions
 from specdec import kernels, models
 from specdec.hf import CACHE
-from specdec.kernels import native
 from specdec.model_options import QuantizedWeights
 from specdec.tree_model.cache import TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16)
 QUANTIZED = get_args(QuantizedWeights)
-INSTRUCTIONS = ("avx2", "avx512", "amx")
 
 
 class Forms:
@@ -158,14 +156,13 @@ def main() -> None:
     for name, default in (("context", 256), ("repetitions", 10), ("threads", 2), ("tokens", 16), ("text", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="forms of the model, joined by commas")
-    parser.add_argument("--instructions", choices=INSTRUCTIONS, help="of the native kernels; without it: the best")
+    add_instructions(parser)
     parser.add_argument("--only-widths", action="store_true", help="measure forwards, and nothing else")
     arguments = parser.parse_args()
     names = arguments.weights.split(",")
     if unknown := set(names) - set(WEIGHTS):
         parser.error(f"--weights: {', '.join(unknown)} is none of {', '.join(WEIGHTS)}")
-    if arguments.instructions:
-        select(arguments.instructions)
+    select_instructions(arguments.instructions)
     model, tokenizer, _ = models.load(arguments.model, dtype="float32", device="cpu", threads=arguments.threads)
     text = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, : arguments.text]
     report = {"model": Path(arguments.model).name, "threads": arguments.threads, "kernels": kernels.describe()}
@@ -175,13 +172,6 @@ def main() -> None:
         report |= measure_the_rest(forms, text, arguments)
     show(report)
     print(json.dumps(report))
-
-
-def select(instruction_set: str) -> None:
-    library = native.library()
-    if library is None:
-        raise SystemExit(kernels.describe())
-    library.instruction_set = library.select(instruction_set)
 
 
 def measure_the_rest(forms: Forms, text: torch.Tensor, arguments: argparse.Namespace) -> dict:

@@ -176,7 +176,7 @@ def to_nearest_of_16(weight_NK):
 
 
 def test_int4_logits_are_nearer_than_those_of_rounded_weights(backend):
-    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    sizes = {"hidden_size": 192, "intermediate_size": 256}
     model, ids = make_model(**sizes), torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     expected, rounded = model(ids).logits, make_model(**sizes)
     for layer in rounded.model.layers:

@@ -138,8 +138,8 @@ def quantized_copy(model: Model, weights: QuantizedWeights = "int8") -> Model:
 
 
 def _to_quantized(model: nn.Module, weights: str) -> int:
-    """Replaces the linears one by one, so that at most one is held in both forms. An LM head's are of 8 bits: those of
-    4 changed every eighth token of the demo model, all its other linears one in thirty."""
+    """Replaces the linears one by one, so that at most one is held in both forms. An LM head's are of 8 bits: one of
+    4 changed one in seven of the demo model's likeliest tokens."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnsupportedModelError(f"weights={weights!r} is for models on the CPU; move it there first")
     quantized = LINEARS[weights]

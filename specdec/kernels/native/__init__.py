@@ -135,17 +135,19 @@ class Library:
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
     def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avx512", "amx", or None for the best. The whole process gets it."""
+        """`instruction_set`: "avx2", "avxvnni", "avx512", "amx", or None for the best. The whole process gets it."""
         self._dll = dll
         for name in Library.__annotations__:
             setattr(self, name, getattr(dll, f"specdec_{name}"))
-        self.instruction_set = self.select(instruction_set)
+        self.instruction_set = ""
+        self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:
         name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
         if name is None:
             raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
-        return name.decode()
+        self.instruction_set = name.decode()
+        return self.instruction_set
 
     def pack(self, weight_NK: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed weights (opaque layout) of 8 bits, and the scale of each of the N outputs; or of 4, which hold

@@ -102,9 +102,13 @@ typedef struct {
 
 extern const Kernels kernels_avx2, kernels_avx512;
 
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define HAS_AMX /* the compiler knows it, and the system can be asked for its registers */
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* that know what comes here */
+#define HAS_AVX_VNNI
+extern const Kernels kernels_avxvnni;
+#ifdef __linux__
+#define HAS_AMX /* the system can be asked for its registers */
 extern const Kernels kernels_amx;
+#endif
 #endif
 
 /* Runs fn(context, 0..num_chunks-1), in any order and on any thread; returns when all are done. */
