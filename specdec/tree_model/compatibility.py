@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.model.profile import profile_of
-from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.early_exit import EarlyExitModel
+from specdec.tree_model.layer_kinds import keeps_states
 from specdec.tree_model.quantised import weights_of
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
