@@ -24,7 +24,7 @@ MODEL_OPTIONS: FieldOptions = {
     "weights": typer.Option(
         "--weights",
         help="Of --model and --draft alike. stock: as loaded; float: the same weights in products that are quick for "
-        "a few tokens on a CPU; int8: 8-bit weights on a CPU, another model than the float one.",
+        "a few tokens on a CPU; int8, int4: weights of 8 or 4 bits on a CPU, another model than the float one.",
         rich_help_panel=MODEL_PANEL,
     ),
     "trust_remote_code": typer.Option(
@@ -39,7 +39,7 @@ MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1
 
 
 def _draft_option(tokenizers: str) -> Any:
-    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}."
+    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}; or the folder of a head."
     return typer.Option("--draft", "-d", help=help_text, rich_help_panel=MODEL_PANEL)
 
 
