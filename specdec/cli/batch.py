@@ -13,7 +13,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 from typer.core import TyperCommand
 
-from specdec.cli.common import INTERRUPTED, MODEL_PANEL, ModelOption, err_console, friendly_errors
+from specdec.cli.common import (
+    INTERRUPTED,
+    MODEL_PANEL,
+    ModelOption,
+    err_console,
+    friendly_errors,
+    heeds_sigterm,
+    starting,
+)
 from specdec.cli.grafting import grafted
 from specdec.cli.options import (
     GREEDY,
@@ -83,6 +91,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
 @grafted
 def batch(
     source: Annotated[
@@ -111,7 +120,8 @@ def batch(
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
 
-    from specdec.batch import Settings
+    with starting():
+        from specdec.batch import Settings, SpecdecBatch  # noqa: F401
 
     choose_drafter(drafter, draft, for_engine=True)  # what is wrong with it is told before a model is loaded
     settings = Settings(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import __version__
-from specdec.cli.common import friendly_errors
+from specdec.cli.common import friendly_errors, starting
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
@@ -67,7 +67,9 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    import torch
+    with starting():
+        import torch
+        import transformers  # noqa: F401
 
     cpu = {"device": "cpu", "name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
     gpus = [

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import ModelOption, err_console, friendly_errors, naming
+from specdec.cli.common import ModelOption, err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.model_options import ModelOptions
@@ -108,8 +108,9 @@ def train_exits(
             "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
         )
 
-    from specdec.models.pair import load_target
-    from specdec.training.exits.collect import NUM_ROWS
+    with starting():
+        from specdec.models.pair import load_target
+        from specdec.training.exits.collect import NUM_ROWS
 
     target = load_target(model, loading)
     source = _source(target, self_generate, data)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import err_console, friendly_errors, naming
+from specdec.cli.common import err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.errors import UnsupportedOptionError
@@ -114,10 +114,11 @@ def train_router(
     right answer (or, where FILE has none, to the answer that most roll-outs agree on). Stopped at any point, the same
     command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
     """
-    from routers import TargetRegret
-    from routers.training import LightRecipe, train_light
-    from specdec.models.pair import load_pair
-    from specdec.training.routers.collect import INSTRUCTION, read_problems
+    with starting():
+        from routers import TargetRegret
+        from routers.training import LightRecipe, train_light
+        from specdec.models.pair import load_pair
+        from specdec.training.routers.collect import INSTRUCTION, read_problems
 
     prm, by_rollouts = collecting.prm, rolling_out.rollouts is not None
     if by_rollouts and prm is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdec.cli.chat.settings import MAX_NEW_TOKENS, Settings
-from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors
+from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors, heeds_sigterm, starting, typed
 from specdec.cli.grafting import grafted
 from specdec.cli.options import (
     GREEDY,
@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
 @grafted
 def chat(
     context: typer.Context,
@@ -66,14 +67,15 @@ def chat(
     Piped stdin is read line by line: a message each, or a command.
     """
     settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling)
-    given = {name for name in context.params if _is_typed(context, name)}
+    given = typed(context)
     _check_together(url, given)
     message = None if prompt is None else _read_message(prompt)
 
-    from specdec.cli.chat.commands import candidates, obey
-    from specdec.cli.chat.reading import make_reader
-    from specdec.cli.chat.rendering import reply_console
-    from specdec.cli.chat.session import ChatSession
+    with starting():
+        from specdec.cli.chat.commands import candidates, obey
+        from specdec.cli.chat.reading import make_reader
+        from specdec.cli.chat.rendering import reply_console
+        from specdec.cli.chat.session import ChatSession
 
     if url is None:
         speaker = _local(model, drafter, draft, loading)
@@ -95,25 +97,21 @@ def chat(
 
 def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> Speaker:
     drafter_spec = choose_drafter(drafter, draft)
-    from specdec.cli.chat.speakers import LocalSpeaker
+    with starting():
+        from specdec.cli.chat.speakers import LocalSpeaker
 
     return LocalSpeaker.load(model, options, drafter_spec, draft)
 
 
 def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
-    from specdec.cli.chat.remote import RemoteSpeaker, connect
+    with starting():
+        from specdec.cli.chat.remote import RemoteSpeaker, connect
 
     client = connect(url, api_key)
     try:
         return RemoteSpeaker.of(client, model)
     except OSError as error:
         raise ValueError(f"{error}; is `specdec serve` running there?") from error
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was given, neither left out nor taken from the environment."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_together(url: str | None, given: set[str]) -> None:

@@ -17,6 +17,7 @@ from specdec.kernels import quantized_copy
 from specdec.kernels.model.changes import State, state_of
 from specdec.kernels.model.prepare import check_whole
 from specdec.kernels.model.profile import profile_of
+from specdec.stages import stage
 
 _log = logging.getLogger(__name__)
 _making = RLock()
@@ -66,7 +67,8 @@ class Int8Copy:
         self._copy = None  # one copy at most is held
         started = perf_counter()
         self._state = state_of(original)
-        copy = quantized_copy(original)
+        with stage("making the int8 copy that drafts"):
+            copy = quantized_copy(original)
         self.seconds = perf_counter() - started
         profile_of(copy).part(_Origin).original = ref(original)
         return copy
