@@ -146,11 +146,15 @@ class _LastCall:
 
 def _named(name: str) -> Drafter | str:
     """The drafter of that name. Raises `ValueError` that says what is allowed."""
-    spec = DrafterSpec.parse(name)
+    try:
+        spec = DrafterSpec.parse(name)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, or a smaller model"
+        ) from error
     if spec.needs_draft:
         raise ValueError(
-            f"drafter={name!r} drafts with a smaller model: pass the model itself, or a specdec.drafters "
-            "instance that is made of it"
+            f"drafter={name!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
         )
     return spec.build()
 

@@ -98,7 +98,9 @@ def batch(
         Path,
         typer.Argument(metavar="IN.jsonl", help='Lines such as {"id": 7, "prompt": "..."} or {"messages": [...]}.'),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run goes on where it was.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run resumes where it stopped.")
+    ],
     model: ModelOption = "demo",
     draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
@@ -114,7 +116,7 @@ def batch(
     ray: _RayOption = None,
     workers: _WorkersOption = None,
 ) -> None:
-    """Answer every line of a file of prompts. Broken off, the same command goes on where it was."""
+    """Answer every line of a file of prompts. After Ctrl-C or a crash, the same command resumes."""
     if workers is not None and ray is None:
         raise ValueError("--workers needs --ray: without it, this process does the work")
     if raw and system is not None:
@@ -154,7 +156,7 @@ def _run(
             return run_batch(source, output, make_pool, settings, made_with=made_with, on_progress=show)
         except KeyboardInterrupt:
             bar.stop()
-            err_console.print("stopped; the same command goes on from here", style="dim")
+            err_console.print("stopped; the same command resumes here", style="dim")
             raise typer.Exit(INTERRUPTED) from None
 
 

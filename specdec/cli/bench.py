@@ -35,6 +35,7 @@ from specdec.cli.bench_options import (
 from specdec.cli.bench_progress import BenchProgress
 from specdec.cli.common import INTERRUPTED, ModelOption, err_console, friendly_errors, heeds_sigterm, starting, typed
 from specdec.cli.grafting import grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import (
     LOADING,
     DraftOption,
@@ -58,6 +59,7 @@ def register(app: typer.Typer) -> None:
 
 @friendly_errors
 @heeds_sigterm
+@takes_model
 @grafted
 def bench(
     context: typer.Context,

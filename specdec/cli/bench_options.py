@@ -97,6 +97,7 @@ ReferenceOption = Annotated[
     Literal["transformers", "plain"],
     typer.Option(
         "--reference",
+        metavar="NAME",
         help="Whose greedy output the others must equal; transformers is the model's own generate().",
         rich_help_panel=_COMPARED,
     ),
@@ -213,7 +214,13 @@ JsonOption = Annotated[
 OutputOptions = Annotated[
     BenchOutput,
     {
-        "format": typer.Option("-o", "--format", help="What is printed.", rich_help_panel=_RESULTS),
+        "format": typer.Option(
+            "-o",
+            "--format",
+            metavar="FORMAT",
+            help="What is printed: table, md, csv, json or jsonl.",
+            rich_help_panel=_RESULTS,
+        ),
         "output": typer.Option(
             "--output",
             metavar="FILE",

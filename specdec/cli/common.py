@@ -36,7 +36,12 @@ MODEL_PANEL = "Model and machine"
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="'demo', a hub id, a local folder or a .gguf file.", rich_help_panel=MODEL_PANEL
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="'demo' (the default), a hub id, a local folder or a .gguf file.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 
@@ -89,7 +94,11 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
 def typed(context: typer.Context) -> set[str]:
     """The parameters that were given on the command line: neither left out nor taken from the environment."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return {
+        name.removesuffix("_argument")
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
 
 
 def starting() -> contextlib.AbstractContextManager[None]:

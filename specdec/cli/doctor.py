@@ -13,6 +13,7 @@ from rich.table import Table
 
 from specdec import __version__
 from specdec.cli.common import friendly_errors, starting
+from specdec.cli.model_argument import takes_model
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
@@ -22,12 +23,14 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 def doctor(
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
+            metavar="MODEL",
             help="Load this model and measure how many threads are best for it, and what forwards cost.",
         ),
     ] = None,

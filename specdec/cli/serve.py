@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from specdec.cli.common import err_console, friendly_errors, starting
+from specdec.cli.common import ModelOption, err_console, friendly_errors, starting
 from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import LOADING, EngineDrafterOption, EngineDraftOption, LoadingOptions
 from specdec.server.options import ServerOptions
 from specdec.specs import choose_drafter
@@ -56,9 +57,10 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 @grafted
 def serve(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id, a local folder or a .gguf file.")] = "demo",
+    model: ModelOption = "demo",
     draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
     name: Annotated[

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from specdec.cli.common import ModelOption, err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.model_options import ModelOptions
 
@@ -60,9 +61,10 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 @grafted
 def train_exits(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option("--output", "--out", metavar="FILE", help="The .safetensors file to write.")],
     model: ModelOption = "demo",
     self_generate: Annotated[
         int | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from specdec.cli.chat.settings import MAX_NEW_TOKENS, Settings
 from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors, heeds_sigterm, starting, typed
 from specdec.cli.grafting import grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import (
     GREEDY,
     LOADING,
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
 
 @friendly_errors
 @heeds_sigterm
+@takes_model
 @grafted
 def chat(
     context: typer.Context,
@@ -43,6 +46,14 @@ def chat(
     drafter: DrafterOption = None,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     sampling: SamplingOptions = GREEDY,
+    greedy: Annotated[
+        bool,
+        typer.Option(
+            "--greedy",
+            help="Decode greedily where the model's generation config samples.",
+            rich_help_panel="Sampling",
+        ),
+    ] = False,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
     url: Annotated[
         str | None,
@@ -66,6 +77,8 @@ def chat(
 
     Piped stdin is read line by line: a message each, or a command.
     """
+    if greedy and sampling.sample:
+        raise ValueError("--greedy and --sample exclude each other: give one of them")
     settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling)
     given = typed(context)
     _check_together(url, given)
@@ -81,6 +94,8 @@ def chat(
         speaker = _local(model, drafter, draft, loading)
     else:
         speaker = _remote(url, api_key, model if "model" in given else None)
+    if speaker.samples and not greedy:
+        settings = replace(settings, sampling=replace(sampling, sample=True))
     session = ChatSession(
         speaker,
         obey=obey,
