@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -40,9 +40,9 @@ from specdec.devices import home_device, num_processes
 from specdec.drafters import Drafter, Plain, Run
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import CACHE
+from specdec.hf import cache_name
 from specdec.kernels.model.profile import profile_of
-from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, local_model
+from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.specs import DrafterSpec
 from specdec.stages import OneOff, counted
 from specdec.streaming import StreamFeed
@@ -107,27 +107,26 @@ def generate(
     target = None
     if isinstance(model, Endpoint):
         target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
-    with counted() as setup:
-        drafter = _named(drafter) if isinstance(drafter, str) else drafter
-        speculation = Speculation.of(
-            drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator
+    drafter = _named(drafter) if isinstance(drafter, str) else drafter
+    speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
+    speculation.check(model)
+    if router is not None:
+        check_writer(model)
+    if router is not None and num_processes(model) > 1:
+        raise UnsupportedOptionError(
+            f"{type(router).__name__} does not go with a model that is split over processes (tp_plan): load it whole, "
+            "or with device_map='auto'"
         )
-        speculation.check(model)
-        if router is not None and num_processes(model) > 1:
-            raise UnsupportedOptionError(
-                f"{type(router).__name__} does not go with a model that is split over processes (tp_plan): load it "
-                "whole, or with device_map='auto'"
-            )
-        given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-        routing = None if router is None else as_routing(router, target, drafter, speculation, given)
-        arguments = options.prepare(model, given, check=None if routing is None else check_routed)
-        method = _DecodingMethod(
-            speculation=speculation,
-            routing=routing,
-            streamer=arguments.get("streamer"),
-            started=started,
-            setup=setup,
-        )
+    given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+    routing = None if router is None else as_routing(router, target, drafter, speculation, given)
+    arguments = options.prepare(model, given, check=None if routing is None else check_routed)
+    method = _DecodingMethod(
+        speculation=speculation,
+        routing=routing,
+        streamer=arguments.get("streamer"),
+        started=started,
+    )
+    with counted(method.setup):
         return type(model).generate(model, **arguments, custom_generate=method)
 
 
@@ -242,7 +241,7 @@ class _Prompt:
     ) -> _Prompt:
         device = home_device(model)
         others = {name: value for name, value in model_inputs.items() if name not in ("use_cache", "logits_to_keep")}
-        mask, cache = others.pop("attention_mask", None), others.pop(CACHE)
+        mask, cache = others.pop("attention_mask", None), others.pop(cache_name(model))
         others = options.check_model_inputs(model, others, config, mask)
         if mask is not None:
             mask = mask.to(device)
@@ -258,7 +257,7 @@ class _DecodingMethod:
     routing: Routing | None
     streamer: BaseStreamer | None
     started: float
-    setup: OneOff
+    setup: OneOff = field(default_factory=OneOff)
 
     def __call__(
         self,

@@ -6,12 +6,23 @@ too, but warns of it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
 import transformers
+from transformers import PreTrainedModel
 
 CACHE: Final = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
+
+
+STATES: Final = "cache_params"
+"""What models without attention call it (Mamba)."""
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """By which the model's forward takes its cache."""
+    return STATES if STATES in inspect.signature(model.forward).parameters else CACHE
 
 
 def with_cache_named(arguments: Mapping[str, Any]) -> dict[str, Any]:

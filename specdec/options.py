@@ -7,6 +7,7 @@ config conflicts) is left to it, so that its users see the messages that they kn
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,11 @@ _MODE_ADVICE = {
 }
 
 _KNOWN_MODEL_INPUTS = frozenset({"position_ids", "inputs_embeds"})
-_OF_POSITIONS = frozenset({"mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"})
-"""Where the images of a prompt are and how large: its positions are made of them, later steps do not look at them."""
+_OF_IMAGES = frozenset(
+    {"token_type_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"}
+)
+"""Where the images of a prompt are and how large. Models that read images make the prompt's positions and masks of
+them; later steps are given them in vain."""
 _STATEFUL_PROCESSORS = (lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,)
 
 
@@ -76,6 +80,7 @@ def prepare(
         UnsupportedOptionError: an option that is not possible here.
         ValueError: a wrong prompt.
     """
+    _check_steps(model)
     arguments = with_cache_named(arguments)
     for name, advice in _REFUSED_ARGUMENTS.items():
         value = arguments.pop(name, None)
@@ -109,7 +114,8 @@ def check_model_inputs(
         UnsupportedOptionError: names them.
     """
     given = {name: value for name, value in model_inputs.items() if not (value is None or value == {})}
-    unknown = given.keys() - _KNOWN_MODEL_INPUTS - _OF_POSITIONS
+    reads_images = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    unknown = given.keys() - _KNOWN_MODEL_INPUTS - (_OF_IMAGES if reads_images else set())
     unknown = unknown and unknown & _inputs_of_a_step(model, given)
     if unknown:
         raise UnsupportedOptionError(
@@ -152,6 +158,16 @@ def _inputs_of_a_step(model: PreTrainedModel, given: dict[str, Any]) -> set[str]
     token_11 = torch.zeros(1, 1, dtype=torch.long, device=home_device(model))
     inputs = model.prepare_inputs_for_generation(token_11, is_first_iteration=False, use_cache=True, **given)
     return {name for name, value in inputs.items() if value is not None}
+
+
+def _check_steps(model: PreTrainedModel) -> None:
+    """Learned prompts of peft are put before the text at every step, by its own `prepare_inputs_for_generation`."""
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    if owner is not model:
+        raise UnsupportedOptionError(
+            f"a {type(owner).__name__} prepares the inputs of every step, which drafted tokens would need too: use its "
+            "own generate()"
+        )
 
 
 def _effective_config(model: PreTrainedModel, arguments: dict[str, Any]) -> GenerationConfig:

@@ -47,11 +47,10 @@ def stage(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def counted() -> Iterator[OneOff]:
-    """Add up the seconds of the stages of this thread."""
-    one_off = OneOff()
+def counted(one_off: OneOff) -> Iterator[None]:
+    """Add the seconds of the stages of this thread to something."""
     before = _counting.set(one_off)
     try:
-        yield one_off
+        yield
     finally:
         _counting.reset(before)

@@ -8,13 +8,14 @@ leaves out is in `docs/scale.md`, with measurements of how much it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.control.costs import ForwardCosts, synchroniser, varied_tokens
+from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -29,11 +30,17 @@ _GROWTH = 1.5
 
 
 def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token, in all layers. Sliding layers keep all positions too (`TreeCache`)."""
+    """Bytes of the keys and values of one token, in all layers. Sliding layers keep all positions too (`TreeCache`).
+
+    States that do not grow with the text are not counted.
+    """
     text = config.get_text_config(decoder=True)
+    num_layers = sum(kind is not None and kind.has_slots for kind in layer_kinds(config))
+    if not num_layers:
+        return 1
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * num_heads * head_size * dtype.itemsize
+    return 2 * num_layers * num_heads * head_size * dtype.itemsize
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -63,8 +70,9 @@ class RowTimer:
         """The shortest of a few forwards. The number of rows must not fall from call to call."""
         cache = self._scratch.cache
         while cache.num_rows < num_rows:
-            end = self._states[0][0].shape[1] - cache.num_rows % 2  # as in real batches, not all have one length
-            self._scratch.join([tuple(part[:, :end] for part in layer) for layer in self._states])
+            end = self._states.length - cache.num_rows % 2  # as in real batches, not all have one length
+            slots = [tuple(part[:, :end] for part in layer) for layer in self._states.slots]
+            self._scratch.join(replace(self._states, length=end, slots=slots))
         assert cache.num_rows == num_rows, "rows only join"
         if num_rows not in self._known:
             self._known[num_rows] = min(self._time(num_rows) for _ in range(_REPETITIONS))

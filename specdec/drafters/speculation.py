@@ -64,7 +64,9 @@ class Speculation:
             ValueError: it is no model, or not where the generator is.
         """
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"model is a transformers PreTrainedModel, got {type(model).__name__}")
+            raise ValueError(
+                f"model is a transformers PreTrainedModel, got {type(model).__name__}{_where_inside(model)}"
+            )
         if self.generator is not None and self.generator.device.type != home_device(model).type:
             raise ValueError(
                 f"the generator is on {self.generator.device} and the model on {home_device(model)}: make it with "
@@ -84,3 +86,14 @@ def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPol
     raise ValueError(
         f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
     )
+
+
+def _where_inside(model: Any) -> str:
+    """What to do where a model has been wrapped."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return ": prompts that were learned are no part of the model inside, use its own generate()"
+    if hasattr(model, "get_base_model"):
+        return ": pass model.get_base_model(), in which the adapters are active"
+    if hasattr(model, "_orig_mod"):
+        return ": compile it in place, with model.compile()"
+    return ""

@@ -13,6 +13,7 @@ from time import perf_counter
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.sequences import Sequences
@@ -38,6 +39,8 @@ from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
+_NODES = 8
+"""Drafted tokens of a row whose states are held, where layers have states."""
 _MEMORY_SHARE = 0.5
 """Of what is free at the start, for keys and values: buffers that grow are copied, and drafters keep some too."""
 
@@ -374,6 +377,10 @@ def _as_exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"the engine was interrupted by {error!r}")
 
 
+def _num_bytes(part: Tensor) -> int:
+    return part.numel() * part.element_size()
+
+
 @torch.no_grad()
 def _free_slots(model: PreTrainedModel, max_rows: int) -> int:
     """Slots that fit into a share of the free memory, as far as rows of the model's length could use them."""
@@ -381,9 +388,11 @@ def _free_slots(model: PreTrainedModel, max_rows: int) -> int:
     trial.begin(1)
     trial.read(torch.zeros((1, 1), dtype=torch.long, device=trial.device))
     states = trial.cache.row_views(0)
-    slot_bytes = sum(part.numel() * part.element_size() for layer in states for part in layer)
+    slot_bytes = max(1, sum(_num_bytes(part) for layer in states.slots for part in layer))
+    state_bytes = sum(_num_bytes(state) for layer in states.recurrent for state in layer.values())
     if trial.device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(trial.device)[0]
     else:
         free_bytes = psutil.virtual_memory().available
+    free_bytes -= max_rows * (1 + _NODES) * state_bytes
     return max(1, min(int(_MEMORY_SHARE * free_bytes / slot_bytes), 2 * max_rows * position_limit(model)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from specdec.tree_model.cache import RowStates
 
@@ -26,7 +27,7 @@ _NO_BLOCK = 0
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
     number: int
-    states: RowStates
+    slots: list[tuple[Tensor, ...]]
 
 
 class PrefixCache:
@@ -51,24 +52,27 @@ class PrefixCache:
         self._touch([key for key, _ in known])
         if not known:
             return 0, None
-        layers = zip(*(block.states for _, block in known), strict=True)
-        states = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]
-        return BLOCK * len(known), states
+        layers = zip(*(block.slots for _, block in known), strict=True)
+        slots = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]
+        length = BLOCK * len(known)
+        return length, RowStates(length=length, slots=slots, recurrent=[])
 
     def add(self, tokens: Sequence[int], states: RowStates) -> None:
-        """Keep what is new of a text.
+        """Keep what is new of a text. Of a model with recurrent states nothing is: they have no beginning.
 
         Args:
             tokens: of a text from its beginning, without padding.
             states: of all of them; copied.
         """
+        if states.recurrent:
+            return
         known = list(self._known(tokens))
         used = [key for key, _ in known]
         number = known[-1][1].number if known else _NO_BLOCK
         most = min(len(tokens), self.max_tokens) // BLOCK
         for start in range(BLOCK * len(known), BLOCK * most, BLOCK):
             stop = start + BLOCK
-            part = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in states]
+            part = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in states.slots]
             block = _Block(next(self._numbers), part)
             key = number, tuple(tokens[start:stop])
             self._blocks[key] = block

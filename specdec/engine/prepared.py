@@ -21,7 +21,7 @@ from specdec import options
 from specdec.decoding.stopping import StopChecker
 from specdec.engine.request import Request
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import CACHE
+from specdec.hf import CACHE, STATES
 from specdec.tree_model.compatibility import check_positions, rotation_limit
 
 _UNKEPT = ("return_dict_in_generate", "output_scores", "output_logits")
@@ -79,7 +79,7 @@ class _Capture:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> PreparedRequest:
-        known = ("use_cache", "logits_to_keep", "attention_mask", CACHE)
+        known = ("use_cache", "logits_to_keep", "attention_mask", CACHE, STATES)
         others = {name: value for name, value in model_inputs.items() if name not in known}
         options.check_model_inputs(model, others, generation_config)
         if len(input_ids) > 1:

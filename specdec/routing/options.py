@@ -9,9 +9,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from routers import Router
 from specdec.drafters import SmallModel
 from specdec.drafters.speculation import Speculation
-from specdec.errors import UnsupportedOptionError
+from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.routing.remote.endpoint import Endpoint
+from specdec.tree_model.cache import keeps_states
 
 
 def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
@@ -19,6 +20,7 @@ def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
 
     Raises:
         ValueError: the router is none, or the draft model or the tokenizer is missing.
+        UnsupportedModelError: the draft model cannot take back what it has read.
     """
     if not isinstance(router, Router):
         raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
@@ -27,6 +29,8 @@ def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
             f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
             "tokenizer, specdec.drafters.SmallModel(model), or a specdec.Endpoint"
         )
+    if not isinstance(drafter, Endpoint):
+        check_writer(drafter.model if isinstance(drafter, SmallModel) else drafter)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
 
@@ -44,6 +48,19 @@ def check_speculation(speculation: Speculation) -> None:
         raise UnsupportedOptionError(
             f"verify={verify!r} does not go with a router: the target walks drafted steps with its own choice of every "
             "token; leave it out"
+        )
+
+
+def check_writer(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot follow where a step is written anew.
+
+    Raises:
+        UnsupportedModelError: it keeps states.
+    """
+    if keeps_states(model.config):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps states, which cannot take back a step that another model writes anew: leave "
+            "router= out, or take models whose layers attend"
         )
 
 

@@ -14,11 +14,11 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, count, groupby
 from operator import itemgetter
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,38 @@ from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
+from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
 
-RowStates: TypeAlias = list[tuple[Tensor, ...]]
-"""Committed keys and values (and keys of an indexer) of one row, each [H, S, D], of every layer that stores some."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowStates:
+    """What one row has committed.
+
+    Args:
+        length: number of its slots.
+        slots: keys and values (and keys of an indexer), each [H, S, D], of every layer that stores some.
+        recurrent: the states of every layer that has such, without a dimension of rows.
+    """
+
+    length: int
+    slots: list[tuple[Tensor, ...]]
+    recurrent: list[States]
+
+
+class Point(NamedTuple):
+    """What rows had committed: so many slots, and the states of every layer that has such."""
+
+    lengths: Sequence[int]
+    states: Sequence[States]
 
 
 @dataclass(frozen=True)
@@ -48,10 +70,14 @@ class LayerKind:
     Args:
         name: the kind's name in `config.layer_types`, by which models take its mask.
         reach: a window, or the size of chunks; None if a token sees all that came before it.
+        num_states: states of recurrences and convolutions that each token overwrites.
+        has_slots: whether the layer attends to keys and values.
     """
 
     name: str
     reach: int | None = None
+    num_states: int = 0
+    has_slots: bool = True
 
     @property
     def is_chunked(self) -> bool:
@@ -59,7 +85,13 @@ class LayerKind:
 
     def within(self, num_slots: int) -> LayerKind:
         """The same among so few slots that all may be visible."""
-        return self if self.reach is not None and self.reach < num_slots else LayerKind(self.name)
+        return self if self.reach is not None and self.reach < num_slots else replace(self, reach=None)
+
+
+_ATTENDING = (
+    *(DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer),
+    *(LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
+)
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
@@ -72,15 +104,18 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
     names, _ = get_layer_types_and_kwargs(text)
     kinds: list[LayerKind | None] = []
     for index, (name, layer) in enumerate(zip(names, DynamicCache(config=text).layers, strict=True)):
+        num_states = getattr(layer, "number_of_states", 0)
         if type(layer) is DummyLayer:
             kinds.append(None)
-        elif type(layer) in (DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer):
-            kinds.append(LayerKind(name, getattr(layer, "sliding_window", None)))
+        elif type(layer) is LinearAttentionLayer:
+            kinds.append(LayerKind(name, num_states=num_states, has_slots=False))
+        elif type(layer) in _ATTENDING:
+            kinds.append(LayerKind(name, getattr(layer, "sliding_window", None), num_states))
         else:
             raise UnsupportedModelError(
                 f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
                 "take back drafted tokens; specdec decodes models whose layers attend to keys and values, in full "
-                "or in windows or chunks: use model.generate()"
+                "or in windows or chunks, or keep a state: use model.generate()"
             )
     if len({kind.name for kind in kinds if kind is not None}) < len({kind for kind in kinds if kind is not None}):
         raise UnsupportedModelError(
@@ -90,12 +125,9 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
     return kinds
 
 
-def has_recurrent_layers(config: PreTrainedConfig) -> bool:
-    """Whether a model of a class that may have such layers has one. One that does not name its layers has."""
-    text = config.get_text_config(decoder=True)
-    if getattr(text, "layer_types", None) is None:
-        return True
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=text).layers)
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Whether a layer has a state that each token overwrites: what has been read cannot be taken back then."""
+    return any(kind is not None and kind.num_states for kind in layer_kinds(config))
 
 
 class TreeCache(Cache):
@@ -105,21 +137,38 @@ class TreeCache(Cache):
         num_layers: number of decoder layers.
         num_rows: B.
         capacity: slots to allocate at the start; more are allocated when needed.
-        without: layers that store nothing.
+        without: layers that have no keys and values.
+        recurrent: index -> number of states, of layers that have such.
 
     Attributes:
-        stored: index -> layer, of those that store something.
+        stored: index -> layer, of those that have keys and values.
+        states: of recurrent layers; None if there is no such layer.
     """
 
     def __init__(
-        self, num_layers: int, num_rows: int, capacity: int = MIN_CAPACITY, *, without: Collection[int] = frozenset()
+        self,
+        num_layers: int,
+        num_rows: int,
+        capacity: int = MIN_CAPACITY,
+        *,
+        without: Collection[int] = frozenset(),
+        recurrent: Mapping[int, int] | None = None,
     ):
         self.lengths = [0] * num_rows
         self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self._mover: SlotMover | None = None
-        self.without = frozenset(without)
-        self.stored = {index: TreeLayer(self, capacity) for index in range(num_layers) if index not in self.without}
-        super().__init__(layers=[self.stored.get(index) or DummyLayer() for index in range(num_layers)])
+        self.without, self.recurrent = frozenset(without), recurrent or {}
+        layers = [self._new_layer(index, capacity) for index in range(num_layers)]
+        super().__init__(layers=layers)
+        self.stored = {index: layer for index, layer in enumerate(layers) if isinstance(layer, TreeLayer)}
+        with_states = {index: layer for index, layer in enumerate(layers) if isinstance(layer, StateLayer)}
+        self.states = TreeStates(with_states, num_rows) if with_states else None
+
+    def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
+        num_states = self.recurrent.get(index)
+        if index in self.without:
+            return StateLayer(num_states) if num_states else DummyLayer()
+        return StateTreeLayer(self, capacity, num_states) if num_states else TreeLayer(self, capacity)
 
     @classmethod
     def adopt(
@@ -130,14 +179,15 @@ class TreeCache(Cache):
         capacity: int,
         *,
         without: Collection[int] = frozenset(),
+        recurrent: Mapping[int, int] | None = None,
     ) -> TreeCache:
         """A tree cache that starts with a copy of a `DynamicCache` (which stays as it is).
 
         Raises:
             UnsupportedOptionError: the cache has another batch size.
         """
-        adopted = cls(num_layers, num_rows, capacity, without=without)
-        length = cache.get_seq_length()
+        adopted = cls(num_layers, num_rows, capacity, without=without, recurrent=recurrent)
+        length = cache.get_seq_length() if adopted.states is None else adopted.states.adopt(cache)
         if length == 0:
             return adopted
         for index, layer in adopted.stored.items():
@@ -163,7 +213,13 @@ class TreeCache(Cache):
     @property
     def tail(self) -> int:
         """Number of speculative slots that every layer holds."""
+        if not self.stored:
+            return 0 if self.states is None else self.states.tail
         return min(layer.tail for layer in self.stored.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots of the longest row, its tail included."""
+        return max(self.lengths, default=0) + self.tail
 
     @property
     def is_uniform(self) -> bool:
@@ -192,6 +248,8 @@ class TreeCache(Cache):
         elif moves:
             _move(layers, torch.tensor(moves).unbind(1))
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
+        if self.states is not None:
+            self.states.commit(kept)
         self.rollback()
 
     def arrange_tail(self, num_layers: int, sources_BK: Tensor) -> None:
@@ -224,10 +282,26 @@ class TreeCache(Cache):
         self._slots_memo = None
         for layer in self.stored.values():
             layer.tail = 0
+        if self.states is not None:
+            self.states.rollback()
+
+    def point(self) -> Point:
+        """What is committed now, to return to."""
+        return Point(tuple(self.lengths), () if self.states is None else self.states.point())
+
+    def return_to(self, point: Point) -> None:
+        """Forget the tail, and what has been committed since; rows have neither come nor gone."""
+        if self.states is not None:
+            self.states.return_to(point.states)
+        self.lengths = list(point.lengths)
+        self.rollback()
 
     def truncate_committed(self, lengths: Sequence[int]) -> None:
-        """Forget the tail, and what is committed past these lengths."""
-        self.lengths = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        """Forget the tail, and what is committed past these lengths. Rows with states keep all or nothing."""
+        shorter = [min(pair) for pair in zip(self.lengths, lengths, strict=True)]
+        if self.states is not None:
+            self.states.truncate_committed(self.lengths, shorter)
+        self.lengths = shorter
         self.rollback()
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -236,6 +310,8 @@ class TreeCache(Cache):
         lengths = [self.lengths[row] for row in rows]
         for layer in self.stored.values():
             layer.select_rows(rows, lengths)
+        if self.states is not None:
+            self.states.select_rows(rows)
         self.lengths = lengths
         self._slots_memo = None
 
@@ -250,6 +326,8 @@ class TreeCache(Cache):
         self._slots_memo = None
         for layer in self.stored.values():
             layer.make_room(self.num_rows)
+        if self.states is not None:
+            self.states.join()
         if states is not None:
             self.write_row(self.num_rows - 1, states)
 
@@ -261,9 +339,11 @@ class TreeCache(Cache):
     def write_row(self, row: int, states: RowStates) -> None:
         """Make these a row's committed states (copied); it has none yet."""
         assert self.tail == self.lengths[row] == 0, "the row is empty"
-        for layer, states_of_layer in zip(self.stored.values(), states, strict=True):
-            layer.write_row(row, states_of_layer)
-        self.lengths[row] = states[0][0].shape[1]
+        for layer, slots in zip(self.stored.values(), states.slots, strict=True):
+            layer.write_row(row, slots)
+        if self.states is not None:
+            self.states.write_row(row, states.recurrent)
+        self.lengths[row] = states.length
         self._slots_memo = None
 
     def clear_row(self, row: int) -> None:
@@ -271,10 +351,13 @@ class TreeCache(Cache):
         for layer in self.stored.values():
             for buffer in layer.buffers:
                 buffer[row] = 0
+        if self.states is not None:
+            self.states.write_row(row, None)
 
     def row_subset(self, rows: Sequence[int], room: int) -> TreeCache:
         """A cache of these rows alone: copies, with room for so many slots more."""
         assert self.tail == 0, "parts are made between rounds"
+        assert self.states is None, "parts are made of keys and values"
         part = TreeCache(len(self.layers), 0, without=self.without)
         part.lengths = [self.lengths[row] for row in rows]
         for own, layer in zip(part.stored.values(), self.stored.values(), strict=True):
@@ -290,16 +373,18 @@ class TreeCache(Cache):
 
     def row_states(self, row: int) -> RowStates:
         """Copies of a row's committed states."""
-        return [tuple(states.clone() for states in layer) for layer in self.row_views(row)]
+        views = self.row_views(row)
+        return replace(views, slots=[tuple(part.clone() for part in layer) for layer in views.slots])
 
     def row_views(self, row: int) -> RowStates:
         """A row's committed states, which hold until the next change; a row that never had any has none."""
         length = self.lengths[row]
-        return [
+        slots = [
             tuple(buffer[row, :, :length] for buffer in layer.buffers)
             for layer in self.stored.values()
             if layer.is_initialized
         ]
+        return RowStates(length=length, slots=slots, recurrent=[] if self.states is None else self.states.row(row))
 
     def check_integrity(self) -> None:
         """Assert what must hold between rounds."""
@@ -308,6 +393,8 @@ class TreeCache(Cache):
             for buffer in layer.buffers:
                 assert buffer.shape[0] == len(layer.keys) >= self.num_rows
                 assert buffer.shape[2] >= max(self.lengths)
+        if self.states is not None:
+            self.states.check_integrity(self.num_rows)
 
     def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Row and slot indices, each [B, T], of the tail slots start .. start + count - 1 (ragged rows)."""
@@ -334,7 +421,7 @@ def beginning(cache: DynamicCache, length: int) -> DynamicCache:
     """A cache of the first `length` slots of another one, which stays as it is. Nothing is copied.
 
     Args:
-        cache: without sliding windows (one made without a configuration): those forget their beginning.
+        cache: without sliding windows and states (one made without a configuration): those forget their beginning.
     """
     shorter = DynamicCache()
     if length:
@@ -352,14 +439,19 @@ def refill(cache: DynamicCache, rows: Sequence[RowStates]) -> None:
         rows: for each row what `TreeCache.row_states` returned.
     """
     cache.reset()
-    num_slots = max(row[0][0].shape[1] for row in rows)
-    places = [index for index, layer in enumerate(cache.layers) if type(layer) is not DummyLayer]
-    for layer, index in zip(zip(*rows, strict=True), chain(places, count(len(cache.layers))), strict=False):
+    num_slots = max(row.length for row in rows)
+    kinds = (DummyLayer, LinearAttentionLayer)
+    places = [index for index, layer in enumerate(cache.layers) if type(layer) not in kinds]
+    by_layer = zip(*(row.slots for row in rows), strict=True)
+    for layer, index in zip(by_layer, chain(places, count(len(cache.layers))), strict=False):
         parts = zip(*layer, strict=True)
         keys, values, *indexed = (torch.stack([_pad_slots(states, num_slots) for states in part]) for part in parts)
         cache.update(keys, values, index)
         if indexed:
             cache.update_indexer(indexed[0][:, 0], index)
+    with_states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    for layer, *states in zip(with_states, *(row.recurrent for row in rows), strict=True):
+        refill_states(layer, states)
 
 
 def _pad_slots(states: Tensor, num_slots: int) -> Tensor:

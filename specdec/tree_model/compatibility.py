@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.model.profile import profile_of
 from specdec.stages import stage
-from specdec.tree_model.cache import has_recurrent_layers
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.quantised import kinds_of_weights, rounds_activations
 from specdec.tree_model.trial import trial_logits
@@ -58,9 +58,10 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} has no language-modelling head: load it with AutoModelForCausalLM")
-    if model._is_stateful and has_recurrent_layers(config):
+    if model._is_stateful and getattr(config.get_text_config(decoder=True), "layer_types", None) is None:
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, which cannot take back drafted tokens: use model.generate()"
+            f"{name} keeps a recurrent state elsewhere than in its cache, which cannot take back drafted tokens: use "
+            "model.generate()"
         )
     spread = getattr(config, "distributed_config", None)
     if spread is not None and (spread.fsdp_size > 1 or spread.pp_size > 1):
@@ -178,6 +179,10 @@ def check_layers(model: PreTrainedModel) -> None:
     passed = profile_of(model).part(PassedTrials)
     if passed.in_parts:
         return
+    if keeps_states(model.config):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps states, which an exit would leave between two tokens: take another drafter"
+        )
     try:
         in_parts, whole = _trial_exit(model)
     except UnsupportedModelError:

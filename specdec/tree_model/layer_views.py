@@ -9,21 +9,17 @@ Shape legend: B rows, T slots, C channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
 from specdec.kernels.model.stack import FusedStack, Rotations, can_join, is_fused, stacks
-
-Module = TypeVar("Module", bound=nn.Module)
-
+from specdec.tree_model.module_copies import with_modules
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _MAX_VIEWS = 128
@@ -204,29 +200,11 @@ class LayerViews:
 
     def _with(self, layers: list[nn.Module]) -> PreTrainedModel:
         """The model with other layers."""
-        return self._replaced(self._model, [*self._path, self._list], nn.ModuleList(layers))
+        return with_modules(self._model, {".".join([*self._path, self._list]): nn.ModuleList(layers)})
 
     def _without_norm(self, layers: list[nn.Module]) -> PreTrainedModel:
         """The model with other layers, and nothing after them: only what they leave is wanted."""
         model = self._with(layers)
         if self._norm is not None:
-            model = self._replaced(model, [*self._path, self._norm], nn.Identity())
+            model = with_modules(model, {".".join([*self._path, self._norm]): nn.Identity()})
         return model.base_model
-
-    def _replaced(self, module: Module, path: list[str], leaf: nn.Module) -> Module:
-        """A shallow copy of a module with one descendant replaced, and copies on the way to it."""
-        name, *rest = path
-        child = self._replaced(module._modules[name], rest, leaf) if rest else leaf  # type: ignore[type-var]
-        replaced = copy.copy(module)
-        replaced._modules = {**module._modules, name: child}
-        return _with_hook_of_its_own(replaced)
-
-
-def _with_hook_of_its_own(copied: Module) -> Module:
-    """accelerate puts a function in the place of a module's `forward` that calls the module it was made for."""
-    hook = copied.__dict__.pop("_hf_hook", None)
-    if hook is not None:
-        for name in ("forward", "_old_forward"):
-            copied.__dict__.pop(name, None)
-        add_hook_to_module(copied, hook)
-    return copied

@@ -22,12 +22,14 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec.devices import home_device
 from specdec.errors import UnsupportedModelError
-from specdec.hf import CACHE
+from specdec.hf import cache_name
 from specdec.kernels import prepared
 from specdec.tree_model import masks
 from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.positions import next_positions, positions_read
+from specdec.tree_model.state_owners import reads_on
+from specdec.tree_model.walking import walking
 from trees import TreeBatch
 
 
@@ -42,6 +44,13 @@ class Along:
 
 _INDEXED = "indexed_attention"
 """Layers of this kind select by their mask what to attend to, and need one where all is visible."""
+
+_ATTENDS_AS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+"""By which some models take the masks of layers that have states too."""
+_STEPS = 16
+"""Tokens of a prompt that are stepped before their states are forgotten."""
+_UNMASKED: dict[str, Any] = {"linear_attention": None, "conv": None}
+"""No padding is stepped."""
 
 
 class TreeModel:
@@ -70,17 +79,32 @@ class TreeModel:
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
         self.num_layers = len(self.kinds)
-        self._without = {index for index, kind in enumerate(self.kinds) if kind is None}
+        self._cache_name = cache_name(model)
+        kinds = list(enumerate(self.kinds))
+        self._layers: dict[str, Any] = {
+            "without": {index for index, kind in kinds if kind is None or not kind.has_slots},
+            "recurrent": {index: kind.num_states for index, kind in kinds if kind is not None and kind.num_states},
+        }
         self.device = home_device(model)
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
         self._along: Along | None = None
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a layer has a state that the next token overwrites: what is committed cannot be taken back then."""
+        return bool(self._layers["recurrent"])
+
+    @cached_property
+    def _runs(self) -> PreTrainedModel:
+        """What is called: where a layer has states, a copy that steps its mixers."""
+        return walking(self.model, TreeCache(self.num_layers, 1, **self._layers)) if self.keeps_states else self.model
+
     @cached_property
     def views(self) -> LayerViews:
         """The model's layers, for drafters that run some of them."""
-        return LayerViews(self.model)
+        return LayerViews(self._runs)
 
     @contextmanager
     def row_subset(self, rows: Sequence[int], room: int) -> Iterator[None]:
@@ -130,20 +154,28 @@ class TreeModel:
         if attention_mask is None and not hasattr(config, "_mask_length"):
             config._mask_length = input_ids.shape[1]
         num_rows = input_ids.shape[0]
-        past = past_key_values if past_key_values is not None else DynamicCache()
-        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, without=self._without)
+        past = past_key_values
+        if past is None:
+            past = DynamicCache(config=self.model.config) if self.keeps_states else DynamicCache()
+        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, **self._layers)
         if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
             model_inputs["logits_to_keep"] = 1
-        cached = {"attention_mask": attention_mask, CACHE: self.cache, "use_cache": True}
+        cached = {"attention_mask": attention_mask, self._cache_name: self.cache, "use_cache": True}
+        if self.cache.states is not None:
+            self.cache.states.begin_reading()
         whole = self._whole()
         # transformers' own prefill: chunking, inputs_embeds and caches behave there as they always do
         with positions_read(whole.model) as read:
             outputs = whole.model._prefill(input_ids, config, {**model_inputs, **cached})
         self.states = self._at_home(whole.states)
         self.num_forwards += 1
-        self.cache.commit([range(self.cache.tail)] * num_rows)
+        widths = [
+            part.shape[1] for part in (input_ids, attention_mask, model_inputs.get("inputs_embeds")) if part is not None
+        ]
+        num_new = self.cache.tail if self.cache.stored else max(widths)
+        self.cache.commit([range(num_new)] * num_rows)
         self._start_masks(attention_mask, next_positions(read[-1] if read else model_inputs.get("position_ids")))
         return outputs.logits[:, -1:]
 
@@ -153,7 +185,7 @@ class TreeModel:
         Args:
             capacity: expected number of slots of a row.
         """
-        self.cache = TreeCache(self.num_layers, num_rows, capacity, without=self._without)
+        self.cache = TreeCache(self.num_layers, num_rows, capacity, **self._layers)
         self.states = {}
         self._prompt_BP = None
         self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
@@ -171,7 +203,20 @@ class TreeModel:
         Args:
             tokens_BT: int64, T at least 1.
         """
-        self._run(self._body, self._new_inputs(tokens_BT), num_logits=1)
+        if not self.keeps_states:
+            self._read_part(tokens_BT)
+        elif not any(self.cache.lengths) or reads_on(self.model):
+            self._read_part(tokens_BT, by_steps=False)
+        else:
+            for part_BT in tokens_BT.split(_STEPS, 1):
+                self._read_part(part_BT)
+
+    def _read_part(self, tokens_BT: Tensor, *, by_steps: bool = True) -> None:
+        inputs = self._new_inputs(tokens_BT)
+        if not by_steps:
+            assert self.cache.states is not None
+            self.cache.states.begin_reading()
+        self._run(self._body, inputs, num_logits=1)
         self._take_new(tokens_BT)
 
     @property
@@ -290,7 +335,7 @@ class TreeModel:
     @cached_property
     def _bare(self) -> View:
         """The whole model, nothing kept."""
-        return self.views.whole() if self._is_fused else View(self.model)
+        return self.views.whole() if self._is_fused else View(self._runs)
 
     @cached_property
     def _body(self) -> View:
@@ -317,13 +362,15 @@ class TreeModel:
         return view.run(**inputs, **fewer)
 
     def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
+        if self.cache.states is not None:
+            self.cache.states.begin_step(seen_BTK, tokens_BT.shape[1])
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
         positions_ABT = self.next_positions_AB.unsqueeze(2) + offsets_BT
         return {
             "input_ids": tokens_BT,
             "attention_mask": self._mask(seen_BTK, offsets_BT),
             "position_ids": positions_ABT if len(positions_ABT) > 1 else positions_ABT[0],
-            CACHE: self.cache,
+            self._cache_name: self.cache,
             "use_cache": True,
         }
 
@@ -337,7 +384,9 @@ class TreeModel:
         lengths = self.cache.lengths
         num_tail = self._offsets_BS.shape[1]
         num_slots = max(lengths) + num_tail
-        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None}
+        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None and kind.has_slots}
+        if not kinds:
+            return None
         if seen_BTK is None:
             is_masked = _INDEXED in kinds or self._prompt_BP is not None or not self.cache.is_uniform
             if not is_masked and all(kind.reach is None for kind in kinds.values()):
@@ -347,7 +396,10 @@ class TreeModel:
         by_reach = {kind.reach: self._within(kind, visible_BTS, offsets_BT) for kind in kinds.values()}
         if len(by_reach) == 1:
             return by_reach.popitem()[1]
-        return {name: by_reach[kind.reach] for name, kind in kinds.items()}
+        by_name = {name: by_reach[kind.reach] for name, kind in kinds.items()}
+        if self.keeps_states:
+            by_name |= {_ATTENDS_AS[name]: mask for name, mask in by_name.items() if name in _ATTENDS_AS} | _UNMASKED
+        return by_name
 
     def _within(self, kind: LayerKind, visible_BTS: Tensor, offsets_BT: Tensor) -> Tensor:
         """The mask [B, 1, T, S] of a kind of layers."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from specdec.hf import CACHE
+from specdec.hf import cache_name
 from specdec.tree_model.model import TreeModel
 from trees import ROOT, TokenTree, TreeBatch
 
@@ -69,6 +69,13 @@ class _Text:
         mask = [[*gap, *[1] * len(prompt)] for gap, prompt in zip(gaps, self.prompts, strict=True)]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
+    @property
+    def beginning(self) -> _Text:
+        """A row that has no more than its first round: the root is its prompt."""
+        first = self.rounds[0]
+        (token, *_), root = first.trees[0].tokens, first.roots[0]
+        return _Text(prompts=[[root]], rounds=[_Round(roots=[token], trees=[TokenTree.chain([])], paths=[[]])])
+
     def steps(self, device: torch.device) -> Iterator[Tensor]:
         """What follows the prompts, int64 [B, 1] each."""
         rows = [[token for each in self.rounds for token in each.tokens(row)] for row in range(len(self.prompts))]
@@ -85,9 +92,12 @@ def trial_logits(model: PreTrainedModel, longest: int) -> tuple[Tensor, Tensor]:
     text = _text(target, longest)
     plain_BTV = _by_steps(model, text, target.device)
     by_tree = _by_tree(target, text)
-    read_NV = _read_alone(target, text)
-    wanted = [*plain_BTV, plain_BTV[0, 1 : 1 + len(read_NV)]]
-    return torch.cat([*by_tree, read_NV]).to(plain_BTV.device, torch.float32), torch.cat(wanted).float()
+    by_tree.append(_read_alone(target, text))
+    wanted = [*plain_BTV, plain_BTV[0, 1 : 1 + len(by_tree[-1])]]
+    if target.keeps_states:
+        by_tree.append(_joined(target, text))
+        wanted.append(_by_steps(model, text.beginning, target.device)[0])
+    return torch.cat(by_tree).to(plain_BTV.device, torch.float32), torch.cat(wanted).float()
 
 
 def _text(target: TreeModel, longest: int) -> _Text:
@@ -140,7 +150,7 @@ def _by_steps(model: PreTrainedModel, text: _Text, device: torch.device) -> Tens
     inputs: dict[str, Any] = {"attention_mask": mask_BP, "use_cache": True}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = model._prepare_position_ids_for_generation(ids_BP, inputs)
-    inputs[CACHE] = DynamicCache(config=model.config)
+    inputs[cache_name(model)] = DynamicCache(config=model.config)
     outputs = model._prefill(ids_BP, GenerationConfig(), inputs)
     logits = [outputs.logits[:, -1]]
     for tokens_B1 in text.steps(device):
@@ -175,3 +185,14 @@ def _read_alone(target: TreeModel, text: _Text) -> Tensor:
     trees = TreeBatch.stack(first.trees[:1], target.device)
     logits_BTV = target.verify(trees, torch.tensor([first.roots[:1]], device=target.device))
     return logits_BTV[0, first.slots[0]]
+
+
+def _joined(target: TreeModel, text: _Text) -> Tensor:
+    """A row that has read nothing, [2, V], beside one that has: its states are not zeros in every model."""
+    first, beginning = text.rounds[0], text.beginning
+    target.forget_tail()
+    target.join()
+    tokens = [*beginning.prompts[0], *beginning.rounds[0].roots]
+    trees = TreeBatch.stack([first.trees[0], TokenTree.chain(tokens[1:])], target.device)
+    roots_B1 = torch.tensor([[first.roots[0]], tokens[:1]], device=target.device)
+    return target.verify(trees, roots_B1)[1, : len(tokens)]

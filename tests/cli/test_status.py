@@ -21,7 +21,7 @@ from specdec.cli import status
 from specdec.cli.common import TERMINATED, friendly_errors, heeds_sigterm
 from specdec.cli.status import hide_status, shown_stages
 from specdec.drafters import QuantizedSelf
-from specdec.stages import counted, logger, stage
+from specdec.stages import OneOff, counted, logger, stage
 from specdec.testing import random_prompts, tiny_model
 from tests.support.commands import PROMPT, specdec_command
 
@@ -46,7 +46,8 @@ def test_a_stage_is_logged_at_its_beginning_and_its_end(caplog: pytest.LogCaptur
 
 
 def test_stages_within_stages_are_counted_once() -> None:
-    with counted() as one_off:
+    one_off = OneOff()
+    with counted(one_off):
         with stage("outer"), stage("inner"):
             time.sleep(0.02)
         within = one_off.seconds
@@ -56,7 +57,8 @@ def test_stages_within_stages_are_counted_once() -> None:
 
 
 def test_a_failed_stage_ends_too() -> None:
-    with counted() as one_off, pytest.raises(ValueError, match="no"), stage("failing"):
+    one_off = OneOff()
+    with counted(one_off), pytest.raises(ValueError, match="no"), stage("failing"):
         raise ValueError("no")
     assert one_off.seconds > 0
 

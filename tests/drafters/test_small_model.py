@@ -149,7 +149,7 @@ def test_embeddings_are_refused(target: PreTrainedModel) -> None:
 
 def test_draft_that_cannot_roll_back_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="recurrent state"):
-        SmallModel(tiny_model("mamba"))
+        SmallModel(tiny_model("rwkv", attention_hidden_size=32))
 
 
 def test_draft_of_another_family_and_dtype(target: PreTrainedModel) -> None:

@@ -251,8 +251,8 @@ def test_an_object_that_cannot_work_is_not_made(name: str):
 # models that cannot be decoded by tree
 
 
-def mamba() -> PreTrainedModel:
-    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+def rwkv() -> PreTrainedModel:
+    config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -277,17 +277,17 @@ def flash() -> PreTrainedModel:
     return model
 
 
-def convolution() -> PreTrainedModel:
-    return tiny_model("lfm2", full_attn_idxs=[1])
+def compressed() -> PreTrainedModel:
+    return tiny_model("deepseek_v4", head_dim=8)
 
 
 UNSUPPORTED_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "recurrent": (mamba, "MambaForCausalLM keeps a recurrent state"),
+    "recurrent": (rwkv, "RwkvForCausalLM keeps a recurrent state"),
     "encoder-decoder": (t5, "T5ForConditionalGeneration is an encoder-decoder"),
     "ALiBi": (bloom, "BloomForCausalLM derives its ALiBi positions"),
     "without head": (headless, "LlamaModel has no language-modelling head: load it with AutoModelForCausalLM"),
     "flash attention": (flash, "load the model with attn_implementation='sdpa'"),
-    "convolution": (convolution, "keeps a LinearAttentionLayer"),
+    "compressed": (compressed, "keeps a DeepseekV4HCACache"),
 }
 
 

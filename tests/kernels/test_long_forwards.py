@@ -58,7 +58,7 @@ def read(prompt_1P: Tensor, chunks: list[int]) -> list[Tensor]:
     target.begin(1)
     for chunk_1T in prompt_1P.split(chunks, 1):
         target.read(chunk_1T)
-    states = [part.clone() for layer in target.cache.row_views(0) for part in layer]
+    states = [part.clone() for layer in target.cache.row_views(0).slots for part in layer]
     none_11 = torch.zeros((1, 1), dtype=torch.long)
     return [*states, target.forward(none_11 + 5, none_11, None)]
 

@@ -71,7 +71,8 @@ def test_no_warnings():
         [sys.executable, "-W", "error", "-c", PUBLIC_PATH], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
-    assert "deprecated" not in done.stderr
+    ours = [line for line in done.stderr.splitlines() if "_pytree.py" not in line]  # torchao's, where it is installed
+    assert "deprecated" not in "\n".join(ours)
 
 
 @pytest.fixture(scope="module")

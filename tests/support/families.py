@@ -49,6 +49,6 @@ REFUSED = {
     "bloom": ({}, "ALiBi"),
     "falcon": ({"alibi": True}, "ALiBi"),
     "gpt_neo": ({"attention_types": [[["global", "local"], 1]]}, "local attention"),
-    "lfm2": ({"full_attn_idxs": [1]}, "LinearAttentionLayer"),
-    "mamba": ({}, "recurrent state"),
+    "deepseek_v4": ({"head_dim": 8}, "keeps a DeepseekV4HCACache"),
+    "rwkv": ({"attention_hidden_size": 32}, "recurrent state"),
 }

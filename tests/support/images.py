@@ -44,9 +44,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "clip_vision_model"},
         "vision_feature_layer": -1,
     },
+    "paligemma": {"text_config": {"model_type": "gemma"}, "projection_dim": 32},
     "qwen2_5_vl": {
         "text_config": PLANES,
         "vision_config": {"fullatt_block_indexes": [1], "window_size": 32, "tokens_per_second": 2},
+        **QWEN_TOKENS,
+    },
+    "qwen3_5": {
+        "text_config": {
+            "layer_types": ["linear_attention", "full_attention"],
+            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            "rope_parameters": {**PLANES["rope_parameters"], "partial_rotary_factor": 1.0},
+        },
+        "vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": []},
         **QWEN_TOKENS,
     },
     "qwen3_vl": {
@@ -56,13 +67,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "smolvlm": {"text_config": {"model_type": "llama"}, "scale_factor": 2},
 }
-"""Of one kind of positions and of three, with images that see both ways and with pictures of several sizes."""
+"""Of one kind of positions and of three, with images that see both ways and with pictures of several sizes; one has
+layers that keep states."""
 
 
 @cache
 def model_of(family: str) -> PreTrainedModel:
     given = SETTINGS[family]
-    name = "image_token_index" if family in ("gemma3", "llava") else "image_token_id"
+    name = "image_token_index" if family in ("gemma3", "llava", "paligemma") else "image_token_id"
     parts = {
         "text_config": {**TEXT, **given["text_config"]},
         "vision_config": {**TOWER, **given.get("vision_config", {})},

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec import UnsupportedModelError, UnsupportedOptionError
+from specdec import UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.testing import random_prompts, tiny_model
-from specdec.tree_model.cache import LayerKind, TreeCache, layer_kinds, refill
+from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds, refill
 from specdec.tree_model.model import TreeModel
 from tests.support.strategies import token_trees
 from trees import TokenTree, TreeBatch
@@ -75,7 +75,7 @@ class Rounds:
                 assert cache.lengths[row] == 0
                 continue
             wanted = states_from_scratch(self.model, text)
-            for states, wanted_states in zip(cache.row_states(row), wanted, strict=True):
+            for states, wanted_states in zip(cache.row_states(row).slots, wanted, strict=True):
                 for held, scratch in zip(states, wanted_states, strict=True):
                     torch.testing.assert_close(held[:, held.shape[1] - len(text) :], scratch, **TOLERANCE)
 
@@ -138,7 +138,7 @@ def test_cache_grows_past_its_capacity(ragged: bool) -> None:
     cache.check_integrity()
     assert cache.lengths == [150, 100 if ragged else 150]
     for row, pieces in enumerate(rows):
-        ((keys, values),) = cache.row_states(row)
+        ((keys, values),) = cache.row_states(row).slots
         assert torch.equal(keys, torch.cat(pieces, 1))
         assert torch.equal(values, -keys)
 
@@ -163,7 +163,7 @@ def test_adopted_cache_is_a_copy() -> None:
     adopted.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4), 0)
     adopted.commit([[0], [0]])
     assert adopted.lengths == [4, 4]
-    assert torch.equal(adopted.row_states(1)[0][0][:, :3], states[1])
+    assert torch.equal(adopted.row_states(1).slots[0][0][:, :3], states[1])
     assert torch.equal(source.layers[0].keys, states)
 
 
@@ -177,7 +177,7 @@ def test_adopted_window_keeps_its_place() -> None:
     assert adopted.lengths == [19]
     in_window = source.layers[0].keys.shape[2]
     assert in_window < 19
-    for (keys, _), (scratch, _) in zip(adopted.row_states(0), states_from_scratch(model, tokens), strict=True):
+    for (keys, _), (scratch, _) in zip(adopted.row_states(0).slots, states_from_scratch(model, tokens), strict=True):
         torch.testing.assert_close(keys[:, -in_window:], scratch[:, -in_window:], **TOLERANCE)
 
 
@@ -192,7 +192,8 @@ def test_refilled_cache_holds_all_rows() -> None:
     source = DynamicCache()
     source.update(random_states(2, 9), random_states(2, 9), 0)
     long, short = random_states(1, 5)[0], random_states(1, 3, seed=1)[0]
-    refill(source, [[(long, -long)], [(short, -short)]])
+    rows = [RowStates(length=part.shape[1], slots=[(part, -part)], recurrent=[]) for part in (long, short)]
+    refill(source, rows)
     keys, values = source.layers[0].keys, source.layers[0].values
     assert torch.equal(keys[0], long)
     assert torch.equal(keys[1, :, :3], short)
@@ -204,8 +205,8 @@ def test_windows_are_read_from_the_config() -> None:
     full, window = LayerKind("full_attention"), LayerKind("sliding_attention", 3)
     assert layer_kinds(MODELS["llama"].config) == [full, full]
     assert layer_kinds(MODELS["gemma3_text"].config) == [window, full]
-    with pytest.raises(UnsupportedModelError, match="LinearAttentionLayer"):
-        layer_kinds(tiny_model("lfm2", full_attn_idxs=[1]).config)
+    convolution = LayerKind("conv", num_states=1, has_slots=False)
+    assert layer_kinds(tiny_model("lfm2", full_attn_idxs=[1]).config) == [convolution, full]
 
 
 @pytest.mark.parametrize("name", MODELS)

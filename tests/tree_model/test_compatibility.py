@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,6 +17,8 @@ from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
 from tests.support.families import REFUSED, UNLISTED
 from tests.support.images import SETTINGS as SEEING
+from tests.support.recurrent_models import RECURRENT
+from tests.support.wrapped import EXACT, WRAPPED, Wrapped
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -48,11 +50,36 @@ images and reads the prompt, and what follows is decoded by tree. Tested with pi
 Models that share keys and values between layers, that select what they attend to by an indexer (DeepSeek-V3.2, GLM-5)
 or that attend in chunks (Llama 4, up to about 8,000 tokens) are decoded by tree like any other.
 
+Models whose layers keep states (Mamba, gated delta nets, KDA, short convolutions, and hybrids of these with attention)
+are stepped token by token, along chains and trees, by their own code for decoding. Tested:
+{recurrent}.
+They take every drafter but early exits and models with another tokenizer, and no router. An engine reads each of their
+prompts from its beginning, and so does a chat: of a text that begins alike there is no state to go on from.
+
 ## Refused
 
 | `model_type` | what the message says |
 |---|---|
 """
+
+
+_WRAPPED = """
+## What is wrapped around a model
+
+Of a Llama, tried by `tests/generation/test_wrapped.py`: greedy equality, or the words of the refusal. A copy is made
+again when adapters have been put in, switched or merged between two calls.
+
+| wrapped | `specdec.generate` | with an int8 copy (`QuantizedSelf`) |
+|---|---|---|
+"""
+_UNTRIED = """
+Not tried here, because they do not run on this project's machines: bitsandbytes, GPTQ, AWQ. Any model with packed
+weights decodes the short text above first, whatever its family, and is refused if the logits do not agree.
+"""
+
+
+def _of_copy(wrapped: Wrapped) -> str:
+    return wrapped.copy_says if wrapped.says == EXACT else ""
 
 
 def _row(family: str) -> str:
@@ -82,14 +109,20 @@ def _refusal(family: str) -> str:
     raise AssertionError(f"{family} is not refused")
 
 
+def _names(families: Iterable[str]) -> str:
+    return ", ".join(f"`{family}`" for family in families)
+
+
 def page() -> str:
-    passing, seeing = (", ".join(f"`{family}`" for family in families) for families in (UNLISTED, SEEING))
     return (
         _HEAD
         + "".join(map(_row, FAMILIES))
-        + _UNLISTED.format(passing=passing, seeing=seeing)
+        + _UNLISTED.format(passing=_names(UNLISTED), seeing=_names(SEEING), recurrent=_names(RECURRENT))
         + "".join(map(_refusal, REFUSED))
         + "\nAlso refused: flash and flex attention (load with `attn_implementation='sdpa'`), encoder-decoders.\n"
+        + _WRAPPED
+        + "".join(f"| {name} | {each.says} | {_of_copy(each)} |\n" for name, each in WRAPPED.items())
+        + _UNTRIED
     )
 
 

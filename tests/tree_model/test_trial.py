@@ -119,7 +119,7 @@ def test_message_does_not_end_in_the_words_of_python() -> None:
 
 def test_refusals_of_layers_have_one_ending() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
-        check_model(tiny_model("lfm2", full_attn_idxs=[1]))
+        check_model(tiny_model("deepseek_v4", head_dim=8))
     assert str(raised.value).count("use model.generate()") == 1
     assert "trial" not in str(raised.value)
 

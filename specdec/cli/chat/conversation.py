@@ -15,7 +15,7 @@ from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.drafters import Drafter
 from specdec.text.prompting import NO_CHAT_TEMPLATE, Message, encode_chats, has_chat_template
-from specdec.tree_model.cache import beginning
+from specdec.tree_model.cache import beginning, keeps_states
 from specdec.tree_model.compatibility import position_limit
 
 
@@ -24,7 +24,8 @@ class Conversation(Dialogue):
 
     A turn reads only what is new in its prompt: key and value states of the longest common beginning with what the
     turn before has left are kept. Token ids are compared, so a template that writes a reply otherwise than the model
-    said it, or drops a part of it, costs reading from there on, and nothing else.
+    said it, or drops a part of it, costs reading from there on, and nothing else. A model whose layers keep states
+    reads all of the prompt in every turn: a state has no beginning.
 
     Raises:
         ValueError: the model has no chat template.
@@ -67,13 +68,13 @@ class Conversation(Dialogue):
     ) -> Reply:
         kept_messages, ids = self._fit(messages, max_new_tokens)
         room = min(max_new_tokens, self._num_positions - len(ids))
-        cache = self._kept.beginning_of(ids)
-        num_kept = cache.get_seq_length()
+        cache = None if keeps_states(self._model.config) else self._kept.beginning_of(ids)
+        num_kept = 0 if cache is None else cache.get_seq_length()
         streamer = ReplyStreamer(self._tokenizer, show)
         stats = None
         try:
             out = self._generate(ids, cache, streamer, stop, max_new_tokens=room, **generation_kwargs)
-            self._kept = _KeptStates(out.sequences[0].tolist(), cache)
+            self._kept = self._kept if cache is None else _KeptStates(out.sequences[0].tolist(), cache)
             stats = out.stats
         except KeyboardInterrupt:
             if not streamer.num_tokens:
@@ -94,7 +95,7 @@ class Conversation(Dialogue):
     def _generate(
         self,
         ids: list[int],
-        cache: DynamicCache,
+        cache: DynamicCache | None,
         streamer: ReplyStreamer,
         stop: Callable[[], bool],
         **options: Any,

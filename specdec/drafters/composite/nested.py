@@ -86,13 +86,13 @@ class NestedSession(DraftSession):
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
         self._copy.share_cache_with(self._run.target)
-        lengths = list(self._copy.cache.lengths)
+        start = self._copy.cache.point()
         try:
             limits = [min(depth, self._most) for depth in max_depths]
             while self._goes_on(limits):
                 self._round(limits, max_depths)
         finally:
-            self._copy.cache.truncate_committed(lengths)
+            self._copy.cache.return_to(start)
         draft = self._chains()
         self._num_steps += draft.trees.width
         return draft

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.model.runner import read_ragged
-from specdec.errors import DraftError, UnsupportedOptionError
+from specdec.errors import DraftError, UnsupportedModelError, UnsupportedOptionError
 from specdec.text.translation import BROKEN, Translator, continuation, decode_from, shared_tokens
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
 from specdec.tree_model.model import TreeModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TokenTree, TreeBatch
@@ -58,6 +59,11 @@ class ForeignModel(Drafter):
             if not isinstance(value, PreTrainedTokenizerBase):
                 raise ValueError(f"ForeignModel({name}={value!r}): {name} is a tokenizer of transformers")
         check_model(model)
+        if keeps_states(model.config):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps states, which cannot take back what is translated otherwise when more "
+                "of the text is there: take a draft model whose layers attend, or specdec.drafters.PromptLookup()"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.target_tokenizer = target_tokenizer

@@ -18,6 +18,7 @@ from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.model.int8_copy import Int8Copy
 from specdec.drafters.model.runner import DraftModelRunner
 from specdec.errors import DraftError, UnsupportedOptionError
+from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
@@ -39,13 +40,12 @@ class SmallModel(Drafter):
         ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 
-    supports_rollback = True
-
     def __init__(self, model: PreTrainedModel, weights: str | None = None, num_tokens: int = 5):
         self.policy: GrowthPolicy = Chain(num_tokens)
         if weights not in (None, "int8"):
             raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
         check_model(model)
+        self.supports_rollback = not keeps_states(model.config)
         self._model: PreTrainedModel | Int8Copy = model
         if weights is not None:
             self._model = Int8Copy(model)

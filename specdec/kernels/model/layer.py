@@ -62,16 +62,24 @@ class _TensorAddresses:
         norms += [(attn, name) for name in sorted(_HEAD_NORMS) if hasattr(attn, name)]
         linears = [(attn, name) for name in sorted(_ATTENTION)] + [(mlp, name) for name in sorted(_MLP - {"act_fn"})]
         links = [(layer, "self_attn"), (layer, "mlp"), *norms, *linears]
-        self._modules = [(parent._modules, name) for parent, name in links]
-        self._tensors = [store for parent, name in (*norms, *linears) for store in _stores(getattr(parent, name))]
+        # apart, so that `map` looks them all up without a step of Python's: they are looked at in every forward
+        self._parents, self._children = [parent._modules for parent, _ in links], [name for _, name in links]
+        stores = [store for parent, name in (*norms, *linears) for store in _stores(getattr(parent, name))]
+        self._stores, self._names = [store for store, _ in stores], [name for _, name in stores]
         self._found = self._parts()
         self._addresses = self._now()
+        # whoever moves a weight in the middle of a run gets the next run right; here the old one has to stay readable
+        self._alive = [store[name].detach() for store, name in stores if store.get(name) is not None]
 
     def _parts(self) -> list[Any]:
-        return [store.get(name) for store, name in self._modules]
+        return list(map(dict.get, self._parents, self._children))
 
     def _now(self) -> list[int | None]:
-        return [native.address(store.get(name)) for store, name in self._tensors]
+        tensors: list[Any] = list(map(dict.get, self._stores, self._names))
+        try:
+            return list(map(torch.Tensor.data_ptr, tensors))
+        except TypeError:  # a tensor has gone
+            return [native.address(tensor) for tensor in tensors]
 
     def hold_the_same(self) -> bool:
         """Whether the modules are still those that were compared with the layer's own forward."""
@@ -122,9 +130,10 @@ class FusedLayer:
         # torch has no better product for int8, and what it rounds otherwise shows in the tokens
         self._max_rows = None if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
+        self._checked: _Constants | None = None  # the same, after the last check; None if that failed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_constants": None}  # a copy's weights lie elsewhere
+        return {**self.__dict__, "_constants": None, "_checked": None}  # a copy's weights lie elsewhere
 
     def __call__(
         self,
@@ -135,12 +144,18 @@ class FusedLayer:
         use_cache: bool | None = False,
         position_embeddings: Rotation | None = None,
         past_key_values: Any = None,
+        is_checked: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """As the layer's own forward, and besides:
+
+        Args:
+            is_checked: nobody has changed the layer since the last call of this run.
+        """
         cache = past_key_values if cache is None else cache
         constants = None
         if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
-            constants = self._prepare(position_embeddings)
+            constants = (is_checked and self._checked) or self._prepare(position_embeddings)
         if constants is None or position_embeddings is None:
             kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
@@ -250,12 +265,17 @@ class FusedLayer:
 
     def _prepare(self, rotation: object) -> _Constants | None:
         """None where the layer has to be the model's own. `rotation` tells one forward from another."""
+        self._checked = None
         if not (self.is_unchanged() if self._model is None else self._model.is_native(rotation)):
             return None
-        constants = self._constants
-        if constants is None or constants.addresses.have_moved():
-            constants = self._constants = self._find()
-        return constants
+        if self._constants is None or self._constants.addresses.have_moved():
+            self._constants = self._find()
+        self._checked = self._constants
+        return self._checked
+
+    def distrust(self) -> None:
+        """Check at the next call, whatever its caller says."""
+        self._checked = None
 
     def _find(self) -> _Constants:
         attn, first, second = self.layer.self_attn, self.layer.input_layernorm, self.layer.post_attention_layernorm

@@ -32,6 +32,9 @@ class NativeLayer(Protocol):
     def is_unchanged(self) -> bool:
         """Whether the layer is what it was when it was recognised."""
 
+    def distrust(self) -> None:
+        """Check at the next call, whatever its caller says."""
+
 
 class NativeModel:
     """The native layers of an int8 model. They quantise activations, which is exact only while all of them are native:
@@ -57,4 +60,6 @@ class NativeModel:
             return True
         for linear in self._int8_linears:
             linear.weight_only = True
+        for layer in self.layers:
+            layer.distrust()
         return False

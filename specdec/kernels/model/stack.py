@@ -63,7 +63,7 @@ class Rotations:
 
 
 class FusedStack:
-    """Called like a model, with the arguments that a `TreeModel` gives.
+    """Called like a model, with the arguments that a `TreeModel` gives; it is for one run.
 
     Args:
         model: whose embedding and head are used.
@@ -90,6 +90,7 @@ class FusedStack:
         self._norm = norm
         self._head = model.get_output_embeddings() if has_head else None
         self._given = given
+        self._is_checked = False
 
     def __call__(
         self,
@@ -122,7 +123,9 @@ class FusedStack:
                 **{CACHE: cache},
                 use_cache=use_cache,
                 position_embeddings=rotation,
+                is_checked=self._is_checked,
             )
+        self._is_checked = True  # until the next run, which has a stack of its own: looking takes a tenth of a forward
         if self._norm is not None:
             hidden_BTC = self._norm(hidden_BTC)
         return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
