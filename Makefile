@@ -29,9 +29,9 @@ test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the
 	$(PYTEST) -m "not slow and not ray and not ranks"
 
 # Ray (half a gigabyte, installed) is for these tests only: what no run covers is not known to work.
-test-all: $(READY)  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
+test-all: test  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,ray]"
-	$(PYTEST) -m "not ray and not ranks"
+	$(PYTEST) -m "slow and not ray and not ranks"
 	$(BIN)/python -m pytest -m "ray or ranks" tests/batch tests/decoding
 
 test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers
