@@ -145,8 +145,9 @@ class TreeCache(Cache):
         return min(layer.tail for layer in self.stored.values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots of the longest row, its tail included."""
-        return max(self.lengths, default=0) + self.tail
+        """Slots of the longest row, the tail of the layers that are furthest included (lower ones may run ahead)."""
+        tail = max((layer.tail for layer in self.stored.values()), default=self.tail)
+        return max(self.lengths, default=0) + tail
 
     @property
     def is_uniform(self) -> bool:
