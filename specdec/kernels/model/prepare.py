@@ -100,9 +100,10 @@ def check_whole(model: nn.Module) -> None:
 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
-    """Does to a drafting module beside a model what `prepare` has done to the model, if anything."""
+    """Does to a drafting module beside a model what `prepare` has done to the model, if anything. A quantised one has
+    8 bits: which of its linears is a head is not known."""
     done = prepared(model)
-    return part if done is None else _prepare(part, done.weights, must_be_exact=False)
+    return part if done is None else _prepare(part, done.weights and Int8Linear.weights, must_be_exact=False)
 
 
 def prepared(model: nn.Module) -> Prepared | None:
