@@ -39,7 +39,7 @@ MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1
 
 
 def _draft_option(tokenizers: str) -> Any:
-    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}."
+    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}; or the folder of a head."
     return typer.Option("--draft", "-d", help=help_text, rich_help_panel=MODEL_PANEL)
 
 

@@ -19,8 +19,8 @@ from specdec.drafters.model.quantized_copy import QuantizedCopy, check_quantized
 from specdec.drafters.model.runner import DraftModelRunner
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.model_options import QuantizedWeights
-from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.layer_kinds import keeps_states
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
