@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.model.profile import profile_of
+from specdec.stages import stage
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.layer_kinds import keeps_states
 from specdec.tree_model.quantised import weights_of
@@ -150,7 +151,8 @@ def _compare_with_plain(model: PreTrainedModel) -> None:
     """Decode a short text by trees and as transformers does (`specdec/tree_model/trial.py`); the logits must agree."""
     name = type(model).__name__
     try:
-        by_tree, by_steps = trial_logits(model, min(position_limit(model), rotation_limit(model) or sys.maxsize))
+        with stage(f"trying out {name}"):
+            by_tree, by_steps = trial_logits(model, min(position_limit(model), rotation_limit(model) or sys.maxsize))
     except SpecdecError:
         raise
     except Exception as error:

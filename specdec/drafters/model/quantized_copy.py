@@ -20,6 +20,7 @@ from specdec.kernels.model.changes import State, state_of
 from specdec.kernels.model.prepare import check_whole
 from specdec.kernels.model.profile import profile_of
 from specdec.model_options import QuantizedWeights
+from specdec.stages import stage
 
 _log = logging.getLogger(__name__)
 _making = RLock()
@@ -72,7 +73,8 @@ class QuantizedCopy:
         self._copy = None  # one copy at most is held
         started = perf_counter()
         self._state = state_of(original)
-        copy = quantized_copy(original, self._weights)
+        with stage(f"making the {self._weights} copy that drafts"):
+            copy = quantized_copy(original, self._weights)
         self.seconds = perf_counter() - started
         profile_of(copy).part(_Origin).original = ref(original)
         return copy

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import logging
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +21,12 @@ from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
 from specdec.kernels.model.weight_readers import read_by_others
 from specdec.model_options import QuantizedWeights
+from specdec.stages import stage
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _MARK = "_specdec_prepared"
+_log = logging.getLogger("specdec")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,11 +58,36 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
         a token verified beside others gets the logits that it gets alone, up to rounding.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
-    Idempotent. Weights of a float model may change in between.
-    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not on
-    the CPU ("int8", "int4") or has no `nn.Linear`.
+    Idempotent. Weights of a float model may change in between. Where nothing could be done, a warning says so (logger
+    `specdec`); it says at level INFO what was done.
+    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
+    on the CPU ("int8", "int4") or has no `nn.Linear`.
     """
-    return _prepare(model, weights, compile, must_be_exact=True)
+    before = prepared(model)
+    if before is not None and before.weights == weights:
+        return model
+    with stage("packing weights" if weights is None else f"packing weights to {weights}"):
+        _prepare(model, weights, compile, must_be_exact=True)
+    _tell(model)
+    return model
+
+
+def _tell(model: nn.Module) -> None:
+    """Say what was done, or that nothing was."""
+    done = prepared(model)
+    assert done is not None
+    if done.num_linears or done.num_fused_layers:
+        counts = f"{done.num_linears} linears and {done.num_fused_layers} layers"
+        _log.info("prepared %s: %s, %s", type(model).__name__, counts, native.describe())
+        return
+    first = next(model.parameters())
+    _log.warning(
+        "prepare() has changed nothing: %s is %s on %s, and float kernels are for float32 on a CPU. Load it with "
+        "dtype=torch.float32, or give weights='int8' on a CPU",
+        type(model).__name__,
+        str(first.dtype).removeprefix("torch."),
+        first.device.type,
+    )
 
 
 def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
