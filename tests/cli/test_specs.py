@@ -164,6 +164,8 @@ def test_parameters_follow_the_signature() -> None:
     assert (exit_.exit_layer, exit_.objective, exit_.shadow_share) == (1, "tokens-per-layer", 0.5)
     assert built("early-exit:exit_layer=adaptive").exit_layer == "adaptive"
     assert built("foreign-model:num_tokens=3").policy == trees.Chain(3)
+    assert DrafterSpec.parse("quantized-self:weights=int4").parameters == {"weights": "int4"}
+    assert DrafterSpec.parse("small-model:weights=none").parameters == {"weights": None}
     assert built("mixed:budget=none").budget is None
 
 
@@ -175,6 +177,8 @@ def test_parameters_follow_the_signature() -> None:
         ("foreign-model:tokenizer=x", "no parameter 'tokenizer'; it takes: num_tokens"),
         ("auto:drafters=x", "no parameter 'drafters'; it takes: none"),
         ("early-exit:exit_layer=late", "exit_layer must be a whole number or adaptive, got 'late'"),
+        ("small-model:weights=int3", "weights must be int8 or int4 or none, got 'int3'"),
+        ("quantized-self:weights=none", "weights must be int8 or int4, got 'none'"),
         ("early-exit:objective=speed", "must be tokens-per-second or tokens-per-layer, got 'speed'"),
         ("prompt-lookup:tokens_per_match=x", "must be a whole number or none, got 'x'"),
     ],

@@ -195,6 +195,12 @@ def test_the_lm_head_of_an_int4_model_has_8_bits(backend):
     assert all(type(layer.mlp.up_proj) is Int4Linear for layer in model.model.layers)
 
 
+def test_what_drafts_beside_an_int4_model_has_8_bits(backend):
+    """Nobody knows which of its linears is a head."""
+    part = kernels.prepare_like(nn.Sequential(nn.Linear(96, 96)), kernels.prepare(make_model(), "int4"))
+    assert type(part[0]) is Int8Linear
+
+
 @needs_native
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_a_tree_is_verified_to_the_bit(backend, weights):

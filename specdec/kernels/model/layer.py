@@ -41,7 +41,8 @@ def is_supported(layer: DecoderLayer) -> bool:
     attn = layer.self_attn
     if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
         return False
-    if not all(map(_is_native, _linears(layer))):
+    linears = _linears(layer)
+    if not all(map(_is_native, linears)) or len({getattr(linear, "bits", 32) for linear in linears}) > 1:
         return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
     has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"

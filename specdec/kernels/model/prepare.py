@@ -63,6 +63,7 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
     on the CPU ("int8", "int4") or has no `nn.Linear`.
     """
+    weights = None if weights == "float" else weights
     before = prepared(model)
     if before is not None and before.weights == weights:
         return model
@@ -92,7 +93,6 @@ def _tell(model: nn.Module) -> None:
 
 def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
     """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding."""
-    weights = None if weights == "float" else weights
     if weights not in (None, *LINEARS):
         raise UnsupportedOptionError(f"weights={weights!r} is not known: use None or 'float', 'int8' or 'int4'")
     if compile:
@@ -128,9 +128,10 @@ def check_whole(model: nn.Module) -> None:
 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
-    """Does to a drafting module beside a model what `prepare` has done to the model, if anything."""
+    """Does to a drafting module beside a model what `prepare` has done to the model, if anything. A quantised one has
+    8 bits: which of its linears is a head is not known."""
     done = prepared(model)
-    return part if done is None else _prepare(part, done.weights, must_be_exact=False)
+    return part if done is None else _prepare(part, done.weights and Int8Linear.weights, must_be_exact=False)
 
 
 def prepared(model: nn.Module) -> Prepared | None:

@@ -180,7 +180,7 @@ typedef struct {
     const Attention *a;
     float *scratch;
     int64_t scratch_size; /* floats of a thread */
-    _Atomic uint64_t used; /* a bit for each part of the scratch memory that a thread has */
+    uint64_t used; /* a bit for each part of the scratch memory that a thread has */
 } QueryTiles;
 
 /* Up to LANES queries of one key/value head. Lanes from `count` on repeat the last query. */
@@ -195,7 +195,7 @@ typedef struct {
 } QueryTile;
 
 static int begin_tile(QueryTiles *tiles) {
-    uint64_t used = tiles->used;
+    uint64_t used = __atomic_load_n(&tiles->used, __ATOMIC_RELAXED);
     int part;
     do part = __builtin_ctzll(~used);
     while (!__atomic_compare_exchange_n(&tiles->used, &used, used | 1ull << part, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED));
