@@ -15,11 +15,20 @@ import specdec
 from specdec import DraftError
 from specdec.drafters import Auto, Drafter, DraftHead, EarlyExit, Mixed, PromptLookup
 from specdec.drafters.head import drafter
-from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.loading import load_head
 from specdec.drafters.speculation import Speculation
 from specdec.hf import CACHE
 from specdec.testing import assert_same_tokens, random_prompts
-from tests.support.heads import LAYOUTS, Listener, TinyHead, save_original, save_speculators, small_vocab_model
+from tests.support.heads import (
+    LAYOUTS,
+    VOCAB_SIZE,
+    Listener,
+    TinyHead,
+    save_original,
+    save_speculators,
+    small_vocab_model,
+)
+from tests.support.recurrent_models import recurrent_model
 from tests.support.references import forget_drafters, plain_alone, speculate
 from trees import Chain, DySpec, Fixed, GrowthPolicy
 
@@ -77,6 +86,13 @@ def test_any_family_can_be_read(family: str, tmp_path: Path, monkeypatch: pytest
     listener = Listener(monkeypatch)
     check_equality(save_speculators(tmp_path, HEADS["plain"]), model)
     listener.check(HEADS["plain"], model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_targets_that_keep_states(family: str, tmp_path: Path) -> None:
+    model = recurrent_model(family, vocab_size=VOCAB_SIZE)
+    head = DraftHead(save_speculators(tmp_path, TinyHead(layers=(1, 2))))
+    assert check_equality(head, model, tree=Fixed((3, 2))).num_accepted
 
 
 def test_a_wrong_layer_changes_acceptance_and_no_token(tmp_path: Path) -> None:
@@ -176,7 +192,7 @@ def test_texts_past_what_a_head_was_trained_on_are_warned_of(tmp_path: Path, cap
 
 def test_a_folder_or_a_loaded_head_may_be_named_alone(tmp_path: Path) -> None:
     folder = save_speculators(tmp_path, TinyHead())
-    for drafter_ in (str(folder), Eagle3.load(folder)):
+    for drafter_ in (str(folder), load_head(folder)):
         made = Speculation.of(drafter_).drafter
         assert isinstance(made, Auto)
         assert isinstance(made.drafters[0], DraftHead)
