@@ -264,7 +264,11 @@ def measure_time(pair: Pair, questions: list[Question], repetitions: int) -> lis
     runner = harness.Harness(pair.target, pair.tokenizer, methods, settings)
     prompts = [question.prompt for question in questions]
     calls = count(1)
-    return list(runner.run(prompts, on_call=lambda: log(f"call {next(calls)} of {runner.num_calls(prompts)}")))
+    return list(
+        runner.run(
+            prompts, on_call=lambda call: call.is_over and log(f"call {next(calls)} of {runner.num_calls(prompts)}")
+        )
+    )
 
 
 def report_time(results: list[harness.BatchResult], heading: dict[str, Any], output: Path) -> list[str]:

@@ -23,7 +23,7 @@ from specdec.errors import (
 if TYPE_CHECKING:
     from specdec import drafters
     from specdec.decoding.stats import DecodingStats, SpeculativeOutput
-    from specdec.generation import disable, enable, generate
+    from specdec.generation import disable, enable, generate, last_stats
     from specdec.kernels import prepare, unprepare
     from specdec.routing.remote.endpoint import Endpoint
 
@@ -48,6 +48,7 @@ __all__ = [
     "drafters",
     "enable",
     "generate",
+    "last_stats",
     "prepare",
     "unprepare",
 ]
@@ -59,6 +60,7 @@ _LAZY = {
     "disable": "specdec.generation",
     "enable": "specdec.generation",
     "generate": "specdec.generation",
+    "last_stats": "specdec.generation",
     "prepare": "specdec.kernels",
     "unprepare": "specdec.kernels",
 }

@@ -10,8 +10,9 @@ import functools
 import inspect
 import logging
 import re
+import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -32,7 +33,7 @@ from specdec.decoding.loop import DecodingLoop
 from specdec.decoding.recording import Recorder, pad_token_id
 from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
-from specdec.decoding.stats import SpeculativeOutput
+from specdec.decoding.stats import DecodingStats, SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import ranks_of
 from specdec.devices import home_device, num_processes
@@ -40,7 +41,10 @@ from specdec.drafters import Drafter, Plain, Run
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
+from specdec.kernels.model.profile import profile_of
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
+from specdec.specs import DrafterSpec
+from specdec.stages import OneOff, counted
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
@@ -78,9 +82,9 @@ def generate(
             `stopping_criteria`, `stop_strings` with `tokenizer`, `streamer`, `prefix_allowed_tokens_fn`,
             `cache` (or `past_key_values`), ... Processors and criteria must depend on nothing but their arguments:
             they also see prefixes that are drafted and then dropped.
-        drafter: a `specdec.drafters` instance; None or "auto" chooses every round what is quickest, plain decoding
-            included; so does a smaller model of the same tokenizer, or the folder of a draft head (`DraftHead`), which
-            is then one of the choices.
+        drafter: a `specdec.drafters` instance, or its name on the command line ("prompt-lookup:num_tokens=8"); None
+            or "auto" chooses every round what is quickest, plain decoding included; so does a smaller model of the same
+            tokenizer, or the folder of a draft head (`DraftHead`), which is then one of the choices.
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
         verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
         router: a `routers` instance: `drafter`, a smaller model, then writes whole reasoning steps, and the target
@@ -103,6 +107,7 @@ def generate(
     target = None
     if isinstance(model, Endpoint):
         target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
+    drafter = _named(drafter) if isinstance(drafter, str) else drafter
     speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
     speculation.check(model)
     if router is not None:
@@ -121,7 +126,36 @@ def generate(
         streamer=arguments.get("streamer"),
         started=started,
     )
-    return type(model).generate(model, **arguments, custom_generate=method)
+    with counted(method.setup):
+        return type(model).generate(model, **arguments, custom_generate=method)
+
+
+def last_stats(model: PreTrainedModel) -> DecodingStats | None:
+    """What the last call for a model did, also where its result has no `stats`: after a pipeline, or with a streamer.
+
+    None: there was no call yet, or the last one was left to the model's own `generate()` (see `enable`).
+    """
+    return profile_of(model).part(_LastCall).stats
+
+
+@dataclass(slots=True)
+class _LastCall:
+    stats: DecodingStats | None = None
+
+
+def _named(name: str) -> Drafter | str:
+    """The drafter of that name. Raises `ValueError` that says what is allowed."""
+    try:
+        spec = DrafterSpec.parse(name)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, or a smaller model"
+        ) from error
+    if spec.needs_draft:
+        raise ValueError(
+            f"drafter={name!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
+        )
+    return spec.build()
 
 
 def enable(
@@ -131,6 +165,7 @@ def enable(
     tree: GrowthPolicy | None = None,
     verify: str = "topdown",
     unsupported: str = "plain",
+    verbose: bool = False,
 ) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, for everyone who calls it (pipelines too). Lossless.
 
@@ -140,12 +175,14 @@ def enable(
         unsupported: what becomes of a call with options that are not possible here (beams, ...): "plain" leaves it to
             the model's own `generate()`, and warns once for each reason (logger `specdec`); "error" raises. What only
             specdec has (`generator=`, `router=`) is never dropped: with one of them such a call raises.
+        verbose: print a line to stderr after each call: its tokens, its speed, and what was accepted.
 
     Raises:
         UnsupportedModelError, UnsupportedOptionError, DraftError: as in `generate`, at once.
     """
     if unsupported not in ("plain", "error"):
         raise ValueError(f"unsupported={unsupported!r}: it is 'plain' or 'error'")
+    drafter = _named(drafter) if isinstance(drafter, str) else drafter
     Speculation.of(drafter, tree=tree, verify=verify).check(model)
     defaults = {"drafter": drafter, "tree": tree, "verify": verify}
     names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
@@ -155,11 +192,15 @@ def enable(
     def speculative_generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
-            return generate(self, **{**defaults, **given})
+            output = generate(self, **{**defaults, **given})
+            if verbose:
+                print(f"specdec: {last_stats(self)}", file=sys.stderr)
+            return output
         except UnsupportedOptionError as error:
             if unsupported == "error" or any(given.get(name) is not None for name in _ONLY_HERE):
                 raise
             _warn_once(error, reasons)
+        profile_of(self).part(_LastCall).stats = None
         ours = (*defaults, *_ONLY_HERE)
         return type(self).generate(self, **{name: value for name, value in given.items() if name not in ours})
 
@@ -216,6 +257,7 @@ class _DecodingMethod:
     routing: Routing | None
     streamer: BaseStreamer | None
     started: float
+    setup: OneOff = field(default_factory=OneOff)
 
     def __call__(
         self,
@@ -254,6 +296,7 @@ class _DecodingMethod:
         finally:
             loop.session.close()
         loop.recorder.refill(prompt.cache)
+        profile_of(model).part(_LastCall).stats = loop.stats
         output = loop.recorder.output(loop.stats, generation_config, device=input_ids.device, cache=prompt.cache)
         return _as_asked(output, generation_config)
 
@@ -279,7 +322,9 @@ class _DecodingMethod:
             feed=self._feed(num_rows, config),
             started=self.started,
         )
-        return _as_asked(routing.generate(model, call), config)
+        output = routing.generate(model, call)
+        profile_of(model).part(_LastCall).stats = output.stats
+        return _as_asked(output, config)
 
     def _feed(self, num_rows: int, config: GenerationConfig) -> StreamFeed | None:
         return None if self.streamer is None else StreamFeed(self.streamer, num_rows, pad_token_id(config))
@@ -321,6 +366,7 @@ class _DecodingMethod:
             context_length=position_limit(model),
             started=self.started,
             ranks=ranks,
+            setup=self.setup,
         )
 
 

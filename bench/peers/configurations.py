@@ -23,7 +23,7 @@ def ours(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     def decode(task: Task, max_new_tokens: int) -> Sample:
         settings = Settings(max_new_tokens=max_new_tokens, repetitions=1, warmup=0)
         harness = Harness(model, tokenizer, [method], settings)
-        result = next(harness.run([task.prompt], on_call=lambda: None))
+        result = next(harness.run([task.prompt]))
         return Sample.of(result.runs[method.name][0])
 
     def judge(task: Task, output: list[int], plain: list[int]) -> Verdict:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from specdec.bench.harness import BatchResult
 from specdec.bench.report import trace
+from specdec.bench.tables import Grid
 
 NOBODY = "(plain)"
 
@@ -82,17 +80,22 @@ def _per_second(tokens: float, choices: Sequence[dict[str, Any]], milliseconds: 
     return 1000 * tokens / sum(choice[milliseconds] for choice in choices)
 
 
-def to_table(explanations: Sequence[Explanation]) -> Table:
-    """For `rich` to print."""
-    table = Table(
-        title="what was chosen", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+def to_grid(explanations: Sequence[Explanation]) -> Grid:
+    """For people: tokens per second as predicted and as they were, and what plain decoding would have made."""
+    return Grid(
+        title="what was chosen, in tokens per second",
+        headings=["category", "method", "drafted by", *_NUMBERS],
+        num_labels=3,
+        sections=[[_cells(each) for each in explanations]],
+        legend=["drafted, committed: tokens a round; plain: as predicted"],
+        spare=("share", "drafted", "rounds"),
     )
-    for heading in ("category", "method", "drafted by"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("rounds", "share", "drafted", "committed", "tokens/s predicted", "actual", "plain (predicted)"):
-        table.add_column(heading, justify="right")
-    for each in explanations:
-        numbers = (each.drafted, each.committed, each.predicted, each.actual, each.plain)
-        labels = (each.category, each.method, each.drafter, str(each.num_rounds), f"{each.share:.0%}")
-        table.add_row(*labels, *(f"{number:.1f}" for number in numbers))
-    return table
+
+
+_NUMBERS = ("rounds", "share", "drafted", "committed", "predicted", "actual", "plain")
+
+
+def _cells(each: Explanation) -> list[str]:
+    numbers = (each.drafted, each.committed, each.predicted, each.actual, each.plain)
+    labels = (each.category, each.method, each.drafter, str(each.num_rounds), f"{each.share:.0%}")
+    return [*labels, *(f"{number:.1f}" for number in numbers)]

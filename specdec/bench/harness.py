@@ -98,6 +98,17 @@ class NotAvailable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call that begins, or one that is over: with its `run`, unless it is a peer's that failed or takes no part."""
+
+    method: str
+    category: str
+    is_warmup: bool
+    is_over: bool = False
+    run: Run | None = None
+
+
 class Harness:
     """Runs `methods` on one model; the first one is the reference that greedy outputs are compared with.
 
@@ -131,18 +142,21 @@ class Harness:
         ]
 
     def num_calls(self, prompts: list[Prompt]) -> int:
-        """How often `run` will call `on_call`."""
+        """How many calls `run` will tell of."""
         num_rounds = len(self._batches(prompts)) * self.settings.repetitions + self.settings.warmup
         return num_rounds * len(self._methods)
 
-    def run(self, prompts: list[Prompt], on_call: Callable[[], None]) -> Iterator[BatchResult]:
+    def run(self, prompts: list[Prompt], on_call: Callable[[Call], None] = lambda call: None) -> Iterator[BatchResult]:
         """Yield each batch's result when all its repetitions are done: those stay valid after Ctrl-C.
+
+        Args:
+            on_call: is told of every call, when it begins and when it is over.
 
         Raises `ValueError` if a prompt does not fit into the context, `SpecdecError` if specdec fails.
         """
         batches = [(batch, self._encode(batch)) for batch in self._batches(prompts)]
         for turn in range(self.settings.warmup):
-            self._run_all(*batches[0], turn, on_call)
+            self._run_all(*batches[0], turn, on_call, is_warmup=True)
         for batch, inputs in batches:
             repetitions = [self._run_all(batch, inputs, turn, on_call) for turn in range(self.settings.repetitions)]
             present = [method.name for method in self._methods if method.name not in self._lacking]
@@ -173,12 +187,20 @@ class Harness:
         return inputs.to(self._model.device)
 
     def _run_all(
-        self, batch: list[Prompt], inputs: BatchEncoding, turn: int, on_call: Callable[[], None]
+        self,
+        batch: list[Prompt],
+        inputs: BatchEncoding,
+        turn: int,
+        on_call: Callable[[Call], None],
+        *,
+        is_warmup: bool = False,
     ) -> dict[str, Run]:
         """Everyone once. The first one changes from turn to turn: nobody always runs after the same neighbour."""
         runs = {}
         first = turn % len(self._methods)
         for method in self._methods[first:] + self._methods[:first]:
+            call = Call(method=method.name, category=batch[0].category, is_warmup=is_warmup)
+            on_call(call)
             if method.name not in self._lacking:
                 try:
                     runs[method.name] = self._run(method, inputs)
@@ -187,7 +209,7 @@ class Harness:
                     if method.peer is None:
                         raise SpecdecError(f"{method.name} {reason}") from error
                     self._lacking[method.name] = reason
-            on_call()
+            on_call(dataclasses.replace(call, is_over=True, run=runs.get(method.name)))
         return runs
 
     def _run(self, method: Method, inputs: BatchEncoding) -> Run:

@@ -10,6 +10,7 @@ import specdec
 from specdec.bench.harness import Settings, generation_kwargs
 from specdec.drafters import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.speculation import Speculation
+from specdec.stages import stage
 from specdec.suites import Prompt
 from specdec.text.prompting import encode_prompts
 from trees import (
@@ -29,6 +30,7 @@ _NUM_CALIBRATED = 6
 """Ranks of a calibration: few later ones are tested."""
 
 
+@stage("measuring what a draft's ranks are worth")
 def measure_ranks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,7 +1,9 @@
 """The document for people: tables in a terminal, or in markdown."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from rich import box
@@ -12,10 +14,13 @@ from rich.text import Text
 
 from specdec.bench.document import Document
 from specdec.bench.report import MethodReport
+from specdec.specs import AUTO, PLAIN
 from specdec.suites import ALL
 
 NOT_IDENTICAL = "NO"
 _NOT_MEASURED = "-"
+_LABEL_WIDTH = 18
+"""Characters that a method or category has at least."""
 _NUM_POSITIONS = 5
 """Of the acceptance per position; the document has them all."""
 
@@ -24,13 +29,47 @@ Cell: TypeAlias = Callable[[MethodReport], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table in words. The first `num_labels` columns are texts, the others numbers; a section starts a new group."""
+    """A table in words. The first `num_labels` columns are texts, the others numbers; a section starts a new group.
+
+    `spare`: headings of columns that a narrow terminal can do without, the first one first.
+    """
 
     title: str
     headings: list[str]
     num_labels: int
     sections: list[list[list[str]]]
-    legend: list[str]
+    legend: list[str] = field(default_factory=list)
+    spare: tuple[str, ...] = ()
+
+    def without(self, heading: str) -> Grid:
+        """The same without one of the columns."""
+        index = self.headings.index(heading)
+        sections = [[cells[:index] + cells[index + 1 :] for cells in section] for section in self.sections]
+        return replace(self, headings=[*self.headings[:index], *self.headings[index + 1 :]], sections=sections)
+
+    def fitting(self, width: int) -> Grid:
+        """Without as many spare columns as it takes to fit in so many characters, where labels may be folded."""
+        grid, left_out = self, []
+        for heading in self.spare:
+            if grid._width() <= width:
+                break
+            grid = grid.without(heading)
+            left_out.append(heading)
+        if not left_out:
+            return grid
+        return replace(grid, legend=[*grid.legend, f"left out in {width} columns: {', '.join(left_out)}"])
+
+    def label_widths(self) -> list[int]:
+        """Of the label columns at least: longer labels are folded where there is no room."""
+        return [min(self._longest(index), _LABEL_WIDTH) for index in range(self.num_labels)]
+
+    def _width(self) -> int:
+        numbers = (self._longest(index) for index in range(self.num_labels, len(self.headings)))
+        return sum(self.label_widths()) + sum(numbers) + len(self.headings) - 1
+
+    def _longest(self, index: int) -> int:
+        rows = [cells for section in self.sections for cells in section]
+        return max(len(cells[index]) for cells in [self.headings, *rows])
 
 
 def speed_grid(document: Document) -> Grid:
@@ -40,7 +79,8 @@ def speed_grid(document: Document) -> Grid:
     swept = _swept(rows)
     columns: dict[str, Cell] = {
         "tok/s": _with_spread,
-        "speed-up": _with_interval,
+        "speed-up": _speedup,
+        "interval": _interval,
         "tok/round": lambda row: _number(row.tokens_per_round, ".2f"),
         "identical": _identical,
         "TTFT ms": lambda row: _milliseconds(row.ttft_ms),
@@ -57,9 +97,26 @@ def speed_grid(document: Document) -> Grid:
         ],
         legend=[
             "tok/s: mean ± standard deviation over repetitions",
-            f"speed-up: against plain, from each batch's median time, with its {confidence:.0%} bootstrap interval",
+            f"speed-up: against plain, by each batch's median time; interval: {confidence:.0%}, by bootstrap",
             "tok/round counts the bonus token: 1 is plain decoding; ms: per token after the first",
             *_comparison_legend(rows),
+        ],
+        spare=("ms p50/90/99", "TTFT ms", "interval", "tok/round"),
+    )
+
+
+def progress_grid(rows: Sequence[MethodReport]) -> Grid:
+    """What is known of each category while others are still measured."""
+    swept = _swept(rows)
+    columns: dict[str, Cell] = {"tok/s": _with_spread, "speed-up": _speedup, "identical": _identical}
+    done = [row for row in rows if row.category != ALL]
+    return Grid(
+        title="so far",
+        headings=[*swept, "category", "method", *columns],
+        num_labels=len(swept) + 2,
+        sections=[
+            [_labels(row, index, swept) + [cell(row) for cell in columns.values()] for index, row in enumerate(section)]
+            for section in _sections(done)
         ],
     )
 
@@ -87,7 +144,33 @@ def draft_grid(document: Document) -> Grid:
             "tok/forward: of the target, prefill included; MiB: the process's peak",
             "per round: calls of the draft model (its prefill included), depth and nodes of a row's tree",
         ],
+        spare=("tok/forward", f"by position 1-{_NUM_POSITIONS}", "calls", "depth"),
     )
+
+
+def verdict(document: Document) -> list[str]:
+    """What it comes to, a line for auto, or for each method where auto was not asked for; none of a sweep."""
+    rows = {row.name: row for row in document.methods if row.category == ALL}
+    if _swept(document.methods):
+        return []
+    ours = [row for name, row in rows.items() if name not in (PLAIN, row.compared_with) and "/" not in name]
+    return [_verdict(row, rows) for row in ours if row.name == AUTO] or [_verdict(row, rows) for row in ours]
+
+
+def _verdict(row: MethodReport, rows: Mapping[str, MethodReport]) -> str:
+    reference = rows[row.compared_with]
+    times = f"{row.tokens_per_second / reference.tokens_per_second:.2f} x {reference.name}"
+    plain = "" if reference.name == PLAIN else f", {row.speedup_vs_plain:.2f} x plain"
+    return f"{row.name}: {times}{plain}; {_same_output(row)}"
+
+
+def _same_output(row: MethodReport) -> str:
+    if row.identical_to_plain is None:
+        return "sampled, so outputs differ by chance"
+    if row.identical_to_plain and not row.ties:
+        return f"identical on all {row.num_prompts} prompts"
+    ties = f", equal up to a numerical tie on {row.ties}" if row.ties else ""
+    return f"identical on {row.num_identical} of {row.num_prompts} prompts{ties}"
 
 
 def environment_line(document: Document) -> str:
@@ -103,19 +186,19 @@ def environment_line(document: Document) -> str:
     )
 
 
-def to_rich(document: Document) -> RenderableType:
-    parts: list[RenderableType] = []
-    for grid in (speed_grid(document), draft_grid(document)):
-        parts += [_rich_table(grid), *(Text(line, style="dim") for line in grid.legend), Text()]
+def to_rich(document: Document, width: int) -> RenderableType:
+    grids = (speed_grid(document), draft_grid(document))
+    parts = [part for grid in grids for part in (*rich_parts(grid, width), Text())]
     parts += [Text(line, style="yellow") for line in _not_available(document)]
-    return Group(*parts, Text(environment_line(document), style="dim"))
+    parts.append(Text(environment_line(document), style="dim"))
+    return Group(*parts, *(Text(line, style="bold") for line in verdict(document)))
 
 
 def to_text(document: Document, width: int) -> str:
     """The terminal's tables, `width` characters wide."""
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
-        console.print(to_rich(document))
+        console.print(to_rich(document, width))
     return capture.get().rstrip("\n")
 
 
@@ -123,16 +206,29 @@ def to_markdown(document: Document) -> str:
     lines = []
     for grid in (speed_grid(document), draft_grid(document)):
         lines += [*_pipe_table(grid), "", *(f"{line}." for line in grid.legend), ""]
-    return "\n".join([*lines, *_not_available(document), environment_line(document)])
+    return "\n".join([*lines, *_not_available(document), environment_line(document), *verdict(document)])
+
+
+def rich_parts(grid: Grid, width: int) -> list[RenderableType]:
+    """A table that fits in so many characters, and its legend."""
+    fitting = grid.fitting(width)
+    return [_rich_table(fitting), *(Text(line, style="dim") for line in fitting.legend)]
 
 
 def _rich_table(grid: Grid) -> Table:
+    widths = grid.label_widths()
     table = Table(
         title=escape(grid.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
     )
     for index, heading in enumerate(grid.headings):
         is_label = index < grid.num_labels
-        table.add_column(heading, justify="left" if is_label else "right", no_wrap=not is_label, overflow="fold")
+        table.add_column(
+            heading,
+            justify="left" if is_label else "right",
+            no_wrap=not is_label,
+            overflow="fold",
+            min_width=widths[index] if is_label else None,
+        )
     for section in grid.sections:
         table.add_section()
         for cells in section:
@@ -195,11 +291,16 @@ def _with_spread(row: MethodReport) -> str:
     return f"{row.tokens_per_second_mean:.1f}{spread}"
 
 
-def _with_interval(row: MethodReport) -> str:
-    if row.speedup_interval is None:
-        return f"{row.speedup_vs_plain:.2f}"
+def _speedup(row: MethodReport) -> str:
+    return f"{row.speedup_vs_plain:.2f}"
+
+
+def _interval(row: MethodReport) -> str:
+    """None where it would look surer than it is: of measurements that were not repeated."""
+    if row.speedup_interval is None or row.speedup_interval[0] == row.speedup_interval[1]:
+        return _NOT_MEASURED
     low, high = row.speedup_interval
-    return f"{row.speedup_vs_plain:.2f} ({low:.2f}-{high:.2f})"
+    return f"{low:.2f}-{high:.2f}"
 
 
 def _by_position(row: MethodReport) -> str:

@@ -31,7 +31,7 @@ def _global_options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Speculative decoding: the same tokens from a Hugging Face language model, sooner."""
+    """Lossless speculative decoding for Hugging Face language models: the same tokens, faster."""
 
 
 def main() -> None:

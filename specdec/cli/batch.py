@@ -13,7 +13,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 from typer.core import TyperCommand
 
-from specdec.cli.common import INTERRUPTED, MODEL_PANEL, ModelOption, err_console, friendly_errors
+from specdec.cli.common import (
+    INTERRUPTED,
+    MODEL_PANEL,
+    ModelOption,
+    err_console,
+    friendly_errors,
+    heeds_sigterm,
+    starting,
+)
 from specdec.cli.grafting import grafted
 from specdec.cli.options import (
     GREEDY,
@@ -83,13 +91,16 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
 @grafted
 def batch(
     source: Annotated[
         Path,
         typer.Argument(metavar="IN.jsonl", help='Lines such as {"id": 7, "prompt": "..."} or {"messages": [...]}.'),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run goes on where it was.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="Is appended to: a run resumes where it stopped.")
+    ],
     model: ModelOption = "demo",
     draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
@@ -105,13 +116,14 @@ def batch(
     ray: _RayOption = None,
     workers: _WorkersOption = None,
 ) -> None:
-    """Answer every line of a file of prompts. Broken off, the same command goes on where it was."""
+    """Answer every line of a file of prompts. After Ctrl-C or a crash, the same command resumes."""
     if workers is not None and ray is None:
         raise ValueError("--workers needs --ray: without it, this process does the work")
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
 
-    from specdec.batch import Settings
+    with starting():
+        from specdec.batch import Settings, SpecdecBatch  # noqa: F401
 
     choose_drafter(drafter, draft, for_engine=True)  # what is wrong with it is told before a model is loaded
     settings = Settings(
@@ -144,7 +156,7 @@ def _run(
             return run_batch(source, output, make_pool, settings, made_with=made_with, on_progress=show)
         except KeyboardInterrupt:
             bar.stop()
-            err_console.print("stopped; the same command goes on from here", style="dim")
+            err_console.print("stopped; the same command resumes here", style="dim")
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -8,7 +8,6 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from specdec.bench.methods import MethodSpec, choose_methods
@@ -24,15 +23,19 @@ from specdec.cli.bench_options import (
     OutputOptions,
     PeerOptions,
     PromptOptions,
+    QuickOption,
     ReferenceOption,
     RepetitionsOption,
     SeedOption,
     TreesOption,
     WarmupOption,
+    quick_values,
     whole_numbers,
 )
-from specdec.cli.common import INTERRUPTED, ModelOption, err_console, friendly_errors
+from specdec.cli.bench_progress import BenchProgress
+from specdec.cli.common import INTERRUPTED, ModelOption, err_console, friendly_errors, heeds_sigterm, starting, typed
 from specdec.cli.grafting import grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import (
     LOADING,
     DraftOption,
@@ -55,8 +58,11 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
+@takes_model
 @grafted
 def bench(
+    context: typer.Context,
     model: ModelOption = "demo",
     draft: DraftOption = None,
     loading: LoadingOptions = LOADING,
@@ -65,6 +71,7 @@ def bench(
     others: PeerOptions = NO_PEERS,
     reference: ReferenceOption = "transformers",
     asked: PromptOptions = ALL_PROMPTS,
+    quick: QuickOption = False,
     max_new_tokens: OutputLengthsOption = "64",
     batch_size: BatchSizesOption = "1",
     repetitions: RepetitionsOption = 3,
@@ -80,17 +87,23 @@ def bench(
 
     Exit code 1: a greedy output of specdec differs from the reference by more than a numerical tie.
     """
+    if quick:
+        values = quick_values(typed(context), asked)
+        methods = values.get("methods", methods)
+        max_new_tokens = values.get("max_new_tokens", max_new_tokens)
+        repetitions, asked = values.get("repetitions", repetitions), values["asked"]
     lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
     wanted = choose_peers(others.peers, draft=draft, draft_gguf=others.draft_gguf)
     drafting_peers = any(spec.needs_draft for spec in wanted.values())
     specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafting_peers)
     suite = asked.suite()
 
-    from specdec.bench.building import Models, build_methods, build_peers, llama_files
-    from specdec.bench.document import make_document
-    from specdec.bench.harness import Harness, Settings
-    from specdec.bench.peers.llama_cpp import describe
-    from specdec.models.pair import load_pair
+    with starting():
+        from specdec.bench.building import Models, build_methods, build_peers, llama_files
+        from specdec.bench.document import make_document
+        from specdec.bench.harness import Harness, Settings
+        from specdec.bench.peers.llama_cpp import describe
+        from specdec.models.pair import load_pair
 
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
     llama = llama_files(peer_specs, model=model, draft=draft, gguf=others.gguf, draft_gguf=others.draft_gguf)
@@ -127,13 +140,12 @@ def _all_translate(specs: Mapping[str, MethodSpec]) -> bool:
 def _measure(harnesses: Sequence[Harness], prompts: list[Prompt]) -> tuple[list[BatchResult], bool]:
     """The results, and whether Ctrl-C cut them short."""
     results: list[BatchResult] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err_console, transient=True, refresh_per_second=1) as progress:
-        task = progress.add_task("calls", total=sum(harness.num_calls(prompts) for harness in harnesses))
+    with BenchProgress(err_console, sum(harness.num_calls(prompts) for harness in harnesses)) as progress:
         try:
             for harness in harnesses:
-                for result in harness.run(prompts, on_call=lambda: progress.advance(task)):
+                for result in harness.run(prompts, on_call=progress.note):
                     results.append(result)
+                    progress.show(results)
         except KeyboardInterrupt:
             if not results:
                 raise SpecdecError("interrupted before the first prompt was measured") from None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from specdec.cli.bench_output import BenchOutput
-from specdec.specs import DRAFTERS, TREE_EXAMPLES, TREES_OF_DRAFTERS
+from specdec.specs import AUTO, DRAFTERS, TREE_EXAMPLES, TREES_OF_DRAFTERS
 from specdec.suites import Suite, load_suite, of_lengths
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ ReferenceOption = Annotated[
     Literal["transformers", "plain"],
     typer.Option(
         "--reference",
+        metavar="NAME",
         help="Whose greedy output the others must equal; transformers is the model's own generate().",
         rich_help_panel=_COMPARED,
     ),
@@ -154,6 +155,32 @@ PromptOptions = Annotated[
 ]
 ALL_PROMPTS = Prompts()
 """The default values of `PromptOptions`."""
+QuickOption = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="A minute: auto on one prompt each of three categories, once. What else is given holds.",
+        rich_help_panel=_MEASURING,
+    ),
+]
+_QUICK = {"methods": AUTO, "max_new_tokens": "48", "repetitions": 1}
+_QUICK_CATEGORIES = 3
+
+
+def quick_values(given: set[str], asked: Prompts) -> dict[str, Any]:
+    """What --quick means for the parameters that were not given."""
+    values: dict[str, Any] = {name: value for name, value in _QUICK.items() if name not in given}
+    is_whole = asked.category is not None or asked.input_len is not None
+    category = asked.category if is_whole else _few(asked.suite().categories)
+    return values | {"asked": replace(asked, limit=asked.limit or 1, category=category)}
+
+
+def _few(categories: list[str]) -> list[str]:
+    """Some that repeat their input and some that do not: evenly from the first to the last."""
+    step = max(1, -(-len(categories) // _QUICK_CATEGORIES))
+    return categories[::step]
+
+
 OutputLengthsOption = Annotated[
     str,
     typer.Option("--max-new-tokens", "--output-len", "-n", metavar="N,...", help="At most.", rich_help_panel=_PROMPTS),
@@ -187,7 +214,13 @@ JsonOption = Annotated[
 OutputOptions = Annotated[
     BenchOutput,
     {
-        "format": typer.Option("-o", "--format", help="What is printed.", rich_help_panel=_RESULTS),
+        "format": typer.Option(
+            "-o",
+            "--format",
+            metavar="FORMAT",
+            help="What is printed: table, md, csv, json or jsonl.",
+            rich_help_panel=_RESULTS,
+        ),
         "output": typer.Option(
             "--output",
             metavar="FILE",

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from specdec.cli.common import err_console, naming
 
@@ -64,10 +64,12 @@ class BenchOutput:
         else:
             print(_text(document, self.format))
         if self.explain:
-            from specdec.bench.explain import explain, to_table
+            from specdec.bench.explain import explain, to_grid
+            from specdec.bench.tables import rich_parts
 
             # beside another format stdout holds just that
-            _print(to_table(explain(results)), console=Console() if self.format == TABLE else err_console)
+            console = Console() if self.format == TABLE else err_console
+            _print(Group(*rich_parts(to_grid(explain(results)), _width(console))), console)
 
 
 def _check_ending(option: str, path: Path | None, allowed: Sequence[str]) -> None:
@@ -93,10 +95,14 @@ def _text(document: Document, format: str) -> str:
 def _print_table(document: Document) -> None:
     from specdec.bench.tables import to_rich
 
-    _print(to_rich(document), console=Console())
+    console = Console()
+    _print(to_rich(document, _width(console)), console)
+
+
+def _width(console: Console) -> int:
+    return console.width if console.is_terminal else TABLE_WIDTH
 
 
 def _print(what: RenderableType, console: Console) -> None:
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
+    console.width = _width(console)
     console.print(what, highlight=False)

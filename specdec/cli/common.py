@@ -3,17 +3,22 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TextIO, TypeVar, cast
+from types import FrameType
+from typing import Annotated, Any, NoReturn, ParamSpec, TextIO, TypeVar, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
 
+from specdec.cli.status import shown_stages
 from specdec.errors import SpecdecError
+from specdec.stages import stage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,6 +26,8 @@ R = TypeVar("R")
 USER_ERROR = 2
 INTERRUPTED = 130
 """What shells report of a program that Ctrl-C has ended."""
+TERMINATED = 143
+"""What shells report of a program that `kill` has ended."""
 BROKEN_PIPE = 141
 """What shells report of a program whose reader has gone."""
 _STDOUT = "the standard output"
@@ -29,7 +36,12 @@ MODEL_PANEL = "Model and machine"
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="'demo', a hub id, a local folder or a .gguf file.", rich_help_panel=MODEL_PANEL
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="'demo' (the default), a hub id, a local folder or a .gguf file.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 
@@ -56,13 +68,17 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can act on into one red line on stderr and exit code 2.
 
     If it is that nobody reads stdout any more (`| head -1`), the command ends without a word, as other programs do.
+    While it loads, packs or measures, a status line says so.
     """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with _named_stdout():
+            with _named_stdout(), shown_stages(err_console):
                 return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            err_console.print("stopped", style="dim")
+            raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED) from None
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):  # rich has met it, and closed stdout
                 raise typer.Exit(BROKEN_PIPE) from None
@@ -71,6 +87,44 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
             if (code := _tell(error)) is None:
                 raise
             raise typer.Exit(code) from None
+
+    return wrapper
+
+
+def typed(context: typer.Context) -> set[str]:
+    """The parameters that were given on the command line: neither left out nor taken from the environment."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {
+        name.removesuffix("_argument")
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
+
+
+def starting() -> contextlib.AbstractContextManager[None]:
+    """A stage for the imports of a command, which take seconds."""
+    return stage("importing torch and transformers")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C is, but for conversations, which end."""
+
+
+def heeds_sigterm(command: Callable[P, R]) -> Callable[P, R]:
+    """Let SIGTERM end a command as Ctrl-C does: with a report of what was done."""
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if threading.current_thread() is not threading.main_thread():
+            return command(*args, **kwargs)
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            return command(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return wrapper
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import __version__
-from specdec.cli.common import friendly_errors
+from specdec.cli.common import friendly_errors, starting
+from specdec.cli.model_argument import takes_model
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
@@ -22,12 +23,14 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 def doctor(
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
+            metavar="MODEL",
             help="Load this model and measure how many threads are best for it, and what forwards cost.",
         ),
     ] = None,
@@ -67,7 +70,9 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    import torch
+    with starting():
+        import torch
+        import transformers  # noqa: F401
 
     cpu = {"device": "cpu", "name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
     gpus = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from specdec.cli.common import ModelOption, err_console, friendly_errors
+from specdec.cli.common import ModelOption, err_console, friendly_errors, heeds_sigterm, starting
 from specdec.cli.grafting import grafted
 from specdec.cli.options import (
     GREEDY,
@@ -23,10 +23,12 @@ from specdec.cli.options import (
     StopOption,
     VerifyOption,
 )
+from specdec.cli.status import hide_status
 from specdec.specs import DRAFT_HEAD, SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
     from specdec import DecodingStats
     from specdec.models import LoadedModel
@@ -48,6 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
 @grafted
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Read from stdin if absent.", show_default=False)] = None,
@@ -78,7 +81,9 @@ def generate(
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
     text = _read_prompt(prompt)
 
-    from specdec.models.pair import load_pair
+    with starting():
+        from specdec import generation  # noqa: F401
+        from specdec.models.pair import load_pair
 
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
     inputs = _encode(pair.target.tokenizer, text, system=system, raw=raw).to(pair.target.model.device)
@@ -98,11 +103,9 @@ def generate(
 
 def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **options: Any) -> None:
     """Print what `specdec.generate` says: as it comes, or in the end as a document."""
-    from transformers import TextStreamer
-
     import specdec
 
-    streamer = None if as_json else TextStreamer(target.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else _streamer(target.tokenizer)
     out = specdec.generate(target.model, **inputs, **options, streamer=streamer, return_dict_in_generate=True)
     assert isinstance(out, specdec.SpeculativeOutput)
     if as_json:
@@ -111,6 +114,19 @@ def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **opti
         print(json.dumps({"text": answer, "tokens": new_ids, "stats": _stats_document(out.stats)}, indent=2))
     else:
         err_console.print(Text(str(out.stats), style="dim"), soft_wrap=True)
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> BaseStreamer:
+    """Writes to stdout. What is still measured or copied after the first words is then not told among them."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                hide_status()
+            super().on_finalized_text(text, stream_end)
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from typer.models import OptionInfo
 
 R = TypeVar("R")
+_METAVARS: Mapping[Any, str] = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT", Path: "FILE"}
+"""Short ones: descriptions need the room."""
 FieldOptions = Mapping[str, OptionInfo]
 """field -> how it is given on a command line; what is not among them keeps its default."""
 
@@ -31,9 +35,22 @@ def grafted(command: Callable[..., R]) -> Callable[..., R]:
             given[name] = replace(group.default, **fields)
         return command(**given)
 
-    parameters = [one for parameter in signature.parameters.values() for one in _options_of(parameter)]
+    parameters = [_short(one) for parameter in signature.parameters.values() for one in _options_of(parameter)]
     vars(wrapper)["__signature__"] = signature.replace(parameters=parameters)
     return wrapper
+
+
+def _short(parameter: inspect.Parameter) -> inspect.Parameter:
+    """With a short word in the help for what the option takes, unless it has one."""
+    kind, *details = get_args(parameter.annotation) or (None,)
+    options = [one for one in details if isinstance(one, OptionInfo)]
+    kinds = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
+    word = _METAVARS.get(kind) or (_METAVARS.get(kinds[0]) if len(kinds) == 1 else None)
+    if not options or options[0].metavar is not None or word is None:
+        return parameter
+    option = copy.copy(options[0])
+    option.metavar = word
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
 def _field_options(parameter: inspect.Parameter) -> FieldOptions:

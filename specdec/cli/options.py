@@ -23,8 +23,9 @@ MODEL_OPTIONS: FieldOptions = {
     ),
     "weights": typer.Option(
         "--weights",
-        help="Of --model and --draft alike. stock: as loaded; float: the same weights in products that are quick for "
-        "a few tokens on a CPU; int8: 8-bit weights on a CPU, another model than the float one.",
+        metavar="FORMAT",
+        help="Of both models. stock: as loaded. float: the same weights, with faster kernels on a CPU. int8, int4: "
+        "weights of 8 or 4 bits on a CPU, which change the output.",
         rich_help_panel=MODEL_PANEL,
     ),
     "trust_remote_code": typer.Option(
@@ -40,7 +41,7 @@ MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1
 
 def _draft_option(tokenizers: str) -> Any:
     help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}; or the folder of a head."
-    return typer.Option("--draft", "-d", help=help_text, rich_help_panel=MODEL_PANEL)
+    return typer.Option("--draft", "-d", metavar="MODEL", help=help_text, rich_help_panel=MODEL_PANEL)
 
 
 DraftOption = Annotated[str | None, _draft_option(f" unless the drafter is {FOREIGN_MODEL}")]
@@ -49,7 +50,7 @@ EngineDraftOption = Annotated[str | None, _draft_option("")]
 
 def _drafter_option(names: Sequence[str]) -> Any:
     help_text = f"{', '.join(names)}; with parameters: prompt-lookup:num_tokens=8. Without it: {AUTO}."
-    return typer.Option("--drafter", help=help_text)
+    return typer.Option("--drafter", metavar="NAME", help=help_text)
 
 
 DrafterOption = Annotated[str | None, _drafter_option(DRAFTERS)]
@@ -69,7 +70,10 @@ TemperatureOption = Annotated[float | None, _TEMPERATURE]
 VerifyOption = Annotated[
     Literal["topdown", "traversal"],
     typer.Option(
-        "--verify", help="With --sample: how a drawn tree is verified; both are exact.", rich_help_panel=_SAMPLING
+        "--verify",
+        metavar="NAME",
+        help="With --sample: topdown or traversal, how a drawn tree is verified; both are exact.",
+        rich_help_panel=_SAMPLING,
     ),
 ]
 

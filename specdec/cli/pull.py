@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.common import friendly_errors
+from specdec.cli.common import friendly_errors, starting
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def pull(
     """Fetch the demo model (93 MB; 640 MB on disk) and check it; does nothing if it is there."""
     if name != "demo":
         raise ValueError(f"cannot pull {name!r}; only 'demo' is pulled, a hub model is fetched when it is first used")
-    from specdec import models
+    with starting():
+        from specdec import models
 
     print(models.pull_demo(to))

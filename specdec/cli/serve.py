@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from specdec.cli.common import err_console, friendly_errors
+from specdec.cli.common import ModelOption, err_console, friendly_errors, starting
 from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import LOADING, EngineDrafterOption, EngineDraftOption, LoadingOptions
 from specdec.server.options import ServerOptions
 from specdec.specs import choose_drafter
@@ -55,9 +57,10 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 @grafted
 def serve(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id, a local folder or a .gguf file.")] = "demo",
+    model: ModelOption = "demo",
     draft: EngineDraftOption = None,
     drafter: EngineDrafterOption = None,
     name: Annotated[
@@ -83,15 +86,16 @@ def serve(
     ] = None,
     loading: LoadingOptions = LOADING,
 ) -> None:
-    """Serve a model by OpenAI's API (docs/server.md). Needs `pip install specdec-runtime[serve]`."""
+    """Serve a model by OpenAI's API (docs/server.md). Needs `pip install 'specdec-runtime\\[serve]'`."""
     drafter_spec = choose_drafter(drafter, draft, for_engine=True)
     _check_extra()
     if server.api_key is not None and server.allows_no_key:
         raise ValueError("--no-api-key lets everyone in, and there is an API key: give only one of them")
 
-    from specdec.engine import Engine
-    from specdec.models.pair import load_pair
-    from specdec.server import running
+    with starting():
+        from specdec.engine import Engine
+        from specdec.models.pair import load_pair
+        from specdec.server import running
 
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
     engine = Engine(
@@ -103,7 +107,7 @@ def serve(
         max_cached_tokens=max_cached_tokens,
     )
     loaded = pair.target._replace(name=name or served_name(model, pair.target.name))
-    running.serve(loaded, engine, server, announce=lambda url: err_console.print(f"{loaded.name} at {url}"))
+    running.serve(loaded, engine, server, announce=lambda url: err_console.print(Text(f"{loaded.name} at {url}")))
 
 
 def served_name(model: str, loaded_name: str) -> str:
@@ -114,4 +118,4 @@ def served_name(model: str, loaded_name: str) -> str:
 def _check_extra() -> None:
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f"serve needs {', '.join(missing)}: pip install specdec-runtime[serve]")
+        raise ValueError(f"serve needs {', '.join(missing)}: pip install 'specdec-runtime[serve]'")

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.cli.common import ModelOption, err_console, friendly_errors, naming
+from specdec.cli.common import ModelOption, err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.model_options import ModelOptions
 
@@ -60,9 +61,10 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 @grafted
 def train_exits(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option("--output", "--out", metavar="FILE", help="The .safetensors file to write.")],
     model: ModelOption = "demo",
     self_generate: Annotated[
         int | None,
@@ -108,8 +110,9 @@ def train_exits(
             "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
         )
 
-    from specdec.models.pair import load_target
-    from specdec.training.exits.collect import NUM_ROWS
+    with starting():
+        from specdec.models.pair import load_target
+        from specdec.training.exits.collect import NUM_ROWS
 
     target = load_target(model, loading)
     source = _source(target, self_generate, data)

@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from specdec.cli.common import err_console, friendly_errors, naming
+from specdec.cli.common import err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.errors import UnsupportedOptionError
 from specdec.model_options import ModelOptions
@@ -84,15 +86,23 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@takes_model
 @grafted
 def train_router(
-    target: Annotated[str, typer.Option("--target", "-m", help="A hub id, a local folder or a .gguf file.")],
-    draft: Annotated[str, typer.Option("--draft", "-d", help="A smaller model with the same tokenizer.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", "--target", metavar="MODEL", help="The target: a hub id, a local folder or a .gguf file."
+        ),
+    ],
+    draft: Annotated[
+        str, typer.Option("--draft", "-d", metavar="MODEL", help="A smaller model with the same tokenizer.")
+    ],
     data: Annotated[
         Path,
         typer.Option("--data", metavar="FILE", help="JSON lines with a `question` (or `prompt`, or `turns`) each."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the router to.")],
+    out: Annotated[Path, typer.Option("--output", "--out", metavar="DIR", help="The folder to write the router to.")],
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N problems.")] = None,
     collecting: Annotated[_Collecting, _COLLECTING] = _USUAL,
     rolling_out: Annotated[_RollingOut, _ROLLING_OUT] = _WITHOUT,
@@ -114,10 +124,11 @@ def train_router(
     right answer (or, where FILE has none, to the answer that most roll-outs agree on). Stopped at any point, the same
     command goes on from there: what has been collected is in DIR/collected and DIR/rollouts.
     """
-    from routers import TargetRegret
-    from routers.training import LightRecipe, train_light
-    from specdec.models.pair import load_pair
-    from specdec.training.routers.collect import INSTRUCTION, read_problems
+    with starting():
+        from routers import TargetRegret
+        from routers.training import LightRecipe, train_light
+        from specdec.models.pair import load_pair
+        from specdec.training.routers.collect import INSTRUCTION, read_problems
 
     prm, by_rollouts = collecting.prm, rolling_out.rollouts is not None
     if by_rollouts and prm is not None:
@@ -127,7 +138,7 @@ def train_router(
     _check_scikit_learn()
     problems = read_problems(data)[:limit]
     plan = {
-        "target": target,
+        "target": model,
         "draft": draft,
         "data": data.name,
         "problems": len(problems),
@@ -136,7 +147,7 @@ def train_router(
         "instruction": INSTRUCTION,
         **asdict(collecting),
     }
-    load = cache(lambda: load_pair(target, draft, loading))
+    load = cache(lambda: load_pair(model, draft, loading))
     with naming(out):
         collection = _collect(out / "collected", problems, plan, load)
         if by_rollouts:
@@ -214,13 +225,12 @@ def _roll_out(
     assert draft is not None
     model = (target if plan["rollout_by"] == "target" else draft).model
     left = cost(tuples, labelled, how, target.tokenizer.eos_token)
-    err_console.print(f"roll-outs by the {plan['rollout_by']}: {left}")
+    err_console.print(Text(f"roll-outs by the {plan['rollout_by']}: {left}"))
     if left.num_rollouts:
         speed = tokens_per_second(model, target.tokenizer, tuples, how)
         hours = left.max_tokens / speed / 3600
-        err_console.print(
-            f"at {speed:.0f} tokens/s, as just measured: at most {hours:.1f} h; Ctrl-C keeps what is done"
-        )
+        told = f"at {speed:.0f} tokens/s, as just measured: at most {hours:.1f} h; Ctrl-C keeps what is done"
+        err_console.print(Text(told))
     with Progress(*_COLUMNS, console=err_console) as bars:
         task = bars.add_task("rolling out", total=len({item.problem for item in tuples}))
         for num_done in label(model, target.tokenizer, tuples, problems, labelled, how):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specdec.kernels.model.changes import structure_of
 from specdec.kernels.model.profile import profile_of
+from specdec.stages import stage
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -155,6 +156,7 @@ def _state(model: PreTrainedModel) -> tuple[object, ...]:
     return structure_of(model), model.device, model.dtype, torch.get_num_threads()
 
 
+@stage("timing forwards")
 @torch.no_grad()
 def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMIT_S) -> dict[int, float]:
     """Number of tokens -> seconds of a forward of the model: the shortest of a few interleaved ones.

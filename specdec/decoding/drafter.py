@@ -9,6 +9,7 @@ they join between rounds.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,12 @@ class Drafter(ABC):
     needs_exits: bool = False
     """Whether it, or a drafter that it is made of, runs some of the target's layers: `run.target` is then an
     `EarlyExitModel`."""
+
+    def __repr__(self) -> str:
+        """As it is called on a command line: `prompt-lookup`, `auto(small-model)`."""
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
+        parts = ", ".join(map(repr, vars(self).get("drafters", ())))
+        return f"{name}({parts})" if parts else name
 
     def models(self) -> Iterator[PreTrainedModel]:
         """The draft models that it, or the drafters that it is made of, has been given."""

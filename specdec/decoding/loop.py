@@ -21,6 +21,7 @@ from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import DecodingStats
 from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import Ranks
+from specdec.stages import OneOff
 from specdec.streaming import StreamFeed
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
@@ -48,6 +49,7 @@ class DecodingLoop:
         recorder: takes the rows that stop.
         started: `perf_counter()` when the call began.
         ranks: the processes that the target is split over.
+        setup: what the call spends on work that later ones find done.
     """
 
     target: TreeModel
@@ -60,6 +62,7 @@ class DecodingLoop:
     context_length: int
     started: float
     ranks: Ranks = field(default_factory=Ranks)
+    setup: OneOff = field(default_factory=OneOff)
 
     def __post_init__(self) -> None:
         self.stats = DecodingStats.for_rows(len(self.sequences))
@@ -82,7 +85,7 @@ class DecodingLoop:
         self.stats.target_forwards = self.target.num_forwards
         self.stats.draft_forwards = self.session.num_forwards
         self.stats.control_seconds = self.session.control_seconds
-        self.stats.finish(perf_counter() - self.started)
+        self.stats.finish(perf_counter() - self.started, self.setup.seconds)
 
     def round(self) -> None:
         """One round."""

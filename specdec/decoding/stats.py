@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -33,7 +34,12 @@ class StepRecord:
     seconds: float
 
 
-@dataclass(kw_only=True)
+_BARS = "▁▂▃▄▅▆▇█"
+_TOLD_SECONDS = 0.05
+"""Less one-off work is not worth a word."""
+
+
+@dataclass(kw_only=True, repr=False)
 class DecodingStats:
     """Counts and times of one `generate()` call.
 
@@ -73,6 +79,9 @@ class DecodingStats:
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
     total_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    """Spent on what later calls find done: forwards timed, an int8 copy made, kernels built; a part of
+    `total_seconds`."""
     ttft_seconds: float = 0.0
     """Time to the first token."""
     control_seconds: float = 0.0
@@ -132,9 +141,14 @@ class DecodingStats:
         return self.num_new_tokens / self.target_forwards if self.target_forwards else 0.0
 
     @property
+    def decoding_seconds(self) -> float:
+        """The whole time, prefill included, without what is done only once."""
+        return self.total_seconds - self.setup_seconds
+
+    @property
     def tokens_per_second(self) -> float:
-        """New tokens over the whole time, prefill included."""
-        return self.num_new_tokens / self.total_seconds if self.total_seconds else 0.0
+        """New tokens over `decoding_seconds`."""
+        return self.num_new_tokens / self.decoding_seconds if self.decoding_seconds > 0 else 0.0
 
     def record_round(
         self,
@@ -168,20 +182,47 @@ class DecodingStats:
         self.num_new_tokens += count
         self.token_seconds.extend([seconds] * count)
 
-    def finish(self, total_seconds: float) -> None:
+    def finish(self, total_seconds: float, setup_seconds: float = 0.0) -> None:
         """Settle what only the end tells."""
-        self.total_seconds = total_seconds
+        self.total_seconds, self.setup_seconds = total_seconds, setup_seconds
         known = self.prefill_seconds + self.draft_seconds + self.verify_seconds
         self.other_seconds = total_seconds - known
 
     def __str__(self) -> str:
-        routed = f"; {self.escalation_rate:.0%} of {len(self.steps)} steps by the target" if self.steps else ""
-        routed += " (lossy)" if self.is_lossy else ""
+        further = f"; {self.escalation_rate:.0%} of {len(self.steps)} steps by the target" if self.steps else ""
+        further += " (lossy)" if self.is_lossy else ""
+        if self.setup_seconds >= _TOLD_SECONDS:
+            further += f"; one-off setup {self.setup_seconds:.2f} s"
         return (
-            f"{self.num_new_tokens} tokens in {self.total_seconds:.2f} s "
+            f"{self.num_new_tokens} tokens in {self.decoding_seconds:.2f} s "
             f"({self.tokens_per_second:.1f} tokens/s): {self.tokens_per_round:.2f} tokens per round, "
-            f"{self.num_accepted}/{self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%}){routed}"
+            f"{self.num_accepted}/{self.num_drafted} drafted tokens accepted ({self.acceptance_rate:.0%}){further}"
         )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a small table."""
+        rows = {
+            "tokens": f"{self.num_new_tokens} in {self.decoding_seconds:.2f} s",
+            "tokens/s": f"{self.tokens_per_second:.1f}",
+            "tokens per round": f"{self.tokens_per_round:.2f}",
+            "drafted tokens accepted": f"{self.num_accepted} of {self.num_drafted} ({self.acceptance_rate:.0%})",
+            "first token after": f"{self.ttft_seconds:.2f} s",
+            "one-off setup": f"{self.setup_seconds:.2f} s",
+            "accepted in a round": _histogram(self.accepted_histogram),
+        }
+        cells = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+        return f"<table>{''.join(cells)}</table>"
+
+
+def _histogram(counts: Counter[int]) -> str:
+    """Bars from no accepted token on."""
+    most = max(counts.values(), default=0)
+    if not most:
+        return "-"
+    return "".join(_BARS[round((len(_BARS) - 1) * counts[number] / most)] for number in range(max(counts) + 1))
 
 
 @dataclass

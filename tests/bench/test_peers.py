@@ -83,7 +83,7 @@ def run(
     harness = Harness(model, tokenizer, methods, Settings(max_new_tokens=12, repetitions=2, warmup=0, **settings))
     calls: list[None] = []
     expected = harness.num_calls(PROMPTS)
-    results = list(harness.run(PROMPTS, on_call=lambda: calls.append(None)))
+    results = list(harness.run(PROMPTS, on_call=lambda call: call.is_over and calls.append(None)))
     assert len(calls) == expected
     return results, harness
 

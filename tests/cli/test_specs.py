@@ -270,7 +270,7 @@ def test_chat_keeps_a_foreign_draft_for_those_who_can_use_it(tiny: str, swapped:
     [
         ({"dtype": "float8"}, "dtype 'float8' is unknown; give 'auto' or one of 'float32', 'bfloat16', 'float16'"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"weights": "int4"}, "weights 'int4' is unknown; give one of stock, float, int8"),
+        ({"weights": "int3"}, "weights 'int3' is unknown; give one of stock, float, int8, int4"),
     ],
 )
 def test_wrong_model_options_say_what_is_allowed(options: dict[str, Any], message: str) -> None:
@@ -319,7 +319,7 @@ def test_grafted_options(words_typed: list[str], printed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words_typed", [["a", "--dtype", "float32"], ["a", "--weights", "int4"], ["a", "--threads", "0"]]
+    "words_typed", [["a", "--dtype", "float32"], ["a", "--weights", "int3"], ["a", "--threads", "0"]]
 )
 def test_grafted_options_are_checked(words_typed: list[str]) -> None:
     assert CliRunner().invoke(small_app, words_typed).exit_code == 2

@@ -163,3 +163,19 @@ def test_a_run_without_a_round(model: PreTrainedModel):
     assert (stats.draft_forwards_per_round, stats.tokens_per_target_forward) == (0.0, 1.0)
     assert str(stats)
     assert str(DecodingStats.for_rows(1))
+
+
+def test_statistics_are_shown_in_a_line_and_in_a_notebook():
+    stats = DecodingStats(
+        num_new_tokens=48, num_rounds=10, num_committed=47, num_drafted=50, num_accepted=37, total_seconds=3.0
+    )
+    stats.setup_seconds = 1.0
+    stats.accepted_histogram.update({0: 1, 4: 9})
+    line = "48 tokens in 2.00 s (24.0 tokens/s): 4.70 tokens per round, 37/50 drafted tokens accepted (74%)"
+    assert str(stats) == f"{line}; one-off setup 1.00 s"
+    assert repr(stats) == f"<DecodingStats: {stats}>"
+    page = stats._repr_html_()
+    assert page.startswith("<table>")
+    assert "<td>37 of 50 (74%)</td>" in page
+    assert "▂▁▁▁█" in page
+    assert DecodingStats()._repr_html_()  # nothing to divide by

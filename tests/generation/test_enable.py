@@ -219,3 +219,56 @@ def test_a_pipeline_with_a_batch_and_a_conversation(model: PreTrainedModel):
     expected = replies()
     specdec.enable(model, drafter=PromptLookup(min_match=1))
     assert replies() == expected
+
+
+# what a call did
+
+
+def test_the_statistics_of_the_last_call(model: PreTrainedModel):
+    assert specdec.last_stats(model) is None
+    specdec.enable(model, drafter=Plain())
+    model.generate(PROMPT, **GREEDY)
+    told = specdec.last_stats(model)
+    assert told is not None
+    assert (told.num_new_tokens, told.num_drafted) == (20, 0)
+    model.generate(PROMPT, **GREEDY, num_beams=2)  # left to transformers
+    assert specdec.last_stats(model) is None
+
+
+def test_the_statistics_after_a_pipeline(model: PreTrainedModel):
+    generator = pipeline("text-generation", model=specdec.enable(model), tokenizer=ByteTokenizer())
+    generator("round and round", max_new_tokens=5, do_sample=False)
+    stats = specdec.last_stats(generator.model)
+    assert stats is not None
+    assert stats.num_new_tokens == 5
+
+
+def test_verbose_says_a_line_for_each_call(model: PreTrainedModel, capsys: pytest.CaptureFixture[str]):
+    specdec.enable(model, verbose=True)
+    model.generate(PROMPT, **GREEDY)
+    model.generate(PROMPT, **GREEDY)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("specdec: 20 tokens in ") for line in lines] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["prompt-lookup", "prompt-lookup:num_tokens=8", "plain", "quantized-self", "auto"])
+def test_a_drafter_by_its_name(model: PreTrainedModel, expected: Tensor, name: str):
+    assert torch.equal(specdec.generate(model, PROMPT, **GREEDY, drafter=name), expected)
+
+
+def test_a_name_that_needs_a_model(model: PreTrainedModel):
+    with pytest.raises(ValueError, match="pass the model itself"):
+        specdec.generate(model, PROMPT, drafter="small-model")
+
+
+def test_drafters_are_shown_by_the_names_of_the_commands(model: PreTrainedModel):
+    shown = {
+        "plain": Plain(),
+        "prompt-lookup": PromptLookup(),
+        "small-model": SmallModel(model),
+        "auto": specdec.drafters.Auto(),
+        "auto(small-model)": specdec.drafters.Auto(SmallModel(model)),
+        "mixed(prompt-lookup, small-model)": specdec.drafters.Mixed([PromptLookup(), SmallModel(model)]),
+        "quantized-self": specdec.drafters.QuantizedSelf(),
+    }
+    assert [repr(drafter) for drafter in shown.values()] == list(shown)

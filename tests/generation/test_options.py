@@ -147,7 +147,11 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
         "pass eos_token_id=",
     ),
     # what only specdec has
-    "a drafter by name": ({"drafter": "nonsense"}, ValueError, "drafter='nonsense': pass a specdec.drafters instance"),
+    "a drafter by name": (
+        {"drafter": "nonsense"},
+        ValueError,
+        "drafter='nonsense': unknown method 'nonsense'; choose from: auto, plain",
+    ),
     "a drafter's class": ({"drafter": PromptLookup}, ValueError, "pass a specdec.drafters instance"),
     "a draft of another tokenizer": (
         lambda model: {"drafter": tiny_model("llama", vocab_size=128)},

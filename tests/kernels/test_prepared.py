@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -19,9 +21,9 @@ def target() -> PreTrainedModel:
     return tiny_model("llama", **SIZES)
 
 
-@pytest.fixture(scope="module", params=["float", "int8"])
+@pytest.fixture(scope="module", params=["float", "int8", "int4"])
 def prepared(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return specdec.prepare(target(), weights="int8" if request.param == "int8" else None)
+    return specdec.prepare(target(), weights=request.param)
 
 
 def drafters() -> dict[str, tuple[Drafter, GrowthPolicy | None]]:
@@ -30,6 +32,7 @@ def drafters() -> dict[str, tuple[Drafter, GrowthPolicy | None]]:
         "plain": (Plain(), None),
         "prompt lookup": (PromptLookup(min_match=1), None),
         "small int8 model": (SmallModel(draft, weights="int8"), None),
+        "small int4 model, tree": (SmallModel(draft, weights="int4"), DySpec(budget=12)),
         "small model, tree": (SmallModel(specdec.prepare(draft)), DySpec(budget=12)),
     }
 
@@ -66,3 +69,15 @@ def test_a_target_that_drafts_for_itself_is_always_accepted(prepared: PreTrained
         return_dict_in_generate=True,
     )
     assert out.stats.num_accepted == out.stats.num_drafted > 0
+
+
+def test_nothing_to_prepare_is_said_once(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "specdec")
+    model = tiny_model("llama").bfloat16()
+    for _ in range(2):
+        specdec.prepare(model)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("prepare() has changed nothing: LlamaForCausalLM is bfloat16 on cpu")
+    caplog.clear()
+    specdec.prepare(tiny_model("llama"))
+    assert any(record.getMessage().startswith("prepared LlamaForCausalLM: ") for record in caplog.records)

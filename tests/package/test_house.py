@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 ORDER = re.findall(
     r"\S+",
     """trees routers
-specdec.errors specdec.hf specdec.devices specdec.model_options specdec.suites specdec.kernels specdec.text
+specdec.errors specdec.stages specdec.hf specdec.devices specdec.model_options specdec.suites specdec.kernels
+specdec.text
 specdec.streaming specdec.tree_model specdec.acceptance specdec.decoding specdec.options
 specdec.control specdec.exits specdec.drafters specdec.routing specdec.specs specdec.models specdec.generation specdec
 specdec.testing specdec.training specdec.bench specdec.engine specdec.server specdec.batch specdec.cli
@@ -52,7 +53,7 @@ def test_packages_import_those_below_them():
 
 
 def test_few_modules_are_loose():
-    assert len(list((ROOT / "specdec").glob("*.py"))) - 1 <= 8  # without __init__.py
+    assert len(list((ROOT / "specdec").glob("*.py"))) - 1 <= 9  # without __init__.py
 
 
 def names_imported(path: Path) -> set[str]:

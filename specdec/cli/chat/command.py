@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specdec.cli.chat.settings import MAX_NEW_TOKENS, Settings
-from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors
+from specdec.cli.common import INTERRUPTED, ModelOption, friendly_errors, heeds_sigterm, starting, typed
 from specdec.cli.grafting import grafted
+from specdec.cli.model_argument import takes_model
 from specdec.cli.options import (
     GREEDY,
     LOADING,
@@ -34,6 +36,8 @@ def register(app: typer.Typer) -> None:
 
 
 @friendly_errors
+@heeds_sigterm
+@takes_model
 @grafted
 def chat(
     context: typer.Context,
@@ -42,6 +46,14 @@ def chat(
     drafter: DrafterOption = None,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     sampling: SamplingOptions = GREEDY,
+    greedy: Annotated[
+        bool,
+        typer.Option(
+            "--greedy",
+            help="Decode greedily where the model's generation config samples.",
+            rich_help_panel="Sampling",
+        ),
+    ] = False,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
     url: Annotated[
         str | None,
@@ -65,20 +77,25 @@ def chat(
 
     Piped stdin is read line by line: a message each, or a command.
     """
+    if greedy and sampling.sample:
+        raise ValueError("--greedy and --sample exclude each other: give one of them")
     settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling)
-    given = {name for name in context.params if _is_typed(context, name)}
+    given = typed(context)
     _check_together(url, given)
     message = None if prompt is None else _read_message(prompt)
 
-    from specdec.cli.chat.commands import candidates, obey
-    from specdec.cli.chat.reading import make_reader
-    from specdec.cli.chat.rendering import reply_console
-    from specdec.cli.chat.session import ChatSession
+    with starting():
+        from specdec.cli.chat.commands import candidates, obey
+        from specdec.cli.chat.reading import make_reader
+        from specdec.cli.chat.rendering import reply_console
+        from specdec.cli.chat.session import ChatSession
 
     if url is None:
         speaker = _local(model, drafter, draft, loading)
     else:
         speaker = _remote(url, api_key, model if "model" in given else None)
+    if speaker.samples and not greedy:
+        settings = replace(settings, sampling=replace(sampling, sample=True))
     session = ChatSession(
         speaker,
         obey=obey,
@@ -95,25 +112,21 @@ def chat(
 
 def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> Speaker:
     drafter_spec = choose_drafter(drafter, draft)
-    from specdec.cli.chat.speakers import LocalSpeaker
+    with starting():
+        from specdec.cli.chat.speakers import LocalSpeaker
 
     return LocalSpeaker.load(model, options, drafter_spec, draft)
 
 
 def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
-    from specdec.cli.chat.remote import RemoteSpeaker, connect
+    with starting():
+        from specdec.cli.chat.remote import RemoteSpeaker, connect
 
     client = connect(url, api_key)
     try:
         return RemoteSpeaker.of(client, model)
     except OSError as error:
         raise ValueError(f"{error}; is `specdec serve` running there?") from error
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was given, neither left out nor taken from the environment."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_together(url: str | None, given: set[str]) -> None:

@@ -15,7 +15,8 @@ _KEYS = """\
 //TEXT                   a message that starts with a slash
 
 Ctrl-C stops a reply; what was said until then stays in the conversation.
-Alt-Enter, or a backslash at the end of a line, starts a new line.
+Alt-Enter, or a backslash at the end of a line, starts a new line; so does
+Enter in a text that begins with \"\"\", until the \"\"\" that ends it.
 Tab completes commands; the arrow keys bring back what was typed before."""
 
 
@@ -49,6 +50,7 @@ def obey(session: ChatSession, line: str) -> None:
         ValueError: there is no such command, or its argument is wrong.
     """
     name, _, argument = re.sub(r"\s+", " ", line, count=1).partition(" ")
+    name = _ALIASES.get(name, name)
     if name not in COMMANDS:
         raise ValueError(
             f"unknown command {name}; /help lists the commands, and // begins a message that starts with a slash"
@@ -115,4 +117,6 @@ _ALL = (
         lambda: DRAFTERS,
     ),
 )
+_ALIASES = {"/bye": "/exit", "/quit": "/exit", "/q": "/exit", "/?": "/help", "/h": "/help", "/reset": "/clear"}
+"""What is typed in other chats."""
 COMMANDS = {command.name: command for command in _ALL}

@@ -24,6 +24,23 @@ Candidates = Iterable[tuple[str, str]]
 """What can stand next, each with its meaning."""
 
 
+_QUOTES = '"""'
+
+
+def is_open(text: str) -> bool:
+    """Whether a text begins with three quotes and does not end with three others yet."""
+    start = text.strip()
+    return start.startswith(_QUOTES) and (len(start) < 2 * len(_QUOTES) or not start.endswith(_QUOTES))
+
+
+def unquoted(text: str) -> str:
+    """What was typed, stripped, without the three quotes around it."""
+    stripped = text.strip()
+    if stripped.startswith(_QUOTES) and not is_open(stripped):
+        stripped = stripped[len(_QUOTES) : -len(_QUOTES)].strip()
+    return stripped
+
+
 class Reader(Protocol):
     """Gives the user's messages and commands, one at a time."""
 
@@ -52,7 +69,8 @@ def state_folder() -> Path:
 
 
 class LineReader:
-    """Reads one message a line; a line that ends with a backslash goes on with the next one."""
+    """Reads one message a line; a line that ends with a backslash goes on with the next one, and so does one that
+    begins with \"\"\", until these come again."""
 
     is_person = can_edit = False
 
@@ -63,10 +81,12 @@ class LineReader:
         lines: list[str] = []
         for line in self._file:
             lines.append(line.removesuffix("\n"))
+            if is_open("\n".join(lines)):
+                continue
             if not lines[-1].endswith("\\"):
                 break
             lines[-1] = lines[-1][:-1]
-        return "\n".join(lines).strip() if lines else None
+        return unquoted("\n".join(lines)) if lines else None
 
 
 class TerminalReader:
@@ -95,7 +115,7 @@ class TerminalReader:
 
     def read(self, default: str = "") -> str | None:
         try:
-            return self._session.prompt(default=default).strip()
+            return unquoted(self._session.prompt(default=default))
         except EOFError:
             return None
 
@@ -127,7 +147,9 @@ def _key_bindings() -> KeyBindings:
     @bindings.add("enter")
     def send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        elif buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
             buffer.delete_before_cursor()
             buffer.newline(copy_margin=False)
         else:

@@ -202,6 +202,7 @@ class RemoteSpeaker:
     drafter_name: str = "the server's"
     drafter: None = None
     tells_drafted: bool = False
+    samples: bool = False
 
     @classmethod
     def of(cls, client: OpenAI, model: str | None) -> RemoteSpeaker:

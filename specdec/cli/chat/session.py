@@ -18,7 +18,7 @@ from specdec.cli.chat.reply import Reply
 from specdec.cli.chat.settings import Settings
 from specdec.cli.chat.speakers import Speaker
 from specdec.cli.chat.transcript import Transcript
-from specdec.cli.common import err_console
+from specdec.cli.common import Terminated, err_console
 from specdec.errors import SpecdecError
 
 _RECOVERABLE = (SpecdecError, ValueError, RuntimeError, OSError)
@@ -78,6 +78,8 @@ class ChatSession:
                 self._handle(line)
                 if line and self._reader.is_person:
                     self.notify("")
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 if not self._reader.is_person:
                     raise
@@ -226,6 +228,8 @@ class ChatSession:
         try:
             with unseen_keys(), stoppable(lambda: view.has_begun) as is_stopped, view:
                 reply = say(message, show=view.show, stop=is_stopped, **self._decoding)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             self.notify("stopped before the first token: the message is taken back")
             return False
@@ -254,7 +258,7 @@ class ChatSession:
                 totals,
                 num_replies=totals.num_replies + 1,
                 num_tokens=totals.num_tokens + stats.num_new_tokens,
-                seconds=totals.seconds + stats.total_seconds,
+                seconds=totals.seconds + stats.decoding_seconds,
             )
             self.notify(
                 f"{stats.num_new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "

@@ -32,6 +32,10 @@ class Speaker(Protocol):
     def tells_drafted(self) -> bool:
         """Whether it is known which tokens were drafted."""
 
+    @property
+    def samples(self) -> bool:
+        """Whether its generation config says so: how it is meant to be talked with."""
+
     def converse(self, **state: Any) -> Dialogue:
         """Begin or go on with a dialogue; arguments as of `Dialogue`."""
 
@@ -90,6 +94,11 @@ class LocalSpeaker:
     @property
     def drafter_name(self) -> str:
         return self.drafter_spec.text
+
+    @property
+    def samples(self) -> bool:
+        config = self.loaded.model.generation_config
+        return config is not None and bool(config.do_sample)
 
     def converse(self, **state: Any) -> Conversation:
         return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)

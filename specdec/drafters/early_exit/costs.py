@@ -16,6 +16,7 @@ from specdec.control.costs import measuring, varied_tokens
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of
+from specdec.stages import stage
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
@@ -86,6 +87,7 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
         return known[key]
 
 
+@stage("timing exits")
 @torch.no_grad()
 def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
     """Time verifications, and draft steps from the lowest and the highest exit: all heads of a run are alike."""

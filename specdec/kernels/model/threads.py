@@ -7,9 +7,12 @@ import time
 import torch
 from torch import nn
 
+from specdec.stages import stage
+
 _REPETITIONS = 7
 
 
+@stage("timing threads")
 @torch.inference_mode()
 def calibrate_threads(model: nn.Module, num_tokens: int = 4) -> int:
     """The thread count with the fastest forward of `num_tokens` tokens, of 1, 2, 4 ... and all cores.

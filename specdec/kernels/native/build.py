@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from specdec.kernels.native.access import check_access, check_folder
+from specdec.stages import stage
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -119,8 +120,10 @@ def _digest(content: bytes) -> str:
 
 def _build(compiler: str, open_file: Callable[[Path], Opened]) -> Opened:
     """Opens the library where it is kept if that can be, else where it was built: either may forbid programs."""
-    _log.info("building the native kernels with %s: some seconds, once per machine", compiler)
-    with tempfile.TemporaryDirectory(prefix="specdec-", ignore_cleanup_errors=True) as scratch:
+    with (
+        stage(f"building the native kernels with {compiler}, once per machine"),
+        tempfile.TemporaryDirectory(prefix="specdec-", ignore_cleanup_errors=True) as scratch,
+    ):
         built = _compile(compiler, Path(scratch))
         try:
             return open_file(_keep(built, _name(compiler)))

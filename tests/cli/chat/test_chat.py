@@ -11,6 +11,7 @@ from typer.testing import Result
 import specdec
 from specdec.cli.chat.commands import help_text
 from tests.support.commands import CONTEXT_LENGTH, error_of, plain_text, specdec_command
+from tests.support.tiny_models import save_tiny_model
 
 
 def chat(folder: str, *lines: str, options: tuple[str, ...] = ("-n", "8")) -> Result:
@@ -65,6 +66,37 @@ def test_a_message_of_two_lines_and_one_that_starts_with_a_slash(tiny: str) -> N
     result = chat(tiny, "hel\\", "lo", "/clear", "//hello")
     expected = [brief_text(tiny, f"user: {text}\nassistant: ") for text in ("hel\nlo", "/hello")]
     assert result.stdout == "".join(f"{text}\n" for text in expected)
+
+
+def test_a_message_in_three_quotes(tiny: str) -> None:
+    result = chat(tiny, '"""hel', "", 'lo"""', "/clear", '"""hello"""')
+    expected = [brief_text(tiny, f"user: {text}\nassistant: ") for text in ("hel\n\nlo", "hello")]
+    assert result.stdout == "".join(f"{text}\n" for text in expected)
+
+
+@pytest.mark.parametrize("alias", ["/bye", "/quit", "/q"])
+def test_commands_of_other_chats(tiny: str, alias: str) -> None:
+    result = chat(tiny, "/?", alias, "never read")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "/help" in result.stderr
+
+
+def test_the_model_is_named_as_an_argument(tiny: str) -> None:
+    result = specdec_command("chat", tiny, "-n", "8", "-p", "hello")
+    assert result.stdout == f"{hello(tiny)}\n"
+    assert "there are two models" in error_of(specdec_command("chat", tiny, "-m", tiny, "-p", "hello"))
+
+
+def test_a_model_that_is_meant_to_sample_does(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "sampling")
+    file = Path(folder) / "generation_config.json"
+    config = json.loads(file.read_text()) | {"do_sample": True, "temperature": 0.7}
+    file.write_text(json.dumps(config))
+    sampled = chat(folder, "/set")
+    assert "sample          on\ntemperature     default\n" in sampled.stderr
+    greedy = specdec_command("chat", folder, "-n", "8", "--greedy", "-p", "hello")
+    assert greedy.stdout == f"{hello(folder)}\n"
+    assert "exclude each other" in error_of(specdec_command("chat", folder, "--greedy", "--sample", "-p", "hello"))
 
 
 def test_one_prompt(tiny: str) -> None:
