@@ -21,7 +21,6 @@ from specdec.drafters.head.drafter import _BlockSession
 from tests.support.heads import EPS, VOCAB_SIZE, hidden_states
 
 SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 4, 2, 8
-MASK = VOCAB_SIZE - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,7 @@ class TinyBlockHead:
     is_causal: bool = False
     drafts_at_root: bool = False
     vocab_size: int = VOCAB_SIZE
+    mask: int = VOCAB_SIZE - 1
     tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class TinyBlockHead:
 def save_authors(folder: Path, head: TinyBlockHead) -> Path:
     """Layers are numbered from 0."""
     settings = {
-        "mask_token_id": MASK,
+        "mask_token_id": head.mask,
         "target_layer_ids": [layer - 1 for layer in head.layers],
         "causal": head.is_causal,
         "sample_from_anchor": head.drafts_at_root,
@@ -115,7 +115,7 @@ def save_block_speculators(folder: Path, head: TinyBlockHead) -> Path:
         "draft_vocab_size": head.vocab_size if head.drafts is None else len(head.drafts),
         "aux_hidden_state_layer_ids": list(head.layers),
         "block_size": head.block_size,
-        "mask_token_id": MASK,
+        "mask_token_id": head.mask,
         "sample_from_anchor": head.drafts_at_root,
     }
     return _save(folder, fields, head.tensors)
@@ -140,7 +140,7 @@ def reference_block(head: TinyBlockHead, target: PreTrainedModel, text: Sequence
     hidden = hidden_states(target, tuple(text[:-1]))
     states_TX = torch.cat([hidden[layer][0, first:] for layer in head.layers], -1)
     context_TC = _norm(head, "hidden_norm", states_TX @ head.tensors["fc.weight"].T)
-    tokens = torch.tensor([text[-1], *[MASK] * (head.block_size - 1)])
+    tokens = torch.tensor([text[-1], *[head.mask] * (head.block_size - 1)])
     block_SC = target.get_input_embeddings().weight[tokens]
     for index in range(head.num_layers):
         inputs_SC = _norm(head, f"layers.{index}.input_layernorm", block_SC)
