@@ -192,11 +192,12 @@ def test_texts_past_what_a_head_was_trained_on_are_warned_of(tmp_path: Path, cap
 
 def test_a_folder_or_a_loaded_head_may_be_named_alone(tmp_path: Path) -> None:
     folder = save_speculators(tmp_path, TinyHead())
-    for drafter_ in (str(folder), load_head(folder)):
-        made = Speculation.of(drafter_).drafter
-        assert isinstance(made, Auto)
-        assert isinstance(made.drafters[0], DraftHead)
-        assert isinstance(Speculation.of(drafter_, tree=Chain(2)).drafter, DraftHead)
+    assert isinstance(Speculation.of(load_head(folder), tree=Chain(2)).drafter, DraftHead)
+    made = Speculation.of(load_head(folder)).drafter
+    assert isinstance(made, Auto)
+    assert isinstance(made.drafters[0], DraftHead)
+    out = speculate(DOUBLE, PROMPTS, str(folder), tree=Chain(2), max_new_tokens=NUM_NEW)
+    assert out.stats.draft_forwards > 0
 
 
 # Heads of strangers
