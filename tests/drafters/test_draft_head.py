@@ -101,6 +101,15 @@ def test_a_wrong_layer_changes_acceptance_and_no_token(tmp_path: Path) -> None:
     assert right.num_accepted != wrong.num_accepted
 
 
+def test_half_precision_rounds_no_angle(tmp_path: Path) -> None:
+    """Far positions would be rotated wrongly, which costs acceptance and shows nowhere else."""
+    head = load_head(save_speculators(tmp_path, TinyHead()))
+    expected = head.rotary_emb.inv_freq.clone()
+    assert head.to(torch.bfloat16).fc.weight.dtype == torch.bfloat16
+    assert torch.equal(head.rotary_emb.inv_freq, expected)
+    check_equality(DraftHead(head))
+
+
 def test_long_texts_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafter, "_CHUNK", 3)
     listener = Listener(monkeypatch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,6 +60,13 @@ class HeadNetwork(PreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self._build_layers()
         self.requires_grad_(False).eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadNetwork:
+        """Angles stay float32: rounded to bfloat16 they would be those of other positions."""
+        frequencies = self.rotary_emb.inv_freq
+        super()._apply(fn, recurse)
+        self.rotary_emb.inv_freq = frequencies.to(self.norm.weight.device)
+        return self
 
     @abstractmethod
     def _build_layers(self) -> None:
