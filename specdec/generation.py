@@ -38,6 +38,9 @@ from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import ranks_of
 from specdec.devices import home_device, num_processes
 from specdec.drafters import Drafter, Plain, Run
+from specdec.drafters.head.formats import is_head
+from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
@@ -143,13 +146,15 @@ class _LastCall:
     stats: DecodingStats | None = None
 
 
-def _named(name: str) -> Drafter | str:
-    """The drafter of that name. Raises `ValueError` that says what is allowed."""
+def _named(name: str) -> Drafter | HeadNetwork | str:
+    """The drafter of that name, or the draft head in that folder. Raises `ValueError` that says what is allowed."""
+    if is_head(name):
+        return load_head(name)
     try:
         spec = DrafterSpec.parse(name)
     except ValueError as error:
         raise ValueError(
-            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, or a smaller model"
+            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, a smaller model, or a head's folder"
         ) from error
     if spec.needs_draft:
         raise ValueError(

@@ -256,7 +256,7 @@ class DrafterSpec(_Spec):
 
 def _drafting(draft: PreTrainedModel | None) -> str:
     """The drafter that drafts with this."""
-    head: type = import_module("specdec.drafters.head.eagle").Eagle3
+    head: type = import_module("specdec.drafters.head.network").HeadNetwork
     return DRAFT_HEAD if isinstance(draft, head) else SMALL_MODEL
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from specdec import models
-from specdec.drafters.head.eagle import Eagle3
 from specdec.drafters.head.formats import is_head
+from specdec.drafters.head.loading import load_head
 from specdec.errors import DraftError
 from specdec.kernels import prepare
 from specdec.model_options import ModelOptions
@@ -60,7 +60,7 @@ def load_draft(
 ) -> models.LoadedModel:
     """The second half of `load_pair`; a head is fitted to the target by its drafter."""
     if is_head(draft):
-        return models.LoadedModel(Eagle3.load(draft), target.tokenizer, Path(draft).resolve().name)
+        return models.LoadedModel(load_head(draft), target.tokenizer, Path(draft).resolve().name)
     small = _load(draft, options)
     if not translates:
         _check_same_ids(target.tokenizer, small.tokenizer)

@@ -24,7 +24,7 @@ from specdec.cli.app import app
 from specdec.cli.chat.commands import COMMANDS
 from specdec.cli.grafting import grafted
 from specdec.cli.options import MODEL_OPTIONS
-from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.loading import load_head
 from specdec.engine import Engine
 from specdec.errors import DraftError
 from specdec.model_options import ModelOptions
@@ -60,7 +60,7 @@ def draft_for(name: str) -> Any:
     if name != "draft-head":
         return MODEL
     with TemporaryDirectory() as folder:
-        return Eagle3.load(save_speculators(Path(folder), HEAD))
+        return load_head(save_speculators(Path(folder), HEAD))
 
 
 # The table

@@ -15,11 +15,20 @@ import specdec
 from specdec import DraftError
 from specdec.drafters import Auto, Drafter, DraftHead, EarlyExit, Mixed, PromptLookup
 from specdec.drafters.head import drafter
-from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.loading import load_head
 from specdec.drafters.speculation import Speculation
 from specdec.hf import CACHE
 from specdec.testing import assert_same_tokens, random_prompts
-from tests.support.heads import LAYOUTS, Listener, TinyHead, save_original, save_speculators, small_vocab_model
+from tests.support.heads import (
+    LAYOUTS,
+    VOCAB_SIZE,
+    Listener,
+    TinyHead,
+    save_original,
+    save_speculators,
+    small_vocab_model,
+)
+from tests.support.recurrent_models import recurrent_model
 from tests.support.references import forget_drafters, plain_alone, speculate
 from trees import Chain, DySpec, Fixed, GrowthPolicy
 
@@ -79,10 +88,26 @@ def test_any_family_can_be_read(family: str, tmp_path: Path, monkeypatch: pytest
     listener.check(HEADS["plain"], model)
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_targets_that_keep_states(family: str, tmp_path: Path) -> None:
+    model = recurrent_model(family, vocab_size=VOCAB_SIZE)
+    head = DraftHead(save_speculators(tmp_path, TinyHead(layers=(1, 2))))
+    assert check_equality(head, model, tree=Fixed((3, 2))).num_accepted
+
+
 def test_a_wrong_layer_changes_acceptance_and_no_token(tmp_path: Path) -> None:
     folder = save_speculators(tmp_path, TinyHead())
     right, wrong = check_equality(folder), check_equality(DraftHead(folder, state_layers=(2, 3, 5)))
     assert right.num_accepted != wrong.num_accepted
+
+
+def test_half_precision_rounds_no_angle(tmp_path: Path) -> None:
+    """Far positions would be rotated wrongly, which costs acceptance and shows nowhere else."""
+    head = load_head(save_speculators(tmp_path, TinyHead()))
+    expected = head.rotary_emb.inv_freq.clone()
+    assert head.to(torch.bfloat16).fc.weight.dtype == torch.bfloat16
+    assert torch.equal(head.rotary_emb.inv_freq, expected)
+    check_equality(DraftHead(head))
 
 
 def test_long_texts_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,11 +201,12 @@ def test_texts_past_what_a_head_was_trained_on_are_warned_of(tmp_path: Path, cap
 
 def test_a_folder_or_a_loaded_head_may_be_named_alone(tmp_path: Path) -> None:
     folder = save_speculators(tmp_path, TinyHead())
-    for drafter_ in (str(folder), Eagle3.load(folder)):
-        made = Speculation.of(drafter_).drafter
-        assert isinstance(made, Auto)
-        assert isinstance(made.drafters[0], DraftHead)
-        assert isinstance(Speculation.of(drafter_, tree=Chain(2)).drafter, DraftHead)
+    assert isinstance(Speculation.of(load_head(folder), tree=Chain(2)).drafter, DraftHead)
+    made = Speculation.of(load_head(folder)).drafter
+    assert isinstance(made, Auto)
+    assert isinstance(made.drafters[0], DraftHead)
+    out = speculate(DOUBLE, PROMPTS, str(folder), tree=Chain(2), max_new_tokens=NUM_NEW)
+    assert out.stats.draft_forwards > 0
 
 
 # Heads of strangers

@@ -19,6 +19,7 @@ from specdec.drafters.model import growing
 from specdec.engine import Engine
 from specdec.testing import tiny_model
 from specdec.tree_model.model import TreeModel
+from tests.support.block_heads import TinyBlockHead, save_authors
 from tests.support.engine_requests import BanAfter, alone, random_prompt, request_of
 from tests.support.enumeration import MAX_DEPTH, Script, ToyModel
 from tests.support.exact_rounds import CAUGHT, VERIFIERS, total_variation
@@ -33,14 +34,18 @@ ROUNDING = 1e-5
 
 @pytest.mark.parametrize("verify", VERIFIERS)
 @pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
 def test_q_is_what_tokens_are_drawn_from(
-    tree: str, verify: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tree: str, verify: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every draft that a head can make after a text, verified by a toy target: what is committed is the target's."""
     size = 4
-    model = tiny_model("llama", vocab_size=size, num_hidden_layers=4, hidden_size=16)
-    head = TinyHead(target_channels=16, vocab_size=size, drafts=(0, 1, 3), layers=(1, 2, 3), seed=1)
-    drafter = DraftHead(save_speculators(tmp_path, head))
+    model = tiny_model("llama", vocab_size=size, num_hidden_layers=4)
+    options: dict[str, Any] = {"vocab_size": size, "drafts": (0, 1, 3), "layers": (1, 2, 3)}
+    if kind == "dflash":
+        drafter = DraftHead(save_authors(tmp_path, TinyBlockHead(**options, mask=2)))
+    else:
+        drafter = DraftHead(save_speculators(tmp_path, TinyHead(**options, seed=1)))
     warpers = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(3)]
     drafts = every_draft(model, drafter, TREES[tree], warpers, monkeypatch)
     assert sum(prob for prob, _ in drafts) == pytest.approx(1, abs=ROUNDING)

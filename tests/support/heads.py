@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import PreTrainedModel
 
-from specdec.drafters.head.drafter import _HeadSession
+from specdec.drafters.head.drafter import _EagleSession
 from specdec.testing import tiny_model
 from trees import GrowingTrees
 
@@ -275,7 +275,7 @@ class Listener:
 
     def __init__(self, monkeypatch: Any):
         self.said: list[Said] = []
-        score_root, score_nodes = _HeadSession._score_root, _HeadSession._score_nodes
+        score_root, score_nodes = _EagleSession._score_root, _EagleSession._score_nodes
 
         def listen_to_root(session: Any) -> Tensor:
             logits_B1V = score_root(session)
@@ -292,8 +292,8 @@ class Listener:
                     self.said.append(Said(text, first, path, logits_V.clone()))
             return logits_BMV
 
-        monkeypatch.setattr(_HeadSession, "_score_root", listen_to_root)
-        monkeypatch.setattr(_HeadSession, "_score_nodes", listen_to_nodes)
+        monkeypatch.setattr(_EagleSession, "_score_root", listen_to_root)
+        monkeypatch.setattr(_EagleSession, "_score_nodes", listen_to_nodes)
 
     def check(self, head: TinyHead, target: PreTrainedModel, bound: float = 1e-5) -> None:
         """It is what the reference says, and tokens that the head does not know have no chance. Of much, samples."""

@@ -35,7 +35,7 @@ def plain_alone(model: PreTrainedModel, prompts: Mapping[str, Tensor], num_new: 
 
 
 def speculate(
-    model: PreTrainedModel, prompts: Mapping[str, Tensor], drafter: Drafter, **options: Any
+    model: PreTrainedModel, prompts: Mapping[str, Tensor], drafter: Drafter | str, **options: Any
 ) -> SpeculativeOutput:
     settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, **options}
     return specdec.generate(model, **prompts, drafter=drafter, **settings)

@@ -1,4 +1,4 @@
-"""A head on the target's hidden states drafts (EAGLE-3, Li et al. 2025).
+"""A head on the target's hidden states drafts (EAGLE-3, Li et al. 2025; DFlash, arXiv 2602.06036).
 
 The target hands over its states at every committed token; the head reads each token together with the state before it,
 once, and keeps keys and values of its own. Of drafted tokens its own output stands for the target's state, so what it
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.drafters.head.eagle import Eagle3
 from specdec.drafters.head.fitting import check_fit, fitted
+from specdec.drafters.head.formats import DFLASH
+from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.head.pending import PendingPairs
 from specdec.drafters.head.runner import HeadRunner
 from specdec.drafters.model.growing import GrowingSession
@@ -34,13 +38,13 @@ _logger = logging.getLogger("specdec")
 
 
 class DraftHead(Drafter):
-    """Drafts with a small network that reads the target's hidden states: an EAGLE-3 head of this very target.
+    """Drafts with a small network that reads the target's hidden states: an EAGLE-3 or DFlash head of this very target.
 
     Lossless whatever the head is: one of another model, or one whose layers are misread, is only rarely right.
 
     Args:
-        head: a folder with config.json and safetensors, in the layout of EAGLE-3's authors, SpecForge or speculators;
-            or a head that has been loaded (`specdec.drafters.head.eagle.Eagle3.load`).
+        head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3 or DFlash, of SpecForge
+            or of speculators; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
@@ -54,15 +58,15 @@ class DraftHead(Drafter):
 
     def __init__(
         self,
-        head: Eagle3 | str | os.PathLike[str],
+        head: HeadNetwork | str | os.PathLike[str],
         *,
         num_tokens: int = 5,
         state_layers: Sequence[int] | None = None,
     ):
         self.policy: GrowthPolicy = Chain(num_tokens)
-        if not isinstance(head, Eagle3 | str | os.PathLike):
+        if not isinstance(head, HeadNetwork | str | os.PathLike):
             raise ValueError(f"DraftHead({type(head).__name__}): pass a folder, or a head that has been loaded")
-        self.model = head if isinstance(head, Eagle3) else Eagle3.load(Path(head).expanduser())
+        self.model = head if isinstance(head, HeadNetwork) else load_head(Path(head).expanduser())
         self.state_layers = None if state_layers is None else tuple(state_layers)
         self._warned = False
 
@@ -70,10 +74,12 @@ class DraftHead(Drafter):
         yield self.model
 
     def start(self, run: Run) -> DraftSession:
-        check_layers(run.target.model)
+        if not run.target.keeps_states:  # of those no part is run alone
+            check_layers(run.target.model)
         layers = self.state_layers or self.model.head_config.layers_read(run.target.num_layers)
         check_fit(self.model, run.target, layers)
-        return _HeadSession(self, run, layers)
+        session = _BlockSession if self.model.head_config.kind == DFLASH else _EagleSession
+        return session(self, run, layers)
 
     def warn_of_length(self, length: int) -> None:
         """Say once that texts have become longer than those that the head was trained on."""
@@ -97,7 +103,7 @@ class _HeadSession(GrowingSession):
         self._pending = PendingPairs(run.target, run.sequences, layers)
         self._runner = HeadRunner(fitted(drafter.model, run.target.model), run.target)
         self._has_begun = not len(run.input_ids)  # in an engine nothing has been read at first
-        self._outputs_BKC: Tensor
+        self._longest = drafter.model.head_config.longest_draft or sys.maxsize
 
     @property
     def num_forwards(self) -> int:
@@ -110,7 +116,9 @@ class _HeadSession(GrowingSession):
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         pairs = zip(self._pending.sizes, max_depths, strict=True)
-        depths = [depth if size else 0 for size, depth in pairs]  # nothing is known yet of some that have just joined
+        depths = [
+            min(depth, self._longest) if size else 0 for size, depth in pairs
+        ]  # nothing is known yet of some that have just joined
         if max(depths) == 0:
             return Draft(trees=TreeBatch.empty(len(depths), self._run.device))
         self._drafter.warn_of_length(max(self._run.sequences.lengths))
@@ -148,6 +156,16 @@ class _HeadSession(GrowingSession):
             self._read([min(max(size - _CHUNK, 0), _CHUNK) for size in self._pending.sizes])
         return self._read(self._pending.sizes)
 
+    @abstractmethod
+    def _read(self, sizes: Sequence[int]) -> Tensor:
+        """Read so many pending pairs of each row; logits [B, 1, V] after the last of them."""
+
+
+class _EagleSession(_HeadSession):
+    """A forward for each layer of the tree, in which the head's own output stands for the target's states."""
+
+    _outputs_BKC: Tensor
+
     def _read(self, sizes: Sequence[int]) -> Tensor:
         output = self._runner.read_pairs(*self._pending.take(sizes), sizes)
         self._outputs_BKC = output.states_BTC
@@ -163,3 +181,20 @@ class _HeadSession(GrowingSession):
         output = self._runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output.states_BTC], 1)
         return self._runner.logits(output.normed_BTC)
+
+
+class _BlockSession(_HeadSession):
+    """One forward a round: what it says of a depth holds for every node there (as in DDTree)."""
+
+    _logits_BTV: Tensor
+
+    def _read(self, sizes: Sequence[int]) -> Tensor:
+        _, states_BWX = self._pending.take(sizes)
+        self._runner.read_states(states_BWX, sizes)
+        self._logits_BTV = self._runner.run_block(self._run.sequences.roots_B1)
+        return self._logits_BTV[:, :1]
+
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        depths_BM = grown.depths_BM.to(self._logits_BTV.device)
+        rows_B1 = torch.arange(len(depths_BM), device=depths_BM.device).unsqueeze(1)
+        return self._logits_BTV[rows_B1, depths_BM.clamp(max=self._logits_BTV.shape[1] - 1)]

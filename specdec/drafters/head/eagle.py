@@ -10,77 +10,32 @@ can draft.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
-from specdec.drafters.head.formats import HeadConfig, read_config, read_tensors
-from specdec.errors import DraftError
+from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.hf import CACHE
 
 
-class HeadOutput(NamedTuple):
-    """Of every position: what stands for the target's states in the next step, and what the LM head reads."""
+class Eagle3(HeadNetwork):
+    """An EAGLE-3 head."""
 
-    states_BTC: Tensor
-    normed_BTC: Tensor
-
-
-class Eagle3(PreTrainedModel):
-    """An EAGLE-3 head. Embeddings and LM head that it lacks are the target's.
-
-    Attributes:
-        head_config: sizes and variants.
-        vocab_ids: int64 [V]: the target's token that each output stands for; None where they are the same.
-    """
-
-    config_class = PreTrainedConfig
-    _supports_sdpa = True
-
-    vocab_ids: Tensor | None
-
-    def __init__(self, head_config: HeadConfig, *, has_embedding: bool, has_lm_head: bool, has_vocab_ids: bool):
-        config = head_config.layers
-        super().__init__(config)
-        self.head_config = head_config
-        size, eps = config.hidden_size, config.rms_norm_eps
-        num_states = len(head_config.layers_read(1 << 10))
-        self.fc = nn.Linear(num_states * head_config.target_hidden_size, size, bias=False)
+    def _build_layers(self) -> None:
+        head_config, eps = self.head_config, self.config.rms_norm_eps
         self.layers = nn.ModuleList(
-            _Layer(config, index, head_config.norm_before_residual) for index in range(config.num_hidden_layers)
+            _Layer(self.config, index, head_config.norm_before_residual)
+            for index in range(self.config.num_hidden_layers)
         )
-        self.norm = LlamaRMSNorm(size, eps=eps)
         self.input_norm = LlamaRMSNorm(self.fc.in_features, eps=eps) if head_config.norm_before_fc else None
-        norms = [LlamaRMSNorm(head_config.target_hidden_size, eps=eps) for _ in range(num_states)]
+        norms = [LlamaRMSNorm(head_config.target_hidden_size, eps=eps) for _ in range(head_config.num_states)]
         self.fc_norm = nn.ModuleList(norms) if head_config.fc_norm else None
-        self.embed_tokens = nn.Embedding(head_config.vocab_size, size) if has_embedding else None
-        self.lm_head = nn.Linear(size, head_config.draft_vocab_size, bias=False) if has_lm_head else None
-        ids = torch.arange(head_config.draft_vocab_size) if has_vocab_ids else None
-        self.register_buffer("vocab_ids", ids, persistent=False)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Eagle3:
-        """The head in a folder, in the dtype of its file.
-
-        Raises:
-            DraftError: the folder holds no such head, or a damaged one.
-        """
-        config, tensors = read_config(folder), read_tensors(folder)
-        try:
-            return _built(config, tensors)
-        except (RuntimeError, ValueError) as error:  # a tensor is missing, is one too many, or has another shape
-            raise DraftError(f"the head in {os.fspath(folder)} does not fit its config.json: {error}") from error
 
     def fuse(self, states_BTX: Tensor) -> Tensor:
-        """The target's states side by side, as one vector a position, [B, T, C]."""
         if self.input_norm is not None:
             states_BTX = self.input_norm(states_BTX)
         if self.fc_norm is not None:
@@ -91,19 +46,14 @@ class Eagle3(PreTrainedModel):
     def forward(
         self,
         embeds_BTC: Tensor,
-        states_BTC: Tensor,
+        states_BTC: Tensor | None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> HeadOutput:
-        """
-        Args:
-            embeds_BTC: of the tokens that come next.
-            states_BTC: fused, or what the head has given in the step before.
-            attention_mask: as of the models of transformers, 4-D; by kind of layer where there are several.
-            kwargs: the cache.
-        """
+        """Tokens that come next, beside fused states or what the head has given in the step before."""
+        assert states_BTC is not None
         rotation = self.rotary_emb(states_BTC, position_ids)
         for layer in self.layers:
             mask = attention_mask[layer.kind] if isinstance(attention_mask, dict) else attention_mask
@@ -147,24 +97,3 @@ class _Layer(nn.Module):
         )
         states_BTC = residual_BTC + attended_BTC
         return states_BTC + self.mlp(self.post_attention_layernorm(states_BTC))
-
-
-def _built(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Eagle3:
-    ids = tensors.get("d2t")
-    if ids is None and config.draft_vocab_size != config.vocab_size:
-        raise ValueError(f"d2t is missing, which says what the {config.draft_vocab_size} tokens are that it can draft")
-    if "lm_head.weight" not in tensors and ids is not None:
-        raise ValueError("lm_head.weight is missing")
-    head = Eagle3(
-        config,
-        has_embedding="embed_tokens.weight" in tensors,
-        has_lm_head="lm_head.weight" in tensors,
-        has_vocab_ids=ids is not None,
-    )
-    head.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "d2t"})
-    if ids is not None:
-        assert head.vocab_ids is not None
-        if ids.shape != head.vocab_ids.shape:
-            raise ValueError(f"d2t has {len(ids)} entries for {config.draft_vocab_size} tokens")
-        head.vocab_ids += ids
-    return head.to(tensors["fc.weight"].dtype)

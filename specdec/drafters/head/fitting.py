@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.network import HeadNetwork
 from specdec.errors import DraftError
 from specdec.kernels import prepare_like, prepared
 from specdec.kernels.model.profile import profile_of
@@ -19,7 +19,7 @@ _PADDING_ROWS = 0.01
 """Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
 
 
-def check_fit(head: Eagle3, target: TreeModel, layers: Sequence[int]) -> None:
+def check_fit(head: HeadNetwork, target: TreeModel, layers: Sequence[int]) -> None:
     """Raise `DraftError` if the head cannot be one of the target."""
     config = head.head_config
     model_config = target.model.config.get_text_config(decoder=True)
@@ -48,7 +48,7 @@ def check_fit(head: Eagle3, target: TreeModel, layers: Sequence[int]) -> None:
     _check_shared(head, target.model)
 
 
-def _check_shared(head: Eagle3, model: PreTrainedModel) -> None:
+def _check_shared(head: HeadNetwork, model: PreTrainedModel) -> None:
     """What the head lacks is the target's, and has to be here and of the same width."""
     size = head.config.hidden_size
     shared: list[tuple[str, nn.Module | None, nn.Module | None]] = [
@@ -67,11 +67,11 @@ def _check_shared(head: Eagle3, model: PreTrainedModel) -> None:
             )
 
 
-class _Fitted(WeakKeyDictionary[nn.Module, tuple[object, Eagle3]]):
+class _Fitted(WeakKeyDictionary[nn.Module, tuple[object, HeadNetwork]]):
     """Copies of heads for a model, with what they were made for."""
 
 
-def fitted(head: Eagle3, model: PreTrainedModel) -> Eagle3:
+def fitted(head: HeadNetwork, model: PreTrainedModel) -> HeadNetwork:
     """The head in the dtype and on the device of a target, prepared as that is; itself if it is so already."""
     embedding, done = model.get_input_embeddings().weight, prepared(model)
     weight = head.fc.weight

@@ -21,10 +21,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from specdec.errors import DraftError
 
 EAGLE3 = "eagle3"
+DFLASH = "dflash"
 
-_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it)"
+_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it) and DFlash (its authors, speculators)"
 _FROM_SPECULATORS = "speculators_model_type"
 _FROM_SPECFORGE = "eagle_config"
+_DFLASH_SETTINGS = "dflash_config"
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -36,17 +38,22 @@ class HeadConfig:
     """One head, whoever has written it.
 
     Args:
+        kind: `EAGLE3` or `DFLASH`.
         layers: of the head's own decoder layers: sizes, rotation, number.
         vocab_size: of the target that it was trained on.
         draft_vocab_size: tokens that it can draft.
         target_hidden_size: channels of the states that it reads.
         state_layers: after how many of the target's layers those states are taken (1 and more, before the final norm),
-            increasing; None: after 2, after half of them, and 3 before the last.
+            increasing; None: where heads of its kind take them.
         norm_before_residual: whether the residual stream begins with the normed state.
         norm_before_fc: a norm over all of a position's states; `fc_norm`: one for each of them.
         norm_output: whether what is fed back to draft the next token is normed.
+        block_size: of a DFlash head, the newest token included; `mask_token_id` fills it up.
+        is_causal: whether the positions of a block see only those before them.
+        drafts_at_root: whether the newest token's own position drafts too.
     """
 
+    kind: str
     layers: PreTrainedConfig
     vocab_size: int
     draft_vocab_size: int
@@ -56,10 +63,31 @@ class HeadConfig:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    block_size: int = 0
+    mask_token_id: int = 0
+    is_causal: bool = False
+    drafts_at_root: bool = False
+
+    @property
+    def num_states(self) -> int:
+        """Of a position, of so many layers."""
+        if self.state_layers is not None:
+            return len(self.state_layers)
+        return 3 if self.kind == EAGLE3 else self.layers.num_hidden_layers
+
+    @property
+    def longest_draft(self) -> int | None:
+        """Tokens that it can draft in a row; None: any number."""
+        return None if self.kind == EAGLE3 else self.block_size - 1 + self.drafts_at_root
 
     def layers_read(self, num_layers: int) -> tuple[int, ...]:
         """The target's layers whose states it reads, of a target that has so many."""
-        return self.state_layers or tuple(sorted((2, num_layers // 2, num_layers - 3)))
+        if self.state_layers is not None:
+            return self.state_layers
+        if self.kind == EAGLE3:
+            return tuple(sorted((2, num_layers // 2, num_layers - 3)))
+        gaps = max(self.num_states - 1, 1)
+        return tuple(2 + round(index * (num_layers - 4) / gaps) for index in range(self.num_states))
 
 
 def is_head(folder: str | os.PathLike[str]) -> bool:
@@ -79,11 +107,11 @@ def read_config(folder: str | os.PathLike[str]) -> HeadConfig:
     """
     fields = _read_fields(folder)
     kind = fields.get(_FROM_SPECULATORS) or _kind(fields)
-    if kind != EAGLE3:
+    if kind not in _READERS:
         what = "is no draft head" if kind is None else f"is a draft head of the kind {kind!r}"
         raise DraftError(f"{os.fspath(folder)} {what}: what can be read is {_LAYOUTS}")
     try:
-        return _from_speculators(fields) if _FROM_SPECULATORS in fields else _from_eagle(fields)
+        return _READERS[kind](fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DraftError(
             f"the configuration of the head in {os.fspath(folder)} cannot be used ({type(error).__name__}: {error})"
@@ -91,7 +119,7 @@ def read_config(folder: str | os.PathLike[str]) -> HeadConfig:
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a head by the names of `eagle.Eagle3`, without those that say nothing new.
+    """All tensors of a head by the names of the networks, without those that say nothing new.
 
     Raises:
         DraftError: there are no safetensors files, or one is damaged.
@@ -127,17 +155,53 @@ def _kind(fields: Mapping[str, Any]) -> str | None:
     names = " ".join(map(str, fields.get("architectures") or ())).lower()
     if "eagle3" in names or _FROM_SPECFORGE in fields:
         return EAGLE3
+    if _DFLASH_SETTINGS in fields and "dspark" not in names:
+        return DFLASH
     return next((kind for kind in ("dflash", "dspark", "eagle", "medusa") if kind in names), None)
+
+
+def _eagle3(fields: Mapping[str, Any]) -> HeadConfig:
+    return _from_speculators(fields) if _FROM_SPECULATORS in fields else _from_eagle(fields)
+
+
+def _sizes(kind: str, fields: Mapping[str, Any], layers: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "layers": layers,
+        "vocab_size": layers.vocab_size,
+        "draft_vocab_size": fields.get("draft_vocab_size") or layers.vocab_size,
+        "target_hidden_size": fields.get("target_hidden_size") or layers.hidden_size,
+    }
+
+
+def _dflash(fields: Mapping[str, Any]) -> HeadConfig:
+    """Its authors number layers from 0, by the layer that has just run; speculators counts those that have."""
+    if _FROM_SPECULATORS in fields:
+        layers = _layer_config({**fields["transformer_layer_config"], "model_type": "qwen3"})
+        settings, state_layers = fields, _increasing(fields.get("aux_hidden_state_layer_ids"), 0)
+    else:
+        layers = _layer_config({**fields, "model_type": "qwen3"})
+        settings = {**fields, **(fields.get(_DFLASH_SETTINGS) or {})}
+        state_layers = _increasing(settings.get("target_layer_ids"), 1)
+    if settings.get("use_swa") or "sliding_attention" in (layers.layer_types or ()):
+        raise ValueError("its layers have sliding windows, which are not read yet")
+    if int(settings["block_size"]) < 2:
+        raise ValueError(f"a block of {settings['block_size']}")
+    return HeadConfig(
+        **_sizes(DFLASH, fields, layers),
+        state_layers=state_layers,
+        block_size=int(settings["block_size"]),
+        mask_token_id=int(settings["mask_token_id"]),
+        is_causal=bool(settings.get("causal", False)),
+        drafts_at_root=bool(settings.get("sample_from_anchor", False)),
+    )
 
 
 def _from_speculators(fields: Mapping[str, Any]) -> HeadConfig:
     """Layer L is the state after L layers; a field that is absent has the default of speculators."""
     layers = _layer_config({"model_type": "qwen3", **fields["transformer_layer_config"]})
     return HeadConfig(
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=fields.get("draft_vocab_size") or layers.vocab_size,
-        target_hidden_size=fields.get("target_hidden_size") or layers.hidden_size,
+        **_sizes(EAGLE3, fields, layers),
         state_layers=_increasing(fields.get(_STATE_LAYERS), 0),
         norm_before_residual=bool(fields.get("norm_before_residual", False)),
         norm_before_fc=bool(fields.get("norm_before_fc", False)),
@@ -157,16 +221,16 @@ def _from_eagle(fields: Mapping[str, Any]) -> HeadConfig:
     family = "qwen3" if fields.get("model_type") == "qwen3" else "llama"
     layers = _layer_config({"num_hidden_layers": 1, **fields, "model_type": family})
     return HeadConfig(
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=fields.get("draft_vocab_size") or layers.vocab_size,
-        target_hidden_size=fields.get("target_hidden_size") or layers.hidden_size,
+        **_sizes(EAGLE3, fields, layers),
         state_layers=state_layers,
         norm_before_residual=bool(fields.get("norm_before_residual", False)),
         norm_before_fc=bool(fields.get("norm_before_fc", settings.get("norm_before_fc", False))),
         fc_norm=bool(fields.get("fc_norm", settings.get("fc_norm", False))),
         norm_output=bool(fields.get("norm_output", settings.get("norm_output", False))),
     )
+
+
+_READERS = {EAGLE3: _eagle3, DFLASH: _dflash}
 
 
 def _layer_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from specdec.drafters.head.eagle import Eagle3, HeadOutput
+from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
 
@@ -23,7 +24,7 @@ _NEVER = -1e4
 class HeadRunner(TreeModel):
     """Its positions are the target's: that of a token is where the state stands that it is read with, one before."""
 
-    def __init__(self, head: Eagle3, target: TreeModel):
+    def __init__(self, head: HeadNetwork, target: TreeModel):
         super().__init__(head)
         self.head = head
         self._target = target.model
@@ -61,13 +62,32 @@ class HeadRunner(TreeModel):
         rows_B = torch.arange(len(sizes), device=self.device)
         return HeadOutput(*(part[rows_B, last_B].unsqueeze(1) for part in output))
 
+    def read_states(self, states_BWX: Tensor, sizes: Sequence[int]) -> None:
+        """Commit the first `sizes` states of each row, of a head that makes keys and values of nothing else."""
+        assert isinstance(self.head, DFlash)
+        offsets_BW = torch.arange(states_BWX.shape[1], device=self.device).expand(states_BWX.shape[:2])
+        positions_BW = self.next_positions_B.unsqueeze(1) + offsets_BW
+        self.head.read(self.head.fuse(states_BWX), positions_BW, self.cache)
+        self.commit([range(size) for size in sizes])
+
+    def run_block(self, roots_B1: Tensor) -> Tensor:
+        """Logits [B, T, V] of the tokens that come after each row's newest one, all at once; nothing of it is kept."""
+        config = self.head.head_config
+        masks = roots_B1.new_full((len(roots_B1), config.block_size - 1), config.mask_token_id)
+        tokens_BT = torch.cat([roots_B1, masks], 1).to(self.device)
+        seen_BTT = torch.ones((*tokens_BT.shape, tokens_BT.shape[1]), dtype=torch.bool, device=self.device)
+        offsets_BT = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
+        output = self.run_head(tokens_BT, None, offsets_BT, seen_BTT.tril() if config.is_causal else seen_BTT)
+        self.forget_tail()
+        return self.logits(output.normed_BTC[:, 0 if config.drafts_at_root else 1 :])
+
     def run_head(
-        self, tokens_BT: Tensor, states_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None
+        self, tokens_BT: Tensor, states_BTC: Tensor | None, offsets_BT: Tensor, seen_BTK: Tensor | None
     ) -> HeadOutput:
         """Append T slots to the tail; arguments as of `TreeModel.forward`.
 
         Args:
-            states_BTC: as `Eagle3.forward` takes them.
+            states_BTC: as `HeadNetwork.forward` takes them.
         """
         inputs = self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
         inputs |= {"embeds_BTC": self._embed(inputs.pop("input_ids")), "states_BTC": states_BTC}

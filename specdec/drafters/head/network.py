@@ -1,0 +1,115 @@
+"""What the networks of all draft heads have, and how one is read from its files.
+
+Shape legend: B rows, T positions, C channels of the head, X channels of all states of a position, V tokens that it
+can draft.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from specdec.drafters.head.formats import HeadConfig, read_tensors
+from specdec.errors import DraftError
+
+Head = TypeVar("Head", bound="HeadNetwork")
+
+
+class HeadOutput(NamedTuple):
+    """Of every position: what stands for the target's states in the next step, and what the LM head reads."""
+
+    states_BTC: Tensor
+    normed_BTC: Tensor
+
+
+class HeadNetwork(PreTrainedModel):
+    """A network that reads the target's states. Embeddings and LM head that it lacks are the target's.
+
+    Args:
+        names: of the tensors in its files, which say what it has of its own.
+
+    Attributes:
+        head_config: sizes and variants.
+        vocab_ids: int64 [V]: the target's token that each output stands for; None where they are the same.
+    """
+
+    config_class = PreTrainedConfig
+    _supports_sdpa = True
+
+    vocab_ids: Tensor | None
+
+    def __init__(self, head_config: HeadConfig, names: Collection[str]):
+        config = head_config.layers
+        super().__init__(config)
+        self.head_config = head_config
+        size = config.hidden_size
+        self.fc = nn.Linear(head_config.num_states * head_config.target_hidden_size, size, bias=False)
+        self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(head_config.vocab_size, size) if "embed_tokens.weight" in names else None
+        has_lm_head = "lm_head.weight" in names
+        self.lm_head = nn.Linear(size, head_config.draft_vocab_size, bias=False) if has_lm_head else None
+        ids = torch.arange(head_config.draft_vocab_size) if "d2t" in names else None
+        self.register_buffer("vocab_ids", ids, persistent=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._build_layers()
+        self.requires_grad_(False).eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadNetwork:
+        """Angles stay float32: rounded to bfloat16 they would be those of other positions."""
+        frequencies = self.rotary_emb.inv_freq
+        super()._apply(fn, recurse)
+        self.rotary_emb.inv_freq = frequencies.to(self.norm.weight.device)
+        return self
+
+    @abstractmethod
+    def _build_layers(self) -> None:
+        """Make what is the network's own."""
+
+    @abstractmethod
+    def fuse(self, states_BTX: Tensor) -> Tensor:
+        """The target's states side by side, as one vector a position, [B, T, C]."""
+
+    @abstractmethod
+    def forward(self, embeds_BTC: Tensor, states_BTC: Tensor | None, *args: Any, **kwargs: Any) -> HeadOutput:
+        """
+        Args:
+            embeds_BTC: of tokens.
+            states_BTC: fused, or what the head has given in the step before; None where it drafts without.
+            args, kwargs: mask (4-D; by kind of layer where there are several), positions and cache, as of models.
+        """
+
+
+def load_network(kind: type[Head], config: HeadConfig, folder: str | os.PathLike[str]) -> Head:
+    """A network with the weights in a folder, in their dtype.
+
+    Raises:
+        DraftError: they are not there, damaged, or not those of such a network.
+    """
+    tensors = read_tensors(folder)
+    try:
+        return _built(kind, config, tensors)
+    except (RuntimeError, ValueError) as error:  # a tensor is missing, is one too many, or has another shape
+        raise DraftError(f"the head in {os.fspath(folder)} does not fit its config.json: {error}") from error
+
+
+def _built(kind: type[Head], config: HeadConfig, tensors: Mapping[str, Tensor]) -> Head:
+    ids = tensors.get("d2t")
+    if ids is None and config.draft_vocab_size != config.vocab_size:
+        raise ValueError(f"d2t is missing, which says what the {config.draft_vocab_size} tokens are that it can draft")
+    if "lm_head.weight" not in tensors and ids is not None:
+        raise ValueError("lm_head.weight is missing")
+    head = kind(config, tensors.keys())
+    head.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "d2t"})
+    if ids is not None:
+        assert head.vocab_ids is not None
+        if ids.shape != head.vocab_ids.shape:
+            raise ValueError(f"d2t has {len(ids)} entries for {config.draft_vocab_size} tokens")
+        head.vocab_ids += ids
+    return head.to(tensors["fc.weight"].dtype)
