@@ -8,12 +8,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from specdec.kernels import native
+from specdec.model_options import Weights
+
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = ("stock", "float", "int8")
+WEIGHTS: tuple[str, ...] = get_args(Weights)
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
@@ -32,6 +35,20 @@ def pair_parser(doc: str | None, *, limit: int, max_new_tokens: int) -> argparse
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def add_instructions(parser: argparse.ArgumentParser) -> None:
+    """`--instructions`, for `select_instructions`."""
+    known = ("avx2", "avxvnni", "avx512", "amx")
+    parser.add_argument("--instructions", choices=known, help="of the native kernels; the best there is, if absent")
+
+
+def select_instructions(name: str | None) -> None:
+    library = native.library()
+    if name and library is None:
+        raise SystemExit(f"--instructions {name}: {native.describe()}")
+    if name and library:
+        library.select(name)
 
 
 def command(name: str) -> str:

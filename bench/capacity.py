@@ -70,7 +70,7 @@ def main() -> None:
     rows = [int(count) for count in options.rows.split(",")]
     model, _, name = load(options.model, threads=options.threads)
     if options.weights != "stock":
-        prepare(model, weights="int8" if options.weights == "int8" else None)
+        prepare(model, weights=options.weights)
     forwards: list[dict[int, float]] = []
     speeds: dict[int, list[float]] = {count: [] for count in rows}
     held: dict[int, int] = {}

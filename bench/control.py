@@ -86,7 +86,7 @@ class Contest:
         draft = None if args.draft is None else specdec.prepare(load(args.draft).model, weights="int8")
         self._model.float()
         if args.weights != "stock":
-            specdec.prepare(self._model, weights="int8" if args.weights == "int8" else None)
+            specdec.prepare(self._model, weights=args.weights)
         fixed = args.methods if args.methods is not None else GRID + (DRAFT_GRID if draft is not None else [])
         self._drafters = {name: DrafterSpec.parse(name).build(draft) for name in (PLAIN, AUTO, *fixed)}
         self._repetitions = args.repetitions

@@ -1,41 +1,56 @@
 """What the kernels buy: width of a verification, plain decoding, perplexity and memory.
 
-    python -m bench.forward_cost MODEL [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
+    python -m bench.forward_cost MODEL [--weights stock,float,int8,int4] [--instructions avx2] [--only-widths]
+        [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
 
-MODEL is a folder or hub id. Three forms of one model take turns in one process: `stock` (transformers, float32),
-`float` (prepare(model)) and `int8` (quantized_copy(model)). Every figure is the best of its repetitions, wall time and
-CPU time of the calling thread: on a busy machine only the latter (with --threads 1) means something. The last line of
-stdout is JSON. A wrong result (float or int8 rows that depend on their company) fails the run.
+MODEL is a folder, a hub id or `demo`. Forms of one model take turns in one process: `stock` (transformers, float32),
+`float` (prepare(model)), `int8` and `int4` (quantized_copy(model, ...)). Every figure is the best of its repetitions,
+wall time and CPU time of the calling thread: on a busy machine only the latter (with --threads 1) means something. The
+last line of stdout is JSON. A wrong result (rows that depend on their company) fails the run.
 """
 
 import argparse
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from bench._script import WEIGHTS, parser_of
-from specdec import kernels
+from bench._script import WEIGHTS, add_instructions, parser_of, select_instructions
+from specdec import kernels, models
 from specdec.hf import CACHE
+from specdec.model_options import QuantizedWeights
 from specdec.tree_model.cache import TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16)
+QUANTIZED = get_args(QuantizedWeights)
 
 
-@contextmanager
-def form(models: dict[str, PreTrainedModel], name: str) -> Iterator[PreTrainedModel]:
-    """The model in one of its forms; `stock` and `float` are the same weights (calibration runs once)."""
-    model = models["int8" if name == "int8" else "float32"]
-    if name == "float":
-        kernels.prepare(model)
-    yield model
-    if name == "float":
-        kernels.unprepare(model)
+class Forms:
+    """A float32 model, and copies of it with other weights.
+
+    Args:
+        names: of forms that take turns.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        self.names = names
+        self.model = model
+        self._copies = {name: kernels.quantized_copy(model, name) for name in names if name in QUANTIZED}
+
+    @contextmanager
+    def form(self, name: str) -> Iterator[PreTrainedModel]:
+        """`stock` and `float` are the same weights (calibration runs once)."""
+        if name == "float":
+            kernels.prepare(self.model)
+        yield self._copies.get(name, self.model)
+        if name == "float":
+            kernels.unprepare(self.model)
 
 
 class Context:
@@ -64,20 +79,20 @@ def timed_ms(run: Callable[[], object]) -> tuple[float, float]:
     return (time.perf_counter() - wall) * 1e3, (time.thread_time() - cpu) * 1e3
 
 
-def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repetitions: int) -> dict:
+def measure_widths(forms: Forms, ids: torch.Tensor, repetitions: int) -> dict:
     """Milliseconds of a forward by form and width, all forms in turn."""
-    context = Context(models["float32"], ids)
-    best = {name: {width: (float("inf"),) * 2 for width in WIDTHS} for name in WEIGHTS}
+    context = Context(forms.model, ids)
+    best = {name: {width: (float("inf"),) * 2 for width in WIDTHS} for name in forms.names}
     for _ in range(repetitions):
-        for name in WEIGHTS:
-            with form(models, name) as model:
+        for name in forms.names:
+            with forms.form(name) as model:
                 for width in WIDTHS:
                     new = ids[:, :width]
                     times = timed_ms(lambda model=model, new=new: context.forward(model, new))
                     best[name][width] = tuple(map(min, best[name][width], times))
-    for name in ("float", "int8"):
-        with form(models, name) as model:
-            if model._specdec_prepared.num_fused_layers < model.config.num_hidden_layers:
+    for name in forms.names:
+        with forms.form(name) as model:
+            if name == "stock" or model._specdec_prepared.num_fused_layers < model.config.num_hidden_layers:
                 continue  # calibration or the lack of a compiler left torch products, which are not exact
             wide = context.forward(model, ids[:, :8])
             assert torch.equal(context.forward(model, ids[:, :3]), wide[:, :3]), f"{name}: rows depend on their company"
@@ -86,12 +101,12 @@ def measure_widths(models: dict[str, PreTrainedModel], ids: torch.Tensor, repeti
     }
 
 
-def measure_decoding(models: dict[str, PreTrainedModel], ids: torch.Tensor, num_tokens: int, repetitions: int) -> dict:
+def measure_decoding(forms: Forms, ids: torch.Tensor, num_tokens: int, repetitions: int) -> dict:
     """Milliseconds per token of transformers' generate() after the first token, by form."""
-    best = {name: (float("inf"),) * 2 for name in WEIGHTS}
+    best = {name: (float("inf"),) * 2 for name in forms.names}
     for _ in range(repetitions):
-        for name in WEIGHTS:
-            with form(models, name) as model:
+        for name in forms.names:
+            with forms.form(name) as model:
                 times = []
                 for length in (1, 1 + num_tokens):
                     options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
@@ -119,13 +134,14 @@ def memory_mib(field: str) -> float:
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
-def measure_preparation(model: PreTrainedModel) -> dict:
-    """prepare(model, "int8") in place: seconds, and peak memory over the float model's (Linux only)."""
+def measure_preparation(model: PreTrainedModel, weights: str) -> dict:
+    """prepare(model, weights) in place: seconds, and peak memory over the float model's (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before_mib, start = memory_mib("VmRSS"), time.perf_counter()
-    kernels.prepare(model, "int8")
+    kernels.prepare(model, weights)
     seconds = time.perf_counter() - start
     return {
+        "weights": weights,
         "seconds": seconds,
         "before_mib": before_mib,
         "peak_ratio": memory_mib("VmHWM") / before_mib,
@@ -139,29 +155,40 @@ def main() -> None:
     parser.add_argument("model")
     for name, default in (("context", 256), ("repetitions", 10), ("threads", 2), ("tokens", 16), ("text", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--weights", default=",".join(WEIGHTS), help="forms of the model, joined by commas")
+    add_instructions(parser)
+    parser.add_argument("--only-widths", action="store_true", help="measure forwards, and nothing else")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    names = arguments.weights.split(",")
+    if unknown := set(names) - set(WEIGHTS):
+        parser.error(f"--weights: {', '.join(unknown)} is none of {', '.join(WEIGHTS)}")
+    select_instructions(arguments.instructions)
+    model, tokenizer, _ = models.load(arguments.model, dtype="float32", device="cpu", threads=arguments.threads)
     text = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, : arguments.text]
-    start = time.perf_counter()
-    kernels.prepare(model)
     report = {"model": Path(arguments.model).name, "threads": arguments.threads, "kernels": kernels.describe()}
-    report["float_preparation_s"] = time.perf_counter() - start
-    report["best_threads"] = kernels.calibrate_threads(model)
-    kernels.unprepare(model)
-
-    models = {"float32": model, "int8": kernels.quantized_copy(model)}
-    report["forward"] = measure_widths(models, text[:, : arguments.context], arguments.repetitions)
-    report["decoding"] = measure_decoding(models, text, arguments.tokens, max(2, arguments.repetitions // 3))
-    report["perplexity"] = {}
-    for name in WEIGHTS:
-        with form(models, name) as current:
-            report["perplexity"][name] = perplexity(current, text)
-    del models
-    report["preparation"] = measure_preparation(model)
+    forms = Forms(model, names)
+    report["forward"] = measure_widths(forms, text[:, : arguments.context], arguments.repetitions)
+    if not arguments.only_widths:
+        report |= measure_the_rest(forms, text, arguments)
     show(report)
     print(json.dumps(report))
+
+
+def measure_the_rest(forms: Forms, text: torch.Tensor, arguments: argparse.Namespace) -> dict:
+    """Plain decoding, perplexity, and what preparation takes."""
+    report = {"decoding": measure_decoding(forms, text, arguments.tokens, max(2, arguments.repetitions // 3))}
+    report["perplexity"] = {}
+    for name in forms.names:
+        with forms.form(name) as current:
+            report["perplexity"][name] = perplexity(current, text)
+    start = time.perf_counter()
+    kernels.prepare(forms.model)
+    report["float_preparation_s"] = time.perf_counter() - start
+    report["best_threads"] = kernels.calibrate_threads(forms.model)
+    kernels.unprepare(forms.model)
+    if quantized := [name for name in forms.names if name in QUANTIZED]:
+        report["preparation"] = measure_preparation(forms.model, quantized[0])
+    return report
 
 
 def show(report: dict) -> None:
@@ -172,11 +199,14 @@ def show(report: dict) -> None:
             one = by_width[1][clock]
             cells = (f"{by_width[w][clock]:8.1f} ({by_width[w][clock] / one:4.2f})" for w in WIDTHS)
             print(f"  {name:18}" + " ".join(cells))
-        stock = report["decoding"]["stock"][clock]
-        rates = (f"{name} {t[clock]:.1f} ({stock / t[clock]:.2f}x)" for name, t in report["decoding"].items())
-        print(f"plain decoding, {clock} per token: " + ", ".join(rates))
-    print("perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report["perplexity"].items()))
-    print("prepare(int8): " + ", ".join(f"{name} {value:.2f}" for name, value in report["preparation"].items()))
+        if "decoding" in report:
+            first = next(iter(report["decoding"].values()))[clock]
+            rates = (f"{name} {t[clock]:.1f} ({first / t[clock]:.2f}x)" for name, t in report["decoding"].items())
+            print(f"plain decoding, {clock} per token: " + ", ".join(rates))
+    if "perplexity" in report:
+        print("perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report["perplexity"].items()))
+    if "preparation" in report:
+        print("preparation: " + ", ".join(f"{name} {value}" for name, value in report["preparation"].items()))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from bench._script import parser_of, write_json
+from bench._script import WEIGHTS, add_instructions, parser_of, select_instructions, write_json
 from specdec.drafters import Plain
 from specdec.engine import Engine, Generation, Request
-from specdec.kernels import native, prepare
+from specdec.kernels import prepare
 from specdec.models import load
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
@@ -110,24 +110,20 @@ def measure(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, An
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--weights", choices=("stock", "float", "int8"), default="int8")
+    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--instructions", choices=("avx2", "avx512", "amx"), help="the best there is, if absent")
+    add_instructions(parser)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    library = native.library()
-    if options.instructions:
-        if library is None:
-            raise SystemExit(f"--instructions {options.instructions}: {native.describe()}")
-        library.select(options.instructions)
+    select_instructions(options.instructions)
     model, _, _ = load(options.model)
     if options.weights != "stock":
-        prepare(model, "int8" if options.weights == "int8" else None)
+        prepare(model, options.weights)
     result = {"options": {**vars(options), "output": None}, **measure(model, options)}
     print(json.dumps(result, indent=2))
     if options.output:

@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, _ = load(args.model, threads=args.threads)
     if args.weights != "stock":
-        specdec.prepare(model, weights="int8" if args.weights == "int8" else None)
+        specdec.prepare(model, weights=args.weights)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     print(f"{'':<14} {'ms a token, by quarter':>31}")
     drafters: dict[str, Drafter] = {"plain": Plain(), "prompt-lookup": PromptLookup()}

@@ -84,7 +84,7 @@ def generate(
             they also see prefixes that are drafted and then dropped.
         drafter: a `specdec.drafters` instance, or its name on the command line ("prompt-lookup:num_tokens=8"); None
             or "auto" chooses every round what is quickest, plain decoding included; so does a smaller model of the same
-            tokenizer, which is then one of the choices.
+            tokenizer, or the folder of a draft head (`DraftHead`), which is then one of the choices.
         tree: how drafts grow, a `trees` policy; None leaves it to the drafter.
         verify: "topdown" (multi-round residual sampling) or "traversal" (accepts more; both are exact).
         router: a `routers` instance: `drafter`, a smaller model, then writes whole reasoning steps, and the target

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 DTYPES = ("float32", "bfloat16", "float16")
-Weights = Literal["stock", "float", "int8"]
+QuantizedWeights = Literal["int8", "int4"]
+Weights = Literal["stock", "float", QuantizedWeights]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class ModelOptions:
         device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         weights: "stock": as loaded; "float": the same weights in products that are quick for a few tokens on a CPU;
-            "int8": 8-bit weights on a CPU, which is another model than the float one.
+            "int8", "int4": weights of 8 or 4 bits on a CPU, which is another model than the float one.
         trust_remote_code: run the Python code that comes with a model.
 
     Raises:

@@ -29,6 +29,7 @@ PROMPT_LOOKUP = "prompt-lookup"
 SMALL_MODEL = "small-model"
 QUANTIZED_SELF = "quantized-self"
 FOREIGN_MODEL = "foreign-model"
+DRAFT_HEAD = "draft-head"
 CHAIN = "chain"
 SEQUOIA = "sequoia"
 DYSPEC = "dyspec"
@@ -48,6 +49,7 @@ WHOLE = Value("a whole number", int)
 NUMBER = Value("a number", float)
 TEXT = Value("a text", str)
 FLAG = Value("true or false", {"true": True, "false": False}.__getitem__)
+_UNIONS = (Union, types.UnionType)
 _NONE = Value("none", {"none": None}.__getitem__)
 _WIDTHS = Value("whole numbers joined by x (4x2x1)", lambda text: tuple(map(int, text.split("x"))))
 _VALUES: dict[Any, Value] = {
@@ -65,7 +67,7 @@ def value_of(annotation: Any) -> Value | None:
     if get_origin(annotation) is Literal:
         words = {word: word for word in get_args(annotation)}
         return Value(" or ".join(words), words.__getitem__)
-    if get_origin(annotation) not in (Union, types.UnionType):
+    if get_origin(annotation) not in _UNIONS:
         return _VALUES.get(annotation)
     known = [value for value in map(value_of, get_args(annotation)) if value is not None]
     if known in ([], [_NONE]):
@@ -106,12 +108,20 @@ def parse_parameter(kind: str, assignment: str, allowed: Mapping[str, Value]) ->
 def _parse(name: str, constructor: Callable[..., Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Arguments of a constructor; raises `ValueError` that says what is allowed, or what is missing."""
     signature = inspect.signature(constructor, eval_str=True).parameters
-    values = {one: value for one in signature if (value := value_of(signature[one].annotation)) is not None}
+    typed = (one for one, parameter in signature.items() if not _is_given(parameter))
+    values = {one: value for one in typed if (value := value_of(signature[one].annotation)) is not None}
     given = dict(parse_parameter(name, assignment, values) for assignment in assignments)
     for one, value in values.items():
         if one not in given and signature[one].default is inspect.Parameter.empty:
             raise ValueError(f"{name} needs its {one}, {value.meaning}: {name}:{one}=...")
     return given
+
+
+def _is_given(parameter: inspect.Parameter) -> bool:
+    """Whether it is what a constructor is made of (`_Drafter.made_of`): it has no default, and may be no text."""
+    if parameter.default is not inspect.Parameter.empty or get_origin(parameter.annotation) not in _UNIONS:
+        return False
+    return any(value_of(kind) is None for kind in get_args(parameter.annotation))
 
 
 class _Tree(NamedTuple):
@@ -152,10 +162,11 @@ class _Drafter(NamedTuple):
 
 _ALL = tuple(_TREES)
 _DRAFTERS = {
-    AUTO: _Drafter("Auto", uses_draft="maybe", made_of=lambda draft, _: [_built(SMALL_MODEL, draft)]),
+    AUTO: _Drafter("Auto", uses_draft="maybe", made_of=lambda draft, _: [_built(_drafting(draft), draft)]),
     PLAIN: _Drafter("Plain"),
     PROMPT_LOOKUP: _Drafter("PromptLookup", trees=(CHAIN, DYSPEC)),
     SMALL_MODEL: _Drafter("SmallModel", trees=_ALL, uses_draft="always", made_of=lambda draft, _: [draft]),
+    DRAFT_HEAD: _Drafter("DraftHead", trees=_ALL, uses_draft="always", made_of=lambda draft, _: [draft]),
     QUANTIZED_SELF: _Drafter("QuantizedSelf", trees=_ALL),
     "early-exit": _Drafter("EarlyExit", trees=_ALL, is_joined=False),
     FOREIGN_MODEL: _Drafter(
@@ -169,7 +180,7 @@ _DRAFTERS = {
         "Mixed",
         trees=(CHAIN, DYSPEC),
         uses_draft="always",
-        made_of=lambda draft, _: [[_built(PROMPT_LOOKUP), _built(SMALL_MODEL, draft)]],
+        made_of=lambda draft, _: [[_built(PROMPT_LOOKUP), _built(_drafting(draft), draft)]],
         is_joined=False,
     ),
     "cascade": _Drafter("Cascade", trees=(CHAIN,), made_of=lambda *_: [_built(PROMPT_LOOKUP)]),
@@ -228,13 +239,38 @@ class DrafterSpec(_Spec):
         """What `specdec.generate` takes as `drafter`.
 
         Args:
+            draft: a draft model, or a draft head.
             tokenizers: the draft's and the target's, for `foreign-model`.
+
+        Raises:
+            ValueError: it needs a draft model and is given a head, or the other way round.
         """
         if self.kind == AUTO and draft is None:
             return AUTO
+        if self.kind in (SMALL_MODEL, FOREIGN_MODEL, DRAFT_HEAD):
+            _check_kind(self.kind, draft)
         drafter = _DRAFTERS[self.kind]
         built: Drafter = drafter.constructor(*drafter.made_of(draft, tokenizers), **self.parameters)
         return built
+
+
+def _drafting(draft: PreTrainedModel | None) -> str:
+    """The drafter that drafts with this."""
+    head: type = import_module("specdec.drafters.head.eagle").Eagle3
+    return DRAFT_HEAD if isinstance(draft, head) else SMALL_MODEL
+
+
+def _check_kind(kind: str, draft: PreTrainedModel | None) -> None:
+    is_head = _drafting(draft) == DRAFT_HEAD
+    if is_head != (kind == DRAFT_HEAD):
+        given, fitting = ("a draft head", DRAFT_HEAD) if is_head else ("a model and no draft head", SMALL_MODEL)
+        raise ValueError(f"{kind} cannot draft with what --draft names, which is {given}: use {fitting} or {AUTO}")
+
+
+def drafter_of(draft: str) -> str:
+    """The drafter that drafts with what --draft names: a folder says whether it holds a head or a model."""
+    holds_head: bool = import_module("specdec.drafters.head.formats").is_head(draft)
+    return DRAFT_HEAD if holds_head else SMALL_MODEL
 
 
 def _built(name: str, draft: PreTrainedModel | None = None) -> Drafter | str:
@@ -267,9 +303,10 @@ class TreeSpec(_Spec):
 
 def check_draft(specs: Sequence[DrafterSpec], draft: str | None) -> None:
     """Raise `ValueError` if a drafter lacks its draft model, or if no drafter uses the one that was given."""
-    needing = [spec.text for spec in specs if spec.needs_draft]
+    needing = [spec for spec in specs if spec.needs_draft]
     if needing and draft is None:
-        raise ValueError(f"{needing[0]} drafts with a smaller model: give it with --draft")
+        what = "the head in a folder" if needing[0].kind == DRAFT_HEAD else "a smaller model"
+        raise ValueError(f"{needing[0].text} drafts with {what}: give it with --draft")
     if draft is not None and not any(spec.may_use_draft for spec in specs):
         users = ", ".join((AUTO, *DRAFTERS_OF_A_MODEL))
         raise ValueError(f"--draft is for {users}, of which none was asked for: add one, or leave --draft out")
@@ -286,7 +323,7 @@ def choose_drafter(
     Raises:
         ValueError: an unknown name, a drafter that cannot do that, or that lacks or cannot use its draft model.
     """
-    spec = DrafterSpec.parse(name or (AUTO if draft is None or tree is None else SMALL_MODEL))
+    spec = DrafterSpec.parse(name or (AUTO if draft is None or tree is None else drafter_of(draft)))
     if for_engine and spec.kind not in DRAFTERS_OF_AN_ENGINE:
         raise ValueError(
             f"{spec.kind} cannot draft for rows that join a batch: use {' or '.join(DRAFTERS_OF_AN_ENGINE)}"

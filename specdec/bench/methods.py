@@ -10,12 +10,12 @@ from specdec.specs import (
     DRAFTERS,
     PLAIN,
     PROMPT_LOOKUP,
-    SMALL_MODEL,
     TRANSFORMERS,
     DrafterSpec,
     TreeSpec,
     check_draft,
     check_known,
+    drafter_of,
     takers,
 )
 
@@ -65,4 +65,4 @@ def _with_trees(drafters: Mapping[str, DrafterSpec | None], trees: Sequence[Tree
 
 
 def _default_methods(draft: str | None) -> list[str]:
-    return [PROMPT_LOOKUP, AUTO] if draft is None else [PROMPT_LOOKUP, SMALL_MODEL, AUTO]
+    return [PROMPT_LOOKUP, AUTO] if draft is None else [PROMPT_LOOKUP, drafter_of(draft), AUTO]

@@ -25,7 +25,7 @@ from specdec.cli.options import (
     VerifyOption,
 )
 from specdec.cli.status import make_way
-from specdec.specs import SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
+from specdec.specs import DRAFT_HEAD, SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ _TreeOption = Annotated[
         "--tree",
         metavar="SPEC",
         help=f"How drafts grow: {_EXAMPLES} (see `specdec bench`). With a --draft and no --drafter, {SMALL_MODEL} "
-        "grows it.",
+        f"(or {DRAFT_HEAD}) grows it.",
     ),
 ]
 

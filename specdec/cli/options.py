@@ -24,8 +24,8 @@ MODEL_OPTIONS: FieldOptions = {
     "weights": typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="Of both models. stock: as loaded. float: the same weights, with faster kernels on a CPU. int8: 8-bit "
-        "weights on a CPU, which change the output.",
+        help="Of both models. stock: as loaded. float: the same weights, with faster kernels on a CPU. int8, int4: "
+        "weights of 8 or 4 bits on a CPU, which change the output.",
         rich_help_panel=MODEL_PANEL,
     ),
     "trust_remote_code": typer.Option(
@@ -40,7 +40,7 @@ MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1
 
 
 def _draft_option(tokenizers: str) -> Any:
-    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}."
+    help_text = f"A smaller model that drafts for --model, of the same tokenizer{tokenizers}; or the folder of a head."
     return typer.Option("--draft", "-d", metavar="MODEL", help=help_text, rich_help_panel=MODEL_PANEL)
 
 

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.control.costs import ForwardCosts, synchroniser, varied_tokens
-from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.model import TreeModel
 
 MOST_ROWS = 64

@@ -133,18 +133,19 @@ class DecodingLoop:
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
-    def join(self, tokens: Sequence[int], states: RowStates | None) -> int:
+    def join(self, tokens: Sequence[int], states: RowStates | None, hidden: dict[int, Tensor]) -> int:
         """A row more, between two rounds. Its last token is the root of its first round.
 
         Args:
             tokens: its prompt, without padding.
             states: of all tokens but the last, copied; None if there is but one token.
+            hidden: see `TreeModel.joined_states`.
 
         Returns:
             Its number in `sequences.rows`.
         """
         number = self.sequences.join(tokens)
-        self.target.join(states)
+        self.target.join(states, hidden)
         self.session.join()
         return number
 

@@ -5,6 +5,7 @@ from specdec.drafters.auto.drafter import Auto
 from specdec.drafters.composite.cascade import Cascade
 from specdec.drafters.composite.mixed import Mixed
 from specdec.drafters.early_exit.drafter import EarlyExit
+from specdec.drafters.head.drafter import DraftHead
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.foreign_model import ForeignModel
 from specdec.drafters.model.quantized_self import QuantizedSelf
@@ -14,6 +15,7 @@ from specdec.drafters.plain import Plain
 __all__ = [
     "Auto",
     "Cascade",
+    "DraftHead",
     "DraftSession",
     "Drafter",
     "EarlyExit",

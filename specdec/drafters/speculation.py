@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from specdec.decoding.drafter import Drafter
 from specdec.devices import home_device
 from specdec.drafters.auto.drafter import Auto
+from specdec.drafters.head.drafter import DraftHead
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.formats import is_head
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.small_model import SmallModel
 from specdec.tree_model.compatibility import check_model
@@ -81,10 +84,13 @@ def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPol
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):
-        small = SmallModel(drafter)
+        small = DraftHead(drafter) if isinstance(drafter, Eagle3) else SmallModel(drafter)
         return Auto(small) if tree is None else small
+    if isinstance(drafter, str) and is_head(drafter):
+        return _as_drafter(Eagle3.load(drafter), tree)
     raise ValueError(
-        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
+        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, the folder of "
+        "a draft head, None or 'auto'"
     )
 
 

@@ -210,11 +210,12 @@ class Engine:
                 attention_mask=None,
             )
         )
+        self._reader.keep_states(target.kept_depths)
         if not session.takes_rows:
             session.close()
             raise DraftError(
                 f"{type(self._drafter).__name__} cannot take rows that join a batch: an engine drafts with Auto, "
-                "PromptLookup, SmallModel, QuantizedSelf or Plain"
+                "PromptLookup, SmallModel, DraftHead, QuantizedSelf or Plain"
             )
         return ContinuousBatchingLoop(
             target=target,
@@ -281,7 +282,7 @@ class Engine:
     def _join(self, running: RunningRequest) -> None:
         """The prompt that is being read has been, and its request is decoded from now on."""
         states = self._reader.states
-        self._loop.admit(running, states)
+        self._loop.admit(running, states, self._reader.hidden)
         if states is not None:
             self._keep(running.prompt[:-1], states)
         self._admitted.remove(running)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +29,17 @@ class PromptReader:
         self._tokens: list[int] = []
         """Of the prompt but the last, which is the root of the first round."""
         self._num_read = 0
+        self._hidden: list[dict[int, Tensor]] = []
+
+    def keep_states(self, depths: Iterable[int]) -> None:
+        """Keep what `hidden` gives (see `TreeModel.keep_states`)."""
+        self._model.keep_states(depths)
+
+    @property
+    def hidden(self) -> dict[int, Tensor]:
+        """Hidden states [S, C] of the tokens that have been read here, which are the last ones of the prompt."""
+        depths = self._hidden[0] if self._hidden else ()
+        return {depth: torch.cat([part[depth][0] for part in self._hidden]) for depth in depths}
 
     @property
     def num_left(self) -> int:
@@ -46,6 +57,7 @@ class PromptReader:
             return
         self._request, self._tokens = running, running.prompt[:-1]
         self._model.begin(1, capacity=len(self._tokens))
+        self._hidden = []
         self._num_read, states = self._prefixes.match(self._tokens)
         running.begin(self._num_read)
         if states is not None:
@@ -56,6 +68,7 @@ class PromptReader:
         part_1T = self._next(most)
         if part_1T.numel():
             self._model.read(part_1T)
+            self._hidden.append(self._model.states)
             if part_1T.is_cuda:  # what is under way would count as the round's
                 torch.cuda.synchronize(part_1T.device)
         self._num_read += part_1T.numel()
@@ -74,7 +87,7 @@ class PromptReader:
     def forget(self, running: RunningRequest) -> None:
         """The request is gone, or has all that it needs."""
         if running is self._request:
-            self._request, self._tokens, self._num_read = None, [], 0
+            self._request, self._tokens, self._num_read, self._hidden = None, [], 0, []
             self._model.begin()
 
     def _next(self, most: int) -> Tensor:

@@ -202,10 +202,10 @@ class ContinuousBatchingLoop(DecodingLoop):
         super().__post_init__()
         self.finished: list[RunningRequest] = []
 
-    def admit(self, running: RunningRequest, states: RowStates | None) -> None:
+    def admit(self, running: RunningRequest, states: RowStates | None, hidden: dict[int, Tensor]) -> None:
         """Let a request join; arguments as of `join`. What it may come to hold is allocated now."""
         self.target.cache.reserve(len(self.requests) + 1, running.need)
-        self.requests[self.join(running.prompt, states)] = running
+        self.requests[self.join(running.prompt, states, hidden)] = running
 
     def dismiss(self, running: RunningRequest) -> None:
         """Let a request go, in whatever state it is."""

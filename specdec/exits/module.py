@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import DraftError, UnsupportedModelError
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import QuantizedLinear
 from specdec.tree_model.layer_views import LayerViews
 
 FORMAT = "1"
@@ -192,8 +192,8 @@ def _restricted_head(model: PreTrainedModel, vocab_ids: Tensor) -> nn.Linear:
     return restricted
 
 
-def _rows(linear: nn.Linear | Int8Linear, ids: Tensor) -> Tensor:
-    """Rows of a linear's weights; of an int8 one, which does not have them, from its products with unit vectors."""
+def _rows(linear: nn.Linear | QuantizedLinear, ids: Tensor) -> Tensor:
+    """Rows of a linear's weights; of a quantised one, which does not have them, from its products with unit vectors."""
     if isinstance(linear, nn.Linear):
         return linear.weight[ids]
     bias = 0 if linear.bias is None else linear.bias[ids]

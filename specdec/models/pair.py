@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from specdec import models
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.formats import is_head
 from specdec.errors import DraftError
 from specdec.kernels import prepare
 from specdec.model_options import ModelOptions
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LoadedPair(NamedTuple):
-    """A target, and the model that drafts for it if there is one."""
+    """A target, and the model or the head that drafts for it if there is one."""
 
     target: models.LoadedModel
     draft: models.LoadedModel | None = None
@@ -41,7 +44,7 @@ def load_pair(
 
     Raises:
         ModelError: a model cannot be found, fetched or read.
-        DraftError: the draft's tokenizer gives a token another id than the target's does.
+        DraftError: the draft's tokenizer gives a token another id than the target's does, or a head cannot be read.
     """
     target = load_target(model, options, to_chat=to_chat)
     return LoadedPair(target, None if draft is None else load_draft(draft, target, options, translates=translates))
@@ -55,7 +58,9 @@ def load_target(model: str, options: ModelOptions, *, to_chat: bool = False) -> 
 def load_draft(
     draft: str, target: models.LoadedModel, options: ModelOptions, *, translates: bool = False
 ) -> models.LoadedModel:
-    """The second half of `load_pair`."""
+    """The second half of `load_pair`; a head is fitted to the target by its drafter."""
+    if is_head(draft):
+        return models.LoadedModel(Eagle3.load(draft), target.tokenizer, Path(draft).resolve().name)
     small = _load(draft, options)
     if not translates:
         _check_same_ids(target.tokenizer, small.tokenizer)
@@ -99,5 +104,5 @@ def _load(
 
 def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.LoadedModel:
     if options.weights != "stock":
-        prepare(loaded.model, weights="int8" if options.weights == "int8" else None)
+        prepare(loaded.model, weights=options.weights)
     return loaded

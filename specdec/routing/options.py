@@ -12,7 +12,7 @@ from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.routing.remote.endpoint import Endpoint
-from specdec.tree_model.cache import keeps_states
+from specdec.tree_model.layer_kinds import keeps_states
 
 
 def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:

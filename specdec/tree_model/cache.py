@@ -1,4 +1,4 @@
-"""The KV cache of a tree-decoding model. With `tree_layer.py` the only file that touches HF cache classes.
+"""The cache of a tree-decoding model. Its layers are in `tree_layer.py` and `recurrent.py`; no others touch HF's.
 
 Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
 of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
@@ -22,20 +22,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
-    get_layer_types_and_kwargs,
 )
 
-from specdec.errors import UnsupportedModelError, UnsupportedOptionError
+from specdec.errors import UnsupportedOptionError
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
 from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
@@ -61,73 +55,6 @@ class Point(NamedTuple):
 
     lengths: Sequence[int]
     states: Sequence[States]
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer's tokens see.
-
-    Args:
-        name: the kind's name in `config.layer_types`, by which models take its mask.
-        reach: a window, or the size of chunks; None if a token sees all that came before it.
-        num_states: states of recurrences and convolutions that each token overwrites.
-        has_slots: whether the layer attends to keys and values.
-    """
-
-    name: str
-    reach: int | None = None
-    num_states: int = 0
-    has_slots: bool = True
-
-    @property
-    def is_chunked(self) -> bool:
-        return self.name == "chunked_attention"
-
-    def within(self, num_slots: int) -> LayerKind:
-        """The same among so few slots that all may be visible."""
-        return self if self.reach is not None and self.reach < num_slots else replace(self, reach=None)
-
-
-_ATTENDING = (
-    *(DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer),
-    *(LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer),
-)
-
-
-def layer_kinds(config: PreTrainedConfig) -> list[LayerKind | None]:
-    """The kind of each layer; None for one that stores nothing, such as one that takes an earlier layer's keys.
-
-    Raises:
-        UnsupportedModelError: a layer keeps a state that cannot be rolled back or masked by tree.
-    """
-    text = config.get_text_config(decoder=True)
-    names, _ = get_layer_types_and_kwargs(text)
-    kinds: list[LayerKind | None] = []
-    for index, (name, layer) in enumerate(zip(names, DynamicCache(config=text).layers, strict=True)):
-        num_states = getattr(layer, "number_of_states", 0)
-        if type(layer) is DummyLayer:
-            kinds.append(None)
-        elif type(layer) is LinearAttentionLayer:
-            kinds.append(LayerKind(name, num_states=num_states, has_slots=False))
-        elif type(layer) in _ATTENDING:
-            kinds.append(LayerKind(name, getattr(layer, "sliding_window", None), num_states))
-        else:
-            raise UnsupportedModelError(
-                f"layer {index} of this {config.model_type!r} model keeps a {type(layer).__name__}, which cannot "
-                "take back drafted tokens; specdec decodes models whose layers attend to keys and values, in full "
-                "or in windows or chunks, or keep a state: use model.generate()"
-            )
-    if len({kind.name for kind in kinds if kind is not None}) < len({kind for kind in kinds if kind is not None}):
-        raise UnsupportedModelError(
-            f"layers of one type have windows of different sizes in this {config.model_type!r} model, and models take "
-            "one mask a type: use model.generate()"
-        )
-    return kinds
-
-
-def keeps_states(config: PreTrainedConfig) -> bool:
-    """Whether a layer has a state that each token overwrites: what has been read cannot be taken back then."""
-    return any(kind is not None and kind.num_states for kind in layer_kinds(config))
 
 
 class TreeCache(Cache):

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from specdec.errors import SpecdecError, UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels.model.profile import profile_of
 from specdec.stages import stage
-from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.early_exit import EarlyExitModel
-from specdec.tree_model.quantised import kinds_of_weights, rounds_activations
+from specdec.tree_model.layer_kinds import keeps_states
+from specdec.tree_model.quantised import weights_of
 from specdec.tree_model.trial import trial_logits
 from trees import TreeBatch
 
@@ -85,15 +85,16 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} cuts the window of its local attention by cache slot, which is not a tree's position: "
             "use model.generate()"
         )
-    if rounds_activations(model):
+    weights = weights_of(model)
+    if weights.round_activations:
         raise UnsupportedModelError(
             f"products of {name} round what goes into them (quantised activations), so that a token's logits jump with "
             "the tokens beside it: quantise the weights alone, or use model.generate()"
         )
-    passed, weights = profile_of(model).part(PassedTrials), kinds_of_weights(model)
-    if (weights or config.model_type not in VERIFIED_FAMILIES) and passed.by_tree != weights:
+    passed = profile_of(model).part(PassedTrials)
+    if (weights.kinds or config.model_type not in VERIFIED_FAMILIES) and passed.by_tree != weights.kinds:
         _compare_with_plain(model)
-        passed.by_tree = weights
+        passed.by_tree = weights.kinds
 
 
 def position_limit(model: PreTrainedModel) -> int:

@@ -25,7 +25,8 @@ from specdec.errors import UnsupportedModelError
 from specdec.hf import cache_name
 from specdec.kernels import prepared
 from specdec.tree_model import masks
-from specdec.tree_model.cache import LayerKind, RowStates, TreeCache, layer_kinds
+from specdec.tree_model.cache import RowStates, TreeCache
+from specdec.tree_model.layer_kinds import LayerKind, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.positions import next_positions, positions_read
 from specdec.tree_model.state_owners import reads_on
@@ -62,6 +63,8 @@ class TreeModel:
     Attributes:
         states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
             that many layers [B, T, C], before the final norm, slot by slot.
+        joined_states: the same of the row that has joined last, [S, C], of the last tokens that it holds: those whose
+            states are known.
     """
 
     cache: TreeCache
@@ -88,6 +91,7 @@ class TreeModel:
         self.device = home_device(model)
         self.num_forwards = 0
         self.states: dict[int, Tensor] = {}
+        self.joined_states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
         self._along: Along | None = None
 
@@ -125,8 +129,13 @@ class TreeModel:
             self.cache, self._lag_AB, self._prompt_BP = whole
 
     def keep_states(self, depths: Iterable[int]) -> None:
-        """From now on keep the hidden states after these numbers of layers (1 and more) in `states`."""
-        self._kept = frozenset(depths)
+        """From now on keep the hidden states after these numbers of layers (1 and more) in `states`, besides others."""
+        self._kept |= frozenset(depths)
+
+    @property
+    def kept_depths(self) -> frozenset[int]:
+        """The numbers of layers after which states are kept."""
+        return self._kept
 
     def prefill(
         self,
@@ -190,34 +199,43 @@ class TreeModel:
         self._prompt_BP = None
         self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
 
-    def join(self, states: RowStates | None = None) -> None:
-        """A row more, at the end, without padding (see `TreeCache.join`)."""
+    def join(self, states: RowStates | None = None, hidden: dict[int, Tensor] | None = None) -> None:
+        """A row more, at the end, without padding.
+
+        Args:
+            states: see `TreeCache.join`.
+            hidden: see `joined_states`.
+        """
         self.cache.join(states)
+        self.joined_states = hidden or {}
         self._lag_AB = torch.nn.functional.pad(self._lag_AB, (0, 1))
         if self._prompt_BP is not None:
             self._prompt_BP = torch.nn.functional.pad(self._prompt_BP, (0, 0, 0, 1), value=True)
 
     def read(self, tokens_BT: Tensor) -> None:
-        """Commit T more tokens of every row; what the model says to them is not wanted.
+        """Commit T more tokens of every row; what the model says to them is not wanted, but for states that are kept.
 
         Args:
             tokens_BT: int64, T at least 1.
         """
         if not self.keeps_states:
-            self._read_part(tokens_BT)
+            parts, by_steps = (tokens_BT,), True
         elif not any(self.cache.lengths) or reads_on(self.model):
-            self._read_part(tokens_BT, by_steps=False)
+            parts, by_steps = (tokens_BT,), False
         else:
-            for part_BT in tokens_BT.split(_STEPS, 1):
-                self._read_part(part_BT)
+            parts, by_steps = tokens_BT.split(_STEPS, 1), True
+        read = [self._read_part(part_BT, by_steps=by_steps) for part_BT in parts]
+        self.states = {depth: torch.cat([part[depth] for part in read], 1) for depth in read[0]}
 
-    def _read_part(self, tokens_BT: Tensor, *, by_steps: bool = True) -> None:
-        inputs = self._new_inputs(tokens_BT)
+    def _read_part(self, tokens_BT: Tensor, *, by_steps: bool) -> dict[int, Tensor]:
+        """Returns the states that are kept."""
+        view, inputs = self._whole() if self._kept else self._body, self._new_inputs(tokens_BT)
         if not by_steps:
             assert self.cache.states is not None
             self.cache.states.begin_reading()
-        self._run(self._body, inputs, num_logits=1)
+        self._run(view, inputs, num_logits=1)
         self._take_new(tokens_BT)
+        return self._at_home(view.states)
 
     @property
     def can_read_along(self) -> bool:

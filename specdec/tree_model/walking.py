@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import QuantizedLinear
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.levels import Level, Schedule
 from specdec.tree_model.module_copies import StandIn, with_modules
@@ -58,7 +58,7 @@ class _Walked(StandIn):
         self._index, self._keys = index, keys
         self._stepping = Stepping()
         self._learned: Learned | None = None
-        linears = {path: part for path, part in mixer.named_modules() if isinstance(part, nn.Linear | Int8Linear)}
+        linears = {path: part for path, part in mixer.named_modules() if isinstance(part, nn.Linear | QuantizedLinear)}
         # in a list, as there are no further modules to be found here
         self._copy = [with_modules(mixer, {path: SharedLinear(part, self._stepping) for path, part in linears.items()})]
 

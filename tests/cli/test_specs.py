@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -21,6 +24,7 @@ from specdec.cli.app import app
 from specdec.cli.chat.commands import COMMANDS
 from specdec.cli.grafting import grafted
 from specdec.cli.options import MODEL_OPTIONS
+from specdec.drafters.head.eagle import Eagle3
 from specdec.engine import Engine
 from specdec.errors import DraftError
 from specdec.model_options import ModelOptions
@@ -37,16 +41,26 @@ from specdec.specs import (
     choose_drafter,
     value_of,
 )
-from specdec.testing import ByteTokenizer, tiny_model
+from specdec.testing import BYTE_VOCAB_SIZE, ByteTokenizer, tiny_model
 from tests.support.commands import PROMPT, error_of, plain_text, specdec_command
+from tests.support.heads import TinyHead, save_speculators
 from tests.support.tiny_models import save_tiny_model, save_word_model
 
 MODEL, TOKENIZERS = tiny_model("llama"), (ByteTokenizer(), ByteTokenizer())
+HEAD = TinyHead(vocab_size=BYTE_VOCAB_SIZE, drafts=range(0, BYTE_VOCAB_SIZE, 3), layers=(1, 2))
 
 
 def built(text: str) -> Any:
     spec = DrafterSpec.parse(text)
-    return spec.build(MODEL if spec.may_use_draft else None, tokenizers=TOKENIZERS)
+    return spec.build(draft_for(spec.kind) if spec.may_use_draft else None, tokenizers=TOKENIZERS)
+
+
+@cache
+def draft_for(name: str) -> Any:
+    if name != "draft-head":
+        return MODEL
+    with TemporaryDirectory() as folder:
+        return Eagle3.load(save_speculators(Path(folder), HEAD))
 
 
 # The table
@@ -90,7 +104,7 @@ def test_chat_offers_the_same() -> None:
 def test_a_drafter_takes_the_trees_that_the_table_says(tiny: str, name: str) -> None:
     """What it does not take, it refuses when it is called."""
     target = load(tiny)
-    draft = {"draft": load(tiny)} if name in DRAFTERS_OF_A_MODEL else {}
+    draft = {"draft": load(tiny)._replace(model=draft_for(name))} if name in DRAFTERS_OF_A_MODEL else {}
     drafter = LoadedPair(target, **draft).build(DrafterSpec.parse(name))
     for kind, examples in TREE_EXAMPLES.items():
         spec = TreeSpec.parse(examples.split(", ")[0])
@@ -120,6 +134,24 @@ def test_an_engine_takes_the_drafters_that_the_table_says(name: str) -> None:
             choose_drafter(name, draft, for_engine=True)
         with pytest.raises(DraftError, match="cannot take rows"):
             Engine(MODEL, drafter=built(name)).step()
+
+
+@pytest.mark.parametrize("options", [(), ("--drafter", "draft-head:num_tokens=2"), ("--tree", "fixed:2x2")])
+def test_a_draft_may_be_a_head(options: tuple[str, ...], tiny: str, tmp_path: Path) -> None:
+    """Its config.json tells it from a model."""
+    folder = save_speculators(tmp_path, HEAD)
+    plain = specdec_command("generate", PROMPT, "--model", tiny, "-n", "8", "--drafter", "plain")
+    out = specdec_command("generate", PROMPT, "--model", tiny, "-n", "8", "--draft", str(folder), *options)
+    assert out.exit_code == 0, out.output
+    assert out.stdout == plain.stdout
+
+
+def test_heads_and_models_are_not_mistaken_for_each_other() -> None:
+    with pytest.raises(ValueError, match=r"small-model cannot .* a draft head: use draft-head or auto"):
+        DrafterSpec.parse("small-model").build(draft_for("draft-head"))
+    with pytest.raises(ValueError, match=r"draft-head cannot .* no draft head: use small-model or auto"):
+        DrafterSpec.parse("draft-head").build(MODEL)
+    assert isinstance(DrafterSpec.parse("auto").build(draft_for("draft-head")).drafters[0], drafters.DraftHead)
 
 
 # Parameters
@@ -238,7 +270,7 @@ def test_chat_keeps_a_foreign_draft_for_those_who_can_use_it(tiny: str, swapped:
     [
         ({"dtype": "float8"}, "dtype 'float8' is unknown; give 'auto' or one of 'float32', 'bfloat16', 'float16'"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"weights": "int4"}, "weights 'int4' is unknown; give one of stock, float, int8"),
+        ({"weights": "int3"}, "weights 'int3' is unknown; give one of stock, float, int8, int4"),
     ],
 )
 def test_wrong_model_options_say_what_is_allowed(options: dict[str, Any], message: str) -> None:
@@ -287,7 +319,7 @@ def test_grafted_options(words_typed: list[str], printed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words_typed", [["a", "--dtype", "float32"], ["a", "--weights", "int4"], ["a", "--threads", "0"]]
+    "words_typed", [["a", "--dtype", "float32"], ["a", "--weights", "int3"], ["a", "--threads", "0"]]
 )
 def test_grafted_options_are_checked(words_typed: list[str]) -> None:
     assert CliRunner().invoke(small_app, words_typed).exit_code == 2

@@ -163,8 +163,9 @@ def test_trained_exits_in_ragged_batches(layer: int):
     assert_ragged_rows_are_exact(target, WithModules([random_exit(target, layer)], layer, num_tokens=2))
 
 
-def test_the_int8_copy_of_the_target_in_ragged_batches(target: PreTrainedModel):
-    assert_ragged_rows_are_exact(target, QuantizedSelf(num_tokens=2))
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_quantised_copy_of_the_target_in_ragged_batches(target: PreTrainedModel, weights: str):
+    assert_ragged_rows_are_exact(target, QuantizedSelf(num_tokens=2, weights=weights))
 
 
 def test_a_draft_that_is_the_target_is_always_accepted(target: PreTrainedModel):

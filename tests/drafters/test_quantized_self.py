@@ -1,4 +1,4 @@
-"""Drafting with int8 copies: the float model's output, whatever the copy says."""
+"""Drafting with quantised copies: the float model's output, whatever the copy says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import specdec
 from specdec.drafters import QuantizedSelf, SmallModel
 from specdec.testing import random_prompts, tiny_model
+from trees import DySpec
 
 NEW = 24
 
@@ -17,11 +18,13 @@ def model():
     return tiny_model("llama", vocab_size=64)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("tree", [None, DySpec(budget=12)], ids=["chain", "tree"])
 @pytest.mark.parametrize("lengths", [[9], [9, 4, 12, 1]])
-def test_the_output_is_the_float_models(model, lengths):
+def test_the_output_is_the_float_models(model, lengths, tree, weights):
     prompts = random_prompts(lengths, vocab_size=60)
     expected = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
-    drafter = QuantizedSelf()
+    drafter = QuantizedSelf(weights=weights)
     for _ in range(2):
         out = specdec.generate(
             model,
@@ -29,6 +32,7 @@ def test_the_output_is_the_float_models(model, lengths):
             max_new_tokens=NEW,
             do_sample=False,
             drafter=drafter,
+            tree=tree,
             return_dict_in_generate=True,
         )
         assert torch.equal(out.sequences, expected)
@@ -44,11 +48,13 @@ def test_the_target_keeps_its_float_weights(model):
 
 
 def test_the_copy_is_made_once(model, monkeypatch):
-    from specdec.drafters.model import int8_copy
+    from specdec.drafters.model import quantized_copy
 
     made = []
-    original = int8_copy.quantized_copy
-    monkeypatch.setattr(int8_copy, "quantized_copy", lambda target: made.append(target) or original(target))
+    original = quantized_copy.quantized_copy
+    monkeypatch.setattr(
+        quantized_copy, "quantized_copy", lambda target, weights: made.append(target) or original(target, weights)
+    )
     drafter = QuantizedSelf(num_tokens=2)
     assert not made
     for _ in range(3):
@@ -56,19 +62,21 @@ def test_the_copy_is_made_once(model, monkeypatch):
     assert made == [model]
 
 
-def test_a_small_model_with_int8_weights(model):
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_small_model_with_quantised_weights(model, weights):
     draft = tiny_model("llama", vocab_size=64, seed=1)
     prompts = random_prompts([7, 3], vocab_size=60)
     expected = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
-    drafter = SmallModel(draft, weights="int8")
+    drafter = SmallModel(draft, weights=weights)
     assert drafter.model is not draft
     out = specdec.generate(model, **prompts, max_new_tokens=NEW, do_sample=False, drafter=drafter)
     assert torch.equal(out, expected)
 
 
 def test_wrong_settings(model):
-    with pytest.raises(ValueError, match="weights is None or 'int8'"):
-        SmallModel(model, weights="int4")
+    for drafter in (lambda: SmallModel(model, weights="int3"), lambda: QuantizedSelf(weights="int3")):
+        with pytest.raises(ValueError, match=r"weights='int3'.*: weights is 'int8' or 'int4'"):
+            drafter()
     with pytest.raises(ValueError, match="positive integer"):
         QuantizedSelf(num_tokens=0)
 

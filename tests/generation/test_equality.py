@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
-from specdec.tree_model.cache import layer_kinds
+from specdec.tree_model.layer_kinds import layer_kinds
 from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, Sequoia, TokenTree
 

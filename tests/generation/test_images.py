@@ -17,7 +17,7 @@ from specdec import UnsupportedOptionError
 from specdec.drafters import Auto, Drafter, EarlyExit, PromptLookup, QuantizedSelf, SmallModel
 from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
-from specdec.tree_model.cache import keeps_states
+from specdec.tree_model.layer_kinds import keeps_states
 from specdec.tree_model.model import TreeModel
 from tests.support.images import IMAGE, model_of
 from tests.support.references import PartlyWrongScript, speculate

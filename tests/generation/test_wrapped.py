@@ -33,6 +33,7 @@ def plain(model: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
+@torch._dynamo.config.patch(recompile_limit=1)  # other sizes go on uncompiled: all of them take a minute
 @pytest.mark.parametrize("name", WRAPPED)
 def test_what_is_wrapped_around_a_model(name: str) -> None:
     wrapped = WRAPPED[name]

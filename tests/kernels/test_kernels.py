@@ -30,7 +30,7 @@ from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model import layer as layers
 from specdec.kernels.model import linear as linears
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 
 prepare_module = importlib.import_module("specdec.kernels.model.prepare")
 
@@ -150,14 +150,15 @@ def test_prepared_float_model_is_the_model(backend, family, implementation):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.05), ("int4", 0.3)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int8_model_is_close_and_its_rows_are_exact(backend, family):
+def test_quantized_model_is_close_and_its_rows_are_exact(backend, family, weights, bound):
     """A chain or a tree verified at once gives the very logits of decoding its tokens one by one."""
     model, ids = make_model(family), torch.randint(1, 300, (1, 9))
     expected = model(ids).logits
-    kernels.prepare(model, "int8")
+    kernels.prepare(model, weights)
     logits = model(ids).logits
-    assert relative(logits, expected) < 0.05
+    assert relative(logits, expected) < bound
     if backend == "native":
         cache = None
         for t in range(9):
@@ -166,8 +167,36 @@ def test_int8_model_is_close_and_its_rows_are_exact(backend, family):
             assert torch.equal(step.logits[:, 0], logits[:, t])
 
 
+def to_nearest_of_16(weight_NK):
+    """The nearest of 16 numbers between the lowest and the highest of each 32 inputs."""
+    group_NGK = weight_NK.unflatten(1, (-1, 32))
+    low_NG1, high_NG1 = group_NGK.amin(2, keepdim=True), group_NGK.amax(2, keepdim=True)
+    step_NG1 = (high_NG1 - low_NG1) / 15
+    return (((group_NGK - low_NG1) / step_NG1).round() * step_NG1 + low_NG1).flatten(1)
+
+
+def test_int4_logits_are_nearer_than_those_of_rounded_weights(backend):
+    sizes = {"hidden_size": 192, "intermediate_size": 256}
+    model, ids = make_model(**sizes), torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected, rounded = model(ids).logits, make_model(**sizes)
+    for layer in rounded.model.layers:
+        for part in layer.modules():
+            if isinstance(part, nn.Linear):
+                part.weight.copy_(to_nearest_of_16(part.weight))
+    logits = kernels.prepare(model, "int4")(ids).logits
+    assert relative(logits, expected) < 0.97 * relative(rounded(ids).logits, expected)
+
+
+def test_the_lm_head_of_an_int4_model_has_8_bits(backend):
+    model = kernels.prepare(make_model(), "int4")
+    kinds = {type(part) for part in model.modules() if isinstance(part, QuantizedLinear)}
+    assert kinds == {Int4Linear, Int8Linear}
+    assert type(model.lm_head) is Int8Linear
+    assert all(type(layer.mlp.up_proj) is Int4Linear for layer in model.model.layers)
+
+
 @needs_native
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_a_tree_is_verified_to_the_bit(backend, weights):
     """Two branches in one forward, against each branch decoded alone."""
     model = kernels.prepare(make_model("qwen2"), weights)
@@ -195,17 +224,19 @@ def test_a_tree_is_verified_to_the_bit(backend, weights):
 
 
 @needs_native
-def test_a_tree_wider_than_small_batches_is_int8_exact_too(backend):
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_tree_wider_than_small_batches_is_exact_too(backend, weights):
     """Once layers of more than 64 rows went to torch, which rounds otherwise: trees of 64 nodes said something else."""
-    model, ids = kernels.prepare(make_model(), "int8"), torch.randint(1, 300, (1, 130))
+    model, ids = kernels.prepare(make_model(), weights), torch.randint(1, 300, (1, 130))
     wide, narrow = model(ids).logits[:, :5], model(ids[:, :5]).logits
     assert torch.equal(wide, narrow) if backend == "native" else relative(wide, narrow) < 0.05
 
 
 @needs_native
-def test_fused_layers_match_the_module_wise_int8_model():
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_fused_layers_match_the_module_wise_quantized_model(weights):
     model, ids = (
-        kernels.prepare(make_model("qwen3", attn_implementation="eager"), "int8"),
+        kernels.prepare(make_model("qwen3", attn_implementation="eager"), weights),
         torch.randint(1, 300, (3, 7)),
     )
     fused = model(ids).logits
@@ -272,7 +303,7 @@ def test_prepare_is_idempotent_and_int8_is_final(backend):
 
 
 def test_unknown_options_are_refused():
-    for options in ({"weights": "int3"}, {"compile": True}):
+    for options in ({"weights": "int3"}, {"weights": "stock"}, {"compile": True}):
         with pytest.raises(UnsupportedOptionError):
             kernels.prepare(make_model(), **options)
 
@@ -296,7 +327,7 @@ def test_quantized_copy_shares_what_it_can(backend):
     assert torch.equal(again(ids).logits, quantized(ids).logits)
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_a_deep_copy_is_independent(backend, weights):
     model, ids = kernels.prepare(make_model(), weights), torch.randint(1, 300, (1, 5))
     expected = model(ids).logits
@@ -314,7 +345,7 @@ def test_without_a_compiler_everything_works(tmp_path):
     """In a fresh process with an empty PATH and an empty cache: torch does the work, and says so."""
     code = (
         "import torch; from specdec import kernels\n"
-        "from specdec.kernels.model.linear import Int8Linear\n"
+        "from specdec.kernels.model.quantized_linear import Int8Linear\n"
         "linear = torch.nn.Linear(64, 64); x = torch.randn(2, 64)\n"
         "print(kernels.describe()); print((Int8Linear(linear)(x) - linear(x)).norm().item() < 0.1)"
     )

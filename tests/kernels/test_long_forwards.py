@@ -1,4 +1,4 @@
-"""int8 layers are native for any number of rows: how a prompt is cut, and who comes with it, changes no bit.
+"""Quantised layers are native for any number of rows: how a prompt is cut, and who comes with it, changes no bit.
 
 Forwards of more than 1,024 rows went to transformers' layers, which round otherwise: answers of a batch of 16 differed
 from those one by one.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import Plain
 from specdec.kernels import native
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import LINEARS
 from specdec.kernels.model.stack import is_fused
 from specdec.testing import random_prompts, tiny_model
 from specdec.tree_model.model import TreeModel
@@ -24,7 +24,7 @@ from specdec.tree_model.model import TreeModel
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 
 
-@pytest.fixture(params=["avx2", "avx512", "amx"])
+@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx"])
 def library(request):
     best = native.library().instruction_set
     try:
@@ -36,7 +36,7 @@ def library(request):
 
 
 @cache
-def int8_model() -> PreTrainedModel:
+def quantized_model(weights: str = "int8") -> PreTrainedModel:
     model = tiny_model(
         "llama",
         vocab_size=64,
@@ -46,15 +46,15 @@ def int8_model() -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=2048,
     )
-    specdec.prepare(model, weights="int8")
+    specdec.prepare(model, weights=weights)
     assert all(map(is_fused, model.model.layers))
     return model
 
 
 @torch.no_grad()
-def read(prompt_1P: Tensor, chunks: list[int]) -> list[Tensor]:
+def read(prompt_1P: Tensor, chunks: list[int], weights: str) -> list[Tensor]:
     """Keys and values of a prompt that is read in these chunks, and the logits after one token more."""
-    target = TreeModel(int8_model())
+    target = TreeModel(quantized_model(weights))
     target.begin(1)
     for chunk_1T in prompt_1P.split(chunks, 1):
         target.read(chunk_1T)
@@ -63,11 +63,12 @@ def read(prompt_1P: Tensor, chunks: list[int]) -> list[Tensor]:
     return [*states, target.forward(none_11 + 5, none_11, None)]
 
 
-def test_a_prompt_in_one_forward_is_the_prompt_in_chunks(library):
+@pytest.mark.parametrize("weights", LINEARS)
+def test_a_prompt_in_one_forward_is_the_prompt_in_chunks(library, weights):
     prompt_1P = random_prompts([1500], vocab_size=64)["input_ids"]
-    whole = read(prompt_1P, [1500])
+    whole = read(prompt_1P, [1500], weights)
     for chunks in ([1499, 1], [512, 512, 476], [100] * 15, [700, 16, 17, 3, 64, 700]):
-        for ours, expected in zip(read(prompt_1P, chunks), whole, strict=True):
+        for ours, expected in zip(read(prompt_1P, chunks, weights), whole, strict=True):
             assert torch.equal(ours, expected), chunks
 
 
@@ -75,7 +76,7 @@ def test_a_prompt_in_one_forward_is_the_prompt_in_chunks(library):
 def test_what_the_model_itself_says_of_a_long_prompt_is_the_same(library):
     """transformers' own forward, which `generate()` runs, calls the same layers."""
     input_ids = random_prompts([1500], vocab_size=64)["input_ids"]
-    model = int8_model()
+    model = quantized_model()
     whole_1PV = model(input_ids).logits
     assert torch.equal(whole_1PV[:, :40], model(input_ids[:, :40]).logits)
     assert torch.equal(whole_1PV[:, -1:], model(input_ids, logits_to_keep=1).logits)
@@ -84,7 +85,7 @@ def test_what_the_model_itself_says_of_a_long_prompt_is_the_same(library):
 @torch.no_grad()
 def test_a_long_forward_of_several_padded_rows(library):
     """Blocks of rows begin and end within a row of the batch, and each row has a mask of its own."""
-    model, inputs = int8_model(), random_prompts([700, 650, 41], vocab_size=64)
+    model, inputs = quantized_model(), random_prompts([700, 650, 41], vocab_size=64)
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     logits_BPV = model(**inputs, position_ids=position_ids).logits
     for row, length in enumerate((700, 650, 41)):
@@ -92,8 +93,9 @@ def test_a_long_forward_of_several_padded_rows(library):
         assert torch.equal(logits_BPV[row : row + 1, -length:], model(alone_1P).logits)
 
 
-def test_a_batch_of_16_says_what_each_says_alone():
-    model, lengths = int8_model(), [90 + 3 * row for row in range(16)]
+@pytest.mark.parametrize("weights", LINEARS)
+def test_a_batch_of_16_says_what_each_says_alone(weights):
+    model, lengths = quantized_model(weights), [90 + 3 * row for row in range(16)]
     inputs = random_prompts(lengths, vocab_size=64)
     assert inputs["input_ids"].numel() > 1024
     settings = {"max_new_tokens": 12, "do_sample": False, "drafter": Plain()}
@@ -103,10 +105,11 @@ def test_a_batch_of_16_says_what_each_says_alone():
         assert torch.equal(together[row], alone[0, -12:])
 
 
+@pytest.mark.parametrize("weights", LINEARS)
 @pytest.mark.parametrize("num_rows", [15, 16, 17, 63, 64, 65, 200])
-def test_products_of_many_rows_are_those_of_each(library, num_rows):
+def test_products_of_many_rows_are_those_of_each(library, num_rows, weights):
     """AVX2 widens weights and rows to 16 bits where they are many."""
-    linear, x_MK = Int8Linear(torch.nn.Linear(350, 90)), torch.randn(num_rows, 350)
+    linear, x_MK = LINEARS[weights](torch.nn.Linear(350, 90)), torch.randn(num_rows, 350)
     assert torch.equal(linear(x_MK), torch.cat([linear(row_K[None]) for row_K in x_MK]))
 
 

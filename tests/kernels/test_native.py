@@ -9,7 +9,7 @@ from torch import nn
 
 from specdec.kernels import naive, native
 from specdec.kernels.model import linear as linears
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import LINEARS, Int4Linear, Int8Linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 
@@ -21,7 +21,7 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx2", "avx512", "amx"])
+@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx"])
 def library(request):
     best = native.library().instruction_set
     try:
@@ -50,6 +50,59 @@ def test_int8_product_equals_its_naive_twin(library, n, k):
     )
 
 
+def hard_rows(num_rows, k):
+    """Rows of noise, one of zeros, and one with an outlier, which costs precision in its own group only."""
+    x_MK = torch.randn(num_rows, k, generator=torch.Generator().manual_seed(k))
+    x_MK[3] = 0
+    x_MK[4, 0] = 1000
+    return x_MK
+
+
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (70, 33), (16, 640)])
+def test_int4_product_equals_its_naive_twin(library, n, k):
+    linear, x_MK = nn.Linear(k, n).requires_grad_(False), hard_rows(11, k)
+    found = naive.quantize_weight4(linear.weight)
+    linear.weight.copy_(naive.dequantize4(found).flatten(1)[:, :k])  # whose codes both find
+    expected_MN = naive.int4_linear(x_MK, naive.quantize_weight4(linear.weight), linear.bias)
+    torch.testing.assert_close(Int4Linear(linear)(x_MK), expected_MN, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("highest", [127, -127])
+def test_the_largest_int4_sums_do_not_overflow(library, highest):
+    """Codes of 15 and rows of 127: the sums of 32 inputs are the largest that 16 bits ever see."""
+    linear = nn.Linear(128, 16, bias=False).requires_grad_(False)
+    linear.weight.copy_(15.0)
+    linear.weight[:, ::32] = 0  # so that there is a scale
+    x_MK = torch.full((8, 128), float(highest))
+    torch.testing.assert_close(Int4Linear(linear)(x_MK), linear(x_MK), rtol=1e-6, atol=0)
+
+
+def test_int4_weights_are_chosen_better_than_by_rounding(library):
+    """What is packed is as good as the naive search finds, and better than the nearest codes for the whole range."""
+    linear = nn.Linear(576, 64, bias=False).requires_grad_(False)
+    linear.weight.normal_(generator=torch.Generator().manual_seed(2))
+    packed_NK = library.linear(Int4Linear(linear).matrix(), torch.eye(576), weight_only=True).T
+    naive_NK = naive.dequantize4(naive.quantize_weight4(linear.weight)).flatten(1)
+    group_NGK = linear.weight.unflatten(1, (-1, 32))
+    low_NG1, high_NG1 = group_NGK.amin(2, keepdim=True), group_NGK.amax(2, keepdim=True)
+    steps_NGK = ((group_NGK - low_NG1) / (high_NG1 - low_NG1) * 15).round()
+    rounded_NK = (steps_NGK / 15 * (high_NG1 - low_NG1) + low_NG1).flatten(1)
+    assert relative(packed_NK, linear.weight) == pytest.approx(relative(naive_NK, linear.weight), rel=1e-3)
+    assert relative(packed_NK, linear.weight) < 0.92 * relative(rounded_NK, linear.weight)
+
+
+def test_weights_that_have_four_bits_stay_what_they_are(library):
+    """As those of a GGUF file of type Q4_1 do."""
+    random = torch.Generator().manual_seed(3)
+    codes_NGK = torch.randint(0, 16, (48, 6, 32), generator=random)
+    codes_NGK[..., :2] = torch.tensor([0, 15])
+    scale_NG1, offset_NG1 = (torch.rand(48, 6, 1, generator=random).half().float() for _ in range(2))
+    linear = nn.Linear(192, 48, bias=False).requires_grad_(False)
+    linear.weight.copy_((codes_NGK * scale_NG1 - offset_NG1).flatten(1))
+    packed_NK = library.linear(Int4Linear(linear).matrix(), torch.eye(192), weight_only=True).T
+    torch.testing.assert_close(packed_NK, linear.weight, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_native_float_product_equals_torch(library, n, k):
     linear, x_MK = nn.Linear(k, n).requires_grad_(False), torch.randn(11, k)
@@ -57,9 +110,9 @@ def test_native_float_product_equals_torch(library, n, k):
 
 
 def test_a_row_is_bit_identical_in_every_company(library):
-    """Over every number of rows up to 64, on one thread and on several: for both number formats."""
+    """Over every number of rows up to 64, on one thread and on several: for all number formats."""
     x_MK, linear = torch.randn(64, 192), nn.Linear(192, 200).requires_grad_(False)
-    for matrix in (Int8Linear(linear).matrix(), linears.float_matrix(linear)):
+    for matrix in (*(kind(linear).matrix() for kind in LINEARS.values()), linears.float_matrix(linear)):
         whole_MN = library.linear(matrix, x_MK)
         for num_rows in range(1, 65):
             rows = torch.randperm(64)[:num_rows]
@@ -67,16 +120,15 @@ def test_a_row_is_bit_identical_in_every_company(library):
             assert torch.equal(library.linear(matrix, x_MK[rows]), whole_MN[rows])
 
 
-def test_tiles_say_to_the_bit_what_vectors_say(library):
-    """Whatever product a processor takes for wide forwards, the tokens stay the same."""
-    matrix, x_MK = Int8Linear(nn.Linear(1000, 130)).matrix(), torch.randn(40, 1000)
+@pytest.mark.parametrize("weights", LINEARS)
+def test_instruction_sets_say_the_same_to_the_bit(library, weights):
+    """Whatever product a processor takes, also for wide forwards, the tokens stay the same."""
+    matrix, x_MK = LINEARS[weights](nn.Linear(1000, 130)).matrix(), torch.randn(40, 1000)
     own = [library.linear(matrix, x_MK[:num_rows]) for num_rows in (1, 8, 9, 16, 17, 40)]
-    if library.select(None) == "avx2":
-        pytest.skip("this processor has vectors of one kind only")
-    library.select("avx512")
-    vectors_MN = library.linear(matrix, x_MK)
+    library.select("avx2")
+    expected_MN = library.linear(matrix, x_MK)
     for out_MN in own:
-        torch.testing.assert_close(out_MN, vectors_MN[: len(out_MN)], rtol=0, atol=0)
+        torch.testing.assert_close(out_MN, expected_MN[: len(out_MN)], rtol=0, atol=0)
 
 
 def test_torch_int8_rows_are_bit_identical_too(monkeypatch):

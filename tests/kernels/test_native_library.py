@@ -21,8 +21,8 @@ from torch import nn
 from specdec import kernels
 from specdec.errors import UnsupportedOptionError
 from specdec.kernels import native
-from specdec.kernels.model import linear
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model import quantized_linear
+from specdec.kernels.model.quantized_linear import Int8Linear
 from specdec.kernels.native import build, structs
 from specdec.kernels.trees import token_source, verification
 from specdec.testing import tiny_model
@@ -233,7 +233,7 @@ def test_the_temporary_folder_does_not_stay(machine, real, tmp_path, monkeypatch
     machine.home.chmod(0o777)
     dll = load()
     assert list(temporary.iterdir()) == []
-    assert dll.specdec_packed_bytes(64, 64) == 64 * 64, "what is loaded stays"
+    assert dll.specdec_packed_bytes(64, 64, 8) == 64 * 64, "what is loaded stays"
 
 
 def test_several_at_once_are_safe(machine, real):
@@ -258,7 +258,7 @@ def test_several_at_once_are_safe(machine, real):
 # ---- layout ----
 
 
-REORDERED = tuple(structs.Matrix._fields_[i] for i in (0, 1, 2, 4, 3))  # k before n: the same size
+REORDERED = tuple(structs.Matrix._fields_[i] for i in (0, 1, 2, 4, 3, 5))  # k before n: the same size
 LONGER = (*structs.Matrix._fields_, ("padding", ctypes.c_int64))
 
 
@@ -286,7 +286,7 @@ def test_every_structure_is_compared():
 @pytest.fixture
 def unloaded():
     """As in a fresh process."""
-    forget = native.library, native._announced, native._load, linear.check_int8
+    forget = native.library, native._announced, native._load, quantized_linear.check_product
     for function in forget:
         function.cache_clear()
     yield
@@ -340,7 +340,7 @@ def test_int8_without_any_product_is_refused(unloaded, monkeypatch):
         raise RuntimeError("linear_prepack: not implemented for this packed parameter type\nmore")
 
     monkeypatch.setattr(native.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(linear, "_torch_pack", missing)
+    monkeypatch.setattr(quantized_linear, "_torch_pack", missing)
     model = tiny_model("llama")
     with pytest.raises(UnsupportedOptionError, match="weights='int8' has no product on this machine: leave it out"):
         kernels.prepare(model, "int8")

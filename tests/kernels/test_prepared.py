@@ -21,9 +21,9 @@ def target() -> PreTrainedModel:
     return tiny_model("llama", **SIZES)
 
 
-@pytest.fixture(scope="module", params=["float", "int8"])
+@pytest.fixture(scope="module", params=["float", "int8", "int4"])
 def prepared(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return specdec.prepare(target(), weights="int8" if request.param == "int8" else None)
+    return specdec.prepare(target(), weights=request.param)
 
 
 def drafters() -> dict[str, tuple[Drafter, GrowthPolicy | None]]:
@@ -32,6 +32,7 @@ def drafters() -> dict[str, tuple[Drafter, GrowthPolicy | None]]:
         "plain": (Plain(), None),
         "prompt lookup": (PromptLookup(min_match=1), None),
         "small int8 model": (SmallModel(draft, weights="int8"), None),
+        "small int4 model, tree": (SmallModel(draft, weights="int4"), DySpec(budget=12)),
         "small model, tree": (SmallModel(specdec.prepare(draft)), DySpec(budget=12)),
     }
 

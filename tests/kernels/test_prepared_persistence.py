@@ -1,4 +1,4 @@
-"""An int8-prepared model that is cast, moved, copied, pickled or saved: it stays exact, or says why not.
+"""A quantised model that is cast, moved, copied, pickled or saved: it stays exact, or says why not.
 
 `.half()` used to leave 16-bit scales to a kernel that reads float32, past the end of the buffer: other tokens.
 `save_pretrained` wrote a checkpoint without the linears, and pickling failed on the kernels' library.
@@ -23,6 +23,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.model import persistence
 from specdec.kernels.model.linear import BANDS, NATIVE
+from specdec.kernels.model.quantized_linear import LINEARS
 from specdec.testing import random_prompts, tiny_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192}
@@ -30,13 +31,18 @@ PROMPT = random_prompts([9], vocab_size=60)
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
 
-def int8_model() -> PreTrainedModel:
-    return specdec.prepare(tiny_model("llama", **SIZES), weights="int8")
+@pytest.fixture(scope="module", params=LINEARS)
+def weights(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def quantized_model(weights: str) -> PreTrainedModel:
+    return specdec.prepare(tiny_model("llama", **SIZES), weights=weights)
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return int8_model()
+def model(weights: str) -> PreTrainedModel:
+    return quantized_model(weights)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +100,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", WORKS)
-def test_what_works_stays_exact(name: str) -> None:
-    model = int8_model()
+def test_what_works_stays_exact(name: str, weights: str) -> None:
+    model = quantized_model(weights)
     expected = model.generate(**PROMPT, **GREEDY)
     changed = WORKS[name](model)
     assert torch.equal(changed.generate(**PROMPT, **GREEDY), expected)
@@ -105,8 +111,10 @@ def test_what_works_stays_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_says_so_and_changes_nothing(model: PreTrainedModel, expected: Tensor, name: str) -> None:
-    with pytest.raises(UnsupportedOptionError, match="int8-prepared model"):
+def test_what_is_refused_says_so_and_changes_nothing(
+    model: PreTrainedModel, expected: Tensor, name: str, weights: str
+) -> None:
+    with pytest.raises(UnsupportedOptionError, match=f"{weights}-prepared model"):
         REFUSED[name](model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.generate(**PROMPT, **GREEDY), expected)
@@ -125,11 +133,13 @@ def test_offloading_is_refused(model: PreTrainedModel, expected: Tensor) -> None
     assert torch.equal(model.generate(**PROMPT, **GREEDY), expected)
 
 
-def test_weights_of_other_kernels_are_refused(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_other_kernels_are_refused(
+    model: PreTrainedModel, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Packed weights are opaque: other kernels would read other numbers."""
     stored = pickle.dumps(model)
-    monkeypatch.setattr(persistence, "layout", lambda library: "another")
-    with pytest.raises(UnsupportedModelError, match="prepare\\(model, weights='int8'\\) here"):
+    monkeypatch.setattr(persistence, "layout", lambda *_: "another")
+    with pytest.raises(UnsupportedModelError, match=f"prepare\\(model, weights='{weights}'\\) here"):
         pickle.loads(stored)
 
 

@@ -118,6 +118,12 @@ def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Mon
         from tests.support.early_exits import random_exit
 
         save_exits(tmp_path / "exits.safetensors", [random_exit(known["model"], 1)], known["model"], {})
+    if any("head_folder" in program for program in programs):
+        from tests.support.heads import TinyHead, save_speculators
+
+        known["head_folder"] = str(
+            save_speculators(tmp_path / "head", TinyHead(vocab_size=259, drafts=None, layers=(1, 2)))
+        )
     if any("from_pretrained(folder" in program for program in programs):
         known |= {name: save_tiny_model(tmp_path / name) for name in ("folder", "small_folder")}
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from specdec.errors import SpecdecError
 from specdec.kernels import quantized_copy
 from specdec.testing import FAMILIES, tiny_model
-from specdec.tree_model.cache import layer_kinds
 from specdec.tree_model.compatibility import check_layers, check_model
+from specdec.tree_model.layer_kinds import layer_kinds
 from tests.support.families import REFUSED, UNLISTED
 from tests.support.images import SETTINGS as SEEING
 from tests.support.recurrent_models import RECURRENT

@@ -269,10 +269,11 @@ def test_what_would_take_back_states_is_refused() -> None:
             specdec.generate(target, torch.tensor([[3, 4]]), drafter=draft, router=router, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", KINDS)
-def test_prepared_model_says_what_it_says(family: str) -> None:
-    """int8 weights: the int8 model's own tokens."""
-    model = specdec.prepare(tiny_model(family, **RECURRENT[family]), weights="int8")
+def test_prepared_model_says_what_it_says(family: str, weights: str) -> None:
+    """The quantised model's own tokens."""
+    model = specdec.prepare(tiny_model(family, **RECURRENT[family]), weights=weights)
     expected = plain_alone(model, PROMPTS, 12)
     out = speculate(model, PROMPTS, ScriptedDrafter(PartlyWrongScript(expected)), max_new_tokens=12)
     assert_same_tokens(model, expected, out.sequences, PROMPTS["attention_mask"])

@@ -15,8 +15,9 @@ from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.drafters import Drafter
 from specdec.text.prompting import NO_CHAT_TEMPLATE, Message, encode_chats, has_chat_template
-from specdec.tree_model.cache import beginning, keeps_states
+from specdec.tree_model.cache import beginning
 from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.layer_kinds import keeps_states
 
 
 class Conversation(Dialogue):

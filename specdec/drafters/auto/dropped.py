@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec.decoding.drafter import Drafter
-from specdec.drafters.model.int8_copy import original_of
+from specdec.drafters.model.quantized_copy import original_of
 from specdec.kernels.model.profile import all_profiles, profile_of
 
 _log = logging.getLogger(__name__)

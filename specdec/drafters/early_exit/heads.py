@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.decoding.sequences import Sequences
 from specdec.exits.module import Exit
-from specdec.tree_model.cache import LayerKind, TreeCache
+from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.early_exit import EarlyExitModel
+from specdec.tree_model.layer_kinds import LayerKind
 from specdec.tree_model.model import TreeModel
 from trees import GrowingTrees
 

@@ -23,8 +23,8 @@ from specdec.drafters.model.growing import GrowingSession
 from specdec.drafters.model.runner import read_ragged
 from specdec.errors import DraftError, UnsupportedModelError, UnsupportedOptionError
 from specdec.text.translation import BROKEN, Translator, continuation, decode_from, shared_tokens
-from specdec.tree_model.cache import keeps_states
 from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.layer_kinds import keeps_states
 from specdec.tree_model.model import TreeModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TokenTree, TreeBatch
 

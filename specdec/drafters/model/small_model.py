@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.model.growing import GrowingSession
-from specdec.drafters.model.int8_copy import Int8Copy
+from specdec.drafters.model.quantized_copy import QuantizedCopy, check_quantized_weights
 from specdec.drafters.model.runner import DraftModelRunner
 from specdec.errors import DraftError, UnsupportedOptionError
-from specdec.tree_model.cache import keeps_states
+from specdec.model_options import QuantizedWeights
 from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.layer_kinds import keeps_states
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _PADDING_ROWS = 0.01
@@ -31,8 +32,8 @@ class SmallModel(Drafter):
 
     Args:
         model: a decoder-only model with the target's tokenizer.
-        weights: "int8" drafts with an int8 copy of it (CPU), made again if it changes between two calls; None with the
-            model as it is.
+        weights: "int8" or "int4" drafts with such a copy of it (CPU), made again if it changes between two calls; None
+            with the model as it is.
         num_tokens: length of the chain that it drafts, unless the call names a tree.
 
     Raises:
@@ -40,21 +41,21 @@ class SmallModel(Drafter):
         ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: str | None = None, num_tokens: int = 5):
+    def __init__(self, model: PreTrainedModel, weights: QuantizedWeights | None = None, num_tokens: int = 5):
         self.policy: GrowthPolicy = Chain(num_tokens)
-        if weights not in (None, "int8"):
-            raise ValueError(f"SmallModel(weights={weights!r}): weights is None or 'int8'")
+        if weights is not None:
+            check_quantized_weights("SmallModel", weights)
         check_model(model)
         self.supports_rollback = not keeps_states(model.config)
-        self._model: PreTrainedModel | Int8Copy = model
+        self._model: PreTrainedModel | QuantizedCopy = model
         if weights is not None:
-            self._model = Int8Copy(model)
+            self._model = QuantizedCopy(model, weights)
             self._model.current()  # made at once, as the original may be let go
 
     @property
     def model(self) -> PreTrainedModel:
         """That drafts."""
-        return self._model.current() if isinstance(self._model, Int8Copy) else self._model
+        return self._model.current() if isinstance(self._model, QuantizedCopy) else self._model
 
     def models(self) -> Iterator[PreTrainedModel]:
         yield self.model

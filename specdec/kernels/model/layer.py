@@ -6,7 +6,7 @@ float32 prefill, training, attention weights asked for ...) goes to the layer's 
 on its parts do not.
 
 Rows are independent to the last bit: a token verified in a tree gets the hidden state that decoding it alone gives, and
-so, with int8 weights, does a token of a prompt, however long and in whatever chunks it is read.
+so, with packed weights, does a token of a prompt, however long and in whatever chunks it is read.
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
@@ -19,8 +19,9 @@ from torch import nn
 from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model.blocks import Attended, Part
-from specdec.kernels.model.linear import NATIVE, Int8Linear, float_linear, float_matrix, is_plain
+from specdec.kernels.model.linear import NATIVE, float_linear, float_matrix, is_plain
 from specdec.kernels.model.native_model import NativeModel, Once
+from specdec.kernels.model.quantized_linear import QuantizedLinear
 from specdec.kernels.native import structs
 
 DecoderLayer: TypeAlias = Any  # a transformers decoder layer: attributes as in `_LAYER`, `_ATTENTION`, `_MLP`
@@ -90,8 +91,8 @@ class _TensorAddresses:
 
 
 def _stores(module: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where a module holds its tensors. An int8 linear's are moved together or not at all."""
-    if isinstance(module, Int8Linear):
+    """Where a module holds its tensors. A quantised linear's are moved together or not at all."""
+    if isinstance(module, QuantizedLinear):
         return [(module._buffers, "packed")]
     names = ["weight", *["bias"] * (module._parameters.get("bias") is not None)]
     return [(module._parameters, name) for name in names]
@@ -127,8 +128,8 @@ class FusedLayer:
         self.layer = layer
         self._model = model
         self._rotation = rotation or Once(contiguous)
-        # torch has no better product for int8, and what it rounds otherwise shows in the tokens
-        self._max_rows = None if isinstance(layer.self_attn.q_proj, Int8Linear) else native.MAX_ROWS
+        # torch has no better product for packed weights, and what it rounds otherwise shows in the tokens
+        self._max_rows = None if isinstance(layer.self_attn.q_proj, QuantizedLinear) else native.MAX_ROWS
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
         self._checked: _Constants | None = None  # the same, after the last check; None if that failed
 
@@ -304,7 +305,7 @@ class FusedLayer:
 def matches_reference(layer: DecoderLayer) -> bool:
     """Whether the fused forward computes what the layer's own does, on a random masked batch with a past.
 
-    The bound is loose for int8 (a rounding may tip) and still far below what a wrong formula would show.
+    The bound is loose for packed weights (a rounding may tip) and still far below what a wrong formula would show.
     """
     attn = layer.self_attn
     B, past, T, channels = 2, 3, 5, attn.q_proj.in_features
@@ -324,7 +325,7 @@ def matches_reference(layer: DecoderLayer) -> bool:
         return out_BTC
 
     expected_BTC, actual_BTC = run(layer.forward), run(FusedLayer(layer))
-    bound = 0.02 if isinstance(attn.q_proj, Int8Linear) else 1e-4
+    bound = 0.02 if isinstance(attn.q_proj, QuantizedLinear) else 1e-4
     return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC[:, past:]).norm().item()
 
 
@@ -359,7 +360,7 @@ def _linears(layer: DecoderLayer) -> list[Any]:
 
 
 def _is_native(linear: nn.Module) -> bool:
-    if isinstance(linear, Int8Linear):
+    if isinstance(linear, QuantizedLinear):
         return linear.library is not None
     forward: Any = linear.__dict__.get("forward")  # of a float32 linear whose calibration chose the native product
     if getattr(forward, "func", None) is not float_linear:
@@ -368,4 +369,4 @@ def _is_native(linear: nn.Module) -> bool:
 
 
 def _matrix(linear: Any) -> structs.Matrix:
-    return linear.matrix() if isinstance(linear, Int8Linear) else float_matrix(linear)
+    return linear.matrix() if isinstance(linear, QuantizedLinear) else float_matrix(linear)

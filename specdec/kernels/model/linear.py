@@ -1,145 +1,19 @@
-"""The two linears: exact int8, and float32 for a handful of rows.
+"""Float32 linears for a handful of rows. quantized_linear.py has those of packed weights.
 
-*Exact* means that a row's result is bit-identical whatever else is in the batch: each row is taken on its own and
-summed in a fixed order. Shape letters: M rows, K inputs, N outputs.
+Shape letters: M rows, K inputs, N outputs.
 """
 
 import functools
 import itertools
 import time
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specdec.errors import UnsupportedOptionError
 from specdec.kernels import native
-from specdec.kernels.model import persistence
 from specdec.kernels.native import structs
-
-
-class Int8Linear(nn.Module):
-    """An `nn.Linear` with int8 weights (one scale per output). Inference only.
-
-    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs), or stay float32 where `weight_only`.
-    A quantised row jumps by a whole step when a rounding before it moves a value over the edge of one, so rows may be
-    quantised only where nothing before them rounds differently in another company: `prepare` decides. In torch, whose
-    int8 product takes 7 bits and one scale, each row goes in as three 7-bit parts (weights are read once for all) and
-    is 20 bits exact: a jump is then as small as a rounding.
-    """
-
-    weight_only = False
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        """Copies nothing but the bias: the float weights can go as soon as `linear` does."""
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        weight_NK = linear.weight.detach().float().contiguous()
-        bias_N = None if linear.bias is None else linear.bias.detach().float().clone()
-        self.register_buffer("bias", bias_N, persistent=False)
-        self.library = native.library()
-        self.prepacked = None
-        if self.library:
-            packed, scale_N = self.library.pack(weight_NK)
-            self.register_buffer("packed", packed, persistent=False)
-            self.register_buffer("scale", scale_N, persistent=False)
-        else:
-            self.prepacked = _torch_pack(weight_NK)
-
-    def matrix(self) -> structs.Matrix:
-        return native.matrix(self.packed, self.out_features, self.in_features, self.scale, self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_MK = x.detach().reshape(-1, self.in_features).float().contiguous()
-        if self.library:
-            out_MN = self.library.linear(self.matrix(), x_MK, weight_only=self.weight_only)
-        else:
-            assert self.prepacked is not None
-            out_MN = _torch_int8_linear(x_MK, self.prepacked)
-            out_MN = out_MN if self.bias is None else out_MN + self.bias
-        return out_MN.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        kind = "torch" if not self.library else "native, weight-only" if self.weight_only else "native"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Int8Linear":
-        return self  # immutable, and possibly large: copies of a model share it
-
-    # what a module is converted, saved and loaded by: see persistence.py
-
-    def _apply(self, fn: persistence.Convert, recurse: bool = True) -> "Int8Linear":
-        persistence.check_conversion(fn)
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        persistence.refuse_saving()
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        persistence.refuse_loading()
-
-    def __getstate__(self) -> dict[str, Any]:
-        weight = None if self.prepacked is None else torch.ops.quantized.linear_unpack(self.prepacked)[0]
-        return {**self.__dict__, "library": None, "prepacked": weight, "layout": persistence.layout(self.library)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        persistence.check_layout(state.pop("layout"))
-        super().__setstate__(state)
-        self.library = native.library()
-        if self.prepacked is not None:
-            self.prepacked = torch.ops.quantized.linear_prepack(self.prepacked, None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError("an int8-prepared linear has no float weight: load the model again for that")
-        return super().__getattr__(name)
-
-
-def _torch_pack(weight_NK: torch.Tensor) -> torch.ScriptObject:
-    scale_N = (weight_NK.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny).double()
-    zero_N = torch.zeros(weight_NK.shape[0], dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in torch 2.13 without a replacement for CPUs
-        quantized = torch.quantize_per_channel(weight_NK, scale_N, zero_N, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(quantized, None)
-
-
-def _torch_int8_linear(x_MK: torch.Tensor, prepacked: torch.ScriptObject) -> torch.Tensor:
-    """x ~ scale * (4096 * high + 64 * middle + low), each within the 7 bits that AVX2's 16-bit pair sums can take."""
-    scale_M1 = (x_MK.abs().amax(dim=1, keepdim=True) / 256_000).clamp_min(torch.finfo(torch.float32).tiny)
-    steps_MK = (x_MK / scale_M1).round()
-    high_MK = (steps_MK / 4096).round()
-    rest_MK = steps_MK - 4096 * high_MK
-    middle_MK = (rest_MK / 64).round()
-    parts_3MK = torch.cat([high_MK, middle_MK, rest_MK - 64 * middle_MK])
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(parts_3MK, 1.0, 64, prepacked)
-    high_MN, middle_MN, low_MN = product.chunk(3)
-    return (4096 * high_MN + (64 * middle_MN + low_MN)) * scale_M1
-
-
-@functools.cache
-def check_int8() -> None:
-    """Raises UnsupportedOptionError where neither the native library nor torch has an int8 product."""
-    if native.library():
-        return
-    try:
-        _torch_int8_linear(torch.ones(1, 64), _torch_pack(torch.ones(16, 64)))
-    except (RuntimeError, AttributeError) as error:
-        trouble = str(error).strip().partition("\n")[0]
-        raise UnsupportedOptionError(
-            f"weights='int8' has no product on this machine: leave it out. Torch has none (its trial: {trouble}), "
-            f"and the native kernels are missing: {native.describe()}"
-        ) from error
-
-
-# ---- float32 ----
 
 BANDS = (2, 4, 8, 16, 32)  # a batch of M rows uses the choice made for the first band >= M
 STOCK, TURNED, NATIVE = "stock", "turned", "native"
@@ -172,7 +46,8 @@ def float_linear(linear: nn.Linear, choices: dict[int, str], x: torch.Tensor) ->
 
 
 def float_matrix(linear: nn.Linear) -> structs.Matrix:
-    return native.matrix(linear.weight, linear.out_features, linear.in_features, None, linear.bias)
+    sizes = linear.out_features, linear.in_features
+    return native.matrix(linear.weight, *sizes, bits=32, scale=None, bias=linear.bias)
 
 
 def is_dense(weight: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from specdec.kernels.model.linear import Int8Linear
+from specdec.kernels.model.quantized_linear import QuantizedLinear
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -37,28 +37,29 @@ class NativeLayer(Protocol):
 
 
 class NativeModel:
-    """The native layers of an int8 model. They quantise activations, which is exact only while all of them are native:
-    once one has changed (an adapter was put in), all go back to the model's own forward, and activations stay float32.
+    """The native layers of a model of packed weights. They quantise activations, which is exact only while all of them
+    are native: once one has changed (an adapter was put in), all go back to the model's own forward, and activations
+    stay float32.
 
     Args:
-        int8_linears: all of the model.
+        linears: all quantised ones of the model.
     """
 
-    def __init__(self, int8_linears: Sequence[Int8Linear]):
+    def __init__(self, linears: Sequence[QuantizedLinear]):
         self.layers: list[NativeLayer] = []
-        self._int8_linears = int8_linears
+        self._linears = linears
         self._check = Once(self._is_unchanged)
 
     def is_native(self, forward: object) -> bool:
         """Whether all layers are unchanged; looked at by the first layer of a forward, which `forward` stands for."""
-        if self._int8_linears[0].weight_only:
+        if self._linears[0].weight_only:
             return False
         return self._is_unchanged(None) if forward is None else self._check(forward)
 
     def _is_unchanged(self, _: object) -> bool:
         if all(layer.is_unchanged() for layer in self.layers):
             return True
-        for linear in self._int8_linears:
+        for linear in self._linears:
             linear.weight_only = True
         for layer in self.layers:
             layer.distrust()

@@ -1,4 +1,4 @@
-"""What may be done with an int8-prepared model: it is pickled and copied whole, and stays float32 on the CPU.
+"""What may be done with an int8 or int4 model: it is pickled and copied whole, and stays float32 on the CPU.
 
 The kernels read scales as float32 from the addresses that they are given, so a cast or a move would make them read
 something else; and a state dict would come without the linears. Both are refused before anything has changed.
@@ -14,20 +14,21 @@ from torch import nn
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
+from specdec.model_options import QuantizedWeights
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
-def guard(module: nn.Module) -> None:
-    """For a module that holds int8 linears: refuse what they refuse before its other parts have changed."""
-    module.__dict__["_apply"] = _Conversion(module)
-    module.register_load_state_dict_pre_hook(refuse_loading)
+def guard(module: nn.Module, weights: QuantizedWeights) -> None:
+    """For a module that holds quantised linears: refuse what they refuse before its other parts have changed."""
+    module.__dict__["_apply"] = _Conversion(module, weights)
+    module.register_load_state_dict_pre_hook(functools.partial(refuse_loading, weights))
     for name in ("save_pretrained", "push_to_hub"):
         if hasattr(type(module), name):
-            module.__dict__[name] = refuse_saving
+            module.__dict__[name] = functools.partial(refuse_saving, weights)
 
 
-def check_conversion(convert: Convert) -> None:
+def check_conversion(convert: Convert, weights: QuantizedWeights) -> None:
     """What `to`, `half`, `cuda`, ... are about to do with every tensor must leave float32 on the CPU as it is.
 
     Raises:
@@ -37,60 +38,61 @@ def check_conversion(convert: Convert) -> None:
         converted = convert(torch.zeros(1))
         where = f"{str(converted.dtype).removeprefix('torch.')} on {converted.device.type}"
     except (RuntimeError, AssertionError) as error:  # a device that is not there
-        raise UnsupportedOptionError(_stays(f"what was asked for ({error})")) from error
+        raise UnsupportedOptionError(_stays(weights, f"what was asked for ({error})")) from error
     if where != "float32 on cpu":
-        raise UnsupportedOptionError(_stays(where))
+        raise UnsupportedOptionError(_stays(weights, where))
 
 
-def _stays(what: str) -> str:
+def _stays(weights: QuantizedWeights, what: str) -> str:
     return (
-        f"an int8-prepared model stays float32 on the CPU, and cannot become {what}: load the checkpoint again, "
-        "convert that, and leave prepare(weights='int8') out (or prepare it here, on the CPU)"
+        f"an {weights}-prepared model stays float32 on the CPU, and cannot become {what}: load the checkpoint again, "
+        f"convert that, and leave prepare(weights={weights!r}) out (or prepare it here, on the CPU)"
     )
 
 
 class _Conversion:
     """In the place of a module's `_apply`, through which all conversions go, children first."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, weights: QuantizedWeights) -> None:
+        self.module, self.weights = module, weights
 
     def __call__(self, fn: Convert, recurse: bool = True) -> nn.Module:
-        check_conversion(fn)
+        check_conversion(fn, self.weights)
         return type(self.module)._apply(self.module, fn, recurse)
 
 
-def refuse_saving(*_: Any, **__: Any) -> NoReturn:
+def refuse_saving(weights: QuantizedWeights, *_: Any, **__: Any) -> NoReturn:
     raise UnsupportedOptionError(
-        "an int8-prepared model has no float weights to save: save the model before prepare(), and prepare it again "
-        "when it is loaded (torch.save(model) and pickle keep it whole, for machines with the same kernels)"
+        f"an {weights}-prepared model has no float weights to save: save the model before prepare(), and prepare it "
+        "again when it is loaded (torch.save(model) and pickle keep it whole, for machines with the same kernels)"
     )
 
 
-def refuse_loading(*_: Any, **__: Any) -> NoReturn:
+def refuse_loading(weights: QuantizedWeights, *_: Any, **__: Any) -> NoReturn:
     raise UnsupportedOptionError(
-        "an int8-prepared model takes no state dict, for its float weights are gone: load the weights into the float "
-        "model, then call prepare(model, weights='int8')"
+        f"an {weights}-prepared model takes no state dict, for its float weights are gone: load the weights into the "
+        f"float model, then call prepare(model, weights={weights!r})"
     )
 
 
 @functools.lru_cache(maxsize=4)
-def layout(library: native.Library | None) -> str:
+def layout(library: native.Library | None, bits: int) -> str:
     """Names how weights are packed here: a digest of a packed matrix that is always the same."""
     if library is None:
         return "torch"
-    packed, _ = library.pack(torch.arange(64.0 * 256).reshape(64, 256).sin())
+    numbers = torch.arange(64.0 * 256).reshape(64, 256).sin()
+    packed, _ = library.pack(15.0 * (numbers > 0), bits)  # numbers that no search for a scale rounds
     return hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]
 
 
-def check_layout(saved: str) -> None:
+def check_layout(saved: str, bits: int, weights: QuantizedWeights) -> None:
     """Refuse weights that this machine's kernels would read as others.
 
     Raises:
         UnsupportedModelError: they were packed by other kernels.
     """
-    if saved != layout(native.library()):
+    if saved != layout(native.library(), bits):
         raise UnsupportedModelError(
-            f"the int8 weights were packed by other kernels than those of this machine ({native.describe()}): load "
-            "the float checkpoint and call specdec.prepare(model, weights='int8') here"
+            f"the {weights} weights were packed by other kernels than those of this machine ({native.describe()}): "
+            f"load the float checkpoint and call specdec.prepare(model, weights={weights!r}) here"
         )

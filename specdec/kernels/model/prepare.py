@@ -15,10 +15,12 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import Int8Linear, calibrate, check_int8, is_dense, is_plain, small_batch_forward
+from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
+from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
 from specdec.kernels.model.weight_readers import read_by_others
+from specdec.model_options import QuantizedWeights
 from specdec.stages import stage
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +33,8 @@ _log = logging.getLogger("specdec")
 class Prepared:
     """What prepare() did to a model; kept on the model.
 
-    activations: "float", or "int8" where the rows of int8 products are quantised too.
+    weights: None (float), "int8" or "int4".
+    activations: "float", or "int8" where the rows of quantised products are quantised too.
     """
 
     weights: str | None
@@ -43,21 +46,22 @@ class Prepared:
 def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
     """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
 
-    weights: None keeps the float32 weights and logits within rounding (a float32 model gets linears that stream the
-        weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
-        `nn.Linear`, the LM head included, by 8-bit weights; tied embeddings stay float, and so do linears whose
-        weight the model's code reads itself (some routers). The float weights are then gone, what remains becomes
-        float32, and `unprepare` refuses. So do `to(dtype)`, `to(device)`, `state_dict`, `load_state_dict` and
-        `save_pretrained`; copies, pickles and `torch.save(model)` work. Activations are quantised too, for more speed,
-        where all of the model is native and a token's logits are the same bits whatever else is in its forward (the
-        layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that a token verified
-        beside others gets the logits that it gets alone, up to rounding.
+    weights: None or "float" keeps the float32 weights and logits within rounding (a float32 model gets linears that
+        stream the weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
+        `nn.Linear`, the LM head included, by 8-bit weights; "int4" by weights of 4 bits, with a scale and an offset for
+        every 32 inputs (5 bits in all), but the LM head, whose errors show most, by 8-bit ones. Tied embeddings stay
+        float, and so do linears whose weight the model's code reads itself (some routers). The float weights are then
+        gone, what remains becomes float32, and `unprepare` refuses. So do `to(dtype)`, `to(device)`, `state_dict`,
+        `load_state_dict` and `save_pretrained`; copies, pickles and `torch.save(model)` work. Activations are quantised
+        too, for more speed, where all of the model is native and a token's logits are the same bits whatever else is in
+        its forward (the layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that
+        a token verified beside others gets the logits that it gets alone, up to rounding.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
     Idempotent. Weights of a float model may change in between. Where nothing could be done, a warning says so (logger
     `specdec`); it says at level INFO what was done.
     Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
-    on the CPU ("int8") or has no `nn.Linear`.
+    on the CPU ("int8", "int4") or has no `nn.Linear`.
     """
     before = prepared(model)
     if before is not None and before.weights == weights:
@@ -88,22 +92,23 @@ def _tell(model: nn.Module) -> None:
 
 def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
     """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding."""
-    if weights not in (None, "int8"):
-        raise UnsupportedOptionError(f"weights={weights!r} is not known: use None (float) or 'int8'")
+    weights = None if weights == "float" else weights
+    if weights not in (None, *LINEARS):
+        raise UnsupportedOptionError(f"weights={weights!r} is not known: use None or 'float', 'int8' or 'int4'")
     if compile:
         raise UnsupportedOptionError("compile=True is not available: leave it out, native kernels are faster on CPUs")
     done: Prepared | None = model.__dict__.get(_MARK)
     if done is not None:
         if done.weights == weights:
             return model
-        unprepare(model)  # refuses to go from int8 to float
+        unprepare(model)  # refuses where the float weights are gone
     check_whole(model)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
-    num_linears = _to_int8(model) if weights == "int8" else _to_small_batch(model)
+    num_linears = _to_quantized(model, weights) if weights else _to_small_batch(model)
     num_layers = _to_lean_layers(model) if native.library() else 0
     activations = "float"
-    if weights == "int8" and native.library():
+    if weights and native.library():
         if must_be_exact and not rows_are_independent(model):
             _to_weight_only(model)
             num_layers = 0
@@ -136,14 +141,14 @@ def prepared(model: nn.Module) -> Prepared | None:
 def unprepare(model: Model) -> Model:
     """Undoes prepare(model): modules and weights are those from before, bit for bit.
 
-    Refuses an int8 model (UnsupportedOptionError): its float weights are gone, load the model again.
+    Refuses an int8 or int4 model (UnsupportedOptionError): its float weights are gone, load the model again.
     """
     done: Prepared | None = model.__dict__.get(_MARK)
     if done is None:
         return model
-    if done.weights == "int8":
+    if done.weights:
         raise UnsupportedOptionError(
-            "the model was prepared with weights='int8': its float weights are gone, reload it"
+            f"the model was prepared with weights={done.weights!r}: its float weights are gone, reload it"
         )
     for module in model.modules():
         if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), FusedLayer):
@@ -152,38 +157,44 @@ def unprepare(model: Model) -> Model:
     return model
 
 
-def quantized_copy(model: Model) -> Model:
-    """An int8 copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared, so it
-    costs only the int8 weights: a quarter of the float ones. It is a draft, and may be wrong: its activations are
-    always quantised."""
+def quantized_copy(model: Model, weights: QuantizedWeights = "int8") -> Model:
+    """An int8 (or int4) copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared,
+    so it costs only the int8 weights: a quarter of the float ones (int4: a sixth, and a quarter of the LM head). It is
+    a draft, and may be wrong: its activations are always quantised."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return _prepare(copy.deepcopy(model, shared), "int8", must_be_exact=False)
+    return _prepare(copy.deepcopy(model, shared), weights, must_be_exact=False)
 
 
-def _to_int8(model: nn.Module) -> int:
-    """Replaces the linears one by one, so that at most one is held in both forms."""
+def _to_quantized(model: nn.Module, weights: str) -> int:
+    """Replaces the linears one by one, so that at most one is held in both forms. An LM head's are of 8 bits: one of
+    4 changed one in seven of the demo model's likeliest tokens."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise UnsupportedModelError("weights='int8' is for models on the CPU; move it there first")
-    check_int8()
-    replaced: dict[nn.Module, Int8Linear] = {}
-    kept = read_by_others(model)
+        raise UnsupportedModelError(f"weights={weights!r} is for models on the CPU; move it there first")
+    quantized = LINEARS[weights]
+    check_product(quantized.weights)
+    replaced: dict[nn.Module, QuantizedLinear] = {}
+    kept, head = read_by_others(model), _head_of(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and is_dense(child.weight) and child not in kept:
                 if child not in replaced:
-                    replaced[child] = Int8Linear(child)
+                    replaced[child] = Int8Linear(child) if child is head else quantized(child)
                 setattr(parent, name, replaced[child])
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     if not replaced:
         raise UnsupportedModelError(
-            f"no linear of {type(model).__name__} has weights that can become int8 (another library has quantised them "
-            "already, or their code reads them): leave weights='int8' and QuantizedSelf out"
+            f"no linear of {type(model).__name__} has weights that can become {weights} (another library has quantised "
+            f"them already, or their code reads them): leave weights={weights!r} and QuantizedSelf out"
         )
     _to_float32(model)
     for module in model.modules():
-        if any(isinstance(part, Int8Linear) for part in module.modules() if part is not module):
-            guard(module)
+        if any(isinstance(part, QuantizedLinear) for part in module.modules() if part is not module):
+            guard(module, quantized.weights)
     return len(replaced)
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _to_float32(model: nn.Module) -> None:
@@ -222,13 +233,13 @@ def _to_small_batch(model: nn.Module) -> int:
 def rows_are_independent(model: nn.Module) -> bool:
     """Whether the logits of a token are the same bits whatever else is in its forward.
 
-    All int8 products must lie in native layers or be the LM head, and a forward of four tokens must say what four
+    All quantised products must lie in native layers or be the LM head, and a forward of four tokens must say what four
     forwards of one say.
     """
     fused = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLayer)]
     inside = {id(part) for layer in fused for part in layer.modules()}
-    inside.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
-    if not fused or any(isinstance(part, Int8Linear) and id(part) not in inside for part in model.modules()):
+    inside.add(id(_head_of(model)))
+    if not fused or any(isinstance(part, QuantizedLinear) and id(part) not in inside for part in model.modules()):
         return False
     config: Any = model.config
     input_ids = torch.arange(1, 9).unsqueeze(0) * 7919 % config.get_text_config(decoder=True).vocab_size
@@ -243,7 +254,7 @@ def rows_are_independent(model: nn.Module) -> bool:
 def _to_weight_only(model: nn.Module) -> None:
     """Activations stay float32; the native layers, which quantise them, are given up."""
     for module in model.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear):
             module.weight_only = True
         elif isinstance(module.__dict__.get("forward"), FusedLayer):
             del module.__dict__["forward"]
@@ -252,8 +263,8 @@ def _to_weight_only(model: nn.Module) -> None:
 def _to_lean_layers(model: nn.Module) -> int:
     layers = [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
     fused = [layer for layer in layers if is_supported(layer) and matches_reference(layer)]
-    int8_linears = [part for part in model.modules() if isinstance(part, Int8Linear)]
-    rotation, group = Once(contiguous), NativeModel(int8_linears) if int8_linears else None
+    quantized = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
+    rotation, group = Once(contiguous), NativeModel(quantized) if quantized else None
     for layer in fused:
         layer.__dict__["forward"] = forward = FusedLayer(layer, rotation, group)
         if group is not None:

@@ -58,8 +58,8 @@ _FUNCTIONS = {
     "select": _Function((ctypes.c_char_p,), ctypes.c_char_p),
     "layout": _Function((Int, Pointer), ctypes.c_char_p),
     "fail_allocation_after": _Function((Int,)),
-    "packed_bytes": _Function((Int, Int), Int),
-    "pack": _Function((Pointer, Int, Int, Pointer, Pointer, _Threads), Int, True),
+    "packed_bytes": _Function((Int, Int, Int), Int),
+    "pack": _Function((Pointer, Int, Int, Int, Pointer, Pointer, _Threads), Int, True),
     "linear": _Function((ctypes.POINTER(Matrix), Pointer, Int, ctypes.c_int, Pointer, _Threads), Int, True),
     "attend": _Function((ctypes.POINTER(Attention), _Threads), Int, True),
     "attention_inputs": _Function((ctypes.POINTER(Layer), Pointer, Int, *(Pointer,) * 5, _Threads), Int, True),
@@ -135,29 +135,32 @@ class Library:
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
     def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avx512", "amx", or None for the best. The whole process gets it."""
+        """`instruction_set`: "avx2", "avxvnni", "avx512", "amx", or None for the best. The whole process gets it."""
         self._dll = dll
         for name in Library.__annotations__:
             setattr(self, name, getattr(dll, f"specdec_{name}"))
-        self.instruction_set = self.select(instruction_set)
+        self.instruction_set = ""
+        self.select(instruction_set)
 
     def select(self, instruction_set: str | None) -> str:
         name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
         if name is None:
             raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
-        return name.decode()
+        self.instruction_set = name.decode()
+        return self.instruction_set
 
-    def pack(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed int8 weights (opaque layout) and the scale of each of the N outputs."""
+    def pack(self, weight_NK: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Packed weights (opaque layout) of 8 bits, and the scale of each of the N outputs; or of 4, which hold
+        theirs."""
         n, k = weight_NK.shape
-        packed = torch.empty(self._dll.specdec_packed_bytes(n, k), dtype=torch.int8)
-        scale_N = torch.empty(n)
-        addresses = packed.data_ptr(), scale_N.data_ptr()
-        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, *addresses, torch.get_num_threads())
+        packed = torch.empty(self._dll.specdec_packed_bytes(n, k, bits), dtype=torch.int8)
+        scale_N = torch.empty(n) if bits == 8 else None
+        addresses = packed.data_ptr(), address(scale_N)
+        self._dll.specdec_pack(weight_NK.data_ptr(), n, k, bits, *addresses, torch.get_num_threads())
         return packed, scale_N
 
     def linear(self, matrix: Matrix, x_MK: torch.Tensor, *, weight_only: bool = False) -> torch.Tensor:
-        """[M, N]. `weight_only`: of an int8 matrix; the rows are not quantised."""
+        """[M, N]. `weight_only`: of packed weights; the rows are not quantised."""
         out_MN = torch.empty(x_MK.shape[0], matrix.n)
         addresses = x_MK.data_ptr(), x_MK.shape[0], weight_only, out_MN.data_ptr()
         self._dll.specdec_linear(matrix, *addresses, torch.get_num_threads())
@@ -175,8 +178,11 @@ def num_blocks(vocab_size: int) -> int:
     return -(-vocab_size // 4096) * 16
 
 
-def matrix(weight: torch.Tensor, n: int, k: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> Matrix:
-    m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k)
+def matrix(
+    weight: torch.Tensor, n: int, k: int, *, bits: int, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> Matrix:
+    """`bits`: 32, or those that a packed weight has. `scale`: of 8 bits."""
+    m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k, bits)
     m.alive = (weight, scale, bias)
     return m
 

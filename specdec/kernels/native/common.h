@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define GROUP 64           /* inputs that share a quantisation scale within a row */
+#define GROUP4_BYTES 640   /* of 16 outputs' 4-bit weights for so many inputs, with their scales and offsets */
 #define TILE 8             /* rows that pass over a strip of weights together */
 #define WIDE_TILE 16       /* the same where the processor has tiles (AMX) and there are rows enough to fill them */
 #define STRIP 64           /* outputs that are computed between two looks at the pool */
@@ -20,11 +21,11 @@
 
 /* The structures from here to Verification are described in __init__.py too; layout.c lets it compare. */
 
-/* float32 weights [n][k] (scale NULL), or packed int8 ones with a scale per output. */
+/* float32 weights [n][k] (32 bits), or packed ones of 8 bits, with a scale per output, or of 4, scales among them. */
 typedef struct {
     const void *data;
-    const float *scale, *bias; /* bias may be NULL */
-    int64_t n, k;
+    const float *scale, *bias; /* scale: of 8 bits only; bias may be NULL */
+    int64_t n, k, bits;
 } Matrix;
 
 typedef struct {
@@ -88,7 +89,7 @@ typedef struct {
 /* The entry points of one instruction set; each file that includes layer.h fills one in. */
 typedef struct {
     const char *name;
-    void (*pack)(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale);
+    void (*pack)(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale);
     void (*linear)(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out);
     void (*attend)(Attention *a);
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
@@ -101,9 +102,13 @@ typedef struct {
 
 extern const Kernels kernels_avx2, kernels_avx512;
 
-#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define HAS_AMX /* the compiler knows it, and the system can be asked for its registers */
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* that know what comes here */
+#define HAS_AVX_VNNI
+extern const Kernels kernels_avxvnni;
+#ifdef __linux__
+#define HAS_AMX /* the system can be asked for its registers */
 extern const Kernels kernels_amx;
+#endif
 #endif
 
 /* Runs fn(context, 0..num_chunks-1), in any order and on any thread; returns when all are done. */

@@ -50,7 +50,7 @@ static void multiply(Products *all) {
         const Matrix *w = all->products[i].matrix;
         if (!(all->gated && i)) strips += (w->n + STRIP - 1) / STRIP;
         all->ends[i] = strips;
-        bytes += w->n * w->k * (w->scale ? 1 : 4);
+        bytes += w->n * w->k * w->bits / 8;
     }
     int64_t chunks = bytes / CHUNK_BYTES, least = 4 * num_active_threads();
     chunks = chunks < least ? least : chunks > 4096 ? 4096 : chunks;
@@ -58,29 +58,36 @@ static void multiply(Products *all) {
     parallel_for(product_chunk, all, (strips + all->strips_per_chunk - 1) / all->strips_per_chunk);
 }
 
-/* ---- packing of int8 weights ---- */
+/* ---- packing of weights ---- */
 
 typedef struct {
     const float *w;
-    int64_t n, k;
+    int64_t n, k, bits;
     int8_t *packed;
     float *scale;
 } Packing;
 
 TARGET static void pack_strip(void *context, int strip) {
     const Packing *p = context;
-    const int64_t padded = (p->k + GROUP - 1) / GROUP * GROUP, first = (int64_t)strip * STRIP;
-    memset(p->packed + first * padded, 0, (size_t)(STRIP * padded));
-    for (int64_t n = first; n < p->n && n < first + STRIP; n++)
-        p->scale[n] = pack_row(p->w + n * p->k, p->k, p->packed + n / 16 * 16 * padded + n % 16 * 4);
+    const int64_t first = (int64_t)strip * STRIP;
+    const int64_t block_bytes = (p->k + GROUP - 1) / GROUP * (p->bits == 8 ? GROUP * 16 : GROUP4_BYTES);
+    memset(p->packed + first / 16 * block_bytes, 0, (size_t)(STRIP / 16 * block_bytes));
+    for (int64_t n = first; n < p->n && n < first + STRIP; n++) {
+        const float *w = p->w + n * p->k;
+        int8_t *block = p->packed + n / 16 * block_bytes;
+        if (p->bits == 8)
+            p->scale[n] = pack_row(w, p->k, block + n % 16 * 4);
+        else
+            pack_row4(w, p->k, block, (int)(n % 16));
+    }
 }
 
-static void pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale) {
-    Packing p = {w, n, k, packed, scale};
+static void pack(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale) {
+    Packing p = {w, n, k, bits, packed, scale};
     parallel_for(pack_strip, &p, (int)((n + STRIP - 1) / STRIP));
 }
 
-/* ---- rows: optional norm, then quantisation where the next product is int8 ---- */
+/* ---- rows: optional norm, then quantisation where the next product's weights are packed ---- */
 
 typedef struct {
     const float *x, *weight; /* weight NULL: no norm */
@@ -104,23 +111,24 @@ TARGET static void row_chunk(void *context, int row) {
 static const float *ready_rows(const Matrix *w, const float *x, const float *norm, float eps, int64_t rows,
                                Quantized *quantized) {
     Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
-    if (w->scale) {
+    if (w->bits < 32) {
         quantized->rows = rows;
-        quantized->tile = tile_of(rows);
+        quantized->tile = tile_of(w, rows);
         quantized->k = w->k;
         quantized->groups = (w->k + GROUP - 1) / GROUP;
         const int64_t room = quantized->tile == TILE ? rows : (rows + WIDE_TILE - 1) / WIDE_TILE * WIDE_TILE;
         quantized->q = take((size_t)(room * quantized->groups * GROUP));
         quantized->scales = take((size_t)(room * quantized->groups) * sizeof(float));
         quantized->totals = take((size_t)(room * quantized->groups) * sizeof(int32_t));
+        quantized->shares = take((size_t)(2 * room * quantized->groups) * sizeof(float));
         if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
-    if (norm || w->scale) parallel_for(row_chunk, &r, (int)rows);
+    if (norm || w->bits < 32) parallel_for(row_chunk, &r, (int)rows);
     return norm ? r.normed : x;
 }
 
-/* `weight_only`: the weights are int8, and the rows stay float32. */
+/* `weight_only`: the weights are packed, and the rows stay float32. */
 static void linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out) {
     Quantized quantized;
     Products all = {.count = 1};

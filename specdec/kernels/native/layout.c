@@ -16,7 +16,7 @@ static const struct {
     int64_t offset, size;
 } layout[] = {
     SIZE(Matrix),
-    FIELDS_5(Matrix, data, scale, bias, n, k),
+    FIELDS_6(Matrix, data, scale, bias, n, k, bits),
     SIZE(Layer),
     FIELDS_7(Layer, q, k, v, o, gate, up, down),
     FIELDS_4(Layer, input_norm, post_norm, q_norm, k_norm),

@@ -1,17 +1,17 @@
 /* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
  *
- * Plain C on pointers, for x86-64 with AVX2 (better: AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
+ * Plain C on pointers, for x86-64 with AVX2 (better: AVX-VNNI; AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
  * seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
  * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h; simd_*.h as needed.
  *
  * What needs memory returns OUT_OF_MEMORY where there is none, and the next call works. */
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <sys/mman.h>
 
 #include "common.h"
 
 #ifdef HAS_AMX
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -42,35 +42,52 @@ static const Kernels *kernels;
 /* The n-th request for memory from now on fails, once (n counts from 0; negative: none does): for tests. */
 EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n); }
 
+static int is_wanted(const char *name, const char *instruction_set) { return !name || !strcmp(name, instruction_set); }
+
+/* The best instruction set of a name, of all for NULL; NULL if there is none. */
+static const Kernels *best_kernels(const char *name) {
+    __builtin_cpu_init();
+    unsigned a = 0, b, c, d;
+    const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    const int has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl");
+    const Kernels *best = NULL;
+    if (has_avx2 && is_wanted(name, "avx2")) best = &kernels_avx2;
+#ifdef HAS_AVX_VNNI
+    const int has_avx_vnni = has_avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+    if (has_avx_vnni && is_wanted(name, "avxvnni")) best = &kernels_avxvnni;
+#endif
+    if (has_avx512 && is_wanted(name, "avx512")) best = &kernels_avx512;
+#ifdef HAS_AMX
+    if (has_avx512 && is_wanted(name, "amx") && can_use_amx()) best = &kernels_amx;
+#endif
+    return best;
+}
+
 /* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
 EXPORT const char *specdec_select(const char *name) {
-    __builtin_cpu_init();
-    const Kernels *best = NULL;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (!name || !strcmp(name, "avx2")))
-        best = &kernels_avx2;
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && (!name || !strcmp(name, "avx512")))
-        best = &kernels_avx512;
-#ifdef HAS_AMX
-    if (best == &kernels_avx512 && !name && can_use_amx()) best = &kernels_amx;
-    if (name && !strcmp(name, "amx") && __builtin_cpu_supports("avx512vnni") && can_use_amx()) best = &kernels_amx;
-#endif
+    const Kernels *best = best_kernels(name);
     if (best) kernels = best;
     return best ? best->name : NULL;
 }
 
-EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k) {
-    return (n + STRIP - 1) / STRIP * STRIP * ((k + GROUP - 1) / GROUP * GROUP);
+/* Of n outputs and k inputs, padded. */
+EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k, int64_t bits) {
+    const int64_t blocks = (n + STRIP - 1) / STRIP * STRIP / 16, groups = (k + GROUP - 1) / GROUP;
+    return blocks * groups * (bits == 8 ? GROUP * 16 : GROUP4_BYTES);
 }
 
-/* w [n][k] -> packed int8 (layout in product.h) and one scale per output: w ~ scale * q, q in -127..127. */
-EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int8_t *packed, float *scale, int num_threads) {
+/* w [n][k] -> packed weights of 8 or 4 bits (layouts in product.h). Of 8: one scale per output, w ~ scale * q, q in
+ * -127..127. Of 4: all is in `packed`, and `scale` is NULL. */
+EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale,
+                            int num_threads) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k);
+    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k, bits);
     const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
     if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
 #endif
-    CALL(num_threads, pack(w, n, k, packed, scale));
+    CALL(num_threads, pack(w, n, k, bits, packed, scale));
 }
 
 EXPORT int64_t specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out,

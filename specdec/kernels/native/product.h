@@ -9,6 +9,11 @@
  * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], or in wide ones of
  * always 16 (rows that are not there have scale 0), as [k/64][16][64]; with a float scale and an integer sum per (group,
  * row). Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way.
+ * 4-bit weights are codes of 0..15 with a scale and an offset for every 32 inputs of an output: weight = code * scale +
+ * offset. They are packed in blocks of 16 outputs too, [n/16][k/64] of GROUP4_BYTES: scales [2][16] and offsets [2][16],
+ * both float16, then [2][4][16][4] bytes. Byte [half][j][output][i] holds input 32 * half + 4 * j + i in its low four
+ * bits and the one 16 further in the high ones. Rows are quantised as for int8, and half a group gives
+ * row scale * (scale * sum(code * q) + offset * sum(q)), with exact integer sums; halves are added in float32, in order.
  * Weight-only products read the same packed weights and leave the rows in float32: a rounding upstream then stays a
  * rounding, where it could tip a quantised row to the next step. */
 
@@ -17,25 +22,26 @@ typedef struct {
     int64_t rows, k, groups, tile;
     int8_t *q;
     float *scales;
-    int32_t *totals;
+    int32_t *totals; /* of each group, its sum */
+    float *shares;   /* of each half of a group, its sum times its scale: of which 4-bit weights' offsets are multiples */
 } Quantized;
 
 /* What becomes of a product: out = product * scale + bias (+ residual). */
 typedef struct {
     const Matrix *matrix;
     const float *x;             /* [rows][k], for float32 weights and weight-only products */
-    const Quantized *quantized; /* for int8 weights, NULL if weight-only; not read with float32 weights */
+    const Quantized *quantized; /* for packed weights, NULL if weight-only; not read with float32 weights */
     int64_t rows;
     float *out;
     const float *residual; /* NULL or [rows][n], added to the result */
 } Product;
 
-/* Rows that go over a strip of int8 weights together, of so many. */
-static int64_t tile_of(int64_t rows) {
+/* Rows that go over a strip of packed weights together, of so many. */
+static int64_t tile_of(const Matrix *w, int64_t rows) {
 #ifdef FEWEST_WIDE_ROWS
-    if (rows >= FEWEST_WIDE_ROWS) return WIDE_TILE;
+    if (w->bits == 8 && rows >= FEWEST_WIDE_ROWS) return WIDE_TILE;
 #endif
-    (void)rows;
+    (void)w, (void)rows;
     return TILE;
 }
 
@@ -44,7 +50,8 @@ INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
     const int rows = (int)(left < to->tile ? left : to->tile), m = (int)(row - first);
     const int step = to->tile == TILE ? 4 * rows : 4, place = to->tile == TILE ? 4 * m : GROUP * m;
     quantize_row(x, to->k, to->groups, rows, step, to->q + first * to->groups * GROUP + place,
-                 to->scales + first * to->groups + m, to->totals + first * to->groups + m);
+                 to->scales + first * to->groups + m, to->totals + first * to->groups + m,
+                 to->shares + 2 * first * to->groups + m);
 }
 
 TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t row, int64_t n, int64_t count,
@@ -59,19 +66,21 @@ TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t ro
     }
 }
 
-/* int8: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
-INLINE void int8_tile(const int blocks, const int rows, const int stride, const Product *p, int64_t block, int64_t tile,
-                      int first) {
-    const int64_t groups = p->quantized->groups, block_bytes = groups * GROUP * 16;
+/* 8 or 4 bits: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
+INLINE void packed_tile(const int bits, const int blocks, const int rows, const int stride, const Product *p,
+                        int64_t block, int64_t tile, int first) {
+    const int64_t groups = p->quantized->groups, block_bytes = groups * (bits == 8 ? GROUP * 16 : GROUP4_BYTES);
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
     const int8_t *x = p->quantized->q + tile * groups * GROUP + 4 * first;
     const float *scales = p->quantized->scales + tile * groups + first;
     const int32_t *totals = p->quantized->totals + tile * groups + first;
+    const float *shares = p->quantized->shares + 2 * tile * groups + first;
     float sums[4 * TILE * 16] __attribute__((aligned(64)));
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
-    for (int64_t g = 0; g < groups; g++)
+    for (int64_t g = 0; bits == 8 && g < groups; g++)
         dot_group(blocks, rows, stride, w + g * GROUP * 16, block_bytes, x + g * GROUP * stride, scales + g * stride,
                   totals + g * stride, sums);
+    if (bits == 4) dot_groups4(blocks, rows, stride, w, block_bytes, groups, x, scales, shares, sums);
     for (int b = 0; b < blocks; b++) {
         const int64_t n = (block + b) * 16, left = p->matrix->n - n;
         for (int m = 0; m < rows; m++) finish(p, tile + first + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
@@ -167,11 +176,18 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
     }
 }
 
+/* Weight-only, 4 bits: where the codes of four inputs from `at` on lie in a block. */
+INLINE const int8_t *codes_of(const int8_t *group, int64_t at) {
+    return group + 128 + at / 32 * 256 + at / 4 % 4 * 64;
+}
+
 /* Weight-only: `blocks` blocks of 16 outputs from block `block` on, against `rows` rows in float32. Every output is one
  * chain of additions over the inputs, in order. */
-INLINE void weight_only_tile(const int blocks, const int rows, const Product *p, int64_t block, int64_t first_row) {
+INLINE void weight_only_tile(const int bits, const int blocks, const int rows, const Product *p, int64_t block,
+                             int64_t first_row) {
     enum { PARTS = 16 / VL };
-    const int64_t k = p->matrix->k, block_bytes = (k + GROUP - 1) / GROUP * GROUP * 16;
+    const int64_t k = p->matrix->k, group_bytes = bits == 8 ? GROUP * 16 : GROUP4_BYTES;
+    const int64_t block_bytes = (k + GROUP - 1) / GROUP * group_bytes;
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
     const float *x = p->x + first_row * k;
     VF acc[4][4][PARTS];
@@ -181,11 +197,18 @@ INLINE void weight_only_tile(const int blocks, const int rows, const Product *p,
     for (int64_t at = 0; at < k; at += 4) {
         const int64_t left = k - at;
         VI bytes[4][PARTS];
+        VF scale[4][PARTS], offset[4][PARTS];
         for (int b = 0; b < blocks; b++)
             for (int h = 0; h < PARTS; h++) {
-                const int8_t *weights = w + b * block_bytes + 16 * at + 4 * VL * h;
+                const int8_t *group = w + b * block_bytes + at / GROUP * group_bytes;
+                const int64_t in_group = at % GROUP;
+                const int8_t *weights = (bits == 8 ? group + 16 * in_group : codes_of(group, in_group)) + 4 * VL * h;
                 bytes[b][h] = vi_load(weights);
                 prefetch_l2(weights + 4 * block_bytes);
+                if (bits == 8) continue;
+                if (in_group / 16 % 2) bytes[b][h] = vi_high_codes(bytes[b][h]);
+                scale[b][h] = vf_load_half(group + in_group / 32 * 32 + 2 * VL * h);
+                offset[b][h] = vf_load_half(group + 64 + in_group / 32 * 32 + 2 * VL * h);
             }
 #define WEIGHT_ONLY_INPUT(j)                                                               \
     if (j < left) {                                                                        \
@@ -193,7 +216,9 @@ INLINE void weight_only_tile(const int blocks, const int rows, const Product *p,
         for (int m = 0; m < rows; m++) row[m] = vf_set1(x[m * k + at + j]);                \
         for (int b = 0; b < blocks; b++)                                                   \
             for (int h = 0; h < PARTS; h++) {                                              \
-                const VF weight = vf_from_int(vi_byte(bytes[b][h], j));                    \
+                const VF weight =                                                          \
+                    bits == 8 ? vf_from_int(vi_byte(bytes[b][h], j))                       \
+                              : vf_fma(vf_from_int(vi_code(bytes[b][h], j)), scale[b][h], offset[b][h]); \
                 for (int m = 0; m < rows; m++) acc[b][m][h] = vf_fma(weight, row[m], acc[b][m][h]); \
             }                                                                              \
     }
@@ -221,39 +246,51 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define UP_TO_4(M) M(1) M(2) M(3) M(4)
 #define UP_TO_8(M) UP_TO_4(M) M(5) M(6) M(7) M(8)
 #ifdef FEWEST_WIDE_ROWS
-    if (p->matrix->scale && p->quantized && p->quantized->tile == WIDE_TILE) {
+    if (p->matrix->bits == 8 && p->quantized && p->quantized->tile == WIDE_TILE) {
         wide_outputs(p, n, end);
         return;
     }
 #endif
-    if (p->matrix->scale && !p->quantized) {
+    if (p->matrix->bits < 32 && !p->quantized) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define WEIGHT_ONLY_STRIP(r)                                                 \
-    case r:                                                                  \
-        for (int part = 0; part < 4; part += WEIGHT_ONLY_BLOCKS(r))          \
-            weight_only_tile(WEIGHT_ONLY_BLOCKS(r), r, p, block + part, row); \
+#define WEIGHT_ONLY_STRIP(bits, r)                                                  \
+    case r:                                                                         \
+        for (int part = 0; part < 4; part += WEIGHT_ONLY_BLOCKS(r))                 \
+            weight_only_tile(bits, WEIGHT_ONLY_BLOCKS(r), r, p, block + part, row); \
         break;
+#define WEIGHT_ONLY_STRIP_8(r) WEIGHT_ONLY_STRIP(8, r)
+#define WEIGHT_ONLY_STRIP_4(r) WEIGHT_ONLY_STRIP(4, r)
             int64_t row = 0;
-            EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP))
+            if (p->matrix->bits == 8) {
+                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_8))
+            } else {
+                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_4))
+            }
         }
-    } else if (p->matrix->scale) {
+    } else if (p->matrix->bits < 32) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
-#define INT8_STRIP(r)                                                                            \
-    case r:                                                                                      \
-        if (4 * r <= INT8_ACC) {                                                                 \
-            int8_tile(4, r, r, p, block, row, 0);                                                \
-        } else if (2 * r <= INT8_ACC) {                                                          \
-            for (int half = 0; half < 4; half += 2) int8_tile(2, r, r, p, block + half, row, 0); \
-        } else {                                                                                 \
-            for (int b = 0; b < 4; b++) {                                                        \
-                int8_tile(1, r < INT8_ACC ? r : INT8_ACC, r, p, block + b, row, 0);              \
-                if (r > INT8_ACC) int8_tile(1, r - INT8_ACC, r, p, block + b, row, INT8_ACC);    \
-            }                                                                                    \
-        }                                                                                        \
+#define PACKED_STRIP(bits, most, r)                                                                      \
+    case r:                                                                                              \
+        if (4 * r <= most) {                                                                             \
+            packed_tile(bits, 4, r, r, p, block, row, 0);                                                \
+        } else if (2 * r <= most) {                                                                      \
+            for (int half = 0; half < 4; half += 2) packed_tile(bits, 2, r, r, p, block + half, row, 0); \
+        } else {                                                                                         \
+            for (int b = 0; b < 4; b++) {                                                                \
+                packed_tile(bits, 1, r < most ? r : most, r, p, block + b, row, 0);                      \
+                if (r > most) packed_tile(bits, 1, r - most, r, p, block + b, row, most);                \
+            }                                                                                            \
+        }                                                                                                \
         break;
+#define INT8_STRIP(r) PACKED_STRIP(8, INT8_ACC, r)
+#define INT4_STRIP(r) PACKED_STRIP(4, INT4_ACC, r)
             int64_t row = 0;
+            if (p->matrix->bits == 4) {
+                EACH_TILE(TILE, UP_TO_8(INT4_STRIP))
+                continue;
+            }
 #ifdef FEWEST_PAIRED_ROWS
             for (int64_t count; p->rows >= FEWEST_PAIRED_ROWS && (count = (p->rows - row) / TILE * TILE); row += count) {
                 if (count > PAIRED_ROWS) count = PAIRED_ROWS;

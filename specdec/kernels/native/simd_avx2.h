@@ -1,8 +1,13 @@
-/* The vector vocabulary of the kernels, 8 floats wide (AVX2 + FMA). Same names as simd_avx512.h. */
-#define TARGET __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma")))
+/* The vector vocabulary of the kernels, 8 floats wide (AVX2, FMA, F16C). Same names as simd_avx512.h. With AVX_VNNI
+ * products take one instruction where they take three without. */
+#ifndef ALSO /* what the processor has besides */
+#define ALSO
+#endif
+#define TARGET __attribute__((target("avx2,fma,f16c" ALSO)))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c" ALSO)))
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
+#define INT4_ACC 8 /* of 16 bits, of half a block */
 #define WEIGHT_ONLY_BLOCKS(rows) ((rows) <= 2 ? 2 : 1) /* blocks of 16 outputs whose sums do */
 
 #define VF __m256
@@ -28,9 +33,22 @@
 #define vi_set1 _mm256_set1_epi32
 #define vi_add _mm256_add_epi32
 #define vi_byte(v, j) _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_code(v, j) _mm256_and_si256(_mm256_srli_epi32(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
+#define vi_high_codes(v) _mm256_srli_epi32(v, 4) /* to where vi_code finds them */
+#define vf_load_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 
 /* sum += v in a loop: for the intrinsic, gcc 12 copies every accumulator, every step. */
 #define vi_add_to(sum, v) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v))
+
+/* sum += products of codes, 0..15, and signed bytes, four to a lane or twice two; what 32 inputs add up to fits into 16
+ * bits, as two sums of 16 products of at most 15 * 127. */
+#ifdef AVX_VNNI
+#define vi_dot_to(sum, codes, bytes) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(bytes))
+#define vi_lanes(sum) (sum)
+#else
+#define vi_dot_to(sum, codes, bytes) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(codes, bytes)))
+#define vi_lanes(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+#endif
 
 INLINE float vf_sum(VF v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -96,6 +114,34 @@ INLINE void transpose4(const float *const *rows, int64_t column, float *out) {
     vf_store(out + 3 * VL, _mm256_shuffle_ps(c, d, 0xEE));
 }
 
+#ifdef AVX_VNNI
+/* See below. The unsigned side are the weights, which get +128, and the accumulators start at -128 * sum(x). */
+INLINE void dot_group(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                      const int8_t *x, const float *scales, const int32_t *totals, float *sums) {
+    const VI flip = _mm256_set1_epi8((char)0x80);
+    VI acc[4][TILE][2];
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) acc[b][m][0] = acc[b][m][1] = vi_set1(-128 * totals[m]);
+#pragma GCC unroll 2
+    for (int step = 0; step < 16; step++)
+        for (int b = 0; b < blocks; b++) {
+            const int8_t *weights = w + b * block_bytes + 64 * step;
+            const VI low = _mm256_xor_si256(vi_load(weights), flip), high = _mm256_xor_si256(vi_load(weights + 32), flip);
+            prefetch_l2(weights + 4 * block_bytes);
+            for (int m = 0; m < rows; m++) {
+                const VI row = vi_set1(load_int32(x + 4 * (step * stride + m)));
+                vi_dot_to(acc[b][m][0], low, row);
+                vi_dot_to(acc[b][m][1], high, row);
+            }
+        }
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++)
+            for (int half = 0; half < 2; half++) {
+                float *sum = sums + (b * rows + m) * 16 + half * 8;
+                vf_store(sum, vf_fma(vf_from_int(acc[b][m][half]), vf_set1(scales[m]), vf_load(sum)));
+            }
+}
+#else
 /* Adds one group (64 inputs) of the int8 product to sums[block][row][16 outputs]; the layouts are in product.h. |x| is
  * the unsigned side and x's sign moves to the weights; both lie in -127..127, so 16-bit pair sums cannot saturate. */
 INLINE void dot_group(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
@@ -127,6 +173,49 @@ INLINE void dot_group(const int blocks, const int rows, const int stride, const 
             }
 }
 
+#endif
+
+/* The whole product of 4-bit weights, whose codes are the unsigned side. Half a block of outputs at a time: the sums of
+ * half a group stay in registers. */
+INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                        int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
+    const VI low_bits = _mm256_set1_epi8(15);
+    for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+        for (int part = 0; part < 4; part++) {
+            const int half = part / 2, side = part % 2;
+            const int8_t *codes = w + 128 + 256 * half + 32 * side;
+            VI dot[4][TILE];
+            for (int b = 0; b < blocks; b++)
+                for (int m = 0; m < rows; m++) dot[b][m] = vi_zero();
+#pragma GCC unroll 4
+            for (int step = 0; step < 4; step++)
+                for (int b = 0; b < blocks; b++) {
+                    const VI bytes = vi_load(codes + b * block_bytes + 64 * step);
+                    const VI low = _mm256_and_si256(bytes, low_bits);
+                    const VI high = _mm256_and_si256(vi_high_codes(bytes), low_bits);
+                    if (!side) prefetch_l2(codes + (b + 4) * block_bytes + 64 * step);
+                    const int8_t *row = x + (32 * half + 4 * step) * stride;
+                    for (int m = 0; m < rows; m++, row += 4) {
+                        vi_dot_to(dot[b][m], low, vi_set1(load_int32(row)));
+                        vi_dot_to(dot[b][m], high, vi_set1(load_int32(row + 16 * stride)));
+                    }
+                }
+            for (int b = 0; b < blocks; b++) {
+                const int8_t *group = w + b * block_bytes + 32 * half + 16 * side;
+                const VF scale = vf_load_half(group), offset = vf_load_half(group + 64);
+                if (!side) prefetch_l2(group + 4 * block_bytes + 32 * half);
+                for (int m = 0; m < rows; m++) {
+                    float *sum = sums + (b * rows + m) * 16 + 8 * side;
+                    const VF product = vf_mul(vf_from_int(vi_lanes(dot[b][m])), scale);
+                    const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), vf_load(sum));
+                    vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
+                }
+            }
+        }
+}
+
+#ifndef AVX_VNNI
 /* ---- many rows: two products of 16 bits and their sum in one instruction, without signs to move ---- */
 
 #define FEWEST_PAIRED_ROWS 16 /* enough of them to widen weights and rows for */
@@ -160,3 +249,4 @@ INLINE void dot_pairs(const int rows, const int16_t *w, const int16_t *x, const 
             vf_store(sum, vf_fma(vf_from_int(acc[m][half]), vf_set1(scales[m]), vf_load(sum)));
         }
 }
+#endif

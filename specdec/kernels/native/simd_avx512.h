@@ -2,10 +2,11 @@
 #ifndef ALSO /* what the processor has besides */
 #define ALSO
 #endif
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
-#define INLINE static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
+#define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
+#define INT4_ACC 8 /* sums, of which each has two accumulators */
 #define WEIGHT_ONLY_BLOCKS(rows) 4 /* blocks of 16 outputs whose sums do */
 
 #define VF __m512
@@ -33,7 +34,10 @@
 #define vi_set1 _mm512_set1_epi32
 #define vi_add _mm512_add_epi32
 #define vi_byte(v, j) _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_code(v, j) _mm512_and_si512(_mm512_srli_epi32(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
+#define vi_high_codes(v) _mm512_srli_epi32(v, 4) /* to where vi_code finds them */
 #define vi_sum _mm512_reduce_add_epi32
+#define vf_load_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 
 /* v * 2^n for integral n held as floats. */
 INLINE VF vf_scale2(VF v, VF n) { return _mm512_scalef_ps(v, n); }
@@ -101,4 +105,44 @@ INLINE void dot_group(const int blocks, const int rows, const int stride, const 
             float *sum = sums + (b * rows + m) * 16;
             vf_store(sum, vf_fma(vf_from_int(acc[b][m]), vf_set1(scales[m]), vf_load(sum)));
         }
+}
+
+/* The whole product of 4-bit weights, which are unsigned as they are; see dot_group. Sums stay in registers. */
+INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
+                        int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
+    const VI low_bits = _mm512_set1_epi8(15);
+    VF sum[4][TILE];
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) sum[b][m] = vf_zero();
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+        for (int b = 0; b < blocks; b++) {
+            const int8_t *group = w + b * block_bytes;
+            VI dot[2][TILE];
+            for (int m = 0; m < rows; m++) dot[0][m] = dot[1][m] = vi_zero();
+#pragma GCC unroll 8
+            for (int step = 0; step < 8; step++) {
+                const VI bytes = vi_load(group + 128 + 64 * step);
+                const VI low = _mm512_and_si512(bytes, low_bits), high = _mm512_and_si512(vi_high_codes(bytes), low_bits);
+                const int8_t *row = x + (32 * (step / 4) + 4 * (step % 4)) * stride;
+                prefetch_l2(group + 4 * block_bytes + 64 * step);
+                for (int m = 0; m < rows; m++, row += 4) {
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(dot[step / 4][m]) : "v"(low), "v"(vi_set1(load_int32(row))));
+                    __asm__("vpdpbusd %2, %1, %0"
+                            : "+v"(dot[step / 4][m])
+                            : "v"(high), "v"(vi_set1(load_int32(row + 16 * stride))));
+                }
+            }
+            prefetch_l2(group + 4 * block_bytes + 512);
+            prefetch_l2(group + 4 * block_bytes + 576);
+            for (int half = 0; half < 2; half++) {
+                const VF scale = vf_load_half(group + 32 * half), offset = vf_load_half(group + 64 + 32 * half);
+                for (int m = 0; m < rows; m++) {
+                    const VF product = vf_mul(vf_from_int(dot[half][m]), scale);
+                    const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), sum[b][m]);
+                    sum[b][m] = vf_fma(product, vf_set1(scales[m]), share);
+                }
+            }
+        }
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) vf_store(sums + (b * rows + m) * 16, sum[b][m]);
 }

@@ -8,11 +8,11 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """float32 weights [n, k] (scale is None) or packed int8 ones; mirrors common.h, as do the two below."""
+    """float32 weights [n, k] (32 bits) or packed ones (8 or 4); mirrors common.h, as do the two below."""
 
     alive: tuple[torch.Tensor | None, ...]  # the tensors that the pointers point into
 
-    _fields_ = (("data", Pointer), ("scale", Pointer), ("bias", Pointer), ("n", Int), ("k", Int))
+    _fields_ = (("data", Pointer), ("scale", Pointer), ("bias", Pointer), ("n", Int), ("k", Int), ("bits", Int))
 
 
 class Layer(ctypes.Structure):

@@ -1,4 +1,5 @@
-"""An int8 copy of a model, made again when the model has changed: fine-tuned in place, its adapter merged or switched.
+"""A copy of a model with weights of 8 or 4 bits, made again when the model has changed: fine-tuned in place, its
+adapter merged or switched.
 
 A stale copy would not make the output wrong, but hardly anything that it drafts would be accepted.
 """
@@ -9,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from threading import RLock
 from time import perf_counter
+from typing import get_args
 from weakref import ref
 
 from transformers import PreTrainedModel
@@ -17,6 +19,7 @@ from specdec.kernels import quantized_copy
 from specdec.kernels.model.changes import State, state_of
 from specdec.kernels.model.prepare import check_whole
 from specdec.kernels.model.profile import profile_of
+from specdec.model_options import QuantizedWeights
 from specdec.stages import stage
 
 _log = logging.getLogger(__name__)
@@ -31,15 +34,17 @@ class _Origin:
     original: ref[PreTrainedModel] | None = None
 
 
-class Int8Copy:
+class QuantizedCopy:
     """The copy of one model.
 
     Args:
         original: not kept alive. It is copied when the copy is first asked for.
+        weights: of the copy.
     """
 
-    def __init__(self, original: PreTrainedModel):
+    def __init__(self, original: PreTrainedModel, weights: QuantizedWeights):
         self._original = ref(original)
+        self._weights: QuantizedWeights = weights
         self._state: State | None = None
         self._copy: PreTrainedModel | None = None
         self.seconds = 0.0
@@ -62,20 +67,28 @@ class Int8Copy:
         original = self._original()
         assert original is not None, "a copy of a model that is gone is always current"
         if not is_first:
-            _log.info("%s has changed since its int8 copy was made: making it again", type(original).__name__)
+            name = type(original).__name__
+            _log.info("%s has changed since its %s copy was made: making it again", name, self._weights)
         check_whole(original)
         self._copy = None  # one copy at most is held
         started = perf_counter()
         self._state = state_of(original)
-        with stage("making the int8 copy that drafts"):
-            copy = quantized_copy(original)
+        with stage(f"making the {self._weights} copy that drafts"):
+            copy = quantized_copy(original, self._weights)
         self.seconds = perf_counter() - started
         profile_of(copy).part(_Origin).original = ref(original)
         return copy
 
 
 def original_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that an int8 copy was made of; any other model itself."""
+    """The model that a quantised copy was made of; any other model itself."""
     reference = profile_of(model).part(_Origin).original
     original = None if reference is None else reference()
     return model if original is None else original
+
+
+def check_quantized_weights(drafter: str, weights: str) -> None:
+    """Raise `ValueError` for weights that there are no copies of."""
+    known = get_args(QuantizedWeights)
+    if weights not in known:
+        raise ValueError(f"{drafter}(weights={weights!r}): weights is {' or '.join(map(repr, known))}")

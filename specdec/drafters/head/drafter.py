@@ -1,0 +1,165 @@
+"""A head on the target's hidden states drafts (EAGLE-3, Li et al. 2025).
+
+The target hands over its states at every committed token; the head reads each token together with the state before it,
+once, and keeps keys and values of its own. Of drafted tokens its own output stands for the target's state, so what it
+has computed for them is dropped after the round, and those that were accepted are read again with the true states.
+
+Shape legend: B rows, M nodes of a layer, K nodes so far and the root, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.fitting import check_fit, fitted
+from specdec.drafters.head.pending import PendingPairs
+from specdec.drafters.head.runner import HeadRunner
+from specdec.drafters.model.growing import GrowingSession
+from specdec.tree_model.compatibility import check_layers
+from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
+
+_CHUNK = 1024
+"""Tokens of a row that are read in one forward: of a long prompt there are several."""
+
+_logger = logging.getLogger("specdec")
+
+
+class DraftHead(Drafter):
+    """Drafts with a small network that reads the target's hidden states: an EAGLE-3 head of this very target.
+
+    Lossless whatever the head is: one of another model, or one whose layers are misread, is only rarely right.
+
+    Args:
+        head: a folder with config.json and safetensors, in the layout of EAGLE-3's authors, SpecForge or speculators;
+            or a head that has been loaded (`specdec.drafters.head.eagle.Eagle3.load`).
+        num_tokens: length of the chain that it drafts, unless the call names a tree.
+        state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
+            `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
+            a file may be silent about which: if hardly anything is accepted, try one more or one less for each.
+
+    Raises:
+        DraftError: the folder holds no head that can be read; at the call, where the head is not one of this target.
+        UnsupportedModelError: at the call, for a target whose layers do not run one by one.
+        ValueError: an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        head: Eagle3 | str | os.PathLike[str],
+        *,
+        num_tokens: int = 5,
+        state_layers: Sequence[int] | None = None,
+    ):
+        self.policy: GrowthPolicy = Chain(num_tokens)
+        if not isinstance(head, Eagle3 | str | os.PathLike):
+            raise ValueError(f"DraftHead({type(head).__name__}): pass a folder, or a head that has been loaded")
+        self.model = head if isinstance(head, Eagle3) else Eagle3.load(Path(head).expanduser())
+        self.state_layers = None if state_layers is None else tuple(state_layers)
+        self._warned = False
+
+    def models(self) -> Iterator[PreTrainedModel]:
+        yield self.model
+
+    def start(self, run: Run) -> DraftSession:
+        check_layers(run.target.model)
+        layers = self.state_layers or self.model.head_config.layers_read(run.target.num_layers)
+        check_fit(self.model, run.target, layers)
+        return _HeadSession(self, run, layers)
+
+    def warn_of_length(self, length: int) -> None:
+        """Say once that texts have become longer than those that the head was trained on."""
+        limit = self.model.config.max_position_embeddings
+        if length > limit and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "the draft head was made for %d positions, and a text has %d tokens: what it drafts past them may "
+                "rarely be right. Output is not affected",
+                limit,
+                length,
+            )
+
+
+class _HeadSession(GrowingSession):
+    takes_rows = True
+
+    def __init__(self, drafter: DraftHead, run: Run, layers: Sequence[int]):
+        super().__init__(run, run.tree or drafter.policy)
+        self._drafter = drafter
+        self._pending = PendingPairs(run.target, run.sequences, layers)
+        self._runner = HeadRunner(fitted(drafter.model, run.target.model), run.target)
+        self._has_begun = not len(run.input_ids)  # in an engine nothing has been read at first
+        self._outputs_BKC: Tensor
+
+    @property
+    def num_forwards(self) -> int:
+        return self._runner.num_forwards
+
+    @property
+    def num_uncached_tokens(self) -> int:
+        sizes = self._pending.sizes
+        return len(sizes) * max(max(sizes, default=0) - 1, 0)
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        pairs = zip(self._pending.sizes, max_depths, strict=True)
+        depths = [depth if size else 0 for size, depth in pairs]  # nothing is known yet of some that have just joined
+        if max(depths) == 0:
+            return Draft(trees=TreeBatch.empty(len(depths), self._run.device))
+        self._drafter.warn_of_length(max(self._run.sequences.lengths))
+        return self._grow(depths)
+
+    def observe(self, outcome: Outcome) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            counts = self._pending.begin()
+            self._runner.begin_rows(self._first(counts))
+            return
+        self._runner.forget_tail()
+        self._pending.add(
+            [
+                [0, *(node + 1 for node in path)][: len(tokens)]
+                for path, tokens in zip(outcome.paths, outcome.tokens, strict=True)
+            ]
+        )
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._runner.select_rows(rows)
+        self._pending.select_rows(rows)
+
+    def join(self) -> None:
+        count = self._pending.join()
+        self._runner.join_row(int(self._run.target.next_positions_B[-1]) - count)
+
+    def _first(self, counts: Sequence[int]) -> list[int]:
+        """Positions of the first states, where the last ones are those before each row's next token."""
+        positions = self._run.target.next_positions_B.tolist()
+        return [position - count for position, count in zip(positions, counts, strict=True)]
+
+    def _score_root(self) -> Tensor:
+        while max(self._pending.sizes) > _CHUNK:
+            self._read([min(max(size - _CHUNK, 0), _CHUNK) for size in self._pending.sizes])
+        return self._read(self._pending.sizes)
+
+    def _read(self, sizes: Sequence[int]) -> Tensor:
+        output = self._runner.read_pairs(*self._pending.take(sizes), sizes)
+        self._outputs_BKC = output.states_BTC
+        return self._runner.logits(output.normed_BTC)
+
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        if grown.is_chain:
+            before_BMC, seen_BMK = self._outputs_BKC[:, -1:], None
+        else:
+            parents_BM1 = torch.from_numpy(grown.parents_BM).to(self._runner.device).unsqueeze(2) + 1
+            before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
+            seen_BMK = grown.seen_nodes_BMN
+        output = self._runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
+        self._outputs_BKC = torch.cat([self._outputs_BKC, output.states_BTC], 1)
+        return self._runner.logits(output.normed_BTC)

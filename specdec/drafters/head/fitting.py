@@ -1,0 +1,85 @@
+"""Whether a head is one of a target, and what it becomes beside it: of its dtype, on its device, prepared like it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from specdec.drafters.head.eagle import Eagle3
+from specdec.errors import DraftError
+from specdec.kernels import prepare_like, prepared
+from specdec.kernels.model.profile import profile_of
+from specdec.tree_model.model import TreeModel
+
+_PADDING_ROWS = 0.01
+"""Vocabularies of one tokenizer may differ in size by this share: rows that pad the embedding to a round number."""
+
+
+def check_fit(head: Eagle3, target: TreeModel, layers: Sequence[int]) -> None:
+    """Raise `DraftError` if the head cannot be one of the target."""
+    config = head.head_config
+    model_config = target.model.config.get_text_config(decoder=True)
+    if config.target_hidden_size != model_config.hidden_size:
+        raise DraftError(
+            f"the draft head reads states of {config.target_hidden_size} channels and the target has "
+            f"{model_config.hidden_size}: it was trained for another model; take a head of this one"
+        )
+    if abs(config.vocab_size - target.vocab_size) > _PADDING_ROWS * max(config.vocab_size, target.vocab_size):
+        raise DraftError(
+            f"the draft head was trained for a vocabulary of {config.vocab_size} and the target has one of "
+            f"{target.vocab_size}: it was trained for another model; take a head of this one"
+        )
+    if not all(1 <= layer <= target.num_layers for layer in layers):
+        raise DraftError(
+            f"the draft head reads states after the layers {tuple(layers)} and the target has {target.num_layers}: it "
+            "was trained for another model, or DraftHead(state_layers=) has to say which layers are meant"
+        )
+    if len(layers) * config.target_hidden_size != head.fc.in_features:
+        raise DraftError(
+            f"the draft head reads the states of {head.fc.in_features // config.target_hidden_size} layers, and "
+            f"{len(layers)} were named: {tuple(layers)}"
+        )
+    if head.vocab_ids is not None and int(head.vocab_ids.max()) >= target.vocab_size:
+        raise DraftError("the draft head can draft tokens that the target does not have: take a head of this target")
+    _check_shared(head, target.model)
+
+
+def _check_shared(head: Eagle3, model: PreTrainedModel) -> None:
+    """What the head lacks is the target's, and has to be here and of the same width."""
+    size = head.config.hidden_size
+    shared: list[tuple[str, nn.Module | None, nn.Module | None]] = [
+        ("embeddings", head.embed_tokens, model.get_input_embeddings()),
+        ("LM head", head.lm_head, model.get_output_embeddings()),
+    ]
+    for name, own, others in shared:
+        if own is not None:
+            continue
+        if size != head.head_config.target_hidden_size:
+            raise DraftError(f"the draft head has no {name} of its own, and its {size} channels are not the target's")
+        if others is None or any(weights.is_meta for weights in others.parameters()):
+            raise DraftError(
+                f"the draft head shares the target's {name}, which accelerate has offloaded: keep them in memory "
+                "(device_map=), or take another drafter"
+            )
+
+
+class _Fitted(WeakKeyDictionary[nn.Module, tuple[object, Eagle3]]):
+    """Copies of heads for a model, with what they were made for."""
+
+
+def fitted(head: Eagle3, model: PreTrainedModel) -> Eagle3:
+    """The head in the dtype and on the device of a target, prepared as that is; itself if it is so already."""
+    embedding, done = model.get_input_embeddings().weight, prepared(model)
+    weight = head.fc.weight
+    if done is None and (weight.dtype, weight.device) == (embedding.dtype, embedding.device):
+        return head
+    profile, made_for = profile_of(model), (done, embedding.dtype, embedding.device)
+    copies = profile.part(_Fitted)
+    with profile.lock:
+        if head not in copies or copies[head][0] != made_for:
+            copies[head] = made_for, prepare_like(copy.deepcopy(head).to(embedding.device, embedding.dtype), model)
+        return copies[head][1]

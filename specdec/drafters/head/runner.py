@@ -1,0 +1,92 @@
+"""A head at work on a run: its network with a cache of its own, and what it shares with the target.
+
+Shape legend: B rows, T new slots, K tail slots (old and new), C channels, X channels of all states of a position,
+V tokens that the head can draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from specdec.drafters.head.eagle import Eagle3, HeadOutput
+from specdec.tree_model.layer_views import View
+from specdec.tree_model.model import TreeModel
+
+_NEVER = -1e4
+"""Logit of tokens that the head cannot draft: finite, so that processors may forbid all that it can."""
+
+
+class HeadRunner(TreeModel):
+    """Its positions are the target's: that of a token is where the state stands that it is read with, one before."""
+
+    def __init__(self, head: Eagle3, target: TreeModel):
+        super().__init__(head)
+        self.head = head
+        self._target = target.model
+        self._target_vocab_size = target.vocab_size
+        self._view = View(head)
+        self.begin()
+
+    def begin_rows(self, first: Sequence[int]) -> None:
+        """Rows that hold nothing.
+
+        Args:
+            first: position of the first token that each of them will read.
+        """
+        self.begin(len(first))
+        self._lag_AB = -torch.tensor([list(first)], device=self.device)
+
+    def join_row(self, first: int) -> None:
+        """A row more, at the end."""
+        self.join()
+        self._lag_AB[:, -1] = -first
+
+    def read_pairs(self, tokens_BW: Tensor, states_BWX: Tensor, sizes: Sequence[int]) -> HeadOutput:
+        """Commit the first `sizes` pairs of each row; the output at the last of them, [B, 1, C].
+
+        Args:
+            states_BWX: the target's.
+        """
+        offsets_BW = torch.arange(tokens_BW.shape[1], device=self.device).expand_as(tokens_BW)
+        seen_BWW = None
+        if tokens_BW.shape[1] > 1:
+            seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
+        output = self.run_head(tokens_BW, self.head.fuse(states_BWX), offsets_BW, seen_BWW)
+        self.commit([range(size) for size in sizes])
+        last_B = torch.tensor(sizes, device=self.device) - 1
+        rows_B = torch.arange(len(sizes), device=self.device)
+        return HeadOutput(*(part[rows_B, last_B].unsqueeze(1) for part in output))
+
+    def run_head(
+        self, tokens_BT: Tensor, states_BTC: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None
+    ) -> HeadOutput:
+        """Append T slots to the tail; arguments as of `TreeModel.forward`.
+
+        Args:
+            states_BTC: as `Eagle3.forward` takes them.
+        """
+        inputs = self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
+        inputs |= {"embeds_BTC": self._embed(inputs.pop("input_ids")), "states_BTC": states_BTC}
+        self.num_forwards += 1
+        output: HeadOutput = self._run(self._view, inputs)
+        return output
+
+    def logits(self, normed_BTC: Tensor) -> Tensor:
+        """Over the target's vocabulary."""
+        head = self.head.lm_head or self._target.get_output_embeddings()
+        logits_BTV: Tensor = head(normed_BTC)
+        if self.head.vocab_ids is None:
+            return logits_BTV[..., : self._target_vocab_size]
+        wide = logits_BTV.new_full((*logits_BTV.shape[:2], self._target_vocab_size), _NEVER)
+        wide[..., self.head.vocab_ids] = logits_BTV
+        return wide
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        """From the head's own table, or the target's as it is stored (some models scale what they read)."""
+        table = self.head.embed_tokens or self._target.get_input_embeddings()
+        weight: Tensor = table.weight
+        return embedding(tokens_BT.clamp(max=len(weight) - 1).to(weight.device), weight)
