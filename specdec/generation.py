@@ -43,7 +43,7 @@ from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
 from specdec.kernels.model.profile import profile_of
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
-from specdec.specs import DrafterSpec
+from specdec.specs import DRAFTERS, DrafterSpec
 from specdec.stages import OneOff, counted
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
@@ -143,17 +143,14 @@ class _LastCall:
     stats: DecodingStats | None = None
 
 
-def _named(name: str) -> Drafter | str:
-    """The drafter of that name. Raises `ValueError` that says what is allowed."""
-    try:
-        spec = DrafterSpec.parse(name)
-    except ValueError as error:
-        raise ValueError(
-            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, or a smaller model"
-        ) from error
+def _named(text: str) -> Drafter | str:
+    """The drafter of that name; what is no name is left as it is. Raises `ValueError` for a wrong parameter."""
+    if text.partition(":")[0] not in DRAFTERS:
+        return text
+    spec = DrafterSpec.parse(text)
     if spec.needs_draft:
         raise ValueError(
-            f"drafter={name!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
+            f"drafter={text!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
         )
     return spec.build()
 

@@ -90,7 +90,7 @@ def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPol
         return _as_drafter(Eagle3.load(drafter), tree)
     raise ValueError(
         f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, the folder of "
-        "a draft head, None or 'auto'"
+        "a draft head, a name such as 'prompt-lookup', None or 'auto'"
     )
 
 
