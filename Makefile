@@ -26,12 +26,13 @@ demo-full: $(READY)  ## the same with more drafters and prompts, and what was ch
 	$(BENCH) --methods prompt-lookup,quantized-self,auto --explain --limit 2
 
 test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the demo model if it is not there yet
+	-$(BIN)/specdec pull demo  # here, as two workers would both fetch it; without a network its tests are skipped
 	$(PYTEST) -m "not slow and not ray and not ranks"
 
 # Ray (half a gigabyte, installed) is for these tests only: what no run covers is not known to work.
-test-all: $(READY)  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
+test-all: test  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,ray]"
-	$(PYTEST) -m "not ray and not ranks"
+	$(PYTEST) -m "slow and not ray and not ranks"
 	$(BIN)/python -m pytest -m "ray or ranks" tests/batch tests/decoding
 
 test-other-transformers: $(READY) $(OTHER)  ## what touches a model, on the other transformers

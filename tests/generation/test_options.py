@@ -252,7 +252,7 @@ def test_an_object_that_cannot_work_is_not_made(name: str):
 
 
 def rwkv() -> PreTrainedModel:
-    config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, num_hidden_layers=1, attention_hidden_size=16)
+    config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
