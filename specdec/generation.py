@@ -46,7 +46,7 @@ from specdec.errors import UnsupportedOptionError
 from specdec.hf import cache_name
 from specdec.kernels.model.profile import profile_of
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
-from specdec.specs import DrafterSpec
+from specdec.specs import DRAFTERS, DrafterSpec
 from specdec.stages import OneOff, counted
 from specdec.streaming import StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
@@ -146,19 +146,19 @@ class _LastCall:
     stats: DecodingStats | None = None
 
 
-def _named(name: str) -> Drafter | HeadNetwork | str:
-    """The drafter of that name, or the draft head in that folder. Raises `ValueError` that says what is allowed."""
-    if is_head(name):
-        return load_head(name)
-    try:
-        spec = DrafterSpec.parse(name)
-    except ValueError as error:
-        raise ValueError(
-            f"drafter={name!r}: {error}; or pass a specdec.drafters instance, a smaller model, or a head's folder"
-        ) from error
+def _named(text: str) -> Drafter | HeadNetwork | str:
+    """The drafter of that name, or the draft head in that folder; anything else is left as it is.
+
+    Raises `ValueError` for a wrong parameter.
+    """
+    if is_head(text):
+        return load_head(text)
+    if text.partition(":")[0] not in DRAFTERS:
+        return text
+    spec = DrafterSpec.parse(text)
     if spec.needs_draft:
         raise ValueError(
-            f"drafter={name!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
+            f"drafter={text!r} drafts with a smaller model: pass the model itself, or a specdec.drafters instance"
         )
     return spec.build()
 

@@ -50,7 +50,7 @@ class Grid:
     def fitting(self, width: int) -> Grid:
         """Without as many spare columns as it takes to fit in so many characters, where labels may be folded."""
         grid, left_out = self, []
-        for heading in self.spare:
+        for heading in filter(self.headings.__contains__, self.spare):
             if grid._width() <= width:
                 break
             grid = grid.without(heading)
@@ -86,6 +86,8 @@ def speed_grid(document: Document) -> Grid:
         "TTFT ms": lambda row: _milliseconds(row.ttft_ms),
         "ms p50/90/99": lambda row: "/".join(map(_milliseconds, row.ms_per_token.values())),
     }
+    if all(_interval(row) == _NOT_MEASURED for row in rows):
+        del columns["interval"]  # nothing was repeated
     confidence = document.environment["settings"]["confidence"]
     return Grid(
         title=f"{document.model} on {document.suite}",

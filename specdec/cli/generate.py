@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +24,14 @@ from specdec.cli.options import (
     StopOption,
     VerifyOption,
 )
-from specdec.cli.status import hide_status
+from specdec.cli.status import make_way
 from specdec.specs import DRAFT_HEAD, SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
     from specdec import DecodingStats
+    from specdec.cli.chat.reply import Piece
     from specdec.models import LoadedModel
 
 _EXAMPLES = ", ".join(examples for name, examples in TREE_EXAMPLES.items() if name != SEQUOIA)
@@ -104,8 +105,9 @@ def generate(
 def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **options: Any) -> None:
     """Print what `specdec.generate` says: as it comes, or in the end as a document."""
     import specdec
+    from specdec.cli.chat.streamer import ReplyStreamer
 
-    streamer = None if as_json else _streamer(target.tokenizer)
+    streamer = None if as_json else ReplyStreamer(target.tokenizer, _write)
     out = specdec.generate(target.model, **inputs, **options, streamer=streamer, return_dict_in_generate=True)
     assert isinstance(out, specdec.SpeculativeOutput)
     if as_json:
@@ -113,20 +115,13 @@ def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **opti
         answer = target.tokenizer.decode(new_ids, skip_special_tokens=True)
         print(json.dumps({"text": answer, "tokens": new_ids, "stats": _stats_document(out.stats)}, indent=2))
     else:
+        print(flush=True)
         err_console.print(Text(str(out.stats), style="dim"), soft_wrap=True)
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase) -> BaseStreamer:
-    """Writes to stdout. What is still measured or copied after the first words is then not told among them."""
-    from transformers import TextStreamer
-
-    class Printer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                hide_status()
-            super().on_finalized_text(text, stream_end)
-
-    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+def _write(pieces: Sequence[Piece]) -> None:
+    make_way()
+    print("".join(piece.text for piece in pieces), end="", flush=True)
 
 
 def _read_prompt(prompt: str | None) -> str:

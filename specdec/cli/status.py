@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Timer
 
 from rich.console import Console
@@ -18,8 +18,17 @@ QUIET_SECONDS = 1.5
 """What is shorter is not told where a line cannot be taken back: in a file or a pipe."""
 
 
+_SAVE, _RESTORE, _ERASE = "\x1b7", "\x1b8", "\x1b[K"
+"""The cursor's place, and what stands right of it."""
+_MOST_INLINE = 30
+"""Characters beside text: a line that wraps would stay."""
+
+
 class StatusLine(logging.Handler):
-    """Shows stages: a line with a spinner on a terminal, elsewhere a line of text for each that takes long."""
+    """Shows stages: a line with a spinner on a terminal, elsewhere a line of text for each that takes long.
+
+    Once there is output on the terminal, a stage stands right of its last character.
+    """
 
     def __init__(self, console: Console):
         super().__init__()
@@ -28,8 +37,9 @@ class StatusLine(logging.Handler):
         """Under way, the innermost last."""
         self._live: Live | None = None
         self._timer: Timer | None = None
-        self.is_hidden = False
-        """Whether the line would stand in the way of other output."""
+        self._has_output = False
+        self._is_beside = False
+        """Whether something stands beside the output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         what: str = vars(record)["stage"]
@@ -39,11 +49,11 @@ class StatusLine(logging.Handler):
             self._stages.remove(what)
         self._show()
 
-    def hide(self) -> None:
-        """Show nothing more: from now on there is output."""
+    def make_way(self) -> None:
+        """From now on there is output."""
         self.acquire()
         try:
-            self.is_hidden = True
+            self._has_output = True
             self._clear()
         finally:
             self.release()
@@ -53,15 +63,32 @@ class StatusLine(logging.Handler):
         super().close()
 
     def _show(self) -> None:
-        if self.is_hidden or not self._stages:
+        if not self._stages:
             self._clear()
-        elif self._console.is_terminal and not self._console.is_dumb_terminal:
+        elif self._has_output:
+            self._write_beside(self._stages[-1])
+        elif self._is_terminal:
             self._draw(Spinner("dots", Text(f"{self._stages[-1]} ...", style="dim")))
         else:
             self._clear()
             self._timer = Timer(QUIET_SECONDS, self._write, [self._stages[-1]])
             self._timer.daemon = True
             self._timer.start()
+
+    @property
+    def _is_terminal(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
+    def _write_beside(self, what: str) -> None:
+        self._clear()
+        if self._is_terminal:
+            self._put(f"{_SAVE} \x1b[2m{what[:_MOST_INLINE]} ...\x1b[22m{_RESTORE}")
+            self._is_beside = True
+
+    def _put(self, codes: str) -> None:
+        with suppress(OSError):  # nobody reads any more
+            self._console.file.write(codes)
+            self._console.file.flush()
 
     def _draw(self, line: Spinner) -> None:
         if self._live is None:
@@ -78,6 +105,9 @@ class StatusLine(logging.Handler):
             self._timer.cancel()
         if self._live is not None:
             self._live.stop()
+        if self._is_beside:
+            self._put(_ERASE)
+            self._is_beside = False
         self._timer = self._live = None
 
 
@@ -95,8 +125,8 @@ def shown_stages(console: Console) -> Iterator[None]:
         line.close()
 
 
-def hide_status() -> None:
-    """Take the status line away for the rest of the command: there is output now, which it would run into."""
+def make_way() -> None:
+    """Say that a command has output from now on, which its status line must not run into."""
     for handler in logger.handlers:
         if isinstance(handler, StatusLine):
-            handler.hide()
+            handler.make_way()

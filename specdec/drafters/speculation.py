@@ -86,7 +86,8 @@ def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPol
         small = DraftHead(drafter) if isinstance(drafter, HeadNetwork) else SmallModel(drafter)
         return Auto(small) if tree is None else small
     raise ValueError(
-        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, None or 'auto'"
+        f"drafter={drafter!r}: pass a specdec.drafters instance, a smaller model of the same tokenizer, the folder of "
+        "a draft head, a name such as 'prompt-lookup', None or 'auto'"
     )
 
 

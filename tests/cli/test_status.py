@@ -19,7 +19,7 @@ from rich.console import Console
 import specdec
 from specdec.cli import status
 from specdec.cli.common import TERMINATED, friendly_errors, heeds_sigterm
-from specdec.cli.status import hide_status, shown_stages
+from specdec.cli.status import make_way, shown_stages
 from specdec.drafters import QuantizedSelf
 from specdec.stages import OneOff, counted, logger, stage
 from specdec.testing import random_prompts, tiny_model
@@ -99,15 +99,27 @@ def test_a_file_gets_a_line_of_what_takes_long(monkeypatch: pytest.MonkeyPatch) 
     assert text_of(file) == "long ...\n"
 
 
-def test_the_line_does_not_come_back_once_there_is_output() -> None:
+def test_beside_output_a_stage_leaves_the_cursor_where_it_was() -> None:
+    """And the text too: what is drawn right of it is erased."""
     terminal = console(is_terminal=True)
     with shown_stages(terminal):
         with stage("loading"):
-            hide_status()
+            make_way()
+        terminal.file.write("The")
         before = text_of(terminal)
         with stage("timing forwards"):
             pass
-        assert text_of(terminal) == before
+        assert text_of(terminal) == f"{before}\x1b7 \x1b[2mtiming forwards ...\x1b[22m\x1b8\x1b[K"
+
+
+def test_beside_output_in_a_file_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = console(is_terminal=False)
+    monkeypatch.setattr(status, "QUIET_SECONDS", 0.0)
+    with shown_stages(file):
+        make_way()
+        with stage("timing forwards"):
+            time.sleep(0.1)
+    assert text_of(file) == ""
 
 
 def test_generate_says_what_it_is_busy_with(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ WRONG_CALLS: dict[str, tuple[dict[str, Any] | Callable[[PreTrainedModel], dict[s
     "a drafter by name": (
         {"drafter": "nonsense"},
         ValueError,
-        "drafter='nonsense': unknown method 'nonsense'; choose from: auto, plain",
+        "drafter='nonsense': pass a specdec.drafters instance",
     ),
     "a drafter's class": ({"drafter": PromptLookup}, ValueError, "pass a specdec.drafters instance"),
     "a draft of another tokenizer": (

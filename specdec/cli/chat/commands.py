@@ -117,6 +117,6 @@ _ALL = (
         lambda: DRAFTERS,
     ),
 )
-_ALIASES = {"/bye": "/exit", "/quit": "/exit", "/q": "/exit", "/?": "/help", "/h": "/help", "/reset": "/clear"}
+_ALIASES = {"/bye": "/exit", "/quit": "/exit", "/q": "/exit", "/?": "/help", "/reset": "/clear"}
 """What is typed in other chats."""
 COMMANDS = {command.name: command for command in _ALL}

@@ -15,7 +15,7 @@ from rich.theme import Theme
 
 from specdec.cli.chat.markdown import num_finished, render, tint
 from specdec.cli.chat.reply import Piece
-from specdec.cli.status import hide_status
+from specdec.cli.status import make_way
 
 _SECONDS_BETWEEN_DRAWINGS = 0.05
 
@@ -41,7 +41,7 @@ class ReplyView(ABC):
     def show(self, pieces: Sequence[Piece]) -> None:
         """Show what has come."""
         if not self.has_begun:
-            hide_status()
+            make_way()
         self.has_begun = True
         self._show(pieces)
 

@@ -73,7 +73,7 @@ class QuantizedCopy:
         self._copy = None  # one copy at most is held
         started = perf_counter()
         self._state = state_of(original)
-        with stage(f"making the {self._weights} copy that drafts"):
+        with stage(f"making an {self._weights} copy"):
             copy = quantized_copy(original, self._weights)
         self.seconds = perf_counter() - started
         profile_of(copy).part(_Origin).original = ref(original)
