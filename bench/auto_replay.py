@@ -176,8 +176,11 @@ class ReplayedCopy:
     def lengths(self) -> list[int]:
         return [len(self._text)]
 
-    def truncate_committed(self, lengths: Sequence[int]) -> None:
-        del self._text[lengths[0] :]
+    def point(self) -> int:
+        return len(self._text)
+
+    def return_to(self, point: int) -> None:
+        del self._text[point:]
 
     def share_cache_with(self, target: ReplayedTarget) -> None:
         self._text = target.sequences.tokens[0][:-1]

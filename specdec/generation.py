@@ -36,14 +36,13 @@ from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import DecodingStats, SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import ranks_of
-from specdec.devices import home_device, num_processes
 from specdec.drafters import Drafter, Plain, Run
 from specdec.drafters.head.formats import is_head
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import cache_name
+from specdec.hf import cache_name, home_device, num_processes
 from specdec.kernels.model.profile import profile_of
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.specs import DRAFTERS, DrafterSpec

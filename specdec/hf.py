@@ -1,4 +1,4 @@
-"""What transformers 5.23 and 5.24 name differently: the cache.
+"""Small questions to transformers and its models: what versions call the cache, and where a model's parts are.
 
 Calls of models say `**{CACHE: cache}`, outputs and prepared arguments are read by `[CACHE]`: 5.24 takes the old name
 too, but warns of it.
@@ -10,11 +10,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 CACHE: Final = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
-
 
 STATES: Final = "cache_params"
 """What models without attention call it (Mamba)."""
@@ -36,3 +37,13 @@ def with_cache_named(arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("cache= and past_key_values= are two names of one argument: pass one of them")
     others = {name: value for name, value in arguments.items() if name not in ("past_key_values", "cache")}
     return {**others, CACHE: caches[0]} if caches else others
+
+
+def num_processes(model: nn.Module) -> int:
+    """Over how many processes transformers has split every layer (`tp_plan`); 1 for a model that is whole."""
+    return getattr(model, "_tp_size", None) or 1
+
+
+def home_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs; the CPU for one that accelerate has offloaded (its hooks move them on)."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -25,9 +25,8 @@ from transformers.generation import GenerationMode
 from transformers.generation import logits_process as lp
 
 from specdec.decoding.stopping import StopChecker
-from specdec.devices import home_device
 from specdec.errors import UnsupportedOptionError
-from specdec.hf import CACHE, with_cache_named
+from specdec.hf import CACHE, home_device, with_cache_named
 from specdec.tree_model.positions import text_positions
 
 _REFUSED_ARGUMENTS = {

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from specdec.acceptance import Acceptance
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.devices import num_processes
 from specdec.errors import DraftError, ProcessError
+from specdec.hf import num_processes
 from trees import Draft, TokenTree, TreeBatch
 
 _FAILED = -1

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter
-from specdec.devices import home_device
 from specdec.drafters.auto.drafter import Auto
 from specdec.drafters.head.drafter import DraftHead
 from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.small_model import SmallModel
+from specdec.hf import home_device
 from specdec.tree_model.compatibility import check_model
 from trees import GrowthPolicy
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.sequences import Sequences
-from specdec.devices import num_processes
 from specdec.drafters import Drafter, Run
 from specdec.drafters.speculation import Speculation
 from specdec.engine.chunking import ChunkSizer
@@ -35,6 +34,7 @@ from specdec.engine.running_requests import (
     RunningRequests,
 )
 from specdec.errors import CapacityError, DraftError, UnsupportedModelError
+from specdec.hf import num_processes
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel

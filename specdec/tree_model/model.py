@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from specdec.devices import home_device
 from specdec.errors import UnsupportedModelError
-from specdec.hf import cache_name
+from specdec.hf import cache_name, home_device
 from specdec.kernels import prepared
 from specdec.tree_model import masks
 from specdec.tree_model.cache import RowStates, TreeCache

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from specdec.devices import home_device
 from specdec.errors import UnsupportedModelError
-from specdec.hf import cache_name
+from specdec.hf import cache_name, home_device
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.module_copies import StandIn, with_modules

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = re.findall(
     r"\S+",
     """trees routers
-specdec.errors specdec.stages specdec.hf specdec.devices specdec.model_options specdec.suites specdec.kernels
+specdec.errors specdec.stages specdec.hf specdec.hf specdec.model_options specdec.suites specdec.kernels
 specdec.text
 specdec.streaming specdec.tree_model specdec.acceptance specdec.decoding specdec.options
 specdec.control specdec.exits specdec.drafters specdec.routing specdec.specs specdec.models specdec.generation specdec
@@ -53,7 +53,7 @@ def test_packages_import_those_below_them():
 
 
 def test_few_modules_are_loose():
-    assert len(list((ROOT / "specdec").glob("*.py"))) - 1 <= 9  # without __init__.py
+    assert len(list((ROOT / "specdec").glob("*.py"))) - 1 <= 8  # without __init__.py
 
 
 def names_imported(path: Path) -> set[str]:

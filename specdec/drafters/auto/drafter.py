@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from specdec.control import Plan, RoundControl, capped_throughput, costs_of
 from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.devices import num_processes
 from specdec.drafters.auto.dropped import drop, is_dropped, take_back
 from specdec.drafters.auto.sources import (
     LONGEST_DRAFT,
@@ -35,6 +34,7 @@ from specdec.drafters.composite.cascade import Cascade
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.quantized_self import QuantizedSelf
 from specdec.errors import SpecdecError, UnsupportedOptionError
+from specdec.hf import num_processes
 from specdec.kernels import native, prepared
 from specdec.kernels.model.linear import is_dense
 from trees import Draft, TreeBatch

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from specdec.devices import num_processes
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
-from specdec.hf import CACHE
+from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
 from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward

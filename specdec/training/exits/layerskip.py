@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.devices import home_device
+from specdec.hf import home_device
 from specdec.training.exits.training import bfloat16_is_faster
 from specdec.tree_model.layer_views import LayerViews
 

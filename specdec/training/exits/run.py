@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.devices import home_device
 from specdec.exits.module import Exit, final_norm, fingerprint, load_exits, save_exits
+from specdec.hf import home_device
 from specdec.kernels import quantized_copy
 from specdec.training.exits.collect import NUM_ROWS, Collector, Script
 from specdec.training.exits.layerskip import LayerSkipRecipe, LayerSkipTrainer

@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec.devices import home_device
 from specdec.exits.module import Exit, own_weights
-from specdec.hf import CACHE
+from specdec.hf import CACHE, home_device
 from specdec.training.exits.collect import Shard
 from specdec.tree_model import masks
 from specdec.tree_model.layer_views import LayerViews
