@@ -36,7 +36,13 @@ class UnsupportedModelError(SpecdecError, ValueError):
 
 
 class UnsupportedOptionError(SpecdecError, ValueError):
-    """A `generate()` option that is refused rather than silently dropped."""
+    """A `generate()` option that is refused rather than silently dropped.
+
+    Attributes:
+        prompt_is_streamed: the call's streamer, if it has one, was given the prompt before the refusal.
+    """
+
+    prompt_is_streamed = False
 
 
 class DraftError(SpecdecError, ValueError):

@@ -204,6 +204,8 @@ def enable(
             if unsupported == "error" or any(given.get(name) is not None for name in _ONLY_HERE):
                 raise
             _warn_once(error, reasons)
+            if error.prompt_is_streamed and given.get("streamer") is not None:
+                given["streamer"] = _PastPrompt(given["streamer"])
         profile_of(self).part(_LastCall).stats = None
         ours = (*defaults, *_ONLY_HERE)
         return type(self).generate(self, **{name: value for name, value in given.items() if name not in ours})
@@ -216,6 +218,23 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`; does nothing to a model that is not enabled."""
     vars(model).pop("generate", None)
     return model
+
+
+class _PastPrompt(BaseStreamer):
+    """A streamer that has been given the prompt already, when the call was refused."""
+
+    def __init__(self, streamer: BaseStreamer):
+        self._streamer = streamer
+        self._has_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._has_prompt:
+            self._has_prompt = False
+        else:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 def _warn_once(error: UnsupportedOptionError, reasons: set[str]) -> None:
@@ -272,10 +291,14 @@ class _DecodingMethod:
         generation_config: GenerationConfig,
         **model_inputs: Any,
     ) -> SpeculativeOutput | Tensor:
-        prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
         stop = StopChecker(stopping_criteria)
-        options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
-        check_positions(model, input_ids.shape[1], stop.max_length)
+        try:
+            prompt = _Prompt.from_prepared(model, input_ids, model_inputs, generation_config)
+            options.check_batch(logits_processor, stop, generation_config, num_rows=input_ids.shape[0])
+            check_positions(model, input_ids.shape[1], stop.max_length)
+        except UnsupportedOptionError as error:
+            error.prompt_is_streamed = True  # transformers has done so
+            raise
         sampler = Sampler(
             logits_processor,
             do_sample=generation_config.do_sample,

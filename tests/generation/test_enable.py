@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, pipeline
+from transformers import PreTrainedModel, StoppingCriteriaList, pipeline
 
 import specdec
 from specdec.drafters import Plain, PromptLookup, SmallModel
 from specdec.errors import UnsupportedOptionError
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
+from tests.support.conformance import Recording, RecordsCalls
 from trees import Chain
 
 PROMPT = torch.tensor([list(b"round and round and")])
@@ -134,6 +135,17 @@ def test_a_reason_is_told_once(model: PreTrainedModel, caplog: pytest.LogCapture
     for options in ({"num_beams": 2}, {"use_cache": False}, {"num_beams": 3}, {"use_cache": False}):
         model.generate(PROMPT, max_new_tokens=4, **options)
     assert [record.getMessage().split()[0] for record in caplog.records] == ["beam_search", "use_cache=False:"]
+
+
+def test_a_prompt_is_streamed_once_also_by_a_call_that_is_left_to_the_model(model: PreTrainedModel):
+    prompts = torch.tensor([[5, 7], [6, 8]])
+    options = {"max_new_tokens": 3, "stopping_criteria": StoppingCriteriaList([RecordsCalls()]), "do_sample": False}
+    plain, ours = Recording(), Recording()
+    model.generate(prompts, streamer=plain, **options)
+    specdec.enable(model, drafter=Plain()).generate(prompts, streamer=ours, **options)
+    with pytest.raises(UnsupportedOptionError, match="rows of a batch"):
+        specdec.generate(model, prompts, **options)
+    assert ours.calls == plain.calls
 
 
 def test_embeddings_that_the_draft_model_cannot_read(model: PreTrainedModel, expected: Tensor):
