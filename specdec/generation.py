@@ -47,7 +47,7 @@ from specdec.kernels.model.profile import profile_of
 from specdec.routing import Endpoint, RoutedCall, Routing, as_routing, check_routed, check_writer, local_model
 from specdec.specs import DRAFTERS, DrafterSpec
 from specdec.stages import OneOff, counted
-from specdec.streaming import StreamFeed
+from specdec.streaming import PastPrompt, StreamFeed
 from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
 
@@ -205,7 +205,7 @@ def enable(
                 raise
             _warn_once(error, reasons)
             if error.prompt_is_streamed and given.get("streamer") is not None:
-                given["streamer"] = _PastPrompt(given["streamer"])
+                given["streamer"] = PastPrompt(given["streamer"])
         profile_of(self).part(_LastCall).stats = None
         ours = (*defaults, *_ONLY_HERE)
         return type(self).generate(self, **{name: value for name, value in given.items() if name not in ours})
@@ -218,23 +218,6 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`; does nothing to a model that is not enabled."""
     vars(model).pop("generate", None)
     return model
-
-
-class _PastPrompt(BaseStreamer):
-    """A streamer that has been given the prompt already, when the call was refused."""
-
-    def __init__(self, streamer: BaseStreamer):
-        self._streamer = streamer
-        self._has_prompt = True
-
-    def put(self, value: Tensor) -> None:
-        if self._has_prompt:
-            self._has_prompt = False
-        else:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()
 
 
 def _warn_once(error: UnsupportedOptionError, reasons: set[str]) -> None:

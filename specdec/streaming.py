@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -63,4 +64,21 @@ class StreamFeed:
 
     def end(self) -> None:
         """All rows have finished."""
+        self._streamer.end()
+
+
+class PastPrompt(BaseStreamer):
+    """A streamer that has been given the prompt already, when the call was refused."""
+
+    def __init__(self, streamer: BaseStreamer):
+        self._streamer = streamer
+        self._has_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._has_prompt:
+            self._has_prompt = False
+        else:
+            self._streamer.put(value)
+
+    def end(self) -> None:
         self._streamer.end()

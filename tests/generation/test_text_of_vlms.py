@@ -13,33 +13,15 @@ import specdec
 from specdec import UnsupportedOptionError
 from specdec.drafters import SmallModel
 from specdec.options import check_model_inputs
-from specdec.testing import BYTE_VOCAB_SIZE, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.positions import next_positions, text_positions
+from tests.support.images import TEXT, TOWER
 from tests.support.references import PartlyWrongScript, speculate
 from trees import Fixed
 
 NUM_NEW = 20
 PROMPTS = random_prompts([5, 12, 9, 18])
-TEXT = {
-    "vocab_size": BYTE_VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-}
-TOWER = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "out_hidden_size", "image_size"), 32),
-    **dict.fromkeys(("num_attention_heads", "num_heads"), 4),
-    **dict.fromkeys(("num_hidden_layers", "depth"), 1),
-    "patch_size": 8,
-}
 HALF_WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4_5": {"model_type": "exaone4_5_text", **HALF_WINDOWS},

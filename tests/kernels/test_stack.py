@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters import EarlyExit, Plain
+from specdec.kernels import native
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.layer_views import LayerViews
+from specdec.tree_model.model import TreeModel
 from trees import ROOT, TokenTree, TreeBatch
 
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
@@ -84,3 +86,31 @@ def test_generation_is_the_models_own(weights: str | None) -> None:
     for drafter in (Plain(), EarlyExit(2)):
         out = specdec.generate(model, **prompts, drafter=drafter, **settings)
         assert_same_tokens(model, expected, out, prompts["attention_mask"])
+
+
+@pytest.mark.skipif(native.library() is None, reason="fused layers are native")
+@pytest.mark.parametrize("weights", [None, "int8"])
+@torch.no_grad()
+def test_weights_that_move_in_a_run_stay_readable_and_count_in_the_next(weights: str | None) -> None:
+    model = specdec.prepare(tiny_model("llama", num_hidden_layers=2, hidden_size=64, head_dim=32), weights=weights)
+    prompt, token, at_once = torch.tensor([[1, 2, 3]]), torch.tensor([[4]]), torch.zeros(1, 1, dtype=torch.long)
+
+    def begun() -> TreeModel:
+        target = TreeModel(model)
+        target.prefill(prompt)
+        return target
+
+    def said(target: TreeModel) -> torch.Tensor:
+        logits = target.forward(token, at_once, None)
+        target.forget_tail()
+        return logits
+
+    running = begun()
+    before = said(running)
+    for norm in (layer.input_layernorm for layer in model.model.layers):
+        norm.weight.data = norm.weight.data * 2
+    refill = [torch.full_like(layer.input_layernorm.weight, 1e3) for layer in model.model.layers]  # what was freed
+    assert torch.equal(said(running), before), f"{len(refill)} tensors lie where the old weights were"
+    expected = model(torch.cat([prompt, token], 1)).logits[:, -1:]
+    assert not torch.equal(said(begun()), before)
+    assert torch.allclose(said(begun()), expected, atol=2e-3 if weights is None else 0.1)

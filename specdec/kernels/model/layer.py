@@ -71,7 +71,8 @@ class _TensorAddresses:
         self._found = self._parts()
         self._addresses = self._now()
         # whoever moves a weight in the middle of a run gets the next run right; here the old one has to stay readable
-        self._alive = [store[name].detach() for store, name in stores if store.get(name) is not None]
+        parts = [getattr(parent, name) for parent, name in (*norms, *linears)]
+        self._alive = [each.detach() for part in parts for each in (*part.parameters(), *part.buffers())]
 
     def _parts(self) -> list[Any]:
         return list(map(dict.get, self._parents, self._children))
