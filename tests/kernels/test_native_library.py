@@ -306,11 +306,11 @@ def test_a_missing_compiler_is_said_once(machine, unloaded, caplog):
 
 
 def test_another_processor_is_said_once(unloaded, monkeypatch, caplog):
-    monkeypatch.setattr(native.platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(native.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(native.platform, "system", lambda: "Linux")
     kernels.prepare(tiny_model("llama"))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "x86-64 on Linux and macOS, this is arm64 on Darwin" in caplog.text
+    assert "64-bit ARM on Linux and macOS, this is riscv64 on Linux" in caplog.text
 
 
 @needs_native

@@ -1,7 +1,7 @@
 """The C library, called on tensors' memory; build.py builds it.
 
-Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on a
-processor without AVX2, and torch then does the work. `describe()` says which it is and why.
+Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on an
+x86 processor without AVX2, and torch then does the work. `describe()` says which it is and why.
 """
 
 import ctypes
@@ -32,6 +32,9 @@ from specdec.kernels.native.structs import (
 
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
 BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
+
+INSTRUCTION_SETS = ("avx2", "avxvnni", "avx512", "amx", "neon", "dotprod", "i8mm")
+"""Those of x86-64, then those of ARM; the later the better."""
 
 _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
@@ -135,7 +138,7 @@ class Library:
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
     def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avxvnni", "avx512", "amx", or None for the best. The whole process gets it."""
+        """`instruction_set`: one of INSTRUCTION_SETS, or None for the best. The whole process gets it."""
         self._dll = dll
         for name in Library.__annotations__:
             setattr(self, name, getattr(dll, f"specdec_{name}"))
@@ -256,8 +259,8 @@ def _announced() -> Library | None:
 
 @functools.cache
 def _load() -> Library | str:
-    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
-        return f"they are for x86-64 on Linux and macOS, this is {platform.machine()} on {platform.system()}"
+    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64") or os.name != "posix":
+        return f"they are for x86-64 and 64-bit ARM on Linux and macOS, this is {platform.machine()} on {platform.system()}"
     try:
         return Library(build.load(open_library))
     except OSError as error:

@@ -308,7 +308,7 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
     case r:                          \
         float_tile(2, r, p, n, row); \
         break;
-        for (; VL == 16 && n + 6 <= end; n += 6) {
+        for (; REGISTERS == 32 && n + 6 <= end; n += 6) {
             int64_t row = 0;
             EACH_TILE(4, UP_TO_4(FLOAT_STRIP_6))
         }
