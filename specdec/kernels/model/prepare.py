@@ -14,7 +14,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward
+from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
@@ -46,7 +46,10 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
     """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
 
     weights: None or "float" keeps the float32 weights and logits within rounding (a float32 model gets linears that
-        stream the weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
+        stream the weights once for up to 32 rows). A bfloat16 model keeps its weights as they are, in 2 bytes, and its
+        outputs bfloat16; its products, and all within a layer, are computed in float32, also of prompts: nearer to the
+        float32 model than its own forward is, and a token's logits are the same bits whatever else is in its forward
+        (within the layout named below). Other dtypes and devices are left as they are. "int8" replaces every
         `nn.Linear`, the LM head included, by 8-bit weights; "int4" by weights of 4 bits, with a scale and an offset for
         every 32 inputs (5 bits in all), but the LM head, whose errors show most, by 8-bit ones. Tied embeddings stay
         float, and so do linears whose weight the model's code reads itself (some routers). The float weights are then
@@ -82,11 +85,12 @@ def _tell(model: nn.Module) -> None:
         return
     first = next(model.parameters())
     _log.warning(
-        "prepare() has changed nothing: %s is %s on %s, and float kernels are for float32 on a CPU. Load it with "
-        "dtype=torch.float32, or give weights='int8' on a CPU",
+        "prepare() has changed nothing: %s is %s on %s, and float kernels are for float32 on a CPU (and bfloat16, "
+        "where they are native: %s). Load it with dtype=torch.float32, or give weights='int8' on a CPU",
         type(model).__name__,
         str(first.dtype).removeprefix("torch."),
         first.device.type,
+        native.describe(),
     )
 
 
@@ -218,12 +222,14 @@ def _to_float32(model: nn.Module) -> None:
 
 
 def _to_small_batch(model: nn.Module) -> int:
+    dtypes = (torch.float32, torch.bfloat16) if native.library() else (torch.float32,)
     linears = [module for module in model.modules() if type(module) is nn.Linear and is_plain(module.weight)]
-    by_shape: dict[torch.Size, list[nn.Linear]] = {}
+    linears = [linear for linear in linears if linear.weight.dtype in dtypes]
+    by_shape: dict[tuple[torch.Size, torch.dtype], list[nn.Linear]] = {}
     for linear in linears:
-        by_shape.setdefault(linear.weight.shape, []).append(linear)
-    for group in by_shape.values():
-        choices = calibrate(group)
+        by_shape.setdefault((linear.weight.shape, linear.weight.dtype), []).append(linear)
+    for (_, dtype), group in by_shape.items():
+        choices = calibrate(group) if dtype is torch.float32 else dict.fromkeys(BANDS, NATIVE)
         for linear in group:
             linear.__dict__["forward"] = small_batch_forward(linear, choices)
     return len(linears)

@@ -33,8 +33,9 @@ from specdec.kernels.native.structs import (
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
 BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
 
-INSTRUCTION_SETS = ("avx2", "avxvnni", "avx512", "amx", "neon", "dotprod", "i8mm")
-"""Those of x86-64, then those of ARM; the later the better."""
+_ARM = ("aarch64", "arm64")
+INSTRUCTION_SETS = ("neon", "dotprod", "i8mm") if platform.machine() in _ARM else ("avx2", "avxvnni", "avx512", "amx")
+"""That a processor of this machine's kind may have; the later the better, and all have the same products."""
 
 _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
@@ -148,7 +149,7 @@ class Library:
     def select(self, instruction_set: str | None) -> str:
         name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
         if name is None:
-            raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
+            raise OSError(f"this processor has no {instruction_set or INSTRUCTION_SETS[0]}")
         self.instruction_set = name.decode()
         return self.instruction_set
 
@@ -184,7 +185,7 @@ def num_blocks(vocab_size: int) -> int:
 def matrix(
     weight: torch.Tensor, n: int, k: int, *, bits: int, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> Matrix:
-    """`bits`: 32, or those that a packed weight has. `scale`: of 8 bits."""
+    """`bits`: 32, 16 (bfloat16), or those that a packed weight has. `scale`: of 8 bits."""
     m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k, bits)
     m.alive = (weight, scale, bias)
     return m
@@ -259,8 +260,9 @@ def _announced() -> Library | None:
 
 @functools.cache
 def _load() -> Library | str:
-    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64") or os.name != "posix":
-        return f"they are for x86-64 and 64-bit ARM on Linux and macOS, this is {platform.machine()} on {platform.system()}"
+    if platform.machine().lower() not in ("x86_64", "amd64", *_ARM) or os.name != "posix":
+        here = f"{platform.machine()} on {platform.system()}"
+        return f"they are for x86-64 and 64-bit ARM on Linux and macOS, this is {here}"
     try:
         return Library(build.load(open_library))
     except OSError as error:

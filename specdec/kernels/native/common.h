@@ -21,7 +21,7 @@
 
 /* The structures from here to Verification are described in __init__.py too; layout.c lets it compare. */
 
-/* float32 weights [n][k] (32 bits), or packed ones of 8 bits, with a scale per output, or of 4, scales among them. */
+/* float32 weights [n][k] (32 bits), bfloat16 ones (16), or packed ones of 8 bits, with a scale per output, or of 4, scales among them. */
 typedef struct {
     const void *data;
     const float *scale, *bias; /* scale: of 8 bits only; bias may be NULL */

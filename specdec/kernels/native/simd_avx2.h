@@ -51,6 +51,10 @@
 #define vi_lanes(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
 #endif
 
+/* Numbers of bfloat16: the upper halves of floats. */
+#define vf_load_upper(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+
 INLINE float float_of_half(uint16_t half) { return _cvtsh_ss(half); }
 INLINE uint16_t half_of_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 

@@ -40,6 +40,10 @@
 #define vi_sum _mm512_reduce_add_epi32
 #define vf_load_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 
+/* Numbers of bfloat16: the upper halves of floats. */
+#define vf_load_upper(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+
 INLINE float float_of_half(uint16_t half) { return _cvtsh_ss(half); }
 INLINE uint16_t half_of_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 

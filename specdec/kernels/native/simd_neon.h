@@ -40,6 +40,9 @@
 #define vi_high_codes(v) vi_right(v, 4) /* to where vi_code finds them */
 #define vf_load_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(const void *)(p))))
 
+/* Numbers of bfloat16: the upper halves of floats. */
+#define vf_load_upper(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+
 /* The second where one of them is no number, as on x86. */
 INLINE VF vf_max(VF a, VF b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 INLINE VF vf_min(VF a, VF b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
