@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.network import HeadNetwork
@@ -185,8 +186,11 @@ class _EagleSession(_HeadSession):
 
 
 class _BlockSession(_HeadSession):
-    """One forward a round. What it says of a depth holds for every node there (as in DDTree), but for what a DSpark head
-    makes of the token before."""
+    """One forward a round. What it says of a depth holds for every node there (as in DDTree), but for what a DSpark
+    head makes of the token before."""
+
+    confidence_BM: Tensor | None = None
+    """Logits of the chance that what was said last is accepted."""
 
     _slots_BTC: Tensor
     _logits_BTV: Tensor
@@ -208,5 +212,9 @@ class _BlockSession(_HeadSession):
         assert isinstance(head, DFlash)
         depths_BM = depths_BM.to(self._logits_BTV.device).clamp(max=self._logits_BTV.shape[1] - 1)
         rows_B1 = torch.arange(len(depths_BM), device=depths_BM.device).unsqueeze(1)
-        logits_BMV = self._logits_BTV[rows_B1, depths_BM]
-        return self._runner.widen(head.follow(logits_BMV, self._slots_BTC[rows_B1, depths_BM], tokens_BM))
+        logits_BMV, slots_BMC = self._logits_BTV[rows_B1, depths_BM], self._slots_BTC[rows_B1, depths_BM]
+        self.confidence_BM = head.confidence(slots_BMC, tokens_BM) if isinstance(head, DSpark) else None
+        return self._runner.widen(head.follow(logits_BMV, slots_BMC, tokens_BM))
+
+    def _confidence(self) -> Tensor | None:
+        return None if self.confidence_BM is None else self.confidence_BM.float().sigmoid()

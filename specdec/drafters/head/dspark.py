@@ -1,7 +1,7 @@
 """The network of a DSpark head: a DFlash block whose tokens are told what was drafted before them.
 
-Two small heads are added. The Markov head changes a slot's logits by what the token before it says, a product of low rank;
-so a slot's distribution depends on the tokens before it, at no further forward. The confidence head says how likely a
+Two small heads are added. The Markov head changes a slot's logits by what the token before it says, a product of low
+rank; so a slot's distribution depends on that token, at no further forward. The confidence head says how likely a
 slot's token is accepted where those before it were.
 
 Shape legend: B rows, M slots, C channels, R rank, V tokens that it can draft.

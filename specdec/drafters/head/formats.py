@@ -24,9 +24,7 @@ EAGLE3 = "eagle3"
 DFLASH = "dflash"
 DSPARK = "dspark"
 
-_LAYOUTS = (
-    "EAGLE-3 (as its authors, SpecForge or speculators write it), DFlash and DSpark (their authors, speculators)"
-)
+_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it), DFlash and DSpark (their authors, speculators)"
 _FROM_SPECULATORS = "speculators_model_type"
 _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"

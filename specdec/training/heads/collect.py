@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.suites import load_suite
 from specdec.text.prompting import has_chat_template
-from specdec.training.exits.openings import OPENINGS
+from specdec.training.heads.openings import OPENINGS
 from specdec.tree_model.layer_views import LayerViews
 from specdec.tree_model.model import TreeModel
 
