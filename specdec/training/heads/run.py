@@ -66,7 +66,7 @@ class Progress(NamedTuple):
 
 
 class _Training:
-    """Collection, and what is common to training exits and training a whole model.
+    """Collection, and what is common to training heads and training a whole model.
 
     Args:
         out: what is to be written; unfinished work is kept in a folder of the same name and `.work`.
