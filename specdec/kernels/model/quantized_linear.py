@@ -101,7 +101,7 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "library": None, "layout": persistence.layout(self.library, self.bits)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        persistence.check_layout(state.pop("layout"), self.bits, self.weights)
+        persistence.check_layout(state.pop("layout"), state.get("bits", getattr(type(self), "bits", 0)), self.weights)
         super().__setstate__(state)
         self.library = native.library()
 

@@ -148,6 +148,9 @@ static inline int64_t group_bytes(int64_t bits) {
     return bits == 8 ? GROUP * 16 : bits == 4 ? GROUP4_BYTES : GROUPED_BYTES;
 }
 
+/* Keeps a compiler from deriving a pointer from others: it would keep dozens of sums in registers that are needed. */
+#define on_its_own(pointer) __asm__("" : "+r"(pointer))
+
 static inline int32_t load_int32(const void *p) {
     int32_t value;
     memcpy(&value, p, sizeof value);

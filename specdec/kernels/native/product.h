@@ -95,29 +95,38 @@ INLINE void packed_tile(const int bits, const int blocks, const int rows, const 
     }
 }
 
-/* Weights in bytes: a function for each kind and number of rows, 1 to 4, with as many blocks as make four sums. */
+/* Weights in bytes: a function for each kind and number of rows, 1 to 4 with as many blocks as make four sums, and
+ * BYTES_ROWS. */
 typedef void (*BytesTile)(const Product *p, int64_t block, int stride, int64_t tile, int first);
 #define BYTES_TILE(bits, rows)                                                                                         \
     TARGET static __attribute__((noinline)) void bits##_tile_##rows(const Product *p, int64_t block, int stride,       \
                                                                     int64_t tile, int first) {                         \
-        packed_tile(bits, 4 / rows, rows, stride, p, block, tile, first);                                              \
+        packed_tile(bits, rows > 4 ? 1 : 4 / rows, rows, stride, p, block, tile, first);                               \
     }
-#define BYTES_TILES(bits) BYTES_TILE(bits, 1) BYTES_TILE(bits, 2) BYTES_TILE(bits, 3) BYTES_TILE(bits, 4)
+#if BYTES_ROWS == 8
+#define BYTES_TILE_8(bits) BYTES_TILE(bits, 8)
+#define LARGEST_TILE(bits) bits##_tile_8
+#else
+#define BYTES_TILE_8(bits)
+#define LARGEST_TILE(bits) bits##_tile_4
+#endif
+#define BYTES_TILES(bits) \
+    BYTES_TILE(bits, 1) BYTES_TILE(bits, 2) BYTES_TILE(bits, 3) BYTES_TILE(bits, 4) BYTES_TILE_8(bits)
+#define TILES_OF(bits) {bits##_tile_1, bits##_tile_2, bits##_tile_3, bits##_tile_4, LARGEST_TILE(bits)}
 BYTES_TILES(BYTES5)
 BYTES_TILES(BYTES6)
 BYTES_TILES(BYTES8)
 
 /* Weights in bytes: the four blocks of 16 outputs of a strip, against all rows. */
 static void bytes_strip(const Product *p, int64_t block) {
-    static const BytesTile tiles[3][4] = {{BYTES5_tile_1, BYTES5_tile_2, BYTES5_tile_3, BYTES5_tile_4},
-                                          {BYTES6_tile_1, BYTES6_tile_2, BYTES6_tile_3, BYTES6_tile_4},
-                                          {BYTES8_tile_1, BYTES8_tile_2, BYTES8_tile_3, BYTES8_tile_4}};
+    static const BytesTile tiles[3][5] = {TILES_OF(BYTES5), TILES_OF(BYTES6), TILES_OF(BYTES8)};
     const BytesTile *tile = tiles[p->matrix->bits == BYTES5 ? 0 : p->matrix->bits == BYTES6 ? 1 : 2];
     for (int64_t row = 0; row < p->rows; row += TILE) {
         const int rows = (int)(p->rows - row < TILE ? p->rows - row : TILE);
-        for (int first = 0; first < rows; first += 4) {
-            const int count = rows - first < 4 ? rows - first : 4;
-            for (int b = 0; b < 4; b += 4 / count) tile[count - 1](p, block + b, rows, row, first);
+        for (int first = 0, count; first < rows; first += count) {
+            count = rows - first >= BYTES_ROWS ? BYTES_ROWS : rows - first < 4 ? rows - first : 4;
+            const int which = count < 4 ? count - 1 : count == 4 ? 3 : 4, step = count < 4 ? 4 / count : 1;
+            for (int b = 0; b < 4; b += step) tile[which](p, block + b, rows, row, first);
         }
     }
 }

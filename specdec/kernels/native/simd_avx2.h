@@ -8,6 +8,11 @@
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* of 16 bits, of half a block */
+#ifdef AVX_VNNI
+#define BYTES_ROWS 8 /* that pass over weights in bytes together */
+#else
+#define BYTES_ROWS 4 /* the same: each has a second accumulator */
+#endif
 #define WEIGHT_ONLY_BLOCKS(rows) ((rows) <= 2 ? 2 : 1) /* blocks of 16 outputs whose sums do */
 
 #define VF __m256
@@ -261,6 +266,9 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
         for (int part = 0; part < parts; part++)
             for (int side = 0; side < 2; side++) {
                 const int8_t *codes = w + 128 + 64 * steps * part + 32 * side, *row = x + 4 * steps * stride * part;
+                const int8_t *next = codes + 4 * block_bytes;
+                on_its_own(codes);
+                on_its_own(next);
                 VI dot[4][TILE];
                 for (int b = 0; b < blocks; b++)
                     for (int m = 0; m < rows; m++)
@@ -269,13 +277,13 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                                         : _mm256_slli_epi32(vi_set1(quarters[part * stride + m]), bits == BYTES6 ? 5 : 7);
                 const int together = bits == BYTES5 ? 4 : bits == BYTES6 ? 2 : 1;
 #pragma GCC unroll 2
-                for (int step = 0; step < steps; step += together)
+                for (int step = 0; step < steps; step += together, row += 4 * together * stride) {
+                    on_its_own(row);
                     for (int b = 0; b < blocks; b++) {
-                        add_bytes(bits, together, rows, stride, codes + b * block_bytes + 64 * step,
-                                  row + 4 * step * stride, dot[b]);
-                        for (int i = 0; !side && i < together; i++)
-                            prefetch_l2(codes + (b + 4) * block_bytes + 64 * (step + i));
+                        add_bytes(bits, together, rows, stride, codes + b * block_bytes + 64 * step, row, dot[b]);
+                        for (int i = 0; !side && i < together; i++) prefetch_l2(next + b * block_bytes + 64 * (step + i));
                     }
+                }
                 for (int b = 0; b < blocks; b++) {
                     const int8_t *numbers = w + b * block_bytes + 32 * part + 16 * side;
                     const VF scale = vf_load_half(numbers), offset = bits == BYTES5 ? vf_load_half(numbers + 64) : vf_zero();

@@ -7,6 +7,7 @@
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* sums, of which each has two accumulators */
+#define BYTES_ROWS 8 /* that pass over weights in bytes together */
 #define WEIGHT_ONLY_BLOCKS(rows) 4 /* blocks of 16 outputs whose sums do */
 
 #define VF __m512
@@ -158,9 +159,10 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
         for (int m = 0; m < rows; m++) sum[b][m] = vf_zero();
     for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
         for (int b = 0; b < blocks; b++) {
-            const int8_t *group = w + b * block_bytes;
-            prefetch_l2(group + 4 * block_bytes);
-            prefetch_l2(group + 4 * block_bytes + 64);
+            const int8_t *group = w + b * block_bytes, *row = x, *next = group + 4 * block_bytes;
+            on_its_own(next);
+            prefetch_l2(next);
+            prefetch_l2(next + 64);
 #pragma GCC unroll 4
             for (int part = 0; part < parts; part++) {
                 VI dot[TILE];
@@ -168,13 +170,14 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                     dot[m] = bits == BYTES5 ? vi_zero()
                                             : _mm512_slli_epi32(vi_set1(quarters[part * stride + m]), bits == BYTES6 ? 5 : 7);
 #pragma GCC unroll 8
-                for (int step = part * steps; step < (part + 1) * steps; step++) {
+                for (int step = part * steps; step < (part + 1) * steps; step++, row += 4 * stride) {
                     const VI codes = vi_load(group + 128 + 64 * step);
-                    prefetch_l2(group + 4 * block_bytes + 128 + 64 * step);
+                    prefetch_l2(next + 128 + 64 * step);
+                    on_its_own(row);
                     for (int m = 0; m < rows; m++)
                         __asm__("vpdpbusd %2, %1, %0"
                                 : "+v"(dot[m])
-                                : "v"(codes), "v"(vi_set1(load_int32(x + 4 * (step * stride + m)))));
+                                : "v"(codes), "v"(vi_set1(load_int32(row + 4 * m))));
                 }
                 const VF scale = vf_load_half(group + 32 * part);
                 for (int m = 0; m < rows; m++) {
