@@ -41,4 +41,6 @@ class ModelOptions:
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights {self.weights!r} is unknown; give one of {', '.join(get_args(Weights))}")
         if self.weights == "gguf" and (self.dtype not in ("auto", "float32") or self.device not in ("auto", "cpu")):
-            raise ValueError("weights 'gguf' are executed on a CPU, with all else in float32: leave dtype and device out")
+            raise ValueError(
+                "weights 'gguf' are executed on a CPU, with all else in float32: leave dtype and device out"
+            )

@@ -113,7 +113,9 @@ def _gguf_file(source: str) -> Path:
     """What weights="gguf" are read from."""
     path = pull_demo().with_name(f"{DEMO_NAME}.gguf") if source == "demo" else Path(source).expanduser()
     if path.suffix.lower() != ".gguf":
-        raise ModelError(f"weights='gguf' executes the blocks of a .gguf file, and {source} is none: give one, or another weights")
+        raise ModelError(
+            f"weights='gguf' executes the blocks of a .gguf file, and {source} is none: give one, or another weights"
+        )
     return path
 
 

@@ -82,7 +82,9 @@ def _checked_header(path: Path) -> Header:
         raise _damaged(path, "it has no GGUF header that can be read")
     if header.architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise _unsupported(path, f"its architecture is {header.architecture or 'not named'}, and those known are {known}")
+        raise _unsupported(
+            path, f"its architecture is {header.architecture or 'not named'}, and those known are {known}"
+        )
     size, has_blocks = path.stat().st_size, False
     for name, tensor in header.tensors.items():
         if tensor.kind not in BLOCK_TYPES | _FLOATS:
@@ -222,5 +224,3 @@ class _File:
         blocks, start = self._blocks(name).rows, self._header.data_offset + self._header.tensors[name].offset
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         self._data.madvise(mmap.MADV_DONTNEED, first, start + blocks.size - first)
-
-

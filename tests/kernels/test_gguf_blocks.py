@@ -1,4 +1,4 @@
-"""Blocks of GGUF files, repacked: the weights are those of the package gguf, and rows do not depend on their company."""
+"""Blocks of GGUF files, repacked: weights are those of the package gguf, and rows do not depend on their company."""
 
 import copy
 import pickle
@@ -65,10 +65,14 @@ def test_products_are_right_and_the_same_bits_in_every_batch(library, name, weig
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 def test_the_largest_sums_do_not_overflow(library, name, byte):
     blocks, k = random_blocks(name, 16, width(name)), width(name)
-    edges = blocks.rows.reshape(16, -1, {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}.get(name, blocks.rows.shape[1] * 32 // k))
+    edges = blocks.rows.reshape(
+        16, -1, {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}.get(name, blocks.rows.shape[1] * 32 // k)
+    )
     before = edges.copy()
     edges[:] = byte
-    for place in range(4) if name.startswith(("Q4_1", "Q5_1", "Q4_K", "Q5_K")) else (208, 209) if name == "Q6_K" else (0, 1):
+    for place in (
+        range(4) if name.startswith(("Q4_1", "Q5_1", "Q4_K", "Q5_K")) else (208, 209) if name == "Q6_K" else (0, 1)
+    ):
         edges[..., place] = before[..., place]
     linear = GgufLinear(Blocks(rows=edges.reshape(16, -1), block_type=blocks.block_type))
     weight_NK = library.linear(linear.matrix(), torch.eye(k), weight_only=True).T
