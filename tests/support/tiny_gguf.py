@@ -17,6 +17,7 @@ NUM_HEADS = 2
 def write_tiny_gguf(
     path: Path,
     *,
+    context_length: int = 128,
     size: int = HIDDEN_SIZE,
     types: Mapping[str, str] | None = None,
     seed: int = 0,
@@ -34,7 +35,7 @@ def write_tiny_gguf(
     num_heads = NUM_HEADS if size == HIDDEN_SIZE else size // 32
     tokens = [chr(code) for code in range(33, 127)] + ["th", "Ġ", "<|end|>"]
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(128)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(size)
     writer.add_block_count(NUM_LAYERS)
     writer.add_feed_forward_length(max(size, FEED_FORWARD_SIZE))
