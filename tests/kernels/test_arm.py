@@ -96,6 +96,25 @@ def test_packed_products_are_those_of_x86_to_the_bit(run, bits):
 
 
 @needs_x86
+@pytest.mark.parametrize(
+    ("block_type", "count", "size", "halves"), [(8, 32, 34, [0]), (6, 32, 22, [0]), (14, 256, 210, [208])]
+)
+def test_products_of_gguf_blocks_are_those_of_x86_to_the_bit(run, block_type, count, size, halves):
+    """Q8_0, Q5_0 and Q6_K: weights in bytes of 8, 5 and 6 bits."""
+    n, k = 70, 512
+    blocks = torch.randint(0, 256, (n * k // count, size), dtype=torch.uint8)
+    for at in halves:
+        blocks[:, at : at + 2] = torch.tensor([0, 0x20], dtype=torch.uint8)  # 2 ** -7
+    packed, bits = native.library().repack(block_type, blocks.numpy(), None, n, k)
+    matrix = native.matrix(packed, n, k, bits=bits, scale=None, bias=None)
+    x_MK = torch.randn(ROWS[-1], k)
+    for weight_only in (False, True):
+        expected = [native.library().linear(matrix, x_MK, weight_only=weight_only)[:rows].flatten() for rows in ROWS]
+        commands = [(LINEAR, (n, k, bits, rows, weight_only), packed, x_MK[:rows]) for rows in ROWS]
+        torch.testing.assert_close(_floats(run(*commands), -1), torch.cat(expected), rtol=0, atol=0)
+
+
+@needs_x86
 @pytest.mark.parametrize("highest", [127, -127])
 def test_the_largest_sums_do_not_overflow(run, highest):
     linear = nn.Linear(128, 16, bias=False).requires_grad_(False)
@@ -215,7 +234,7 @@ def _defined(text):
 
 def test_the_vocabularies_have_the_same_words():
     """What the shared files say is defined for every processor."""
-    shared, _ = _words("rows.h", "product.h", "attention.h", "draws.h", "layer.h")
+    shared, _ = _words("rows.h", "product.h", "gguf.h", "attention.h", "draws.h", "layer.h")
     optional = {"FEWEST_PAIRED_ROWS", "widen", "dot_pairs"}
     for other in ("simd_avx2.h", "simd_avx512.h"):
         wanted = shared & _defined(_words(other)[1]) - optional
@@ -224,5 +243,5 @@ def test_the_vocabularies_have_the_same_words():
 
 
 def test_shared_files_say_nothing_of_one_processor():
-    words, _ = _words("rows.h", "attention.h", "draws.h", "layer.h", "pool.c", "native.c", "layout.c")
+    words, _ = _words("rows.h", "gguf.h", "attention.h", "draws.h", "layer.h", "pool.c", "native.c", "layout.c")
     assert not {word for word in words if re.match(r"_mm\d*_|__m\d|v\w+q_|__builtin_ia32|_cvt", word)}

@@ -9,6 +9,7 @@
 #define REGISTERS 32
 #define INT8_ACC 4 /* sums, of which each has four accumulators, that stay in registers beside the operands */
 #define INT4_ACC 4
+#define BYTES_ROWS 4 /* that pass over weights in bytes together */
 #define WEIGHT_ONLY_BLOCKS(rows) 1 /* blocks of 16 outputs whose sums do */
 
 #define VF float32x4_t
@@ -35,6 +36,7 @@
 #define vi_add vaddq_s32
 #define vi_sum vaddvq_s32
 #define vi_byte(v, j) vshrq_n_s32(vshlq_n_s32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_unsigned_byte(v, j) vandq_s32(vi_right(v, 8 * (j)), vi_set1(255))
 #define vi_right(v, bits) vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v), vi_set1(-(bits))))
 #define vi_code(v, j) vandq_s32(vi_right(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
 #define vi_high_codes(v) vi_right(v, 4) /* to where vi_code finds them */
@@ -211,4 +213,41 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                         vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
                     }
             }
+}
+
+/* The whole product of weights in bytes; see dot_groups4. As signed bytes they need no other instructions than int8. */
+INLINE void dot_bytes(const int bits, const int blocks, const int rows, const int stride, const int8_t *w,
+                      int64_t block_bytes, int64_t groups, const int8_t *x, const float *scales, const float *shares,
+                      const int32_t *quarters, float *sums) {
+    const int parts = bits == BYTES5 ? 2 : 4, steps = 16 / parts;
+    const int8x16_t flip = vdupq_n_s8(bits == BYTES8 ? -128 : 0); /* codes of 8 bits are weights + 128 */
+    for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+        for (int b = 0; b < blocks; b++)
+            for (int part = 0; part < parts; part++) {
+                const int8_t *group = w + b * block_bytes, *codes = group + 128 + 64 * steps * part;
+                VI dot[TILE][4];
+                for (int m = 0; m < TILE; m++)
+                    for (int i = 0; i < 4; i++) dot[m][i] = vi_zero();
+                for (int step = 0; step < steps; step += 2) {
+                    int8x16_t weights[2][4];
+                    for (int i = 0; i < 8; i++) weights[i / 4][i % 4] = veorq_s8(vld1q_s8(codes + 64 * step + 16 * i), flip);
+                    for (int i = 0; i < 2; i++) prefetch_l2(codes + 4 * block_bytes + 64 * (step + i));
+                    dot_two_steps(rows, stride, weights, x + 4 * (steps * part + step) * stride, dot);
+                }
+                take_rows_apart(rows, dot);
+                for (int m = 0; m < rows; m++)
+                    for (int i = 0; i < 4; i++) {
+                        const int8_t *numbers = group + 32 * part + 8 * i;
+                        float *sum = sums + (b * rows + m) * 16 + 4 * i;
+                        VF so_far = vf_load(sum);
+                        if (bits == BYTES6) dot[m][i] = vi_add(dot[m][i], vi_set1(32 * quarters[part * stride + m]));
+                        if (bits == BYTES5)
+                            so_far = vf_fma(vf_load_half(numbers + 64), vf_set1(shares[part * stride + m]), so_far);
+                        const VF product = vf_mul(vf_from_int(dot[m][i]), vf_load_half(numbers));
+                        vf_store(sum, vf_fma(product, vf_set1(scales[m]), so_far));
+                    }
+            }
+        shares += 2 * stride, quarters += 4 * stride;
+    }
 }
