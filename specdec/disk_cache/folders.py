@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from specdec.disk_cache.access import check_access, check_folder
@@ -47,7 +48,8 @@ class CacheFolder:
             for file in sorted(self.path.glob(pattern)):
                 check_access(file)
                 if file.is_file() and not file.is_symlink():
-                    os.utime(file)
+                    with suppress(OSError):  # root's, for all users
+                        os.utime(file)
                     return file
         except OSError as error:
             _log.debug("%s is not read: %s", self.path, error)

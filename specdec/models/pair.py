@@ -116,6 +116,6 @@ def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.Loade
                 prepare(model)
             except UnsupportedModelError as error:
                 _log.info("%s stays as it was loaded: %s", loaded.name, error)
-    elif options.weights != "stock":
+    elif options.weights not in ("stock", "gguf"):
         prepare(model, weights=options.weights)
     return loaded

@@ -13,7 +13,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward
+from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.origin import files_of, note_files
 from specdec.kernels.model.packed_file import release
@@ -95,6 +95,24 @@ def _prepare(
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     num_linears = _to_quantized(model, weights, is_copy=is_copy) if weights else _to_small_batch(model)
+    _finish(model, weights, num_linears, must_be_exact)
+    return model
+
+
+def adopt(model: Model, weights: str) -> Model:
+    """What `prepare` does to a model whose linears are quantised already, as they are read from a file."""
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    floats = [module for module in model.modules() if type(module) is nn.Linear]
+    for linear in floats if native.library() else []:  # rows of torch's products depend on their company
+        linear.__dict__["forward"] = small_batch_forward(linear, dict.fromkeys(BANDS, NATIVE))
+    _guard(model, weights)
+    _finish(model, weights, len(linears), must_be_exact=True)
+    _tell(model)
+    return model
+
+
+def _finish(model: nn.Module, weights: str | None, num_linears: int, must_be_exact: bool) -> None:
+    """The layers, and whether activations are quantised."""
     num_layers = _to_lean_layers(model) if native.library() else 0
     activations = "float"
     if weights and native.library():
@@ -104,7 +122,6 @@ def _prepare(
         else:
             activations = "int8"
     setattr(model, MARK, Prepared(weights, num_linears, num_layers, activations))
-    return model
 
 
 def check_whole(model: nn.Module) -> None:
@@ -178,12 +195,16 @@ def _to_quantized(model: nn.Module, weights: str, *, is_copy: bool) -> int:
                     release(child.weight)
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     _to_float32(model, packed)
-    for module in model.modules():
-        if any(isinstance(part, QuantizedLinear) for part in module.modules() if part is not module):
-            guard(module, quantized.weights)
+    _guard(model, quantized.weights)
     if files is not None:
         note_files(model, f"{files} {weights}")
     return len(replaced)
+
+
+def _guard(model: nn.Module, weights: str) -> None:
+    for module in model.modules():
+        if any(isinstance(part, QuantizedLinear) for part in module.modules() if part is not module):
+            guard(module, weights)
 
 
 def _to_float32(model: nn.Module, packed: PackedWeights) -> None:

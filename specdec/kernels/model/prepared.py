@@ -12,7 +12,7 @@ MARK = "_specdec_prepared"
 class Prepared:
     """What prepare() did to a model; kept on the model.
 
-    weights: None (float), "int8" or "int4".
+    weights: None (float), "int8", "int4", or "gguf" of a model whose blocks `models.load` has taken from such a file.
     activations: "float", or "int8" where the rows of quantised products are quantised too.
     """
 

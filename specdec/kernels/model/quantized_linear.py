@@ -32,8 +32,8 @@ class QuantizedLinear(nn.Module):
     quantised only where nothing before them rounds differently in another company: `prepare` decides.
     """
 
-    bits: ClassVar[int]
-    weights: ClassVar[QuantizedWeights]
+    bits: int
+    weights: ClassVar[str]
     weight_only = False
 
     packed: torch.Tensor
@@ -46,11 +46,7 @@ class QuantizedLinear(nn.Module):
         Args:
             packed: what `pack` has made of the weight, for this machine's library.
         """
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        bias_N = None if linear.bias is None else linear.bias.detach().float().clone()
-        self.register_buffer("bias", bias_N, persistent=False)
-        self.library = native.library()
+        self._begin(*linear.weight.shape, None if linear.bias is None else linear.bias.detach().float().clone())
         if self.library:
             packed = self.pack(linear) if packed is None else packed
             self.register_buffer("packed", packed["packed"], persistent=False)
@@ -74,6 +70,13 @@ class QuantizedLinear(nn.Module):
         num_outputs, num_inputs = linear.weight.shape
         shapes = {"packed": (torch.int8, (library.packed_bytes(num_outputs, num_inputs, cls.bits),))}
         return shapes | ({"scale": (torch.float32, (num_outputs,))} if cls.bits == 8 else {})
+
+    def _begin(self, out_features: int, in_features: int, bias_N: torch.Tensor | None) -> None:
+        """All but the weights."""
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("bias", bias_N, persistent=False)
+        self.library = native.library()
 
     def matrix(self) -> structs.Matrix:
         sizes = self.out_features, self.in_features
@@ -118,7 +121,7 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "library": None, "layout": persistence.layout(self.library, self.bits)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        persistence.check_layout(state.pop("layout"), self.bits, self.weights)
+        persistence.check_layout(state.pop("layout"), state.get("bits", getattr(type(self), "bits", 0)), self.weights)
         super().__setstate__(state)
         self.library = native.library()
 
