@@ -14,6 +14,7 @@ from math import inf
 from statistics import median
 from threading import Lock, RLock
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _recalled(model: PreTrainedModel) -> dict[int, float] | None:
     """What an earlier process has measured for the same files."""
     key = _key_on_disk(model)
     try:
-        kept = {} if key is None else recall(key) or {}
+        kept: Any = {} if key is None else recall(key) or {}
         seconds = {int(width): float(value) for width, value in kept.items()}
         return seconds if all(width >= 1 and 0 < value < inf for width, value in seconds.items()) else None
     except (AttributeError, TypeError, ValueError):  # of another version

@@ -14,9 +14,9 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
 from specdec.errors import ModelError
-from specdec.model_options import QuantizedWeights, Weights
+from specdec.model_options import Weights
 
-_PACKED_BYTES: dict[QuantizedWeights, float] = {"int8": 1.0, "int4": 0.625}
+_PACKED_BYTES = {"int8": 1.0, "int4": 0.625}
 """Of a weight."""
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -62,7 +62,7 @@ def check_memory(name: str, files: Sequence[Path], dtype: torch.dtype | str, wei
     )
 
 
-def _num_bytes(files: Sequence[Path], dtype: torch.dtype | str, weights: Weights) -> int:
+def _num_bytes(files: Sequence[Path], dtype: torch.dtype | str, weights: str) -> int:
     """Embeddings of packed models stay in the file, but for the rows that are used."""
     num_bytes = 0.0
     for tensor_name, shape, itemsize in _shapes(files):

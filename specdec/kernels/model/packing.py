@@ -92,8 +92,8 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 def _names(model: nn.Module) -> dict[nn.Module | torch.Tensor, str]:
     named: dict[nn.Module | torch.Tensor, str] = {}
-    for items in (model.named_modules(), model.named_parameters(), model.named_buffers()):
-        named.update((item, name) for name, item in items)
+    named.update((module, name) for name, module in model.named_modules())
+    named.update((tensor, name) for name, tensor in (*model.named_parameters(), *model.named_buffers()))
     return named
 
 

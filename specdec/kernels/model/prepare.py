@@ -94,8 +94,11 @@ def _prepare(
     check_whole(model)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
-    num_linears = _to_quantized(model, weights, is_copy=is_copy) if weights else _to_small_batch(model)
+    files = files_of(model)
+    num_linears = _to_quantized(model, weights, files, is_copy=is_copy) if weights else _to_small_batch(model)
     _finish(model, weights, num_linears, must_be_exact)
+    if files is not None and weights is not None:
+        note_files(model, f"{files} {weights}")
     return model
 
 
@@ -170,14 +173,13 @@ def quantized_copy(model: Model, weights: QuantizedWeights = "int8") -> Model:
     return _prepare(copied, weights, must_be_exact=False, is_copy=True)
 
 
-def _to_quantized(model: nn.Module, weights: str, *, is_copy: bool) -> int:
+def _to_quantized(model: nn.Module, weights: str, files: str | None, *, is_copy: bool) -> int:
     """Replaces the linears one by one, so that at most one is held in both forms. An LM head's are of 8 bits: one of
     4 changed one in seven of the demo model's likeliest tokens."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnsupportedModelError(f"weights={weights!r} is for models on the CPU; move it there first")
     quantized = LINEARS[weights]
     check_product(quantized.weights)
-    files = files_of(model)
     packed = PackedWeights.of(model, quantized, files, keeps_weights=is_copy)
     if not packed.kinds:
         raise UnsupportedModelError(
@@ -196,8 +198,6 @@ def _to_quantized(model: nn.Module, weights: str, *, is_copy: bool) -> int:
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     _to_float32(model, packed)
     _guard(model, quantized.weights)
-    if files is not None:
-        note_files(model, f"{files} {weights}")
     return len(replaced)
 
 

@@ -68,6 +68,7 @@ class QuantizedLinear(nn.Module):
         library = native.library()
         assert library is not None
         num_outputs, num_inputs = linear.weight.shape
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
         shapes = {"packed": (torch.int8, (library.packed_bytes(num_outputs, num_inputs, cls.bits),))}
         return shapes | ({"scale": (torch.float32, (num_outputs,))} if cls.bits == 8 else {})
 
