@@ -13,7 +13,7 @@ import specdec
 from specdec.drafters import PromptLookup, SmallModel
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.prepared import prepared
 from specdec.kernels.model.quantized_linear import LINEARS, QuantizedLinear
 from specdec.testing import tiny_model
 from trees import DySpec

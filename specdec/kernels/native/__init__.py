@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from specdec.kernels.native import build
+from specdec.kernels.native.compiling import sources_digest
 from specdec.kernels.native.structs import (
     Attention,
     Candidates,
@@ -139,6 +140,7 @@ class Library:
     verify: Callable[..., int]
     write_mask: Callable[..., None]
     move: Callable[..., None]
+    packed_bytes: Callable[[int, int, int], int]
     fail_allocation_after: Callable[[int], None]
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
@@ -161,7 +163,7 @@ class Library:
         """Packed weights (opaque layout) of 8 bits, and the scale of each of the N outputs; or of 4, which hold
         theirs."""
         n, k = weight_NK.shape
-        packed = torch.empty(self._dll.specdec_packed_bytes(n, k, bits), dtype=torch.int8)
+        packed = torch.empty(self.packed_bytes(n, k, bits), dtype=torch.int8)
         scale_N = torch.empty(n) if bits == 8 else None
         addresses = packed.data_ptr(), address(scale_N)
         self._dll.specdec_pack(weight_NK.data_ptr(), n, k, bits, *addresses, torch.get_num_threads())
@@ -274,6 +276,16 @@ def describe() -> str:
     if isinstance(loaded, Library):
         return f"native kernels ({loaded.instruction_set})"
     return f"torch kernels, no native ones: {loaded}"
+
+
+def identity() -> str:
+    """Changes with the kernels in use: what is measured with others says nothing."""
+    loaded = library()
+    instruction_set = None if loaded is None else loaded.instruction_set
+    return f"torch {torch.__version__} {instruction_set} {_sources_digest()}"
+
+
+_sources_digest = functools.cache(sources_digest)
 
 
 @functools.cache
