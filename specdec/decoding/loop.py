@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdec.acceptance import Accepted, to_host
 from specdec.decoding.drafter import DraftSession, Outcome
+from specdec.decoding.earlier import EarlierTexts
 from specdec.decoding.recording import Recorder
 from specdec.decoding.sampling import Prefixes, Sampler
 from specdec.decoding.sequences import Sequences
@@ -25,7 +26,7 @@ from specdec.stages import OneOff
 from specdec.streaming import StreamFeed
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
-from trees import Draft, TreeBatch
+from trees import Draft, Ragged, TreeBatch
 
 
 class Committed(NamedTuple):
@@ -101,14 +102,14 @@ class DecodingLoop:
         self.stats.draft_seconds += perf_counter() - started
         return draft
 
-    def verify(self, draft: Draft) -> Tensor:
+    def verify(self, draft: Draft) -> Tensor | Ragged:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
         started = perf_counter()
         logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 
-    def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
+    def accept(self, draft: Draft, logits_BTV: Tensor | Ragged) -> Accepted:
         """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
@@ -133,18 +134,25 @@ class DecodingLoop:
         self.session.observe(Outcome(paths=paths, tokens=tokens))
         self._let_go(stopped)
 
-    def join(self, tokens: Sequence[int], states: RowStates | None, hidden: dict[int, Tensor]) -> int:
+    def join(
+        self,
+        tokens: Sequence[int],
+        states: RowStates | None,
+        hidden: dict[int, Tensor],
+        earlier: EarlierTexts | None = None,
+    ) -> int:
         """A row more, between two rounds. Its last token is the root of its first round.
 
         Args:
             tokens: its prompt, without padding.
             states: of all tokens but the last, copied; None if there is but one token.
             hidden: see `TreeModel.joined_states`.
+            earlier: see `Sequences.earlier`.
 
         Returns:
             Its number in `sequences.rows`.
         """
-        number = self.sequences.join(tokens)
+        number = self.sequences.join(tokens, earlier)
         self.target.join(states, hidden)
         self.session.join()
         return number

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.tree_model.model import TreeModel
+from specdec.tree_model.pages import PagePool
 from specdec.tree_model.tail_order import PartialForward, TailOrder, tail_order
-from trees import TreeBatch
+from trees import Ragged, TreeBatch
 
 
 class EarlyExitModel(TreeModel):
@@ -30,13 +31,14 @@ class EarlyExitModel(TreeModel):
         self._order: TailOrder | None = None
         """Of the tail that the last verification has left."""
 
-    def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
+    def begin(self, num_rows: int = 0, *, capacity: int = 0, pool: PagePool | None = None) -> None:
+        """As of any `TreeModel`, but for pages: those are for layers that all run at once."""
         self._partial = self._order = None
         super().begin(num_rows, capacity=capacity)
 
     def verify(
         self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
-    ) -> Tensor:
+    ) -> Tensor | Ragged:
         if self._partial is None:
             return super().verify(trees, roots_B1)
         return self._verify_above(self._partial, trees, torch.cat([roots_B1, trees.tokens_BN], 1), grown_indices)

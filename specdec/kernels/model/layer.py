@@ -10,7 +10,7 @@ so, with packed weights, does a token of a prompt, however long and in whatever 
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.blocks import Attended, Part
+from specdec.kernels.model.blocks import Attended
 from specdec.kernels.model.linear import NATIVE, float_linear, float_matrix, is_plain
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.quantized_linear import QuantizedLinear
@@ -201,39 +201,17 @@ class FusedLayer:
         for first, part in attended.blocks():
             attention = native.attention(*part, constants.scale)
             x, out = _address(x_BTC, first), _address(out_BTC, first)
-            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
+            library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
         return out_BTC
 
-    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence[Part]) -> torch.Tensor:
-        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+    def constants(self) -> _Constants | None:
+        """What native calls of this layer need, now; None where the layer has to be the model's own."""
+        return self._prepare(None)
 
-        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
-        """
-        library, constants = native.library(), self._prepare(rotation)
-        assert library is not None
-        assert constants is not None, "`any_rows` is asked first"
-        states_1R = self._attention_inputs(constants, x_1RC, rotation)
-        attentions, first = [], 0
-        for part in parts:
-            rows = slice(first, first + part.num_rows * part.num_tokens)
-            query_BTHD, key_BTKD, value_BTKD = [
-                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
-            ]
-            key_BKSD, value_BKSD = part.cache.update(
-                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
-            )
-            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
-            first = rows.stop
-        out_1RC = torch.empty_like(x_1RC)
-        library.attention_and_mlp(
-            constants.layer,
-            (structs.Attention * len(parts))(*attentions),
-            len(parts),
-            x_1RC.data_ptr(),
-            out_1RC.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out_1RC
+    @property
+    def checked(self) -> _Constants | None:
+        """What `constants` said last, unless the layer is distrusted since."""
+        return self._checked
 
     @property
     def any_rows(self) -> bool:
