@@ -26,7 +26,7 @@ from specdec.stages import OneOff
 from specdec.streaming import StreamFeed
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
-from trees import Draft, Ragged, TreeBatch
+from trees import Draft, TreeBatch
 
 
 class Committed(NamedTuple):
@@ -102,14 +102,14 @@ class DecodingLoop:
         self.stats.draft_seconds += perf_counter() - started
         return draft
 
-    def verify(self, draft: Draft) -> Tensor | Ragged:
+    def verify(self, draft: Draft) -> Tensor:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
         started = perf_counter()
         logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
         self.stats.verify_seconds += perf_counter() - started
         return logits_BTV
 
-    def accept(self, draft: Draft, logits_BTV: Tensor | Ragged) -> Accepted:
+    def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
         """What the target keeps of each tree, and the token after it."""
         prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
         scores_BTV = self.sampler.process(logits_BTV, prefixes)

@@ -143,7 +143,7 @@ class RequestSampler(Sampler):
                 self._add_noise(scores_BTV[index], prefixes, index, running.seed)
         return scores_BTV
 
-    def accept(self, scores_BTV: Tensor | Ragged, draft: Draft) -> Acceptance:  # type: ignore[override]
+    def accept(self, scores_BTV: Tensor | Ragged, draft: Draft) -> Acceptance:
         """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
         accepted = follow(draft.trees, scores_BTV)
         if not accepted.has_next:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
 from specdec.tree_model.tail_order import PartialForward, TailOrder, tail_order
-from trees import Ragged, TreeBatch
+from trees import TreeBatch
 
 
 class EarlyExitModel(TreeModel):
@@ -38,7 +38,7 @@ class EarlyExitModel(TreeModel):
 
     def verify(
         self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
-    ) -> Tensor | Ragged:
+    ) -> Tensor:
         if self._partial is None:
             return super().verify(trees, roots_B1)
         return self._verify_above(self._partial, trees, torch.cat([roots_B1, trees.tokens_BN], 1), grown_indices)

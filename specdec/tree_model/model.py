@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -340,7 +340,7 @@ class TreeModel:
 
     def verify(
         self, trees: TreeBatch, roots_B1: Tensor, grown_indices: Sequence[Sequence[int]] | None = None
-    ) -> Tensor | Ragged:
+    ) -> Tensor:
         """Forward the root and the nodes of every tree; they become the tail, the root its first slot.
 
         Args:
@@ -348,10 +348,11 @@ class TreeModel:
             grown_indices: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
 
         Returns:
-            Logits after every slot, [B, 1 + N, V], in the model's dtype; where rows have pages, those of their own.
+            Logits after every slot, [B, 1 + N, V], in the model's dtype. Where rows have pages it is a `Ragged` of
+            their own slots: whoever asks for pages (`begin`) reads those, row by row.
         """
         if self._packs(look=self._along is not None):
-            return self._verify_packed(trees, roots_B1)
+            return cast(Tensor, self._verify_packed(trees, roots_B1))
         tokens_BT = torch.cat([roots_B1, trees.tokens_BN], 1)
         return self.forward(tokens_BT, trees.depths_BT, trees.ancestors_BTT if trees.width else None)
 

@@ -30,7 +30,7 @@ class Packed(NamedTuple):
 
     def followed_by(self, other: Packed) -> Packed:
         """These rows, then those of another cache."""
-        return Packed(*(own + others for own, others in zip(self, other, strict=True)))
+        return Packed(self.tokens + other.tokens, self.positions + other.positions, self.texts + other.texts)
 
 
 def pack_trees(cache: PagedCache, trees: TreeBatch, roots_B1: Tensor) -> Packed:
