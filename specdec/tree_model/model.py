@@ -64,6 +64,7 @@ class TreeModel:
     Attributes:
         states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
             that many layers [B, T, C], before the final norm, slot by slot.
+        num_read_along: tokens of a prompt that the last verification has read besides.
         joined_states: the same of the row that has joined last, [S, C], of the last tokens that it holds: those whose
             states are known.
     """
@@ -90,7 +91,7 @@ class TreeModel:
             "recurrent": {index: kind.num_states for index, kind in kinds if kind is not None and kind.num_states},
         }
         self.device = home_device(model)
-        self.num_forwards = 0
+        self.num_forwards = self.num_read_along = 0
         self.states: dict[int, Tensor] = {}
         self.joined_states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
@@ -303,6 +304,7 @@ class TreeModel:
     def _verify_packed(self, trees: TreeBatch, roots_B1: Tensor) -> Ragged:
         packed, along = pack_trees(self._pages, trees, roots_B1), self._along
         sizes = packed.sizes
+        self.num_read_along = 0 if along is None else along.tokens_BT.numel()
         if along is not None:
             packed = packed.followed_by(pack_tokens(along.reader._pages, along.tokens_BT))
         logits, states = run_packed(self.views.packed, packed, sizes, self._kept)

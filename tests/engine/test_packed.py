@@ -31,6 +31,7 @@ VOCAB_SIZE = 259
 @cache
 def int8_model(family: str = "llama") -> PreTrainedModel:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 32} if family == "qwen3" else {}
     return specdec.prepare(tiny_model(family, **sizes), weights="int8")
 
 
