@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from bench._script import WEIGHTS, command, log, parser_of, pipe_table, write_report
+from bench._script import command, log, parser_of, pipe_table, write_report
 from specdec.bench.memory import PeakMemory
 
 PROMPT = "def area(width, height):\n    return width * height\n\ndef perimeter("
@@ -28,7 +28,7 @@ COLUMNS = ("weights", "imports", "most while loading", "loaded", "most while dec
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--weights", metavar="FORMATS", default=",".join(WEIGHTS), help="%(default)s")
+    parser.add_argument("--weights", metavar="FORMATS", default="stock,float,int8,int4", help="%(default)s")
     parser.add_argument("--drafter", default="auto", help="a name, as after --drafter of the commands; %(default)s")
     parser.add_argument("--output", type=Path, help="of the reports, without a suffix")
     return parser.parse_args()
