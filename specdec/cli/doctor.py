@@ -49,7 +49,7 @@ def doctor(
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        Console().print(_table(report))
+        Console(markup=False).print(_table(report))  # names and paths are no markup
 
 
 def examine(model: str | None = None) -> dict[str, Any]:
