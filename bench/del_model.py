@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from specdec.training.exits.layerskip import LayerSkipRecipe, LayerSkipTrainer
+from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
 
 VOCAB_SIZE = 1024
 ROW_TOKENS = 256

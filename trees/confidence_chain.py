@@ -17,7 +17,8 @@ from trees.tree import TokenTree
 class ConfidentChain(GrowthPolicy):
     """A chain that ends after a token of low probability (Draft & Verify; DEL, section 3.3).
 
-    The unsure token itself is kept: it costs nothing more. Rows end on their own. Whether a token is drawn depends on
+    Of a draft that says how likely its tokens are accepted, that counts in the place of their probabilities. The unsure
+    token itself is kept: it costs nothing more. Rows end on their own. Whether a token is drawn depends on
     the tokens before it only, so a sampled chain stays exact.
 
     Args:
@@ -45,12 +46,16 @@ class _ConfidentGrower(ChainGrower):
     def __init__(self, round_: Round, length: int, threshold: float):
         super().__init__(round_, length)
         self._threshold = threshold
+        self._confidence = round_.confidence
         self._probs: list[list[float]] = [[] for _ in self._sizes]
 
     def _pick(self, scores_BV: Tensor) -> Tensor:
         token_B1 = super()._pick(scores_BV)
-        q_BV = self._q[-1] if self._sample else scores_BV.softmax(-1)
-        for row, prob in enumerate(q_BV.gather(1, token_B1)[:, 0].tolist()):
+        sure_B1 = self._confidence()
+        if sure_B1 is None:
+            q_BV = self._q[-1] if self._sample else scores_BV.softmax(-1)
+            sure_B1 = q_BV.gather(1, token_B1)
+        for row, prob in enumerate(sure_B1[:, 0].tolist()):
             self._probs[row].append(prob)
             if prob < self._threshold:
                 self._sizes[row] = min(self._sizes[row], len(self._tokens) + 1)

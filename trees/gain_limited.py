@@ -40,7 +40,7 @@ class GainLimitedChain(GrowthPolicy):
     Args:
         prices: of the second token, the third, ...: the tokens that the run makes otherwise in the time that drafting
             and verifying it takes. The chain has at most one token more than there are prices.
-        chance: of acceptance, from a token's draft probability.
+        chance: of acceptance, from what the draft says of it (`Round.confidence`), or a token's draft probability.
         next_chance: of acceptance of a token that is not drawn yet.
         leaf_prices: of the first node, the second, ...: the same for the time that verifying it takes. There are at
             most as many nodes as prices, but for the chain's.
@@ -85,7 +85,8 @@ class _Row:
     Args:
         limit: most tokens of the chain.
         reaches: for each slot of the chain, the chance that the target comes to it.
-        probs: for each slot of the chain, those of its children.
+        probs: for each slot of the chain, those of its children; of the first what the draft says of it, where it says
+            something (`Round.confidence`).
         offers: leaves to be had, the best first: negative chance, when it was offered, slot, token and probability
             (None: not drawn yet).
     """
@@ -129,11 +130,13 @@ class _GainLimitedGrower(Grower):
         self._sources.append(source)
         self._layers_BMV.append(scores_BMV)
         found = source.take(range(len(self._rows)), 1 if sample else 1 + MAX_LEAVES)
-        for row, tokens, probs in zip(self._rows, *found, strict=True):
+        said_B1 = self._round.confidence()
+        sure = [probs[0] for probs in found[1]] if said_B1 is None else said_B1[:, 0].tolist()
+        for row, tokens, probs, confidence in zip(self._rows, *found, sure, strict=True):
             if slot < row.limit:
                 row.tokens.append(tokens[0])
-                row.probs.append(probs[:1])
-                row.reaches.append(row.reaches[-1] * policy.chance(probs[0]))
+                row.probs.append([confidence])
+                row.reaches.append(row.reaches[-1] * policy.chance(confidence))
                 self._offer(row, slot, zip(tokens[1:], probs[1:], strict=True))
         if self.needs_scores and self._going_on() < policy.prices[slot]:
             for row in self._rows:

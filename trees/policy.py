@@ -65,6 +65,10 @@ class Grower(ABC):
         """The finished trees and the distributions that they were drawn from."""
 
 
+def _says_nothing() -> None:
+    """The confidence of drafts that say none."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
     """What is known when a round begins.
@@ -76,6 +80,8 @@ class Round:
         previous: the finished grower of the run's round before, for policies that learn from round to round.
             It may have grown for more rows.
         token_source: makes a layer's `TokenSource` of its scores [M, V]; called with `sample` and `generator`.
+        confidence: what the draft says of the newest layer besides its scores: for every slot the chance that the token
+            after it is accepted, float [B, M]; None: nothing, and what takes a chance takes it from the token.
     """
 
     max_depths: Sequence[int]
@@ -83,6 +89,7 @@ class Round:
     generator: torch.Generator | None = None
     previous: Grower | None = None
     token_source: Callable[..., TokenSource] = TorchSource
+    confidence: Callable[[], Tensor | None] = _says_nothing
 
 
 class GrowthPolicy(ABC):

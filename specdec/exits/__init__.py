@@ -1,4 +1,4 @@
-"""Early exits for ordinary checkpoints (`docs/exits.md`): `specdec.training.exits` makes them.
+"""Early exits for ordinary checkpoints (`docs/exits.md`): `specdec.training.heads` makes them.
 
 module.py     Exit, and the file that holds exits
 shipped.py    the exits that come with the package

@@ -56,7 +56,7 @@ class Exit(nn.Module):
         self.fuse = nn.Linear(2 * channels, channels, bias=False)
         self.block = _new_block(model)
         self.norm = final_norm(model)
-        self.head = _restricted_head(model, vocab_ids)
+        self.head = restricted_head(model, vocab_ids)
         self.register_buffer("vocab_ids", vocab_ids.to(embedding.device), persistent=False)
         for own in (self.fuse, self.block, self.head):
             own.to(embedding).requires_grad_(False).eval()
@@ -116,7 +116,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise DraftError(f"cannot read the exits in {os.fspath(path)}: {error}") from error
     if facts.get("format") != FORMAT:
         raise DraftError(
-            f"{os.fspath(path)} holds no exits of format {FORMAT}: give a file written by `specdec train-exits`"
+            f"{os.fspath(path)} holds no exits of format {FORMAT}: give a file written by "
+            "`specdec train-head --kind exit`"
         )
     return facts
 
@@ -131,7 +132,7 @@ def load_exits(path: str | os.PathLike[str], model: PreTrainedModel) -> list[Exi
     if facts.get("fingerprint") != fingerprint(model):
         raise DraftError(
             f"the exits in {os.fspath(path)} were trained on another model (fingerprint {facts.get('fingerprint')}, "
-            f"this one has {fingerprint(model)}): train exits for this one with `specdec train-exits`"
+            f"this one has {fingerprint(model)}): train exits for this one with `specdec train-head --kind exit`"
         )
     shared = model.get_input_embeddings(), model.get_output_embeddings(), final_norm(model)
     if any(weights.is_meta for part in shared for weights in part.parameters()):
@@ -182,7 +183,8 @@ def _new_block(model: PreTrainedModel) -> nn.Module:
     return block
 
 
-def _restricted_head(model: PreTrainedModel, vocab_ids: Tensor) -> nn.Linear:
+def restricted_head(model: PreTrainedModel, vocab_ids: Tensor) -> nn.Linear:
+    """The model's LM head for some tokens only, in the dtype of torch's default."""
     whole: Any = model.get_output_embeddings()
     restricted = nn.Linear(whole.in_features, len(vocab_ids), bias=whole.bias is not None)
     with torch.no_grad():

@@ -53,7 +53,7 @@ def test_extras_are_quoted() -> None:
             assert match.group()[0] == "'", path
 
 
-@pytest.mark.parametrize("name", ["bench", "chat", "doctor", "serve", "train-exits", "train-router"])
+@pytest.mark.parametrize("name", ["bench", "chat", "doctor", "serve", "train-head", "train-router"])
 def test_a_model_is_an_argument_or_an_option(name: str) -> None:
     options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     assert {"model_argument", "--model", "-m"} <= options

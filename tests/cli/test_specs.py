@@ -335,4 +335,4 @@ def test_the_commands_share_the_model_options() -> None:
         given = {one.name: one.default for one in commands[name].params}
         assert given | {field.name: field.default for field in fields(ModelOptions)} == given, name
     assert {one.name: one.default for one in commands["train-router"].params}["weights"] == "int8"
-    assert "dtype" not in {one.name for one in commands["train-exits"].params}
+    assert "dtype" not in {one.name for one in commands["train-head"].params}

@@ -168,6 +168,17 @@ def test_the_quantised_copy_of_the_target_in_ragged_batches(target: PreTrainedMo
     assert_ragged_rows_are_exact(target, QuantizedSelf(num_tokens=2, weights=weights))
 
 
+@pytest.mark.rotated
+@pytest.mark.parametrize("weights", [None, "int8", "int4"], ids=["float", "int8", "int4"])
+@pytest.mark.parametrize("verify", ["topdown", "traversal"])
+def test_a_prepared_target_in_ragged_batches(weights: str | None, verify: str):
+    """Its own distribution is what counts: that of the packed weights."""
+    size = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 32}
+    target = tiny_model("llama", seed=1, initializer_range=0.3, **size)
+    packed = specdec.prepare(target, weights=weights)
+    assert_ragged_rows_are_exact(packed, SmallModel(tiny(seed=2)), tree=DySpec(budget=4), verify=verify)
+
+
 def test_a_draft_that_is_the_target_is_always_accepted(target: PreTrainedModel):
     out = specdec.generate(
         target,

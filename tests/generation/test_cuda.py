@@ -33,9 +33,9 @@ from specdec.exits.module import Exit, load_exits, save_exits
 from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.testing.equality import TIE_BOUND
-from specdec.training.exits.collect import self_generation
-from specdec.training.exits.run import ExitTraining, Source
-from specdec.training.exits.training import Recipe
+from specdec.training.heads.collect import self_generation
+from specdec.training.heads.exits import ExitRecipe
+from specdec.training.heads.run import ExitTraining, Source
 from tests.support.goodness import assert_drawn_from
 from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
 from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia
@@ -330,7 +330,7 @@ class TestExits:
     def test_training(self, tmp_path: Path) -> None:
         """A file that was trained on the GPU is read on the CPU."""
         out, source = tmp_path / "exits.safetensors", Source("test", self_generation(ByteTokenizer()), 8 * 48)
-        recipe = Recipe(layers=(0, 2), batch_rows=2, num_passes=3)
+        recipe = ExitRecipe(layers=(0, 2), batch_rows=2, num_passes=3)
         training = ExitTraining(target(), source, recipe, out, length=48, num_rows=4)
         assert list(training.collect())
         agreements = [state.shown for state in training.train()]

@@ -18,7 +18,7 @@ from specdec.exits.module import load_exits, save_exits
 from specdec.models import load
 from specdec.suites import load_suite
 from specdec.testing import ByteTokenizer, tiny_model
-from specdec.training.exits.collect import _texts
+from specdec.training.heads.collect import _texts
 from tests.support.early_exits import random_exit
 from tests.support.tiny_gguf import write_tiny_gguf
 

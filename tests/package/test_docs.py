@@ -27,6 +27,7 @@ from specdec.cli.app import app
 from specdec.cli.chat.commands import COMMANDS as CHAT_COMMANDS
 from specdec.drafters import Plain
 from specdec.testing import ByteTokenizer, random_prompts, tiny_model
+from tests.support.audited_server import AuditedServer
 from tests.support.completions_server import Completions, Spoken
 from tests.support.references import with_noise
 from tests.support.tiny_models import save_tiny_model
@@ -110,7 +111,18 @@ def test_the_client_of_a_server(monkeypatch: pytest.MonkeyPatch):
     assert json.loads(known["reply"].choices[0].message.content)["colour"] in ("red", "green", "blue")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page != "docs/server.md"])
+def test_the_audit_from_python(capsys: pytest.CaptureFixture[str]):
+    (program,) = blocks("docs/audit.md", "python")
+    with AuditedServer().running() as server, AuditedServer(speculates=False).running() as reference:
+        program = program.replace("http://localhost:8000", server.url).replace("http://localhost:8001", reference.url)
+        exec(program, {})
+    assert "PASS" in capsys.readouterr().out
+
+
+WITH_SERVERS = ("docs/server.md", "docs/audit.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page not in WITH_SERVERS])
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     programs, known = blocks(page, "python"), names()
     if any("exits.safetensors" in program for program in programs):

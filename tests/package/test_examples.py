@@ -18,6 +18,7 @@ SAYS = {
     "streaming": r"\S",
     "sampling": r"the same seed says the same: True; another seed: False",
     "early_exit": r"drafted \d+, accepted \d+ in \d+ rounds",
+    "lm_eval_harness": r"the same score and answers: True",
     "own_drafter": r"the same as model\.generate\(\): True\ndrafted [1-9]\d*, accepted \d+",
     "own_tree": r"the same as model\.generate\(\): True\n(?!0\.0)\d+\.\d nodes a round",
 }
@@ -32,6 +33,8 @@ def test_every_example_is_run() -> None:
 def test_example(
     name: str, tiny: str, tiny_draft: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "lm_eval_harness":
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval")
     monkeypatch.setattr(sys, "argv", [name, tiny, tiny_draft])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert re.search(SAYS[name], capsys.readouterr().out)

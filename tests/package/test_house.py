@@ -13,7 +13,7 @@ specdec.errors specdec.stages specdec.hf specdec.hf specdec.model_options specde
 specdec.text
 specdec.streaming specdec.tree_model specdec.acceptance specdec.decoding specdec.options
 specdec.control specdec.exits specdec.drafters specdec.routing specdec.specs specdec.models specdec.generation specdec
-specdec.testing specdec.training specdec.bench specdec.engine specdec.server specdec.batch specdec.cli
+specdec.testing specdec.training specdec.bench specdec.engine specdec.server specdec.audit specdec.batch specdec.cli
 bench""",
 )
 FILES = {

@@ -1,6 +1,8 @@
-"""Tiny random DFlash heads on disk, in the layouts of two projects, and what such a head computes, written plainly.
+"""Tiny random DFlash and DSpark heads on disk, in the layouts of two projects, and what such a head computes, written
+plainly.
 
-Shape legend: T positions of the context, S slots of a block, C channels, X channels of all states, V vocabulary.
+Shape legend: T positions of the context, S slots of a block, M of them, C channels, X channels of all states, R rank,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.head.drafter import _BlockSession
 from tests.support.heads import EPS, VOCAB_SIZE, hidden_states
 
-SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 4, 2, 8
+SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, RANK = 32, 4, 2, 8, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class TinyBlockHead:
 
     Args:
         drafts: the target's tokens that it can draft; None for all, by the target's own LM head.
+        markov: of a DSpark head: "vanilla", "gated", or "none" for confidence alone; None: it is a DFlash head.
     """
 
     block_size: int = 5
@@ -39,6 +42,7 @@ class TinyBlockHead:
     drafts_at_root: bool = False
     vocab_size: int = VOCAB_SIZE
     mask: int = VOCAB_SIZE - 1
+    markov: str | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,14 +66,40 @@ class TinyBlockHead:
             shapes[f"layers.{index}.mlp.down_proj"] = (SIZE, 48)
         if self.drafts is not None:
             shapes["lm_head"] = (len(self.drafts), SIZE)
+        shapes |= self._dspark_shapes()
         generator = torch.Generator().manual_seed(3)
         tensors = {
             f"{name}.weight": 0.3 * torch.randn(shape, generator=generator) + (len(shape) == 1)
             for name, shape in shapes.items()
         }
+        for name in [
+            name for name in tensors if "proj" in name and name.split(".")[0] in ("markov_head", "confidence_head")
+        ]:
+            tensors[name.replace("weight", "bias")] = 0.3 * torch.randn(len(tensors[name]), generator=generator)
         if self.drafts is not None:
             tensors["d2t"] = torch.tensor(self.drafts) - torch.arange(len(self.drafts))
         return tensors
+
+    def _dspark_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.markov is None:
+            return {}
+        if self.markov == "none":
+            return {"confidence_head.proj": (1, SIZE)}
+        num_drafts = self.vocab_size if self.drafts is None else len(self.drafts)
+        shapes = {"markov_w1": (self.vocab_size, RANK), "markov_w2": (num_drafts, RANK)}
+        if self.markov == "gated":
+            shapes["gate_proj"] = (RANK, SIZE + RANK)
+        named = {f"markov_head.{name}": shape for name, shape in shapes.items()}
+        return {**named, "confidence_head.proj": (1, SIZE + RANK)}
+
+    @property
+    def dspark_fields(self) -> dict[str, Any]:
+        """As both projects write them."""
+        if self.markov is None:
+            return {}
+        rank = 0 if self.markov == "none" else RANK
+        kind = "gated" if self.markov == "gated" else "vanilla"
+        return {"markov_rank": rank, "markov_head_type": kind, "confidence_head_with_markov": rank > 0}
 
     @property
     def layer_fields(self) -> dict[str, Any]:
@@ -96,12 +126,11 @@ def save_authors(folder: Path, head: TinyBlockHead) -> Path:
         "causal": head.is_causal,
         "sample_from_anchor": head.drafts_at_root,
     }
-    fields = {
-        "architectures": ["DFlashDraftModel"],
-        **head.layer_fields,
-        "block_size": head.block_size,
-        "dflash_config": settings,
-    }
+    fields = {**head.layer_fields, "block_size": head.block_size}
+    if head.markov is None:
+        fields |= {"architectures": ["DFlashDraftModel"], "dflash_config": settings}
+    else:
+        fields |= {"architectures": ["Qwen3DSparkModel"], **settings, **head.dspark_fields}
     if head.drafts is not None:
         fields["draft_vocab_size"] = len(head.drafts)
     return _save(folder, fields, head.tensors)
@@ -109,8 +138,9 @@ def save_authors(folder: Path, head: TinyBlockHead) -> Path:
 
 def save_block_speculators(folder: Path, head: TinyBlockHead) -> Path:
     fields = {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
+        "architectures": ["DFlashSpeculator" if head.markov is None else "DSparkSpeculator"],
+        "speculators_model_type": "dflash" if head.markov is None else "dspark",
+        **head.dspark_fields,
         "transformer_layer_config": head.layer_fields,
         "draft_vocab_size": head.vocab_size if head.drafts is None else len(head.drafts),
         "aux_hidden_state_layer_ids": list(head.layers),
@@ -131,11 +161,17 @@ def _save(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return folder
 
 
-def reference_block(head: TinyBlockHead, target: PreTrainedModel, text: Sequence[int], first: int) -> Tensor:
-    """Logits [S, V] over what the head can draft after a text, all computed again, without a cache.
+def reference_block(
+    head: TinyBlockHead, target: PreTrainedModel, text: Sequence[int], first: int, depths_M: Tensor, tokens_M: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [M, V] over what the head can draft after a text, all computed again, without a cache.
+
+    And, of a DSpark head, logits [M] of the chance that they are accepted.
 
     Args:
         first: tokens of the text whose states the head has not seen.
+        depths_M: of slots.
+        tokens_M: the token before each of them.
     """
     hidden = hidden_states(target, tuple(text[:-1]))
     states_TX = torch.cat([hidden[layer][0, first:] for layer in head.layers], -1)
@@ -149,7 +185,22 @@ def reference_block(head: TinyBlockHead, target: PreTrainedModel, text: Sequence
         gate, up, down = (head.tensors[f"layers.{index}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         block_SC = block_SC + (silu(inputs_SC @ gate.T) * (inputs_SC @ up.T)) @ down.T
     table = head.tensors.get("lm_head.weight", target.get_output_embeddings().weight)
-    return _norm(head, "norm", block_SC)[0 if head.drafts_at_root else 1 :] @ table.T
+    slots_MC = _norm(head, "norm", block_SC)[0 if head.drafts_at_root else 1 :][depths_M]
+    logits_MV = slots_MC @ table.T
+    if head.markov is None:
+        return logits_MV, None
+    inputs = slots_MC
+    if head.markov != "none":
+        known_MR = head.tensors["markov_head.markov_w1.weight"][tokens_M]
+        inputs = torch.cat([slots_MC, known_MR], 1)
+        if head.markov == "gated":
+            known_MR = known_MR * _linear(head, "markov_head.gate_proj", inputs).sigmoid()
+        logits_MV = logits_MV + known_MR @ head.tensors["markov_head.markov_w2.weight"].T
+    return logits_MV, _linear(head, "confidence_head.proj", inputs)[:, 0]
+
+
+def _linear(head: TinyBlockHead, name: str, x: Tensor) -> Tensor:
+    return x @ head.tensors[f"{name}.weight"].T + head.tensors[f"{name}.bias"]
 
 
 def _attention(head: TinyBlockHead, name: str, context_TC: Tensor, inputs_SC: Tensor, first: int) -> Tensor:
@@ -178,27 +229,49 @@ def _norm(head: TinyBlockHead, name: str, x: Tensor) -> Tensor:
     return rms_norm(x, weight.shape, weight, EPS)
 
 
+class Said(NamedTuple):
+    """What was said of M slots of a row: text, tokens at its beginning that the head has not seen, logits [M, V] of all
+    tokens, logits [M] of their acceptance."""
+
+    text: tuple[int, ...]
+    first: int
+    depths_M: Tensor
+    tokens_M: Tensor
+    logits_MV: Tensor
+    confidence_M: Tensor | None
+
+
 class BlockListener:
-    """Takes down all blocks, while `monkeypatch` lasts: text, first position, logits [S, V]."""
+    """Takes down what is said of slots, while `monkeypatch` lasts."""
 
     def __init__(self, monkeypatch: Any):
-        self.said: list[tuple[tuple[int, ...], int, Tensor]] = []
-        read = _BlockSession._read
+        self.said: list[Said] = []
+        after = _BlockSession._after
 
-        def listen(session: Any, sizes: Sequence[int]) -> Tensor:
-            root_B1V = read(session, sizes)
+        def listen(session: Any, depths_BM: Tensor, tokens_BM: Tensor) -> Tensor:
+            logits_BMV = after(session, depths_BM, tokens_BM)
             firsts, lengths = (-session._runner._lag_AB[0]).tolist(), session._runner.cache.lengths
             for row, text in enumerate(session._run.sequences.tokens):
                 if 0 < lengths[row] == len(text) - 1 - firsts[row]:
-                    self.said.append((tuple(text), firsts[row], session._logits_BTV[row].clone()))
-            return root_B1V
+                    confidence_BM = session.confidence_BM
+                    confidence_M = None if confidence_BM is None else confidence_BM[row].clone()
+                    parts = (depths_BM[row].clone(), tokens_BM[row].clone(), logits_BMV[row].clone(), confidence_M)
+                    self.said.append(Said(tuple(text), firsts[row], *parts))
+            return logits_BMV
 
-        monkeypatch.setattr(_BlockSession, "_read", listen)
+        monkeypatch.setattr(_BlockSession, "_after", listen)
 
     def check(self, head: TinyBlockHead, target: PreTrainedModel, bound: float = 1e-5) -> None:
         exact = replace(head, tensors={name: tensor.to(target.dtype) for name, tensor in head.tensors.items()})
         ids = list(range(head.vocab_size)) if head.drafts is None else list(head.drafts)
-        for text, first, logits_SV in self.said:
-            expected_SV = reference_block(exact, target, text, first)
-            error = (logits_SV[:, ids] - expected_SV).abs().max()
-            assert error <= bound * (1 + expected_SV.abs().max()), f"{error:.2e} after {text}"
+        last = head.block_size - (1 if head.drafts_at_root else 2)
+        for said in self.said:
+            depths_M = said.depths_M.clamp(max=last)
+            expected_MV, confidence_M = reference_block(exact, target, *said[:2], depths_M, said.tokens_M)
+            pairs = [(said.logits_MV[:, ids], expected_MV)]
+            if confidence_M is not None:
+                assert said.confidence_M is not None
+                pairs.append((said.confidence_M, confidence_M))
+            for actual, expected in pairs:
+                error = (actual - expected).abs().max()
+                assert error <= bound * (1 + expected.abs().max()), f"{error:.2e} after {said.text}"

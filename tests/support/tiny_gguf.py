@@ -11,11 +11,11 @@ NUM_LAYERS = 2
 NUM_HEADS = 2
 
 
-def write_tiny_gguf(path: Path) -> None:
+def write_tiny_gguf(path: Path, *, context_length: int = 128) -> None:
     """A random Llama with a byte-level tokenizer of the printable ASCII characters."""
     tokens = [chr(code) for code in range(33, 127)] + ["th", "Ġ", "<|end|>"]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(HIDDEN_SIZE)
     writer.add_block_count(NUM_LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD_SIZE)

@@ -20,10 +20,11 @@ from specdec.exits.module import Exit, fingerprint, load_exits, read_metadata, s
 from specdec.hf import CACHE
 from specdec.kernels import prepare, quantized_copy
 from specdec.testing import ByteTokenizer, tiny_model
-from specdec.training.exits import collect
-from specdec.training.exits.collect import Collector, Template, converse, given_texts, self_generation
-from specdec.training.exits.run import ExitTraining, Source
-from specdec.training.exits.training import Corpus, Recipe, Trainer, Unroller, pass_mask
+from specdec.training.heads import collect
+from specdec.training.heads.collect import Collector, Template, converse, given_texts, self_generation
+from specdec.training.heads.corpus import Corpus
+from specdec.training.heads.exits import ExitRecipe, ExitTrainer, Unroller, pass_mask
+from specdec.training.heads.run import ExitTraining, Source
 from specdec.tree_model.layer_views import LayerViews
 
 LENGTH, ROWS = 48, 4
@@ -117,7 +118,7 @@ class TestUnrolling:
     def test_passes_are_what_drafting_computes(self, family):
         model = tiny_model(family, num_hidden_layers=3)
         data = corpus(model)
-        exit_ = Trainer(model, data, Recipe(layers=(0, 1))).exits[1]
+        exit_ = ExitTrainer(model, data, ExitRecipe(layers=(0, 1))).exits[1]
         batch = data.batch(torch.arange(2))
         with torch.no_grad():
             passes = list(Unroller(model, exit_).outputs(batch.hidden[1], batch.final_BTC, 3))
@@ -143,7 +144,7 @@ def draft(model, exit_, hidden_BTC, final_BTC, start, count):
 
 class TestTraining:
     def test_the_loss_falls_and_every_exit_learns(self, model):
-        trainer = Trainer(model, corpus(model), Recipe(layers=(0, 1), epochs=25, learning_rate=3e-3))
+        trainer = ExitTrainer(model, corpus(model), ExitRecipe(layers=(0, 1), epochs=25, learning_rate=3e-3))
         agreements = [trainer.advance() for _ in range(trainer.num_steps)]
         for index in (0, 1):
             first, last = ([step[index] for step in part] for part in (agreements[:4], agreements[-4:]))
@@ -151,14 +152,14 @@ class TestTraining:
 
     def test_the_model_is_left_as_it_was(self, model):
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        trainer = Trainer(model, corpus(model), Recipe(layers=(1,)))
+        trainer = ExitTrainer(model, corpus(model), ExitRecipe(layers=(1,)))
         trainer.advance()
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
         assert all(weight.grad is None for weight in model.parameters())
 
     def test_a_loaded_trainer_goes_on_exactly(self, model, tmp_path):
-        data, recipe = corpus(model), Recipe(layers=(0, 1))
-        whole, first, second = (Trainer(model, data, recipe) for _ in range(3))
+        data, recipe = corpus(model), ExitRecipe(layers=(0, 1))
+        whole, first, second = (ExitTrainer(model, data, recipe) for _ in range(3))
         for _ in range(2):
             first.advance()
         first.save(tmp_path / "state.safetensors")
@@ -263,7 +264,7 @@ class TestRun:
     def run(self, model, out, *, stop_after=None):
         """The whole work, or until some steps of training are done."""
         source = Source("test", self_generation(ByteTokenizer()), ROWS * LENGTH * 2)
-        training = ExitTraining(model, source, Recipe(layers=(0, 1), epochs=2, batch_rows=2), out, length=LENGTH)
+        training = ExitTraining(model, source, ExitRecipe(layers=(0, 1), epochs=2, batch_rows=2), out, length=LENGTH)
         for _ in training.collect():
             pass
         for state in training.train():
@@ -272,7 +273,7 @@ class TestRun:
         return training.finish()
 
     def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, model, tmp_path, monkeypatch):
-        monkeypatch.setattr("specdec.training.exits.run._SAVE_EVERY_S", 0)
+        monkeypatch.setattr("specdec.training.heads.run._SAVE_EVERY_S", 0)
         self.run(model, tmp_path / "whole.safetensors")
         self.run(model, tmp_path / "broken.safetensors", stop_after=3)
         assert (tmp_path / "broken.safetensors.work" / "trainer.safetensors").exists()
@@ -284,7 +285,7 @@ class TestRun:
 
     def test_a_collection_goes_on_with_the_missing_shards(self, model, tmp_path):
         source = Source("test", self_generation(ByteTokenizer()), ROWS * LENGTH * 3)
-        make = lambda: ExitTraining(model, source, Recipe(layers=(1,)), tmp_path / "x.safetensors", length=LENGTH)  # noqa: E731
+        make = lambda: ExitTraining(model, source, ExitRecipe(layers=(1,)), tmp_path / "x.safetensors", length=LENGTH)  # noqa: E731
         for state in make().collect():
             if state.done == LENGTH + 3:
                 break
@@ -292,15 +293,15 @@ class TestRun:
 
     def test_work_with_other_settings_is_refused(self, model, tmp_path):
         source = Source("test", self_generation(ByteTokenizer()), ROWS * LENGTH)
-        ExitTraining(model, source, Recipe(layers=(1,)), tmp_path / "x.safetensors", length=LENGTH)
+        ExitTraining(model, source, ExitRecipe(layers=(1,)), tmp_path / "x.safetensors", length=LENGTH)
         with pytest.raises(ValueError, match="seed was 0"):
-            ExitTraining(model, source, Recipe(layers=(1,), seed=1), tmp_path / "x.safetensors", length=LENGTH)
+            ExitTraining(model, source, ExitRecipe(layers=(1,), seed=1), tmp_path / "x.safetensors", length=LENGTH)
 
     @pytest.mark.parametrize(("layers", "out"), [((2,), "x.safetensors"), ((-1,), "x.safetensors"), ((1,), "x.bin")])
     def test_impossible_settings_are_refused(self, model, tmp_path, layers, out):
         source = Source("test", self_generation(ByteTokenizer()), 100)
         with pytest.raises(ValueError, match=r"exit layer|\.safetensors"):
-            ExitTraining(model, source, Recipe(layers=layers), tmp_path / out)
+            ExitTraining(model, source, ExitRecipe(layers=layers), tmp_path / out)
 
 
 @pytest.fixture(scope="module")
@@ -313,13 +314,15 @@ def folder(tmp_path_factory):
 
 class TestCommand:
     def invoke(self, *arguments):
-        return CliRunner().invoke(app, ["train-exits", *map(str, arguments)])
+        return CliRunner().invoke(app, ["train-head", *map(str, arguments)])
 
     def test_from_end_to_end(self, folder, tmp_path):
         out = tmp_path / "exits.safetensors"
         size = ("--length", LENGTH, "--rows", 2, "--epochs", 1, "--vocabulary", 40)
         size += ("--batch-rows", 2, "--learning-rate", 0.002, "--passes", 3)
-        result = self.invoke("--model", folder, "--self-generate", 100, "--exits", "0,1", "--out", out, *size)
+        result = self.invoke(
+            "--kind", "exit", "--model", folder, "--self-generate", 100, "--exits", "0,1", "--out", out, *size
+        )
         assert result.exit_code == 0, result.output
         assert "tokens/s" in result.stdout
         exits = load_exits(out, tiny_model("llama"))
@@ -335,33 +338,36 @@ class TestCommand:
         data = tmp_path / "data.jsonl"
         data.write_text('{"text": "to be, or not to be, that is the question"}\n' * 3)
         out = tmp_path / "exits.safetensors"
-        result = self.invoke("--model", folder, "--data", data, "--exits", "1", "--out", out, "--length", LENGTH)
+        result = self.invoke(
+            "--kind", "exit", "--model", folder, "--data", data, "--exits", "1", "--out", out, "--length", LENGTH
+        )
         assert result.exit_code == 0, result.output
         assert out.exists()
 
     def test_a_whole_model(self, folder, tmp_path):
         out = tmp_path / "trained"
         size = ("--length", LENGTH, "--epochs", 1, "--self-generate", 4 * LENGTH)
-        result = self.invoke("--full", "--model", folder, "--out", out, *size)
+        result = self.invoke("--kind", "layerskip", "--model", folder, "--out", out, *size)
         assert result.exit_code == 0, result.output
         before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
         assert not torch.equal(after.lm_head.weight, before.lm_head.weight)
         assert AutoTokenizer.from_pretrained(out).chat_template
-        result = self.invoke("--full", "--model", folder, "--out", out, *size)
+        result = self.invoke("--kind", "layerskip", "--model", folder, "--out", out, *size)
         assert (result.exit_code, "exists" in result.stderr) == (2, True)
 
     @pytest.mark.parametrize(
         "arguments",
         [
-            ("--self-generate", 10, "--data", "x"),
-            (),
-            ("--self-generate", 10, "--exits", "two"),
-            ("--self-generate", 10, "--exits", "2", "--full"),
-            ("--self-generate", 10, "--passes", 3, "--full"),
+            ("exit", "--self-generate", 10, "--data", "x"),
+            ("exit",),
+            ("exit", "--self-generate", 10, "--exits", "two"),
+            ("layerskip", "--self-generate", 10, "--exits", "2"),
+            ("dspark", "--self-generate", 10, "--passes", 3),
+            ("medusa", "--self-generate", 10),
         ],
-        ids=["two sources", "no source", "no number", "exits of a whole model", "passes of a whole model"],
+        ids=["two sources", "no source", "no number", "exits of a whole model", "passes of a block", "no kind"],
     )
     def test_errors_come_before_any_work(self, arguments, tmp_path):
-        result = self.invoke("--model", "missing", "--out", tmp_path / "x.safetensors", *arguments)
+        result = self.invoke("--model", "missing", "--out", tmp_path / "x.safetensors", "--kind", *arguments)
         assert result.exit_code == 2
         assert "missing" not in result.stderr

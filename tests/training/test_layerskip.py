@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import EarlyExit
 from specdec.testing import assert_same_tokens, tiny_model
-from specdec.training.exits.layerskip import LayerSkipRecipe, LayerSkipTrainer
+from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
 
 NUM_LAYERS = 4
 

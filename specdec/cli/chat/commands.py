@@ -98,7 +98,7 @@ _ALL = (
     Command(
         "/show",
         "[on|off]",
-        "tint drafted tokens, of the last reply or (on) of all",
+        "underline drafted tokens, of the last reply or (on) of all",
         ChatSession.show,
         lambda: ("on", "off"),
     ),

@@ -19,12 +19,21 @@ from specdec.cli.status import make_way
 
 _SECONDS_BETWEEN_DRAWINGS = 0.05
 
+DRAFTED = Style(underline=True)
+"""How drafted tokens look: a colour would be lost among those of code, and one of them among all would be no sign."""
+REPLY_THEME = Theme(
+    {
+        "markdown.code": "cyan",  # rich's own has a black background
+        **{"markdown.h1": "bold", "markdown.h2": "bold magenta", "markdown.link_url": "blue"},  # not underlined
+    }
+)
+
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "�")
 
 
 def reply_console() -> Console:
     """A console on stdout."""
-    return Console(highlight=False, theme=Theme({"markdown.code": "cyan"}))  # rich's own has a black background
+    return Console(highlight=False, theme=REPLY_THEME)
 
 
 def visible(text: str) -> str:
@@ -68,16 +77,11 @@ def make_view(console: Console, *, tinted: bool = False) -> ReplyView:
     """A view that suits the console.
 
     Args:
-        tinted: mark what was drafted and accepted, where styles are shown.
+        tinted: underline what was drafted and accepted, where styles are shown.
     """
     if shows_styles(console):
         return MarkdownView(console, tinted=tinted)
     return PlainView(console)
-
-
-def tint_style(console: Console) -> Style:
-    """How drafted tokens look: green, or underlined where colours are not wanted."""
-    return Style(underline=True) if console.no_color else Style(color="green")
 
 
 class PlainView(ReplyView):
@@ -107,7 +111,7 @@ class MarkdownView(ReplyView):
 
     def __init__(self, console: Console, *, tinted: bool = False):
         self._console = console
-        self._tint = tint_style(console) if tinted else None
+        self._is_tinted = tinted
         # redirected output would go to stdout
         self._live = Live(self, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._text = ""
@@ -151,6 +155,6 @@ class MarkdownView(ReplyView):
     def _lines(self, count: int) -> list[Text]:
         """The lines of so many characters, with a blank one before it unless it is the first."""
         lines = render(self._text[:count], self._console)
-        if self._tint is not None:
-            tint(lines, self._text[:count], self._marks[:count], self._tint)
+        if self._is_tinted:
+            tint(lines, self._text[:count], self._marks[:count], DRAFTED)
         return lines if self._is_first or not lines else [Text(), *lines]

@@ -181,22 +181,22 @@ class ChatSession:
         self.notify("\n".join(f"{name:14}{text}" for name, text in lines.items()))
 
     def show(self, which: str) -> None:
-        """Tint drafted tokens from now on ("on") or no longer ("off"); "" shows the last reply again, tinted."""
+        """Underline drafted tokens from now on ("on") or no longer ("off"); "" shows the last reply again with them."""
         if which not in ("", "on", "off"):
             raise ValueError(f"/show takes on, off or nothing, got {which!r}")
         if not self._speaker.tells_drafted:
-            raise ValueError("the server does not say which tokens were drafted, so they cannot be tinted")
+            raise ValueError("the server does not say which tokens were drafted, so they cannot be underlined")
         if not shows_styles(self._console):
-            raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be tinted")
+            raise ValueError("replies do not go to a terminal that shows styles, so tokens cannot be underlined")
         if which:
             self._is_tinted = which == "on"
-            self.notify("drafted and accepted tokens are tinted" if self._is_tinted else "replies are not tinted")
+            self.notify("drafted and accepted tokens are underlined" if self._is_tinted else "nothing is underlined")
             return
         if self._last_reply is None:
             raise ValueError("there is no reply yet")
         with make_view(self._console, tinted=True) as view:
             view.show(self._last_reply.pieces)
-        self.notify("tinted: drafted, and accepted by the model; the rest is the model's own")
+        self.notify("underlined: drafted, and accepted by the model; the rest is the model's own")
 
     def change_model(self, name: str) -> None:
         """Go on with another model; "" names the present one."""

@@ -43,7 +43,8 @@ class _Loaded(dict[object, list[Exit]]):
 class EarlyExit(Drafter):
     """Drafts with the first layers of the target; no second model, and no layer computed twice.
 
-    With the head of an ordinary checkpoint early layers are rarely right: train exits with `specdec train-exits`.
+    With the head of an ordinary checkpoint early layers are rarely right: train exits with
+    `specdec train-head --kind exit`.
 
     Args:
         exit_layer: number of layers that draft, or "adaptive": chosen every round, as is the length (DEL).

@@ -1,4 +1,4 @@
-"""A head on the target's hidden states drafts (EAGLE-3, Li et al. 2025; DFlash, arXiv 2602.06036).
+"""A head on the target's hidden states drafts (EAGLE-3, Li et al. 2025; DFlash, arXiv 2602.06036; DSpark).
 
 The target hands over its states at every committed token; the head reads each token together with the state before it,
 once, and keeps keys and values of its own. Of drafted tokens its own output stands for the target's state, so what it
@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
-from specdec.drafters.head.formats import DFLASH
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.head.pending import PendingPairs
@@ -38,13 +39,14 @@ _logger = logging.getLogger("specdec")
 
 
 class DraftHead(Drafter):
-    """Drafts with a small network that reads the target's hidden states: an EAGLE-3 or DFlash head of this very target.
+    """Drafts with a small network that reads the target's hidden states: an EAGLE-3, DFlash or DSpark head of this very
+    target.
 
     Lossless whatever the head is: one of another model, or one whose layers are misread, is only rarely right.
 
     Args:
-        head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3 or DFlash, of SpecForge
-            or of speculators; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
+        head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3, DFlash or DSpark, of
+            SpecForge or of speculators; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
@@ -78,7 +80,7 @@ class DraftHead(Drafter):
             check_layers(run.target.model)
         layers = self.state_layers or self.model.head_config.layers_read(run.target.num_layers)
         check_fit(self.model, run.target, layers)
-        session = _BlockSession if self.model.head_config.kind == DFLASH else _EagleSession
+        session = _BlockSession if isinstance(self.model, DFlash) else _EagleSession
         return session(self, run, layers)
 
     def warn_of_length(self, length: int) -> None:
@@ -184,17 +186,35 @@ class _EagleSession(_HeadSession):
 
 
 class _BlockSession(_HeadSession):
-    """One forward a round: what it says of a depth holds for every node there (as in DDTree)."""
+    """One forward a round. What it says of a depth holds for every node there (as in DDTree), but for what a DSpark
+    head makes of the token before."""
 
+    confidence_BM: Tensor | None = None
+    """Logits of the chance that what was said last is accepted."""
+
+    _slots_BTC: Tensor
     _logits_BTV: Tensor
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         _, states_BWX = self._pending.take(sizes)
         self._runner.read_states(states_BWX, sizes)
-        self._logits_BTV = self._runner.run_block(self._run.sequences.roots_B1)
-        return self._logits_BTV[:, :1]
+        roots_B1 = self._run.sequences.roots_B1
+        self._slots_BTC = self._runner.run_block(roots_B1)
+        self._logits_BTV = self._runner.draft_logits(self._slots_BTC)
+        return self._after(torch.zeros_like(roots_B1), roots_B1)
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
-        depths_BM = grown.depths_BM.to(self._logits_BTV.device)
+        return self._after(grown.depths_BM, grown.tokens_BM)
+
+    def _after(self, depths_BM: Tensor, tokens_BM: Tensor) -> Tensor:
+        """Logits [B, M, V] after tokens of these depths."""
+        head = self._runner.head
+        assert isinstance(head, DFlash)
+        depths_BM = depths_BM.to(self._logits_BTV.device).clamp(max=self._logits_BTV.shape[1] - 1)
         rows_B1 = torch.arange(len(depths_BM), device=depths_BM.device).unsqueeze(1)
-        return self._logits_BTV[rows_B1, depths_BM.clamp(max=self._logits_BTV.shape[1] - 1)]
+        logits_BMV, slots_BMC = self._logits_BTV[rows_B1, depths_BM], self._slots_BTC[rows_B1, depths_BM]
+        self.confidence_BM = head.confidence(slots_BMC, tokens_BM) if isinstance(head, DSpark) else None
+        return self._runner.widen(head.follow(logits_BMV, slots_BMC, tokens_BM))
+
+    def _confidence(self) -> Tensor | None:
+        return None if self.confidence_BM is None else self.confidence_BM.float().sigmoid()

@@ -22,11 +22,13 @@ from specdec.errors import DraftError
 
 EAGLE3 = "eagle3"
 DFLASH = "dflash"
+DSPARK = "dspark"
 
-_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it) and DFlash (its authors, speculators)"
+_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it), DFlash and DSpark (their authors, speculators)"
 _FROM_SPECULATORS = "speculators_model_type"
 _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
+_MARKOV_RANK = 256
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -38,7 +40,7 @@ class HeadConfig:
     """One head, whoever has written it.
 
     Args:
-        kind: `EAGLE3` or `DFLASH`.
+        kind: `EAGLE3`, `DFLASH` or `DSPARK`.
         layers: of the head's own decoder layers: sizes, rotation, number.
         vocab_size: of the target that it was trained on.
         draft_vocab_size: tokens that it can draft.
@@ -48,9 +50,13 @@ class HeadConfig:
         norm_before_residual: whether the residual stream begins with the normed state.
         norm_before_fc: a norm over all of a position's states; `fc_norm`: one for each of them.
         norm_output: whether what is fed back to draft the next token is normed.
-        block_size: of a DFlash head, the newest token included; `mask_token_id` fills it up.
+        block_size: of a DFlash or DSpark head, the newest token included; `mask_token_id` fills it up.
         is_causal: whether the positions of a block see only those before them.
         drafts_at_root: whether the newest token's own position drafts too.
+        markov_rank: of what a DSpark head makes of the token before; 0: it makes nothing of it.
+        markov_is_gated: whether that depends on the slot.
+        has_confidence: whether it says how likely its tokens are accepted; `confidence_reads_token`: from the token
+            before, too.
     """
 
     kind: str
@@ -67,6 +73,10 @@ class HeadConfig:
     mask_token_id: int = 0
     is_causal: bool = False
     drafts_at_root: bool = False
+    markov_rank: int = 0
+    markov_is_gated: bool = False
+    has_confidence: bool = False
+    confidence_reads_token: bool = False
 
     @property
     def num_states(self) -> int:
@@ -155,9 +165,11 @@ def _kind(fields: Mapping[str, Any]) -> str | None:
     names = " ".join(map(str, fields.get("architectures") or ())).lower()
     if "eagle3" in names or _FROM_SPECFORGE in fields:
         return EAGLE3
-    if _DFLASH_SETTINGS in fields and "dspark" not in names:
+    if DSPARK in names:
+        return DSPARK
+    if _DFLASH_SETTINGS in fields:
         return DFLASH
-    return next((kind for kind in ("dflash", "dspark", "eagle", "medusa") if kind in names), None)
+    return next((kind for kind in ("dflash", "eagle", "medusa") if kind in names), None)
 
 
 def _eagle3(fields: Mapping[str, Any]) -> HeadConfig:
@@ -175,26 +187,54 @@ def _sizes(kind: str, fields: Mapping[str, Any], layers: PreTrainedConfig) -> di
 
 
 def _dflash(fields: Mapping[str, Any]) -> HeadConfig:
-    """Its authors number layers from 0, by the layer that has just run; speculators counts those that have."""
+    return HeadConfig(**_sizes(DFLASH, fields, _qwen3(fields)), **_block(fields, drafts_at_root=False))
+
+
+def _dspark(fields: Mapping[str, Any]) -> HeadConfig:
+    rank = int(fields.get("markov_rank", _MARKOV_RANK) or 0)
+    family = fields.get("markov_head_type", "vanilla")
+    has_confidence = bool(fields.get("enable_confidence_head", True))
+    reads_token = has_confidence and bool(fields.get("confidence_head_with_markov", True))
+    if family not in ("vanilla", "gated"):
+        raise ValueError(f"a Markov head of the kind {family!r}, which is not read yet")
+    if reads_token and not rank:
+        raise ValueError("a confidence head that reads a Markov head, and there is none")
+    return HeadConfig(
+        **_sizes(DSPARK, fields, _qwen3(fields)),
+        **_block(fields, drafts_at_root=True),
+        markov_rank=rank,
+        markov_is_gated=family == "gated",
+        has_confidence=has_confidence,
+        confidence_reads_token=reads_token,
+    )
+
+
+def _block(fields: Mapping[str, Any], drafts_at_root: bool) -> dict[str, Any]:
+    """Authors number layers from 0, by the layer that has just run; speculators counts those that have.
+
+    Args:
+        drafts_at_root: whether the newest token's position drafts where nothing is said about it.
+    """
     if _FROM_SPECULATORS in fields:
-        layers = _layer_config({**fields["transformer_layer_config"], "model_type": "qwen3"})
         settings, state_layers = fields, _increasing(fields.get("aux_hidden_state_layer_ids"), 0)
     else:
-        layers = _layer_config({**fields, "model_type": "qwen3"})
         settings = {**fields, **(fields.get(_DFLASH_SETTINGS) or {})}
         state_layers = _increasing(settings.get("target_layer_ids"), 1)
-    if settings.get("use_swa") or "sliding_attention" in (layers.layer_types or ()):
+    if settings.get("use_swa") or "sliding_attention" in (_qwen3(fields).layer_types or ()):
         raise ValueError("its layers have sliding windows, which are not read yet")
     if int(settings["block_size"]) < 2:
         raise ValueError(f"a block of {settings['block_size']}")
-    return HeadConfig(
-        **_sizes(DFLASH, fields, layers),
-        state_layers=state_layers,
-        block_size=int(settings["block_size"]),
-        mask_token_id=int(settings["mask_token_id"]),
-        is_causal=bool(settings.get("causal", False)),
-        drafts_at_root=bool(settings.get("sample_from_anchor", False)),
-    )
+    return {
+        "state_layers": state_layers,
+        "block_size": int(settings["block_size"]),
+        "mask_token_id": int(settings["mask_token_id"]),
+        "is_causal": bool(settings.get("causal", False)),
+        "drafts_at_root": bool(settings.get("sample_from_anchor", drafts_at_root)),
+    }
+
+
+def _qwen3(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    return _layer_config({**fields.get("transformer_layer_config", fields), "model_type": "qwen3"})
 
 
 def _from_speculators(fields: Mapping[str, Any]) -> HeadConfig:
@@ -230,7 +270,7 @@ def _from_eagle(fields: Mapping[str, Any]) -> HeadConfig:
     )
 
 
-_READERS = {EAGLE3: _eagle3, DFLASH: _dflash}
+_READERS = {EAGLE3: _eagle3, DFLASH: _dflash, DSPARK: _dspark}
 
 
 def _layer_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

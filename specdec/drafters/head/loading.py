@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DFLASH, EAGLE3, read_config
+from specdec.drafters.head.formats import DFLASH, DSPARK, EAGLE3, read_config
 from specdec.drafters.head.network import HeadNetwork, load_network
 
-_NETWORKS: dict[str, type[HeadNetwork]] = {EAGLE3: Eagle3, DFLASH: DFlash}
+_NETWORKS: dict[str, type[HeadNetwork]] = {EAGLE3: Eagle3, DFLASH: DFlash, DSPARK: DSpark}
 
 
 def load_head(folder: str | os.PathLike[str]) -> HeadNetwork:

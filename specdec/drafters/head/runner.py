@@ -71,7 +71,10 @@ class HeadRunner(TreeModel):
         self.commit([range(size) for size in sizes])
 
     def run_block(self, roots_B1: Tensor) -> Tensor:
-        """Logits [B, T, V] of the tokens that come after each row's newest one, all at once; nothing of it is kept."""
+        """What the LM head reads [B, T, C] of the slots after each row's newest token, all at once.
+
+        Nothing of it is kept.
+        """
         config = self.head.head_config
         masks = roots_B1.new_full((len(roots_B1), config.block_size - 1), config.mask_token_id)
         tokens_BT = torch.cat([roots_B1, masks], 1).to(self.device)
@@ -79,7 +82,7 @@ class HeadRunner(TreeModel):
         offsets_BT = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
         output = self.run_head(tokens_BT, None, offsets_BT, seen_BTT.tril() if config.is_causal else seen_BTT)
         self.forget_tail()
-        return self.logits(output.normed_BTC[:, 0 if config.drafts_at_root else 1 :])
+        return output.normed_BTC[:, 0 if config.drafts_at_root else 1 :]
 
     def run_head(
         self, tokens_BT: Tensor, states_BTC: Tensor | None, offsets_BT: Tensor, seen_BTK: Tensor | None
@@ -97,10 +100,18 @@ class HeadRunner(TreeModel):
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
         """Over the target's vocabulary."""
+        return self.widen(self.draft_logits(normed_BTC))
+
+    def draft_logits(self, normed_BTC: Tensor) -> Tensor:
+        """Over what the head can draft."""
         head = self.head.lm_head or self._target.get_output_embeddings()
         logits_BTV: Tensor = head(normed_BTC)
+        return logits_BTV if self.head.vocab_ids is not None else logits_BTV[..., : self._target_vocab_size]
+
+    def widen(self, logits_BTV: Tensor) -> Tensor:
+        """From what the head can draft to the target's vocabulary."""
         if self.head.vocab_ids is None:
-            return logits_BTV[..., : self._target_vocab_size]
+            return logits_BTV
         wide = logits_BTV.new_full((*logits_BTV.shape[:2], self._target_vocab_size), _NEVER)
         wide[..., self.head.vocab_ids] = logits_BTV
         return wide

@@ -48,6 +48,10 @@ class GrowingSession(DraftSession):
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         """Logits after the newest layer of the growing trees, [B, M, V]."""
 
+    def _confidence(self) -> Tensor | None:
+        """See `Round.confidence`."""
+        return None
+
     def _grow(self, max_depths: Sequence[int]) -> Draft:
         """One round's trees; at least one depth is positive."""
         sampler = self._run.sampler
@@ -57,6 +61,7 @@ class GrowingSession(DraftSession):
             generator=sampler.generator,
             previous=self._grower,
             token_source=open_token_source,
+            confidence=self._confidence,
         )
         grower = self._grower = self.policy.start(round_)
         grown = GrowingTrees(len(max_depths), self._run.device)

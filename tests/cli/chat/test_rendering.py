@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
@@ -91,7 +92,10 @@ class Terminal:
         self.screen = Screen(width, height)
         self._file = io.StringIO()
         self.sent = ""
-        self.console = Console(file=self._file, force_terminal=True, width=width, height=height, _environ={}, **options)
+        theme = rendering.REPLY_THEME
+        self.console = Console(
+            file=self._file, force_terminal=True, width=width, height=height, theme=theme, _environ={}, **options
+        )
 
     def update(self) -> None:
         new = self._file.getvalue()[len(self.sent) :]
@@ -187,16 +191,19 @@ def marked(terminal: Terminal, style: str) -> str:
     )
 
 
-def test_drafted_tokens_are_tinted():
-    """Upper case is drafted; mark-up between and around it changes nothing."""
-    text = "aa BB **CC dd EE** `FF gg`\n\n- HH [ii](JJ)\n- kk\n\n```python\ndef LL(mm): NN\n```\n\nthe end"
+def test_drafted_tokens_are_underlined_among_colours():
+    """Upper case is drafted; mark-up between and around it changes nothing, and the colours of code stay."""
+    text = "# aa\n\naa BB **CC dd EE** `FF gg`\n\n- HH [ii](JJ)\n- kk\n\n```python\ndef LL(mm): NN\n```\n\nthe end"
     terminal = Terminal(color_system="standard")
     with MarkdownView(terminal.console, tinted=True) as view:
         view.show([Piece(char, char.isupper()) for char in text])
-    assert marked(terminal, "32").replace(" ", "") == "BBCCEEFFHHJJLLNN"
+    assert marked(terminal, "4").replace(" ", "") == "BBCCEEFFHHJJLLNN"
+    coloured = re.search(r"\x1b\[([\d;]*)mLL", terminal.sent)
+    assert coloured
+    assert {code for code in coloured[1].split(";") if code[0] in "39"}
 
 
-def test_drafted_tokens_are_underlined_where_colours_are_not_wanted():
+def test_drafted_tokens_are_underlined_without_colours():
     terminal = Terminal(no_color=True)
     show(terminal, [Piece("own ", False), Piece("drafted ", True), Piece("own", False)], tinted=True)
     assert "\x1b[4mdrafted" in terminal.sent

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.hf import home_device
-from specdec.training.exits.training import bfloat16_is_faster
+from specdec.training.heads.trainer import bfloat16_is_faster
 from specdec.tree_model.layer_views import LayerViews
 
 

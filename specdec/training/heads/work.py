@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from specdec.training.exits.collect import Shard
+from specdec.training.heads.collect import Shard
 
 _STATES = "states."
 
@@ -42,6 +42,18 @@ class WorkFolder:
     @property
     def trainer_state(self) -> Path:
         return self._folder / "trainer.safetensors"
+
+    def curve(self) -> dict[int, float]:
+        """What `write_curve` has written last: tokens trained on -> accepted."""
+        path = self._folder / "curve.json"
+        return (
+            {int(tokens): accepted for tokens, accepted in json.loads(path.read_text()).items()}
+            if path.exists()
+            else {}
+        )
+
+    def write_curve(self, curve: Mapping[int, float]) -> None:
+        (self._folder / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
 
     def has_shard(self, index: int) -> bool:
         return self._shard(index).exists()

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from specdec.control.costs import synchroniser
 from specdec.exits.module import Exit
-from specdec.training.exits.training import Batch, Corpus, Unroller
+from specdec.hf import home_device
+from specdec.training.heads.corpus import Batch, Corpus
+from specdec.training.heads.exits import Unroller
 from specdec.tree_model.model import TreeModel
 
 NUM_RANKS = 4
@@ -149,18 +151,29 @@ def _speed(held: Held, exit_layer: int, costs: Costs, length: int, threshold: fl
     return num_tokens / max(num_rounds, 1), num_tokens / max(seconds, 1e-9)
 
 
-@torch.inference_mode()
 def measure_costs(model: PreTrainedModel, exit_: Exit) -> Costs:
     """Times the model as it is: give it prepared, as it will be used, and an exit prepared alike."""
-    reader = TreeModel(model)
-    reader.prefill(torch.zeros(1, _CONTEXT, dtype=torch.long, device=reader.device), capacity=_CONTEXT + MAX_DRAFT + 1)
-    timed = functools.partial(_seconds, synchroniser(reader.device))
-    verify = tuple(timed(functools.partial(_verify, reader, width)) for width in range(1, MAX_DRAFT + 2))
-    state_1C = torch.randn(1, exit_.head.in_features, dtype=model.dtype, device=reader.device)
-    whole_head = timed(lambda: model.get_output_embeddings()(state_1C))
-    head = timed(lambda: (exit_.fuse(torch.cat([state_1C, state_1C], -1)), exit_.head(state_1C)))
+    verify = measure_verification(model, MAX_DRAFT + 1)
+    synchronise = synchroniser(home_device(model))
+    with torch.inference_mode():
+        state_1C = torch.randn(1, exit_.head.in_features, dtype=model.dtype, device=home_device(model))
+        whole_head = median_seconds(synchronise, lambda: model.get_output_embeddings()(state_1C))
+        head = median_seconds(
+            synchronise, lambda: (exit_.fuse(torch.cat([state_1C, state_1C], -1)), exit_.head(state_1C))
+        )
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return Costs(verify=verify, layer=max(verify[0] - whole_head, 0.0) / num_layers, head=head)
+
+
+@torch.inference_mode()
+def measure_verification(model: PreTrainedModel, widest: int) -> tuple[float, ...]:
+    """Seconds of forwards of 1, 2, ... `widest` tokens."""
+    reader = TreeModel(model)
+    reader.prefill(torch.zeros(1, _CONTEXT, dtype=torch.long, device=reader.device), capacity=_CONTEXT + widest)
+    synchronise = synchroniser(reader.device)
+    return tuple(
+        median_seconds(synchronise, functools.partial(_verify, reader, width)) for width in range(1, widest + 1)
+    )
 
 
 def _verify(reader: TreeModel, width: int) -> None:
@@ -171,7 +184,7 @@ def _verify(reader: TreeModel, width: int) -> None:
     reader.commit([[]])
 
 
-def _seconds(synchronise: Callable[[], None], call: Callable[[], object]) -> float:
+def median_seconds(synchronise: Callable[[], None], call: Callable[[], object]) -> float:
     """The median of a few calls, after one to warm up."""
     times = []
     for _ in range(1 + _REPEATS):

@@ -1,4 +1,4 @@
-"""Text for training exits, with the model's states there: the model talks to itself, or answers given questions.
+"""Text to train heads on, with the model's states there: the model talks to itself, or answers given questions.
 
 A shard is a batch of conversations, all of one length, generated a token at a time, so that the states cost nothing
 extra. Questions are sampled or given; answers are greedy, because greedy decoding is what is to be predicted. A shard
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.suites import load_suite
 from specdec.text.prompting import has_chat_template
-from specdec.training.exits.openings import OPENINGS
+from specdec.training.heads.openings import OPENINGS
 from specdec.tree_model.layer_views import LayerViews
 from specdec.tree_model.model import TreeModel
 

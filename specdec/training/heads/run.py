@@ -1,4 +1,4 @@
-"""From a model to a file of exits, in three stages that can be interrupted: collect, train, report."""
+"""From a model to a head that drafts for it, in three stages that can be interrupted: collect, train, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,18 +20,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.drafters.head.formats import DSPARK
 from specdec.exits.module import Exit, final_norm, fingerprint, load_exits, save_exits
 from specdec.hf import home_device
 from specdec.kernels import quantized_copy
-from specdec.training.exits.collect import NUM_ROWS, Collector, Script
-from specdec.training.exits.layerskip import LayerSkipRecipe, LayerSkipTrainer
-from specdec.training.exits.report import Acceptance, measure_acceptance, measure_costs
-from specdec.training.exits.training import Corpus, Recipe, Trainer, bfloat16_is_faster
-from specdec.training.exits.work import WorkFolder
+from specdec.training.heads.blocks import BlockRecipe, BlockTrainer
+from specdec.training.heads.collect import NUM_ROWS, Collector, Script
+from specdec.training.heads.corpus import Corpus
+from specdec.training.heads.exits import ExitRecipe, ExitTrainer
+from specdec.training.heads.export import save_block_head
+from specdec.training.heads.head_report import HeadReport, measure_head
+from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
+from specdec.training.heads.report import Acceptance, measure_acceptance, measure_costs
+from specdec.training.heads.trainer import Trainer, bfloat16_is_faster
+from specdec.training.heads.work import WorkFolder
 
 Module = TypeVar("Module", bound=nn.Module)
 
 _SAVE_EVERY_S = 60
+_CURVE_POINTS = 50
 _FULL_BATCH_ROWS, _FULL_LEARNING_RATE = 8, 1e-4  # of a model that has been trained before
 
 
@@ -59,7 +66,7 @@ class Progress(NamedTuple):
 
 
 class _Training:
-    """Collection, and what is common to training exits and training a whole model.
+    """Collection, and what is common to training heads and training a whole model.
 
     Args:
         out: what is to be written; unfinished work is kept in a folder of the same name and `.work`.
@@ -84,7 +91,6 @@ class _Training:
     ):
         self._model = model
         self._out = out
-        self._depths = depths
         self._script = source.script
         self._seed = seed
         self._length = length
@@ -118,9 +124,9 @@ class _Training:
             gc.collect()  # a cache refers to itself, and holds a gigabyte
         yield Progress(total, total)
 
-    def _corpus(self, indices: Iterable[int]) -> Corpus:
+    def _corpus(self, indices: Iterable[int], layers: Sequence[int] = ()) -> Corpus:
         shards = [self._work.read_shard(index) for index in indices]
-        return Corpus(self._model, shards, self._depths or (), self._fast)
+        return Corpus(self._model, shards, layers, self._fast)
 
     def _advance(
         self, trainer: Trainer | LayerSkipTrainer, advance: Callable[[], tuple[float, ...]], num_steps: int
@@ -138,7 +144,7 @@ class _Training:
 
 
 class ExitTraining(_Training):
-    """Trains exits; the work of `specdec train-exits`.
+    """Trains exits; the work of `specdec train-head --kind exit`.
 
     Args:
         out: the .safetensors file to write.
@@ -155,7 +161,7 @@ class ExitTraining(_Training):
         self,
         model: PreTrainedModel,
         source: Source,
-        recipe: Recipe,
+        recipe: ExitRecipe,
         out: Path,
         *,
         length: int = 256,
@@ -173,12 +179,14 @@ class ExitTraining(_Training):
 
     def train(self) -> Iterator[Progress]:
         """Shows each exit's agreement with the target."""
-        trainer = self._trainer = Trainer(self._model, self._corpus(range(self._num_shards)), self._recipe)
+        trainer = self._trainer = ExitTrainer(
+            self._model, self._corpus(range(self._num_shards), self._recipe.layers), self._recipe
+        )
         yield from self._advance(trainer, trainer.advance, trainer.num_steps)
 
     def finish(self) -> list[Acceptance]:
         """Measures the exits as the file has them, writes it, and removes the unfinished work."""
-        held_out = self._corpus([self._num_shards])
+        held_out = self._corpus([self._num_shards], self._recipe.layers)
         draft = self._folder / "exits.safetensors"
         save_exits(draft, self._trainer.exits, self._model, self._plan)
         reports = [self._measure(exit_, held_out) for exit_ in load_exits(draft, self._model)]
@@ -191,8 +199,70 @@ class ExitTraining(_Training):
         return measure_acceptance(self._model, exit_, held_out, measure_costs(self._fast, _prepared(exit_)))
 
 
+class HeadTraining(_Training):
+    """Trains a DSpark head; the work of `specdec train-head --kind dspark`.
+
+    Args:
+        name: of the model, for whoever reads the head.
+        out: the folder to write.
+
+    Raises:
+        ValueError: the output exists, or there is unfinished work with other settings.
+        UnsupportedModelError: a model whose states are not to be had.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        source: Source,
+        recipe: BlockRecipe,
+        out: Path,
+        *,
+        length: int = 256,
+        num_rows: int = NUM_ROWS,
+    ):
+        _check_new(out)
+        if recipe.block_size >= length:
+            raise ValueError(f"blocks of {recipe.block_size} tokens need conversations of more than {length}")
+        final_norm(model)
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self._name, self._recipe = name, recipe
+        self._layers = tuple(sorted({min(2, num_layers), num_layers // 2 or 1, max(num_layers - 3, 1), num_layers}))
+        plan = {"kind": DSPARK, "state_layers": self._layers, **dataclasses.asdict(recipe)}
+        depths = tuple(layer for layer in self._layers if layer < num_layers)
+        super().__init__(model, source, out, depths, plan, seed=recipe.seed, length=length, num_rows=num_rows)
+
+    def train(self) -> Iterator[Progress]:
+        """Shows how many tokens of a block are accepted; what it has come to is kept with the tokens trained on."""
+        corpus = self._corpus(range(self._num_shards), self._layers)
+        trainer = self._trainer = BlockTrainer(self._model, corpus, self._recipe)
+        curve, recent = self._work.curve(), []
+        for state in self._advance(trainer, trainer.advance, trainer.num_steps):
+            recent.append(state.shown[0])
+            if state.done % max(trainer.num_steps // _CURVE_POINTS, 1) == 0:
+                curve[state.done * self._recipe.batch_rows * self._length] = round(statistics.mean(recent), 3)
+                self._work.write_curve(curve)
+                recent = []
+            yield state
+
+    def finish(self) -> HeadReport:
+        """Measures the head, writes it, and removes the unfinished work."""
+        report = measure_head(
+            self._model, self._fast, self._trainer.head, self._corpus([self._num_shards], self._layers)
+        )
+        curve = [{"tokens": tokens, "accepted": accepted} for tokens, accepted in self._work.curve().items()]
+        training = {**self._plan, "held_out": dataclasses.asdict(report), "curve": curve}
+        draft = self._folder / "head"
+        shutil.rmtree(draft, ignore_errors=True)
+        save_block_head(draft, self._trainer.head, self._model, self._name, training)
+        draft.replace(self._out)
+        shutil.rmtree(self._folder)
+        return report
+
+
 class FullTraining(_Training):
-    """Trains a whole model to exit early (`layerskip.py`), in place; the work of `specdec train-exits --full`.
+    """Trains a whole model to exit early (`layerskip.py`), in place; the work of `specdec train-head --kind layerskip`.
 
     Args:
         out: the folder to write.
@@ -212,8 +282,7 @@ class FullTraining(_Training):
         length: int = 256,
         num_rows: int = NUM_ROWS,
     ):
-        if out.exists():
-            raise ValueError(f"{out} exists: give a folder that does not")
+        _check_new(out)
         self._epochs = epochs
         plan = {"full": True, "epochs": epochs, "seed": seed}
         super().__init__(model, source, out, None, plan, seed=seed, length=length, num_rows=num_rows)
@@ -239,6 +308,11 @@ class FullTraining(_Training):
         tokenizer.save_pretrained(draft)
         draft.replace(self._out)
         shutil.rmtree(self._folder)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} exists: give a folder that does not")
 
 
 def _prepared(module: Module) -> Module:

@@ -1,6 +1,7 @@
-"""`specdec train-exits`: teach a model to draft for itself."""
+"""`specdec train-head`: teach a small network, or the model itself, to draft for a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,54 +18,96 @@ from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from specdec.models import LoadedModel
-    from specdec.training.exits.report import Acceptance
-    from specdec.training.exits.run import ExitTraining, FullTraining, Source
+    from specdec.training.heads.head_report import HeadReport
+    from specdec.training.heads.report import Acceptance
+    from specdec.training.heads.run import ExitTraining, FullTraining, HeadTraining, Source
 
 _LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("device", "threads", "trust_remote_code")}
 _FLOAT32 = ModelOptions(dtype="float32")
 
 
+class Kind(StrEnum):
+    """What is trained."""
+
+    DSPARK = "dspark"
+    EXIT = "exit"
+    LAYERSKIP = "layerskip"
+
+
+_OF_BOTH = ("vocabulary", "batch_rows", "learning_rate")
+_OF_KIND = {
+    Kind.DSPARK: (*_OF_BOTH, "head_layers", "block", "anchors", "markov_rank"),
+    Kind.EXIT: (*_OF_BOTH, "exits", "passes"),
+    Kind.LAYERSKIP: (),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
-    """What only exits are trained by: --full has no use for it. None: the recipe's own."""
+    """Of which every kind takes some. None: the recipe's own."""
 
-    exits: str | None = None
     vocabulary: int | None = None
     batch_rows: int | None = None
     learning_rate: float | None = None
+    head_layers: int | None = None
+    block: int | None = None
+    anchors: int | None = None
+    markov_rank: int | None = None
+    exits: str | None = None
     passes: int | None = None
 
-    def given(self) -> dict[str, Any]:
-        """By the names of `specdec.training.exits.training.Recipe`."""
-        settings = {
-            "layers": None if self.exits is None else _parse_layers(self.exits),
-            "vocabulary": self.vocabulary,
-            "batch_rows": self.batch_rows,
-            "learning_rate": self.learning_rate,
-            "num_passes": self.passes,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+    def given(self, kind: Kind) -> dict[str, Any]:
+        """By the names of the recipes in `specdec.training.heads`.
+
+        Raises:
+            ValueError: something that the kind does not take.
+        """
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {name: value for name, value in every.items() if value is not None}
+        if strange := values.keys() - set(_OF_KIND[kind]):
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
+            raise ValueError(f"--kind {kind} has no use for {options}: leave it out")
+        if "exits" in values:
+            values["exits"] = _parse_layers(values["exits"])
+        names = {"head_layers": "num_layers", "block": "block_size", "exits": "layers", "passes": "num_passes"}
+        return {names.get(name, name): value for name, value in values.items()}
 
 
 _RECIPE: FieldOptions = {
-    "exits": typer.Option("--exits", help="Exit layers, separated by commas; 2 if absent; 0: after the embeddings."),
-    "vocabulary": typer.Option("--vocabulary", min=2, help="Tokens that the exits can draft; 8192 if absent."),
+    "vocabulary": typer.Option("--vocabulary", min=2, help="Tokens that can be drafted; 8192 if absent."),
     "batch_rows": typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent."),
     "learning_rate": typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent."),
-    "passes": typer.Option("--passes", min=1, help="Drafted tokens in a row to train for; 2 if absent."),
+    "head_layers": typer.Option("--head-layers", min=1, max=16, help="dspark: layers of the head; 2 if absent."),
+    "block": typer.Option("--block", min=2, help="dspark: tokens that are drafted at once; 5 if absent."),
+    "anchors": typer.Option("--anchors", min=1, help="dspark: blocks of a conversation in a step; 24 if absent."),
+    "markov_rank": typer.Option("--markov-rank", min=0, help="dspark: of the Markov head; 64 if absent, 0: none."),
+    "exits": typer.Option(
+        "--exits", help="exit: exit layers, separated by commas; 2 if absent; 0: after the embeddings."
+    ),
+    "passes": typer.Option("--passes", min=1, help="exit: drafted tokens in a row to train for; 2 if absent."),
 }
 _USUAL = _Recipe()
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train-exits")(train_exits)
+    app.command("train-head")(train_head)
 
 
 @friendly_errors
 @takes_model
 @grafted
-def train_exits(
-    out: Annotated[Path, typer.Option("--output", "--out", metavar="FILE", help="The .safetensors file to write.")],
+def train_head(
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            "--kind",
+            help="dspark: a network that drafts a block of tokens; exit: exits after a few layers; layerskip: the "
+            "whole model, to exit early.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--output", "--out", metavar="PATH", help="The folder to write; of exits the .safetensors.")
+    ],
     model: ModelOption = "demo",
     self_generate: Annotated[
         int | None,
@@ -89,43 +132,33 @@ def train_exits(
         ),
     ] = None,
     length: Annotated[
-        int, typer.Option("--length", min=8, help="Tokens of a conversation, and how far exits look back.")
+        int, typer.Option("--length", min=8, help="Tokens of a conversation, and how far heads look back.")
     ] = 256,
-    full: Annotated[
-        bool,
-        typer.Option("--full", help="Train the whole model to exit early instead, and write it to the folder --out."),
-    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is sampled, and of the order of training.")] = 0,
     loading: Annotated[ModelOptions, _LOADING] = _FLOAT32,
 ) -> None:
-    """Train small exits with which a model drafts for itself, from its own answers.
+    """Train what drafts for a model, on the model's own answers.
 
-    Stopped at any point, the same command goes on from there: what has been done is kept in FILE.work until the end.
+    Stopped at any point, the same command goes on from there: what has been done is kept in PATH.work until the end.
     """
     if (self_generate is None) == (data is None):
         raise ValueError("give either --self-generate N or --data FILE")
-    given = recipe.given()
-    if full and given:
-        raise ValueError(
-            "--full trains the whole model: leave out --exits, --vocabulary, --batch-rows, --learning-rate and --passes"
-        )
+    settings = {"epochs": epochs, "seed": seed, **recipe.given(kind)}
 
     with starting():
         from specdec.models.pair import load_target
-        from specdec.training.exits.collect import NUM_ROWS
+        from specdec.training.heads.collect import NUM_ROWS
 
     target = load_target(model, loading)
     source = _source(target, self_generate, data)
     collecting = {"length": length, "num_rows": rows or NUM_ROWS}
-    if full:
-        _train_model(target, source, out, epochs=epochs, seed=seed, **collecting)
-    else:
-        _train_exits(target, source, out, {"epochs": epochs, "seed": seed, **given}, **collecting)
+    train = {Kind.DSPARK: _train_block, Kind.EXIT: _train_exits, Kind.LAYERSKIP: _train_model}[kind]
+    train(target, source, out, settings, **collecting)
 
 
 def _source(target: "LoadedModel", num_tokens: int | None, data: Path | None) -> "Source":
-    from specdec.training.exits.collect import given_texts, self_generation
-    from specdec.training.exits.run import Source
+    from specdec.training.heads.collect import given_texts, self_generation
+    from specdec.training.heads.run import Source
 
     if data is not None:
         return Source(str(data), *given_texts(target.tokenizer, data))
@@ -133,22 +166,37 @@ def _source(target: "LoadedModel", num_tokens: int | None, data: Path | None) ->
     return Source("self-generated", self_generation(target.tokenizer), num_tokens)
 
 
-def _train_model(target: "LoadedModel", source: "Source", out: Path, **settings: int) -> None:
-    from specdec.training.exits.run import FullTraining
+def _train_model(
+    target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
+) -> None:
+    from specdec.training.heads.run import FullTraining
 
-    training = FullTraining(target.model, source, out, **settings)
+    training = FullTraining(target.model, source, out, **settings, **collecting)
     with naming(out):
         _show(training, ["loss {:.3f}", "of exits {:.3f}"])
         training.finish(target.tokenizer)
 
 
+def _train_block(
+    target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
+) -> None:
+    from specdec.training.heads.blocks import BlockRecipe
+    from specdec.training.heads.run import HeadTraining
+
+    training = HeadTraining(target.model, target.name, source, BlockRecipe(**settings), out, **collecting)
+    with naming(out):
+        _show(training, ["accepted {:.2f}"])
+        report = training.finish()
+    Console().print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
+
+
 def _train_exits(
     target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
 ) -> None:
-    from specdec.training.exits.run import ExitTraining
-    from specdec.training.exits.training import Recipe
+    from specdec.training.heads.exits import ExitRecipe
+    from specdec.training.heads.run import ExitTraining
 
-    recipe = Recipe(**settings)
+    recipe = ExitRecipe(**settings)
     training = ExitTraining(target.model, source, recipe, out, **collecting)
     with naming(out):
         _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
@@ -163,7 +211,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
         raise ValueError(f"--exits takes layer numbers separated by commas, such as 0,2; got {text!r}") from None
 
 
-def _show(training: "ExitTraining | FullTraining", notes: list[str]) -> None:
+def _show(training: "ExitTraining | HeadTraining | FullTraining", notes: list[str]) -> None:
     """Run the stages with a progress bar each, and running means of what training shows."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console) as bars:
@@ -195,4 +243,20 @@ def _table(reports: "list[Acceptance]", title: str) -> Table:
             f"{report.tokens_per_second:.1f}",
             f"{report.speedup:.2f}x",
         )
+    return table
+
+
+def _head_table(report: "HeadReport", title: str) -> Table:
+    table = Table(title=title, caption="acceptance by drafted token: of the k-th where those before it are right")
+    columns = "in vocabulary", "by drafted token", "accepted of a block", "draft", "tokens/round", "speed-up"
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{report.coverage:.1%}",
+        " ".join(f"{share:.0%}" for share in report.steps),
+        f"{report.accepted:.2f}",
+        str(report.length),
+        f"{report.tokens_per_round:.2f}",
+        f"{report.speedup:.2f}x",
+    )
     return table
