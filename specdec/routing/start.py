@@ -212,7 +212,7 @@ class Routing:
             assert isinstance(self.draft, ModelDrafter)
             assert isinstance(self.draft.policy, Chain)
             drafter = StepDrafter(draft, self.draft.policy.length)
-            session = (Auto(drafter, brings_own=False) if self.chooses else drafter).start(run)
+            session = (_choice_of(drafter) if self.chooses else drafter).start(run)
         return self._local(run, session, call)
 
     def _local(
@@ -332,6 +332,13 @@ def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model.config.vocab_size = len(tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def _choice_of(drafter: Drafter) -> Auto:
+    """Of the draft's writer, prompt lookup and nobody: the copy of the target may be the draft itself."""
+    auto = Auto(drafter)
+    auto.brings_own = False
+    return auto
 
 
 def _prefill(call: RoutedCall, inputs: dict[str, Any]) -> Callable[[TreeModel, Sequence[int]], None]:

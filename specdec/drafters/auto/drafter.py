@@ -59,16 +59,17 @@ class Auto(Drafter):
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
             float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
             they draft too (`Cascade`).
-        brings_own: whether the target brings that copy along.
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
         SpecdecError: at the call, what a drafter that was named says of a target that it does not fit.
     """
 
-    def __init__(self, *drafters: Drafter, brings_own: bool = True):
+    def __init__(self, *drafters: Drafter):
         self.drafters = drafters
-        self._brings_own = brings_own and not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in drafters)
+        self.brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in drafters)
+        """Whether the target brings its copy along."""
+
         self.clock: Callable[[], float] = perf_counter
         """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.supports_rollback = all(drafter.supports_rollback for drafter in drafters)
@@ -94,7 +95,7 @@ class Auto(Drafter):
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
-        session = _AutoSession(run, LookupSource(run, lookup), self if self._brings_own else None, self.clock)
+        session = _AutoSession(run, LookupSource(run, lookup), self if self.brings_own else None, self.clock)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
