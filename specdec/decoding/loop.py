@@ -131,7 +131,7 @@ class DecodingLoop:
         for row, row_tokens in enumerate(tokens):
             self.sequences.commit(row, row_tokens)
         self._report(Committed(draft.trees, paths, tokens, stopped))
-        self.session.observe(Outcome(paths=paths, tokens=tokens))
+        self.session.observe(self._outcome(paths, tokens))
         self._let_go(stopped)
 
     def join(
@@ -165,6 +165,10 @@ class DecodingLoop:
         self.sequences.select_rows(stay)
         self.target.select_rows(stay)
         self.session.select_rows(stay)
+
+    def _outcome(self, paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Outcome:
+        """Of a round, as the session is told."""
+        return Outcome(paths=paths, tokens=tokens)
 
     def _max_depths(self) -> list[int]:
         """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""

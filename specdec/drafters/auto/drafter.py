@@ -68,6 +68,9 @@ class Auto(Drafter):
 
     def __init__(self, *drafters: Drafter):
         self.drafters = drafters
+        self.brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in drafters)
+        """Whether the target brings its copy along."""
+
         self.clock: Callable[[], float] = perf_counter
         """Tells the seconds that rounds take; `bench.simulate_auto` puts its own here."""
         self.supports_rollback = all(drafter.supports_rollback for drafter in drafters)
@@ -93,8 +96,7 @@ class Auto(Drafter):
                 f"tree={run.tree!r}: Auto chooses the shape of drafts itself; name a drafter to draft a tree with"
             )
         lookup = PromptLookup(num_tokens=LONGEST_LOOKUP, tokens_per_match=None)
-        brings_own = not any(isinstance(drafter, Cascade | QuantizedSelf) for drafter in self.drafters)
-        session = _AutoSession(run, LookupSource(run, lookup), self if brings_own else None, self.clock)
+        session = _AutoSession(run, LookupSource(run, lookup), self if self.brings_own else None, self.clock)
         try:
             for drafter in self.drafters:
                 session.add(drafter)
