@@ -16,7 +16,8 @@ from specdec.kernels import native
 from specdec.model_options import Weights
 
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS: tuple[str, ...] = get_args(Weights)
+WEIGHTS: tuple[str, ...] = tuple(name for name in get_args(Weights) if name != "gguf")
+"""That a float model can be given."""
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

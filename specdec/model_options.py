@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 DTYPES = ("float32", "bfloat16", "float16")
 QuantizedWeights = Literal["int8", "int4"]
-Weights = Literal["stock", "float", QuantizedWeights]
+Weights = Literal["stock", "float", QuantizedWeights, "gguf"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class ModelOptions:
         device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         weights: "stock": as loaded; "float": the same weights in products that are quick for a few tokens on a CPU;
-            "int8", "int4": weights of 8 or 4 bits on a CPU, which is another model than the float one.
+            "int8", "int4": weights of 8 or 4 bits on a CPU, which is another model than the float one; "gguf": the
+            blocks of a .gguf file as they lie in it, on a CPU.
         trust_remote_code: run the Python code that comes with a model.
 
     Raises:
@@ -39,3 +40,7 @@ class ModelOptions:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights {self.weights!r} is unknown; give one of {', '.join(get_args(Weights))}")
+        if self.weights == "gguf" and (self.dtype not in ("auto", "float32") or self.device not in ("auto", "cpu")):
+            raise ValueError(
+                "weights 'gguf' are executed on a CPU, with all else in float32: leave dtype and device out"
+            )

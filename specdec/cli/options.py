@@ -25,7 +25,7 @@ MODEL_OPTIONS: FieldOptions = {
         "--weights",
         metavar="FORMAT",
         help="Of both models. stock: as loaded. float: the same weights, with faster kernels on a CPU. int8, int4: "
-        "weights of 8 or 4 bits on a CPU, which change the output.",
+        "weights of 8 or 4 bits on a CPU, which change the output. gguf: the blocks of a .gguf file, as they are.",
         rich_help_panel=MODEL_PANEL,
     ),
     "trust_remote_code": typer.Option(

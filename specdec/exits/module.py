@@ -49,7 +49,7 @@ class Exit(nn.Module):
 
     def __init__(self, model: PreTrainedModel, layer: int, vocab_ids: Tensor, window: int):
         super().__init__()
-        embedding = model.get_input_embeddings().weight
+        weight = next(model.parameters())
         channels = model.config.get_text_config(decoder=True).hidden_size
         self.layer = layer
         self.window = window
@@ -57,9 +57,9 @@ class Exit(nn.Module):
         self.block = _new_block(model)
         self.norm = final_norm(model)
         self.head = restricted_head(model, vocab_ids)
-        self.register_buffer("vocab_ids", vocab_ids.to(embedding.device), persistent=False)
+        self.register_buffer("vocab_ids", vocab_ids.to(weight.device), persistent=False)
         for own in (self.fuse, self.block, self.head):
-            own.to(embedding).requires_grad_(False).eval()
+            own.to(weight).requires_grad_(False).eval()
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -2,7 +2,8 @@
 
 model/prepare.py   prepare(), unprepare(), quantized_copy(): swap modules in place
 model/layer.py     a decoder layer in two native calls, checked against the original; stack.py: all of them in one
-model/linear.py    float32 linears for small batches; quantized_linear.py: exact ones of 8 or 4 bits
+model/linear.py    float32 linears for small batches; quantized_linear.py: exact ones of 8 or 4 bits;
+                   gguf_modules.py: of a GGUF file's blocks
 model/threads.py   calibrate_threads()
 trees/             token_source.py: draws from scores; verification.py: trees verified;
                    cache_slots.py: slots of the cache moved; masks.py: what each token sees

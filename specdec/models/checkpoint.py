@@ -49,6 +49,14 @@ class Checkpoint:
                 self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
             )
 
+    def read_config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+        with _reading(f"the configuration of {self.name}", self.remedy):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
+            )
+            _check_sizes(config)
+        return config
+
     def read_model(self, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if self.gguf_file is not None:

@@ -1,7 +1,8 @@
 """A user's GGUF file, converted once: transformers takes minutes to read one, and seconds to read the copy.
 
-What takes the time is a large vocabulary, which is read item by item. The copy holds the same weights, dequantised to
-float32, and stands in the cache under a name that changes with the file and with transformers.
+What takes the time is a large vocabulary, which is read item by item. The copy stands in the cache under a name that
+changes with the file and with transformers. It holds the tokenizer, the configuration and the same weights, dequantised
+to float32; or not the weights, which gguf_weights.py then takes from the file.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from specdec.stages import stage
 _log = logging.getLogger("specdec")
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value, by its type."""
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _CHAT_TEMPLATE = "tokenizer.chat_template"
 
 
@@ -56,16 +58,36 @@ def convert(path: Path, folder: Path, staging: Path) -> None:
     unfinished.replace(folder)
 
 
+def describe(path: Path, folder: Path, staging: Path) -> None:
+    """As `convert`, without the weights."""
+    checkpoint, unfinished = gguf_checkpoint(path), staging / folder.name
+    with contextlib.redirect_stderr(io.StringIO()):  # bars
+        checkpoint.read_tokenizer().save_pretrained(unfinished)
+        checkpoint.read_config().save_pretrained(unfinished)
+    unfinished.replace(folder)
+
+
 def converted(path: Path) -> Checkpoint:
     """The copy of a file, made if it is not there; the file itself if there can be none, which the log then says.
 
     Raises:
         ModelError: the file cannot be read, or the disk is full after all.
     """
+    return _kept(path, "gguf", convert, "Converting", needs_space=True)
+
+
+def described(path: Path) -> Checkpoint:
+    """The copy of a file without its weights, as `converted` gives one with them."""
+    return _kept(path, "gguf-tokenizers", describe, "Reading the tokenizer of", needs_space=False)
+
+
+def _kept(
+    path: Path, place: str, make: Callable[[Path, Path, Path], None], doing: str, *, needs_space: bool
+) -> Checkpoint:
     try:
-        home = _home()
+        home = _home(place)
         folder = home / _name(path)
-        if not _is_complete(folder):
+        if needs_space and not _is_complete(folder):
             _check_space(path, home)
     except OSError as error:
         _log.warning("%s is read anew each time, which may take minutes: %s", path, error)
@@ -73,9 +95,9 @@ def converted(path: Path) -> Checkpoint:
     if not _is_complete(folder):
         with staging_folder(home) as staging:
             if not _is_complete(folder):  # another process may have been faster
-                print(f"Converting {path.name}, once: later starts take seconds. To: {folder}", file=sys.stderr)
-                with stage(f"converting {path.name}"):
-                    convert(path, folder, staging)
+                print(f"{doing} {path.name}, once: later starts take seconds. To: {folder}", file=sys.stderr)
+                with stage(f"{doing[0].lower()}{doing[1:]} {path.name}"):
+                    make(path, folder, staging)
                 _remove_older(folder)
     remedy = f"Remove {folder}: it is then made again."
     return Checkpoint(name=path.stem, location=str(folder), remedy=remedy)
@@ -88,15 +110,38 @@ def lacks_chat_template(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """Where a tensor lies.
+
+    Args:
+        shape: the rows' length last, unlike in the file.
+        kind: the number of its type.
+        offset: bytes from the beginning of the data.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """What stands before the weights.
 
     Args:
         keys: names of the settings.
+        architecture: as the file names it; empty if it does not.
+        data_offset: bytes before the data of the tensors.
     """
 
     keys: frozenset[str]
-    num_weights: int
+    architecture: str
+    tensors: dict[str, Tensor]
+    data_offset: int
+
+    @property
+    def num_weights(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
 def read_header(path: Path) -> Header | None:
@@ -104,7 +149,7 @@ def read_header(path: Path) -> Header | None:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header()
-    except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error):
+    except (OSError, ValueError, KeyError, OverflowError, RecursionError, ZeroDivisionError, struct.error):
         return None
 
 
@@ -114,13 +159,22 @@ class _Cursor:
     def __init__(self, data: mmap.mmap):
         self._data = data
         self._position = 0
+        self._values: dict[str, Any] = {}
+        """Of the settings that are needed."""
 
     def header(self) -> Header:
         magic, version, num_tensors, num_keys = self._take("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("no GGUF file of a version that is known")
         keys = frozenset(self._key() for _ in range(num_keys))
-        return Header(keys=keys, num_weights=sum(self._num_weights() for _ in range(num_tensors)))
+        tensors = dict(self._tensor() for _ in range(num_tensors))
+        alignment = self._values.get("general.alignment", 32)
+        return Header(
+            keys=keys,
+            architecture=self._values.get("general.architecture", b"").decode(),
+            tensors=tensors,
+            data_offset=-(-self._position // alignment) * alignment,
+        )
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{layout}", self._data, self._position)
@@ -134,7 +188,13 @@ class _Cursor:
 
     def _key(self) -> str:
         name = self._string().decode()
-        self._skip(*self._take("I"))
+        (kind,) = self._take("I")
+        if (name, kind) == ("general.alignment", _UINT32):
+            (self._values[name],) = self._take("I")
+        elif (name, kind) == ("general.architecture", _STRING):
+            self._values[name] = self._string()
+        else:
+            self._skip(kind)
         return name
 
     def _skip(self, kind: int, count: int = 1) -> None:
@@ -150,22 +210,21 @@ class _Cursor:
             else:
                 raise ValueError(f"there is no type {kind}")
 
-    def _num_weights(self) -> int:
-        """Of the tensor that is described here."""
-        self._string()
+    def _tensor(self) -> tuple[str, Tensor]:
+        name = self._string().decode()
         (num_dimensions,) = self._take("I")
         shape = self._take(f"{num_dimensions}Q")
-        self._take("IQ")
-        return math.prod(shape)
+        kind, offset = self._take("IQ")
+        return name, Tensor(shape=shape[::-1], kind=kind, offset=offset)
 
 
-def _home() -> Path:
+def _home(place: str) -> Path:
     """Of the copies, which nobody else can write.
 
     Raises:
         OSError: there is no such folder.
     """
-    home = cache_folder() / "gguf"
+    home = cache_folder() / place
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home = home.resolve()
     check_folder(home)

@@ -99,10 +99,11 @@ def _load(
         threads=threads,
         trust_remote_code=options.trust_remote_code,
         to_chat=to_chat,
+        weights="gguf" if options.weights == "gguf" else None,
     )
 
 
 def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.LoadedModel:
-    if options.weights != "stock":
+    if options.weights not in ("stock", "gguf"):
         prepare(loaded.model, weights=options.weights)
     return loaded

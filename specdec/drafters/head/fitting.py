@@ -73,13 +73,13 @@ class _Fitted(WeakKeyDictionary[nn.Module, tuple[object, HeadNetwork]]):
 
 def fitted(head: HeadNetwork, model: PreTrainedModel) -> HeadNetwork:
     """The head in the dtype and on the device of a target, prepared as that is; itself if it is so already."""
-    embedding, done = model.get_input_embeddings().weight, prepared(model)
+    like, done = next(model.parameters()), prepared(model)
     weight = head.fc.weight
-    if done is None and (weight.dtype, weight.device) == (embedding.dtype, embedding.device):
+    if done is None and (weight.dtype, weight.device) == (like.dtype, like.device):
         return head
-    profile, made_for = profile_of(model), (done, embedding.dtype, embedding.device)
+    profile, made_for = profile_of(model), (done, like.dtype, like.device)
     copies = profile.part(_Fitted)
     with profile.lock:
         if head not in copies or copies[head][0] != made_for:
-            copies[head] = made_for, prepare_like(copy.deepcopy(head).to(embedding.device, embedding.dtype), model)
+            copies[head] = made_for, prepare_like(copy.deepcopy(head).to(like.device, like.dtype), model)
         return copies[head][1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from specdec.drafters.head.dflash import DFlash
@@ -119,5 +119,8 @@ class HeadRunner(TreeModel):
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """From the head's own table, or the target's as it is stored (some models scale what they read)."""
         table = self.head.embed_tokens or self._target.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):  # of a GGUF file's blocks, which scales nothing
+            embedded: Tensor = table(tokens_BT.clamp(max=table.num_embeddings - 1))
+            return embedded
         weight: Tensor = table.weight
         return embedding(tokens_BT.clamp(max=len(weight) - 1).to(weight.device), weight)

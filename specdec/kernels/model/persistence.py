@@ -9,17 +9,21 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import native
-from specdec.model_options import QuantizedWeights
+
+_BLOCKS = {5: (6, 8 * 22), 6: (14, 210), 9: (8, 8 * 34)}
+"""GGUF's types by what common.h calls the bits of their packed weights, where `pack` makes none such; with the bytes
+of 256 weights."""
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
-def guard(module: nn.Module, weights: QuantizedWeights) -> None:
+def guard(module: nn.Module, weights: str) -> None:
     """For a module that holds quantised linears: refuse what they refuse before its other parts have changed."""
     module.__dict__["_apply"] = _Conversion(module, weights)
     module.register_load_state_dict_pre_hook(functools.partial(refuse_loading, weights))
@@ -28,7 +32,7 @@ def guard(module: nn.Module, weights: QuantizedWeights) -> None:
             module.__dict__[name] = functools.partial(refuse_saving, weights)
 
 
-def check_conversion(convert: Convert, weights: QuantizedWeights) -> None:
+def check_conversion(convert: Convert, weights: str) -> None:
     """What `to`, `half`, `cuda`, ... are about to do with every tensor must leave float32 on the CPU as it is.
 
     Raises:
@@ -43,7 +47,7 @@ def check_conversion(convert: Convert, weights: QuantizedWeights) -> None:
         raise UnsupportedOptionError(_stays(weights, where))
 
 
-def _stays(weights: QuantizedWeights, what: str) -> str:
+def _stays(weights: str, what: str) -> str:
     return (
         f"an {weights}-prepared model stays float32 on the CPU, and cannot become {what}: load the checkpoint again, "
         f"convert that, and leave prepare(weights={weights!r}) out (or prepare it here, on the CPU)"
@@ -53,7 +57,7 @@ def _stays(weights: QuantizedWeights, what: str) -> str:
 class _Conversion:
     """In the place of a module's `_apply`, through which all conversions go, children first."""
 
-    def __init__(self, module: nn.Module, weights: QuantizedWeights) -> None:
+    def __init__(self, module: nn.Module, weights: str) -> None:
         self.module, self.weights = module, weights
 
     def __call__(self, fn: Convert, recurse: bool = True) -> nn.Module:
@@ -61,14 +65,14 @@ class _Conversion:
         return type(self.module)._apply(self.module, fn, recurse)
 
 
-def refuse_saving(weights: QuantizedWeights, *_: Any, **__: Any) -> NoReturn:
+def refuse_saving(weights: str, *_: Any, **__: Any) -> NoReturn:
     raise UnsupportedOptionError(
         f"an {weights}-prepared model has no float weights to save: save the model before prepare(), and prepare it "
         "again when it is loaded (torch.save(model) and pickle keep it whole, for machines with the same kernels)"
     )
 
 
-def refuse_loading(weights: QuantizedWeights, *_: Any, **__: Any) -> NoReturn:
+def refuse_loading(weights: str, *_: Any, **__: Any) -> NoReturn:
     raise UnsupportedOptionError(
         f"an {weights}-prepared model takes no state dict, for its float weights are gone: load the weights into the "
         f"float model, then call prepare(model, weights={weights!r})"
@@ -80,12 +84,16 @@ def layout(library: native.Library | None, bits: int) -> str:
     """Names how weights are packed here: a digest of a packed matrix that is always the same."""
     if library is None:
         return "torch"
-    numbers = torch.arange(64.0 * 256).reshape(64, 256).sin()
-    packed, _ = library.pack(15.0 * (numbers > 0), bits)  # numbers that no search for a scale rounds
+    if bits in _BLOCKS:
+        block_type, row_bytes = _BLOCKS[bits]
+        packed, _ = library.repack(block_type, np.arange(64 * row_bytes, dtype=np.uint8) % 59, None, 64, 256)
+    else:
+        numbers = torch.arange(64.0 * 256).reshape(64, 256).sin()
+        packed, _ = library.pack(15.0 * (numbers > 0), bits)  # numbers that no search for a scale rounds
     return hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]
 
 
-def check_layout(saved: str, bits: int, weights: QuantizedWeights) -> None:
+def check_layout(saved: str, bits: int, weights: str) -> None:
     """Refuse weights that this machine's kernels would read as others.
 
     Raises:

@@ -14,7 +14,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
-from specdec.kernels.model.linear import calibrate, is_dense, is_plain, small_batch_forward
+from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.persistence import guard
 from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
@@ -32,7 +32,7 @@ _log = logging.getLogger("specdec")
 class Prepared:
     """What prepare() did to a model; kept on the model.
 
-    weights: None (float), "int8" or "int4".
+    weights: None (float), "int8", "int4", or "gguf" of a model whose blocks `models.load` has taken from such a file.
     activations: "float", or "int8" where the rows of quantised products are quantised too.
     """
 
@@ -105,6 +105,24 @@ def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_b
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     num_linears = _to_quantized(model, weights) if weights else _to_small_batch(model)
+    _finish(model, weights, num_linears, must_be_exact)
+    return model
+
+
+def adopt(model: Model, weights: str) -> Model:
+    """What `prepare` does to a model whose linears are quantised already, as they are read from a file."""
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    floats = [module for module in model.modules() if type(module) is nn.Linear]
+    for linear in floats if native.library() else []:  # rows of torch's products depend on their company
+        linear.__dict__["forward"] = small_batch_forward(linear, dict.fromkeys(BANDS, NATIVE))
+    _guard(model, weights)
+    _finish(model, weights, len(linears), must_be_exact=True)
+    _tell(model)
+    return model
+
+
+def _finish(model: nn.Module, weights: str | None, num_linears: int, must_be_exact: bool) -> None:
+    """The layers, and whether activations are quantised."""
     num_layers = _to_lean_layers(model) if native.library() else 0
     activations = "float"
     if weights and native.library():
@@ -114,7 +132,6 @@ def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_b
         else:
             activations = "int8"
     setattr(model, _MARK, Prepared(weights, num_linears, num_layers, activations))
-    return model
 
 
 def check_whole(model: nn.Module) -> None:
@@ -187,10 +204,14 @@ def _to_quantized(model: nn.Module, weights: str) -> int:
             f"them already, or their code reads them): leave weights={weights!r} and QuantizedSelf out"
         )
     _to_float32(model)
+    _guard(model, quantized.weights)
+    return len(replaced)
+
+
+def _guard(model: nn.Module, weights: str) -> None:
     for module in model.modules():
         if any(isinstance(part, QuantizedLinear) for part in module.modules() if part is not module):
-            guard(module, quantized.weights)
-    return len(replaced)
+            guard(module, weights)
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:

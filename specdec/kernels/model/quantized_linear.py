@@ -32,8 +32,8 @@ class QuantizedLinear(nn.Module):
     quantised only where nothing before them rounds differently in another company: `prepare` decides.
     """
 
-    bits: ClassVar[int]
-    weights: ClassVar[QuantizedWeights]
+    bits: int
+    weights: ClassVar[str]
     weight_only = False
 
     packed: torch.Tensor
@@ -42,18 +42,21 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         """Copies nothing but the bias: the float weights can go as soon as `linear` does."""
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
+        self._begin(*linear.weight.shape, None if linear.bias is None else linear.bias.detach().float().clone())
         weight_NK = linear.weight.detach().float().contiguous()
-        bias_N = None if linear.bias is None else linear.bias.detach().float().clone()
-        self.register_buffer("bias", bias_N, persistent=False)
-        self.library = native.library()
         if self.library:
             packed, scale_N = self.library.pack(weight_NK, self.bits)
             self.register_buffer("packed", packed, persistent=False)
             self.register_buffer("scale", scale_N, persistent=False)
         else:
             self._pack_in_torch(weight_NK)
+
+    def _begin(self, out_features: int, in_features: int, bias_N: torch.Tensor | None) -> None:
+        """All but the weights."""
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("bias", bias_N, persistent=False)
+        self.library = native.library()
 
     def matrix(self) -> structs.Matrix:
         sizes = self.out_features, self.in_features
@@ -98,7 +101,7 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "library": None, "layout": persistence.layout(self.library, self.bits)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        persistence.check_layout(state.pop("layout"), self.bits, self.weights)
+        persistence.check_layout(state.pop("layout"), state.get("bits", getattr(type(self), "bits", 0)), self.weights)
         super().__setstate__(state)
         self.library = native.library()
 

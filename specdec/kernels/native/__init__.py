@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from specdec.kernels.native import build
@@ -60,6 +62,8 @@ _FUNCTIONS = {
     "fail_allocation_after": _Function((Int,)),
     "packed_bytes": _Function((Int, Int, Int), Int),
     "pack": _Function((Pointer, Int, Int, Int, Pointer, Pointer, _Threads), Int, True),
+    "bits_of": _Function((Int,), Int),
+    "repack": _Function((Pointer, Pointer, Pointer, Int, Int, Pointer, Pointer, _Threads), Int, True),
     "linear": _Function((ctypes.POINTER(Matrix), Pointer, Int, ctypes.c_int, Pointer, _Threads), Int, True),
     "attend": _Function((ctypes.POINTER(Attention), _Threads), Int, True),
     "attention_inputs": _Function((ctypes.POINTER(Layer), Pointer, Int, *(Pointer,) * 5, _Threads), Int, True),
@@ -159,6 +163,33 @@ class Library:
         self._dll.specdec_pack(weight_NK.data_ptr(), n, k, bits, *addresses, torch.get_num_threads())
         return packed, scale_N
 
+    def repack(
+        self, block_type: int, blocks: npt.NDArray[np.uint8], rows_N: torch.Tensor | None, n: int, k: int
+    ) -> tuple[torch.Tensor, int]:
+        """Packed weights (opaque layout) of blocks as they lie in a GGUF file, and the bits that a matrix of these has.
+
+        Args:
+            block_type: by its number in GGUF files, one for which `bits_of` is not 0.
+            blocks: bytes of all rows, one after the other, without gaps.
+            rows_N: int64, the row of `blocks` that each output is; None: in their order.
+
+        Raises:
+            OverflowError: a scale is beyond float16, or no number.
+        """
+        bits = self.bits_of(block_type)
+        packed, num_too_large = torch.empty(self._dll.specdec_packed_bytes(n, k, bits), dtype=torch.int8), Int(0)
+        self._dll.specdec_repack(
+            *(block_type, blocks.ctypes.data, address(rows_N), n, k, packed.data_ptr(), ctypes.byref(num_too_large)),
+            torch.get_num_threads(),
+        )
+        if num_too_large.value:
+            raise OverflowError(f"{num_too_large.value} of its scales are beyond float16")
+        return packed, bits
+
+    def bits_of(self, block_type: int) -> int:
+        """How a matrix names its packed weights that were made of such blocks; 0 where the type is not known."""
+        return int(self._dll.specdec_bits_of(block_type))
+
     def linear(self, matrix: Matrix, x_MK: torch.Tensor, *, weight_only: bool = False) -> torch.Tensor:
         """[M, N]. `weight_only`: of packed weights; the rows are not quantised."""
         out_MN = torch.empty(x_MK.shape[0], matrix.n)
@@ -181,7 +212,7 @@ def num_blocks(vocab_size: int) -> int:
 def matrix(
     weight: torch.Tensor, n: int, k: int, *, bits: int, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> Matrix:
-    """`bits`: 32, or those that a packed weight has. `scale`: of 8 bits."""
+    """`bits`: 32, or those that a packed weight has, see common.h. `scale`: of 8 bits."""
     m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k, bits)
     m.alive = (weight, scale, bias)
     return m

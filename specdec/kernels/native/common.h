@@ -9,6 +9,7 @@
 
 #define GROUP 64           /* inputs that share a quantisation scale within a row */
 #define GROUP4_BYTES 640   /* of 16 outputs' 4-bit weights for so many inputs, with their scales and offsets */
+#define GROUPED_BYTES 1152 /* of 16 outputs' weights in bytes for so many inputs, with their scales */
 #define TILE 8             /* rows that pass over a strip of weights together */
 #define WIDE_TILE 16       /* the same where the processor has tiles (AMX) and there are rows enough to fill them */
 #define STRIP 64           /* outputs that are computed between two looks at the pool */
@@ -21,7 +22,14 @@
 
 /* The structures from here to Verification are described in __init__.py too; layout.c lets it compare. */
 
-/* float32 weights [n][k] (32 bits), or packed ones of 8 bits, with a scale per output, or of 4, scales among them. */
+/* What `bits` says of packed weights that are kept in bytes with scales among them, as blocks of GGUF files are. */
+enum { BYTES5 = 5, BYTES6 = 6, BYTES8 = 9 };
+
+/* Types of blocks, by their numbers in GGUF files. */
+enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+
+/* float32 weights [n][k] (32 bits), or packed ones: of 8 bits with a scale per output, of 4 with scales among them, or
+ * BYTES5, BYTES6, BYTES8; layouts in product.h. */
 typedef struct {
     const void *data;
     const float *scale, *bias; /* scale: of 8 bits only; bias may be NULL */
@@ -90,6 +98,8 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*pack)(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale);
+    void (*repack)(int64_t type, const uint8_t *blocks, const int64_t *rows, int64_t n, int64_t k, int8_t *packed,
+                   int64_t *too_large);
     void (*linear)(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out);
     void (*attend)(Attention *a);
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
@@ -132,6 +142,14 @@ void fail_allocation_after(int64_t count);
 /* Ahead of use; any address will do, also one that does not exist. */
 #define prefetch_l1(p) __builtin_prefetch((const void *)(p), 0, 3)
 #define prefetch_l2(p) __builtin_prefetch((const void *)(p), 0, 2)
+
+/* Of a block of 16 outputs' packed weights for GROUP inputs. */
+static inline int64_t group_bytes(int64_t bits) {
+    return bits == 8 ? GROUP * 16 : bits == 4 ? GROUP4_BYTES : GROUPED_BYTES;
+}
+
+/* Keeps a compiler from deriving a pointer from others: it would keep dozens of sums in registers that are needed. */
+#define on_its_own(pointer) __asm__("" : "+r"(pointer))
 
 static inline int32_t load_int32(const void *p) {
     int32_t value;

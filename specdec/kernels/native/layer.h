@@ -6,6 +6,8 @@
 
 #include "product.h"
 
+#include "gguf.h"
+
 #include "attention.h"
 
 #include "draws.h"
@@ -70,7 +72,7 @@ typedef struct {
 TARGET static void pack_strip(void *context, int strip) {
     const Packing *p = context;
     const int64_t first = (int64_t)strip * STRIP;
-    const int64_t block_bytes = (p->k + GROUP - 1) / GROUP * (p->bits == 8 ? GROUP * 16 : GROUP4_BYTES);
+    const int64_t block_bytes = (p->k + GROUP - 1) / GROUP * group_bytes(p->bits);
     memset(p->packed + first / 16 * block_bytes, 0, (size_t)(STRIP / 16 * block_bytes));
     for (int64_t n = first; n < p->n && n < first + STRIP; n++) {
         const float *w = p->w + n * p->k;
@@ -121,6 +123,7 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
         quantized->scales = take((size_t)(room * quantized->groups) * sizeof(float));
         quantized->totals = take((size_t)(room * quantized->groups) * sizeof(int32_t));
         quantized->shares = take((size_t)(2 * room * quantized->groups) * sizeof(float));
+        quantized->quarters = take((size_t)(4 * room * quantized->groups) * sizeof(int32_t));
         if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
@@ -207,5 +210,5 @@ static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t cou
     multiply(&down);
 }
 
-const Kernels KERNELS = {INSTRUCTION_SET, pack, linear, attend, attention_inputs, attention_and_mlp,
+const Kernels KERNELS = {INSTRUCTION_SET, pack, repack, linear, attend, attention_inputs, attention_and_mlp,
                          take_from, verify};

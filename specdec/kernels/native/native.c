@@ -75,19 +75,44 @@ EXPORT const char *specdec_select(const char *name) {
 /* Of n outputs and k inputs, padded. */
 EXPORT int64_t specdec_packed_bytes(int64_t n, int64_t k, int64_t bits) {
     const int64_t blocks = (n + STRIP - 1) / STRIP * STRIP / 16, groups = (k + GROUP - 1) / GROUP;
-    return blocks * groups * (bits == 8 ? GROUP * 16 : GROUP4_BYTES);
+    return blocks * groups * group_bytes(bits);
+}
+
+static void use_huge_pages(int8_t *packed, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)bytes;
+    const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
+#else
+    (void)packed, (void)bytes;
+#endif
+}
+
+/* Of packed weights that are made of a GGUF file's blocks of a type; 0 for types that are not known. */
+EXPORT int64_t specdec_bits_of(int64_t type) {
+    switch (type) {
+        case Q4_0: case Q4_1: case Q4_K: return 4;
+        case Q5_0: case Q5_1: case Q5_K: return BYTES5;
+        case Q6_K: return BYTES6;
+        case Q8_0: return BYTES8;
+        default: return 0;
+    }
 }
 
 /* w [n][k] -> packed weights of 8 or 4 bits (layouts in product.h). Of 8: one scale per output, w ~ scale * q, q in
  * -127..127. Of 4: all is in `packed`, and `scale` is NULL. */
 EXPORT int64_t specdec_pack(const float *w, int64_t n, int64_t k, int64_t bits, int8_t *packed, float *scale,
                             int num_threads) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, begin = (uintptr_t)packed, end = begin + (uintptr_t)specdec_packed_bytes(n, k, bits);
-    const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
-    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: failure costs only speed */
-#endif
+    use_huge_pages(packed, specdec_packed_bytes(n, k, bits));
     CALL(num_threads, pack(w, n, k, bits, packed, scale));
+}
+
+/* The weights of n outputs in a GGUF file's blocks of a type -> packed ones of the bits that specdec_bits_of gives.
+ * Output i is row rows[i] of the blocks, or row i where `rows` is NULL. `too_large` counts scales beyond 16-bit floats. */
+EXPORT int64_t specdec_repack(int64_t type, const uint8_t *blocks, const int64_t *rows, int64_t n, int64_t k,
+                              int8_t *packed, int64_t *too_large, int num_threads) {
+    use_huge_pages(packed, specdec_packed_bytes(n, k, specdec_bits_of(type)));
+    CALL(num_threads, repack(type, blocks, rows, n, k, packed, too_large));
 }
 
 EXPORT int64_t specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight_only, float *out,

@@ -14,6 +14,10 @@
  * both float16, then [2][4][16][4] bytes. Byte [half][j][output][i] holds input 32 * half + 4 * j + i in its low four
  * bits and the one 16 further in the high ones. Rows are quantised as for int8, and half a group gives
  * row scale * (scale * sum(code * q) + offset * sum(q)), with exact integer sums; halves are added in float32, in order.
+ * Weights in bytes are codes too, of GGUF's blocks: [n/16][k/64] of GROUPED_BYTES, which are 64 float16 numbers and then
+ * [16][16][4] codes, of groups as int8 has them. BYTES5: codes of 0..31, scales [2][16] and offsets [2][16], as for 4
+ * bits. BYTES6 and BYTES8: codes of 0..63 and 0..255, of which 32 and 128 are zero, and scales [4][16], one for every 16
+ * inputs: each of them gives row scale * (scale * sum((code - zero) * q)), with exact integer sums.
  * Weight-only products read the same packed weights and leave the rows in float32: a rounding upstream then stays a
  * rounding, where it could tip a quantised row to the next step. */
 
@@ -24,6 +28,7 @@ typedef struct {
     float *scales;
     int32_t *totals; /* of each group, its sum */
     float *shares;   /* of each half of a group, its sum times its scale: of which 4-bit weights' offsets are multiples */
+    int32_t *quarters; /* of each quarter of a group, its sum, negated */
 } Quantized;
 
 /* What becomes of a product: out = product * scale + bias (+ residual). */
@@ -51,7 +56,7 @@ INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
     const int step = to->tile == TILE ? 4 * rows : 4, place = to->tile == TILE ? 4 * m : GROUP * m;
     quantize_row(x, to->k, to->groups, rows, step, to->q + first * to->groups * GROUP + place,
                  to->scales + first * to->groups + m, to->totals + first * to->groups + m,
-                 to->shares + 2 * first * to->groups + m);
+                 to->shares + 2 * first * to->groups + m, to->quarters + 4 * first * to->groups + m);
 }
 
 TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t row, int64_t n, int64_t count,
@@ -66,10 +71,10 @@ TARGET static __attribute__((noinline)) void finish(const Product *p, int64_t ro
     }
 }
 
-/* 8 or 4 bits: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
+/* Packed weights: `blocks` blocks of 16 outputs from block `block` on, against one tile of `rows` rows. */
 INLINE void packed_tile(const int bits, const int blocks, const int rows, const int stride, const Product *p,
                         int64_t block, int64_t tile, int first) {
-    const int64_t groups = p->quantized->groups, block_bytes = groups * (bits == 8 ? GROUP * 16 : GROUP4_BYTES);
+    const int64_t groups = p->quantized->groups, block_bytes = groups * group_bytes(bits);
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
     const int8_t *x = p->quantized->q + tile * groups * GROUP + 4 * first;
     const float *scales = p->quantized->scales + tile * groups + first;
@@ -81,9 +86,48 @@ INLINE void packed_tile(const int bits, const int blocks, const int rows, const 
         dot_group(blocks, rows, stride, w + g * GROUP * 16, block_bytes, x + g * GROUP * stride, scales + g * stride,
                   totals + g * stride, sums);
     if (bits == 4) dot_groups4(blocks, rows, stride, w, block_bytes, groups, x, scales, shares, sums);
+    if (bits == BYTES5 || bits == BYTES6 || bits == BYTES8)
+        dot_bytes(bits, blocks, rows, stride, w, block_bytes, groups, x, scales, shares,
+                  p->quantized->quarters + 4 * tile * groups + first, sums);
     for (int b = 0; b < blocks; b++) {
         const int64_t n = (block + b) * 16, left = p->matrix->n - n;
         for (int m = 0; m < rows; m++) finish(p, tile + first + m, n, left < 16 ? left : 16, sums + (b * rows + m) * 16);
+    }
+}
+
+/* Weights in bytes: a function for each kind and number of rows, 1 to 4 with as many blocks as make four sums, and
+ * BYTES_ROWS. */
+typedef void (*BytesTile)(const Product *p, int64_t block, int stride, int64_t tile, int first);
+#define BYTES_TILE(bits, rows)                                                                                         \
+    TARGET static __attribute__((noinline)) void bits##_tile_##rows(const Product *p, int64_t block, int stride,       \
+                                                                    int64_t tile, int first) {                         \
+        packed_tile(bits, rows > 4 ? 1 : 4 / rows, rows, stride, p, block, tile, first);                               \
+    }
+#if BYTES_ROWS == 8
+#define BYTES_TILE_8(bits) BYTES_TILE(bits, 8)
+#define LARGEST_TILE(bits) bits##_tile_8
+#else
+#define BYTES_TILE_8(bits)
+#define LARGEST_TILE(bits) bits##_tile_4
+#endif
+#define BYTES_TILES(bits) \
+    BYTES_TILE(bits, 1) BYTES_TILE(bits, 2) BYTES_TILE(bits, 3) BYTES_TILE(bits, 4) BYTES_TILE_8(bits)
+#define TILES_OF(bits) {bits##_tile_1, bits##_tile_2, bits##_tile_3, bits##_tile_4, LARGEST_TILE(bits)}
+BYTES_TILES(BYTES5)
+BYTES_TILES(BYTES6)
+BYTES_TILES(BYTES8)
+
+/* Weights in bytes: the four blocks of 16 outputs of a strip, against all rows. */
+static void bytes_strip(const Product *p, int64_t block) {
+    static const BytesTile tiles[3][5] = {TILES_OF(BYTES5), TILES_OF(BYTES6), TILES_OF(BYTES8)};
+    const BytesTile *tile = tiles[p->matrix->bits == BYTES5 ? 0 : p->matrix->bits == BYTES6 ? 1 : 2];
+    for (int64_t row = 0; row < p->rows; row += TILE) {
+        const int rows = (int)(p->rows - row < TILE ? p->rows - row : TILE);
+        for (int first = 0, count; first < rows; first += count) {
+            count = rows - first >= BYTES_ROWS ? BYTES_ROWS : rows - first < 4 ? rows - first : 4;
+            const int which = count < 4 ? count - 1 : count == 4 ? 3 : 4, step = count < 4 ? 4 / count : 1;
+            for (int b = 0; b < 4; b += step) tile[which](p, block + b, rows, row, first);
+        }
     }
 }
 
@@ -181,13 +225,15 @@ INLINE const int8_t *codes_of(const int8_t *group, int64_t at) {
     return group + 128 + at / 32 * 256 + at / 4 % 4 * 64;
 }
 
-/* Weight-only: `blocks` blocks of 16 outputs from block `block` on, against `rows` rows in float32. Every output is one
+/* Weight-only: `blocks` blocks of 16 outputs from block `block` on, against `rows` rows in float32. `bits`: 8, 4, or
+ * BYTES5 for all that are in bytes with scales among them. Every output is one
  * chain of additions over the inputs, in order. */
 INLINE void weight_only_tile(const int bits, const int blocks, const int rows, const Product *p, int64_t block,
                              int64_t first_row) {
     enum { PARTS = 16 / VL };
-    const int64_t k = p->matrix->k, group_bytes = bits == 8 ? GROUP * 16 : GROUP4_BYTES;
-    const int64_t block_bytes = (k + GROUP - 1) / GROUP * group_bytes;
+    const int64_t k = p->matrix->k, step = group_bytes(bits), block_bytes = (k + GROUP - 1) / GROUP * step;
+    const int has_offsets = p->matrix->bits == 4 || p->matrix->bits == BYTES5, share = has_offsets ? 32 : 16;
+    const VF minus_zero = vf_set1(p->matrix->bits == BYTES6 ? -32.0f : -128.0f);
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
     const float *x = p->x + first_row * k;
     VF acc[4][4][PARTS];
@@ -200,15 +246,18 @@ INLINE void weight_only_tile(const int bits, const int blocks, const int rows, c
         VF scale[4][PARTS], offset[4][PARTS];
         for (int b = 0; b < blocks; b++)
             for (int h = 0; h < PARTS; h++) {
-                const int8_t *group = w + b * block_bytes + at / GROUP * group_bytes;
+                const int8_t *group = w + b * block_bytes + at / GROUP * step;
                 const int64_t in_group = at % GROUP;
-                const int8_t *weights = (bits == 8 ? group + 16 * in_group : codes_of(group, in_group)) + 4 * VL * h;
+                const int8_t *weights = bits == 4 ? codes_of(group, in_group)
+                                                  : group + (bits == 8 ? 0 : 128) + 16 * in_group;
+                weights += 4 * VL * h;
                 bytes[b][h] = vi_load(weights);
                 prefetch_l2(weights + 4 * block_bytes);
                 if (bits == 8) continue;
-                if (in_group / 16 % 2) bytes[b][h] = vi_high_codes(bytes[b][h]);
-                scale[b][h] = vf_load_half(group + in_group / 32 * 32 + 2 * VL * h);
-                offset[b][h] = vf_load_half(group + 64 + in_group / 32 * 32 + 2 * VL * h);
+                if (bits == 4 && in_group / 16 % 2) bytes[b][h] = vi_high_codes(bytes[b][h]);
+                scale[b][h] = vf_load_half(group + in_group / share * 32 + 2 * VL * h);
+                offset[b][h] = has_offsets ? vf_load_half(group + 64 + in_group / share * 32 + 2 * VL * h)
+                                           : vf_mul(scale[b][h], minus_zero);
             }
 #define WEIGHT_ONLY_INPUT(j)                                                               \
     if (j < left) {                                                                        \
@@ -218,7 +267,9 @@ INLINE void weight_only_tile(const int bits, const int blocks, const int rows, c
             for (int h = 0; h < PARTS; h++) {                                              \
                 const VF weight =                                                          \
                     bits == 8 ? vf_from_int(vi_byte(bytes[b][h], j))                       \
-                              : vf_fma(vf_from_int(vi_code(bytes[b][h], j)), scale[b][h], offset[b][h]); \
+                              : vf_fma(vf_from_int(bits == 4 ? vi_code(bytes[b][h], j)                      \
+                                                             : vi_unsigned_byte(bytes[b][h], j)),           \
+                                       scale[b][h], offset[b][h]);                                          \
                 for (int m = 0; m < rows; m++) acc[b][m][h] = vf_fma(weight, row[m], acc[b][m][h]); \
             }                                                                              \
     }
@@ -261,11 +312,14 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
         break;
 #define WEIGHT_ONLY_STRIP_8(r) WEIGHT_ONLY_STRIP(8, r)
 #define WEIGHT_ONLY_STRIP_4(r) WEIGHT_ONLY_STRIP(4, r)
+#define WEIGHT_ONLY_STRIP_BYTES(r) WEIGHT_ONLY_STRIP(BYTES5, r)
             int64_t row = 0;
             if (p->matrix->bits == 8) {
                 EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_8))
-            } else {
+            } else if (p->matrix->bits == 4) {
                 EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_4))
+            } else {
+                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_BYTES))
             }
         }
     } else if (p->matrix->bits < 32) {
@@ -289,6 +343,10 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
             int64_t row = 0;
             if (p->matrix->bits == 4) {
                 EACH_TILE(TILE, UP_TO_8(INT4_STRIP))
+                continue;
+            }
+            if (p->matrix->bits != 8) {
+                bytes_strip(p, block);
                 continue;
             }
 #ifdef FEWEST_PAIRED_ROWS

@@ -49,7 +49,7 @@ INLINE void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
  * the row's place in a tile of `rows` rows (see product.h), every four inputs `step` bytes after the last four of their
  * group; inputs from k up to `groups` * 64 are zero. */
 INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, int step, int8_t *q, float *scales,
-                         int32_t *totals, float *shares) {
+                         int32_t *totals, float *shares, int32_t *quarters) {
     for (int64_t g = 0; g < groups; g++) {
         float padded[GROUP];
         const float *part = x + g * GROUP;
@@ -65,13 +65,18 @@ INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, in
         const float scale = scales[g * rows] = largest / 127.0f;
         totals[g * rows] = 0;
         for (int half = 0; half < 2; half++) {
-            VI total = vi_zero();
-            for (int i = half * GROUP / 2; i < (half + 1) * GROUP / 2; i += VL) {
-                VI v = vf_to_int(vf_mul(vf_load(part + i), inverse));
-                total = vi_add(total, v);
-                store_bytes(bytes + i, v);
+            int32_t sum = 0;
+            for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
+                VI total = vi_zero();
+                for (int i = quarter * GROUP / 4; i < (quarter + 1) * GROUP / 4; i += VL) {
+                    VI v = vf_to_int(vf_mul(vf_load(part + i), inverse));
+                    total = vi_add(total, v);
+                    store_bytes(bytes + i, v);
+                }
+                const int32_t added = vi_sum(total);
+                quarters[(4 * g + quarter) * rows] = -added;
+                sum += added;
             }
-            const int32_t sum = vi_sum(total);
             totals[g * rows] += sum;
             shares[(2 * g + half) * rows] = scale * (float)sum;
         }

@@ -8,6 +8,11 @@
 #define VL 8
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* of 16 bits, of half a block */
+#ifdef AVX_VNNI
+#define BYTES_ROWS 8 /* that pass over weights in bytes together */
+#else
+#define BYTES_ROWS 4 /* the same: each has a second accumulator */
+#endif
 #define WEIGHT_ONLY_BLOCKS(rows) ((rows) <= 2 ? 2 : 1) /* blocks of 16 outputs whose sums do */
 
 #define VF __m256
@@ -33,6 +38,7 @@
 #define vi_set1 _mm256_set1_epi32
 #define vi_add _mm256_add_epi32
 #define vi_byte(v, j) _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_unsigned_byte(v, j) _mm256_and_si256(_mm256_srli_epi32(v, 8 * (j)), vi_set1(255))
 #define vi_code(v, j) _mm256_and_si256(_mm256_srli_epi32(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
 #define vi_high_codes(v) _mm256_srli_epi32(v, 4) /* to where vi_code finds them */
 #define vf_load_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
@@ -175,6 +181,40 @@ INLINE void dot_group(const int blocks, const int rows, const int stride, const 
 
 #endif
 
+/* Adds `count` steps of four inputs, of half a block of weights in bytes, to 32-bit sums. */
+#ifdef AVX_VNNI
+#define ROWS_TAKE_SIGNS 0
+INLINE void add_bytes(const int bits, const int count, const int rows, const int stride, const int8_t *codes,
+                      const int8_t *x, VI *dot) {
+    (void)bits;
+    for (int step = 0; step < count; step++) {
+        const VI bytes = vi_load(codes + 64 * step);
+        for (int m = 0; m < rows; m++) vi_dot_to(dot[m], bytes, vi_set1(load_int32(x + 4 * (step * stride + m))));
+    }
+}
+#else
+#define ROWS_TAKE_SIGNS 1
+INLINE void add_bytes(const int bits, const int count, const int rows, const int stride, const int8_t *codes,
+                      const int8_t *x, VI *dot) {
+    VI bytes[4], sizes[4];
+    for (int step = 0; step < count; step++) {
+        bytes[step] = vi_load(codes + 64 * step);
+        if (bits == BYTES8) bytes[step] = _mm256_xor_si256(bytes[step], _mm256_set1_epi8((char)0x80));
+        sizes[step] = bits == BYTES8 ? _mm256_abs_epi8(bytes[step]) : bytes[step];
+    }
+    for (int m = 0; m < rows; m++) {
+        VI pairs = vi_zero();
+        for (int step = 0; step < count; step++) {
+            VI row = vi_set1(load_int32(x + 4 * (step * stride + m)));
+            if (bits == BYTES8) row = _mm256_sign_epi8(row, bytes[step]);
+            const VI product = _mm256_maddubs_epi16(sizes[step], row);
+            pairs = step ? _mm256_add_epi16(pairs, product) : product;
+        }
+        vi_add_to(dot[m], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+}
+#endif
+
 /* The whole product of 4-bit weights, whose codes are the unsigned side. Half a block of outputs at a time: the sums of
  * half a group stay in registers. */
 INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
@@ -213,6 +253,51 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                 }
             }
         }
+}
+
+/* The whole product of weights in bytes, half a block of outputs at a time; see dot_groups4. 16-bit sums hold four
+ * products of two codes below 32, or two of codes below 64; with codes up to 255 the weights' signs go to the rows. */
+INLINE void dot_bytes(const int bits, const int blocks, const int rows, const int stride, const int8_t *w,
+                      int64_t block_bytes, int64_t groups, const int8_t *x, const float *scales, const float *shares,
+                      const int32_t *quarters, float *sums) {
+    const int parts = bits == BYTES5 ? 2 : 4, steps = 16 / parts;
+    for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+        for (int part = 0; part < parts; part++)
+            for (int side = 0; side < 2; side++) {
+                const int8_t *codes = w + 128 + 64 * steps * part + 32 * side, *row = x + 4 * steps * stride * part;
+                const int8_t *next = codes + 4 * block_bytes;
+                on_its_own(codes);
+                on_its_own(next);
+                VI dot[4][TILE];
+                for (int b = 0; b < blocks; b++)
+                    for (int m = 0; m < rows; m++)
+                        dot[b][m] = bits == BYTES5 || (bits == BYTES8 && ROWS_TAKE_SIGNS)
+                                        ? vi_zero()
+                                        : _mm256_slli_epi32(vi_set1(quarters[part * stride + m]), bits == BYTES6 ? 5 : 7);
+                const int together = bits == BYTES5 ? 4 : bits == BYTES6 ? 2 : 1;
+#pragma GCC unroll 2
+                for (int step = 0; step < steps; step += together, row += 4 * together * stride) {
+                    on_its_own(row);
+                    for (int b = 0; b < blocks; b++) {
+                        add_bytes(bits, together, rows, stride, codes + b * block_bytes + 64 * step, row, dot[b]);
+                        for (int i = 0; !side && i < together; i++) prefetch_l2(next + b * block_bytes + 64 * (step + i));
+                    }
+                }
+                for (int b = 0; b < blocks; b++) {
+                    const int8_t *numbers = w + b * block_bytes + 32 * part + 16 * side;
+                    const VF scale = vf_load_half(numbers), offset = bits == BYTES5 ? vf_load_half(numbers + 64) : vf_zero();
+                    if (!side) prefetch_l2(numbers + 4 * block_bytes);
+                    for (int m = 0; m < rows; m++) {
+                        float *sum = sums + (b * rows + m) * 16 + 8 * side;
+                        VF so_far = vf_load(sum);
+                        if (bits == BYTES5) so_far = vf_fma(offset, vf_set1(shares[part * stride + m]), so_far);
+                        vf_store(sum, vf_fma(vf_mul(vf_from_int(dot[b][m]), scale), vf_set1(scales[m]), so_far));
+                    }
+                }
+            }
+        shares += 2 * stride, quarters += 4 * stride;
+    }
 }
 
 #ifndef AVX_VNNI

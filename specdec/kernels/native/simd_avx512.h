@@ -7,6 +7,7 @@
 #define VL 16
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* sums, of which each has two accumulators */
+#define BYTES_ROWS 8 /* that pass over weights in bytes together */
 #define WEIGHT_ONLY_BLOCKS(rows) 4 /* blocks of 16 outputs whose sums do */
 
 #define VF __m512
@@ -34,6 +35,7 @@
 #define vi_set1 _mm512_set1_epi32
 #define vi_add _mm512_add_epi32
 #define vi_byte(v, j) _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * (j)), 24) /* byte j of each lane, signed */
+#define vi_unsigned_byte(v, j) _mm512_and_si512(_mm512_srli_epi32(v, 8 * (j)), vi_set1(255))
 #define vi_code(v, j) _mm512_and_si512(_mm512_srli_epi32(v, 8 * (j)), vi_set1(15)) /* low half of byte j of each lane */
 #define vi_high_codes(v) _mm512_srli_epi32(v, 4) /* to where vi_code finds them */
 #define vi_sum _mm512_reduce_add_epi32
@@ -143,6 +145,50 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                 }
             }
         }
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) vf_store(sums + (b * rows + m) * 16, sum[b][m]);
+}
+
+/* The whole product of weights in bytes, codes of which are unsigned; see dot_groups4. */
+INLINE void dot_bytes(const int bits, const int blocks, const int rows, const int stride, const int8_t *w,
+                      int64_t block_bytes, int64_t groups, const int8_t *x, const float *scales, const float *shares,
+                      const int32_t *quarters, float *sums) {
+    const int parts = bits == BYTES5 ? 2 : 4, steps = 16 / parts;
+    VF sum[4][TILE];
+    for (int b = 0; b < blocks; b++)
+        for (int m = 0; m < rows; m++) sum[b][m] = vf_zero();
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+        for (int b = 0; b < blocks; b++) {
+            const int8_t *group = w + b * block_bytes, *row = x, *next = group + 4 * block_bytes;
+            on_its_own(next);
+            prefetch_l2(next);
+            prefetch_l2(next + 64);
+#pragma GCC unroll 4
+            for (int part = 0; part < parts; part++) {
+                VI dot[TILE];
+                for (int m = 0; m < rows; m++)
+                    dot[m] = bits == BYTES5 ? vi_zero()
+                                            : _mm512_slli_epi32(vi_set1(quarters[part * stride + m]), bits == BYTES6 ? 5 : 7);
+#pragma GCC unroll 8
+                for (int step = part * steps; step < (part + 1) * steps; step++, row += 4 * stride) {
+                    const VI codes = vi_load(group + 128 + 64 * step);
+                    prefetch_l2(next + 128 + 64 * step);
+                    on_its_own(row);
+                    for (int m = 0; m < rows; m++)
+                        __asm__("vpdpbusd %2, %1, %0"
+                                : "+v"(dot[m])
+                                : "v"(codes), "v"(vi_set1(load_int32(row + 4 * m))));
+                }
+                const VF scale = vf_load_half(group + 32 * part);
+                for (int m = 0; m < rows; m++) {
+                    if (bits == BYTES5)
+                        sum[b][m] = vf_fma(vf_load_half(group + 64 + 32 * part), vf_set1(shares[part * stride + m]), sum[b][m]);
+                    sum[b][m] = vf_fma(vf_mul(vf_from_int(dot[m]), scale), vf_set1(scales[m]), sum[b][m]);
+                }
+            }
+        }
+        shares += 2 * stride, quarters += 4 * stride;
+    }
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) vf_store(sums + (b * rows + m) * 16, sum[b][m]);
 }
