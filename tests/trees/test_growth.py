@@ -518,6 +518,24 @@ def test_a_confident_chain_ends_after_the_first_token_that_it_is_not_sure_of():
     assert grower.finish().trees.sizes == (3, 1)
 
 
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [ConfidentChain(4, threshold=0.5), GainLimitedChain(prices=[0.5] * 3, chance=float, next_chance=1.0)],
+    ids=["confident", "gain-limited"],
+)
+def test_what_the_draft_says_of_its_tokens_counts_instead_of_their_probability(policy, sample):
+    """It is sure of two tokens more than of the third, however likely these are."""
+    said = [0.9, 0.8, 0.3, 0.9]
+    step = 0
+    grower = policy.start(Round(max_depths=[9], sample=sample, confidence=lambda: torch.tensor([[said[step]]])))
+    while grower.needs_scores:
+        grower.grow(torch.zeros(1, 1, 10))
+        step += 1
+    (tree,) = grower.finish().trees.rows
+    assert tree.probs == pytest.approx(said[:3])
+
+
 def test_a_gain_limited_chain_takes_all_that_is_worth_its_price():
     """Greedy: the chain goes on while its reach pays, and no leaf that is left out is worth more than its price."""
     model = RandomScores(3, spread=1.5)
