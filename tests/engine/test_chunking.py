@@ -180,7 +180,7 @@ def test_int8_prompts_go_through_the_model_with_the_rounds(drafter: Drafter):
     for generation, expected in zip([first, *others], alone, strict=True):
         assert generation.finish_reason == "length"
         assert generation.tokens == expected.tokens
-    assert others[0].stats.prefill_seconds > 0
+    assert engine._reader._model.num_forwards > 0, "they went along"
 
 
 @pytest.mark.skipif(native.library() is None, reason=native.describe())
