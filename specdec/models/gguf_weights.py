@@ -201,7 +201,7 @@ class _File:
         dense = nn.Linear(1, 1, bias=False)
         dense.out_features, dense.in_features = weight_NK.shape
         dense.weight = nn.Parameter(weight_NK if rows_N is None else weight_NK[rows_N])
-        dense.bias = None if bias_N is None else nn.Parameter(bias_N)
+        dense.register_parameter("bias", None if bias_N is None else nn.Parameter(bias_N))
         return dense
 
     def _order(self, name: str, model: PreTrainedModel) -> torch.Tensor | None:

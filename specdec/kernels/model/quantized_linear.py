@@ -42,7 +42,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         """Copies nothing but the bias: the float weights can go as soon as `linear` does."""
-        self._begin(*linear.weight.shape, None if linear.bias is None else linear.bias.detach().float().clone())
+        n, k = linear.weight.shape
+        self._begin(n, k, None if linear.bias is None else linear.bias.detach().float().clone())
         weight_NK = linear.weight.detach().float().contiguous()
         if self.library:
             packed, scale_N = self.library.pack(weight_NK, self.bits)
