@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.hf import CACHE
 from specdec.kernels.model.blocks import Part
 from specdec.kernels.model.layer import FusedLayer
-from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.prepared import prepared
 from specdec.kernels.model.profile import profile_of
 
 _STATIC = {"default", "linear", "llama3", "yarn"}

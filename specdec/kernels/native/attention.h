@@ -150,7 +150,7 @@ TARGET static void mix_chunk(void *context, int chunk) {
     const float *v = a->v + b * a->v_strides[0] + head * a->v_strides[1];
     const int64_t count = queries - first < MIX_QUERIES ? queries - first : MIX_QUERIES;
     for (int64_t i = first; i < first + count; i++) weigh(a, few->seen[b], b, head * group + i / a->T, i % a->T);
-    const int width = VL == 16 ? 4 : 2;
+    const int width = REGISTERS == 32 ? 4 : 2;
     for (int64_t d = 0; d < a->D;) {
         const int wide = d + width * VL <= a->D;
         int64_t i = 0;
@@ -165,9 +165,9 @@ TARGET static void mix_chunk(void *context, int chunk) {
 /* ---- many queries: tiles of them, one a lane, whose scores stay in the cache ---- */
 
 #define LANES (2 * VL)
-#define KEYS_AT_ONCE (VL == 16 ? 12 : 6) /* as many accumulators as there are registers for */
+#define KEYS_AT_ONCE (REGISTERS == 32 ? 12 : 6) /* as many accumulators as there are registers for */
 #define TILE_KEYS 96                     /* keys whose scores and values are at hand at once; a multiple of those */
-#define MIX_LANES (VL / 2)               /* queries that one inner loop mixes values for */
+#define MIX_LANES (REGISTERS / 4)         /* queries that one inner loop mixes values for */
 
 /* What a thread needs for a tile; each has one at a time. Weights are scores before. */
 typedef struct {

@@ -28,8 +28,8 @@ enum { BYTES5 = 5, BYTES6 = 6, BYTES8 = 9 };
 /* Types of blocks, by their numbers in GGUF files. */
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* float32 weights [n][k] (32 bits), or packed ones: of 8 bits with a scale per output, of 4 with scales among them, or
- * BYTES5, BYTES6, BYTES8; layouts in product.h. */
+/* float32 weights [n][k] (32 bits), bfloat16 ones (16), or packed ones: of 8 bits with a scale per output, of 4 with
+ * scales among them, or BYTES5, BYTES6, BYTES8; layouts in product.h. */
 typedef struct {
     const void *data;
     const float *scale, *bias; /* scale: of 8 bits only; bias may be NULL */
@@ -110,6 +110,7 @@ typedef struct {
     void (*verify)(Verification *v, int rule);
 } Kernels;
 
+#ifdef __x86_64__
 extern const Kernels kernels_avx2, kernels_avx512;
 
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* that know what comes here */
@@ -120,6 +121,35 @@ extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_amx;
 #endif
 #endif
+#define pause_spinning() __builtin_ia32_pause()
+
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+
+/* Older compilers know extensions only of a whole file: those that the system's processors all have. */
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10
+#define KNOWS_EXTENSIONS 1
+#define EXTENSIONS(names) , target("arch=armv8.2-a" names)
+#else
+#define KNOWS_EXTENSIONS 0
+#define EXTENSIONS(names)
+#endif
+#if KNOWS_EXTENSIONS || defined(__ARM_FEATURE_DOTPROD)
+#define HAS_DOTPROD
+extern const Kernels kernels_dotprod;
+#endif
+#if KNOWS_EXTENSIONS || defined(__ARM_FEATURE_MATMUL_INT8)
+#define HAS_I8MM
+extern const Kernels kernels_i8mm;
+#endif
+#define pause_spinning() __asm__ volatile("yield")
+
+#else /* no kernels: the library says so */
+#define pause_spinning() (void)0
+#endif
+
+/* The best kernels that a processor can run, of a name or (NULL) of all; NULL if there are none. */
+const Kernels *best_kernels(const char *name);
 
 /* Runs fn(context, 0..num_chunks-1), in any order and on any thread; returns when all are done. */
 typedef void (*chunk_fn)(void *context, int chunk);

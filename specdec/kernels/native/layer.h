@@ -96,7 +96,7 @@ typedef struct {
     float eps;
     int64_t rows, k;
     float *normed;        /* NULL when there is no norm */
-    Quantized *quantized; /* NULL when the next product is float32 */
+    Quantized *quantized; /* NULL when the next product takes float32 */
 } Rows;
 
 TARGET static void row_chunk(void *context, int row) {
@@ -113,7 +113,7 @@ TARGET static void row_chunk(void *context, int row) {
 static const float *ready_rows(const Matrix *w, const float *x, const float *norm, float eps, int64_t rows,
                                Quantized *quantized) {
     Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
-    if (w->bits < 32) {
+    if (w->bits < 16) {
         quantized->rows = rows;
         quantized->tile = tile_of(w, rows);
         quantized->k = w->k;
@@ -127,7 +127,7 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
         if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
-    if (norm || w->bits < 32) parallel_for(row_chunk, &r, (int)rows);
+    if (norm || w->bits < 16) parallel_for(row_chunk, &r, (int)rows);
     return norm ? r.normed : x;
 }
 

@@ -1,28 +1,14 @@
 /* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
  *
- * Plain C on pointers, for x86-64 with AVX2 (better: AVX-VNNI; AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
- * seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
+ * Plain C on pointers, for x86-64 with AVX2 (better: AVX-VNNI; AVX-512 VNNI; AMX) and 64-bit ARM (better with dot
+ * products, best with i8mm): no torch headers, so any C compiler builds it in seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
  * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h; simd_*.h as needed.
  *
  * What needs memory returns OUT_OF_MEMORY where there is none, and the next call works. */
 #define _GNU_SOURCE
-#include <cpuid.h>
 #include <sys/mman.h>
 
 #include "common.h"
-
-#ifdef HAS_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-
-/* Whether the processor has int8 tiles and the system lets this process use them (Linux keeps them back until asked). */
-static int can_use_amx(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILES = 1 << 24, INT8_TILES = 1 << 25 };
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8_TILES) &&
-           !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-}
-#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -41,29 +27,6 @@ static const Kernels *kernels;
 
 /* The n-th request for memory from now on fails, once (n counts from 0; negative: none does): for tests. */
 EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n); }
-
-static int is_wanted(const char *name, const char *instruction_set) { return !name || !strcmp(name, instruction_set); }
-
-/* The best instruction set of a name, of all for NULL; NULL if there is none. */
-static const Kernels *best_kernels(const char *name) {
-    __builtin_cpu_init();
-    unsigned a = 0, b, c, d;
-    const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-    const int has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl");
-    const Kernels *best = NULL;
-    if (has_avx2 && is_wanted(name, "avx2")) best = &kernels_avx2;
-#ifdef HAS_AVX_VNNI
-    const int has_avx_vnni = has_avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
-    if (has_avx_vnni && is_wanted(name, "avxvnni")) best = &kernels_avxvnni;
-#endif
-    if (has_avx512 && is_wanted(name, "avx512")) best = &kernels_avx512;
-#ifdef HAS_AMX
-    if (has_avx512 && is_wanted(name, "amx") && can_use_amx()) best = &kernels_amx;
-#endif
-    return best;
-}
 
 /* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
 EXPORT const char *specdec_select(const char *name) {

@@ -8,7 +8,7 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """float32 weights [n, k] (32 bits) or packed ones; mirrors common.h, as do the two below."""
+    """float32 weights [n, k] (32 bits), bfloat16 ones (16) or packed ones; mirrors common.h, as do the two below."""
 
     alive: tuple[torch.Tensor | None, ...]  # the tensors that the pointers point into
 
