@@ -1,50 +1,63 @@
-"""Accuracy against latency and escalation: every router, random routing at equal rate, and token-level speculation.
+"""Accuracy and time against escalation: every router, random routing at equal rate, and token-level speculation.
 
-    python -m bench.arbitrage TARGET DRAFT --problems gsm8k_test.jsonl --limit 50 --router router/ --output OUTPUT
+    python -m bench.arbitrage TARGET [DRAFT] --problems gsm8k_test.jsonl --limit 50 --router router/ --output OUTPUT
 
-The problems are solved one by one, each by every method in turn (in an order that changes), greedily, in one process;
-so that a busy machine is busy for all of them. `speculative` is lossless token-level speculation by the same draft,
-which is what routing has to beat; `draft` is the draft alone. A method and its knob are written `name@value`, with
-`+early`, `+guard` and `+band` for what can be switched on besides, and `/N` for steps of N tokens at most:
+Without DRAFT the target's own copy of `--copy` bits writes the steps. A method and its knob are written `name@value`,
+with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look at a step every N tokens while it
+is written, and `/N` for steps of N tokens at most:
 
-    arbitrage@RATE (needs --router)   random@RATE   likelihood@RATE   regret@RATE   grade@RATE   oracle
+    speculative   draft   random@RATE   confidence@RATE   entropy@RATE   arbitrage@RATE (needs --router)
+    likelihood@RATE   regret@RATE   grade@RATE   oracle
 
-`likelihood` is RSD's rule with the target's likelihood as the reward, `grade` SpecReason's; `regret` is what
-`arbitrage` learns to foretell, asked of the target itself. With `--batch-size` several problems are solved at a time,
-which says as much about accuracy in less time; seconds are then a batch's over its size, and `speculative` and `draft`
-are generated without a router, which writes the same. Every result is appended
-to OUTPUT.jsonl at once, and what stands there is not run again: the same command goes on where it was stopped. The
-report is OUTPUT.md and OUTPUT.png.
+`speculative` is lossless token-level speculation by the same draft, which is what routing has to beat; `draft` the
+draft alone; `confidence` and `entropy` are SelfConfidence and FirstTokenEntropy; `likelihood` is RSD's rule with the
+target's likelihood as the reward, `grade` SpecReason's; `regret` is what `arbitrage` learns to foretell, asked of the
+target itself. RATE is a share of steps.
+
+**Replayed.** `--methods` are replayed on greedy steps that are kept in OUTPUT.steps.jsonl (`bench/step_replay.py`): a
+model writes a step only where no method has had that text before it, `--batch-size` problems at a time. Accuracy,
+tokens and forwards are those of a live run; the speed is computed from them, with what a token and a verification cost
+alone, measured on `--alone` problems (OUTPUT.costs.jsonl). **Live.** `--live` methods are run as a user would, one
+problem at a time and in an order that changes, and timed (OUTPUT.live.jsonl). All these files are appended to at once,
+and what stands there is not done again: the same command goes on where it was stopped. The report is OUTPUT.md and
+OUTPUT.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import routers
 import specdec
-from bench._script import command, log, parser_of, pipe_table
+from bench._script import command, log, parser_of
+from bench.arbitrage_report import Costs, Outcome, write_report
+from bench.step_replay import CachedStep, Replayed, Request, StepCache, StepSource, replay_all, with_source
 from routers import Router
-from specdec.drafters import Auto, SmallModel
+from specdec.drafters import Auto, QuantizedSelf, SmallModel
 from specdec.model_options import ModelOptions
 from specdec.models.pair import load_pair
-from specdec.training.routers.collect import Problem, encode_problems, final_answer, read_problems
+from specdec.training.routers.collect import INSTRUCTION, Problem, encode_problems, final_answer, read_problems
 
 BASELINE = "speculative"
-METHODS = (BASELINE, "draft", "random@0.3", "likelihood@0.3", "grade@0.3", "arbitrage@0.3")
+RATES = (0.1, 0.2, 0.4)
+METHODS = (
+    BASELINE,
+    "draft",
+    *(f"{name}@{rate}" for rate in RATES for name in ("random", "confidence", "entropy", "likelihood", "regret")),
+)
 GUARD = (r"\boxed",)
 EARLY = routers.EarlyEscalation(entropy=1.5, tokens=4)
-NUM_RESAMPLES = 10_000
 
 
 class Doubt:
@@ -54,21 +67,22 @@ class Doubt:
         return [1 - likelihood for likelihood in routers.TargetLikelihood().rewards(steps, target)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One problem solved by one method."""
+Write: TypeAlias = Callable[[Sequence[Request]], list[CachedStep]]
 
-    method: str
-    problem: int
-    correct: bool
-    seconds: float
-    num_tokens: int
-    num_discarded: int
-    num_steps: int
-    num_escalated: int
-    router_seconds: float
-    tokens_of_draft: int
-    text: str
+
+class _StepMissing(Exception):
+    """A replay needs a step that has not been written."""
+
+
+def _refuse(requests: Sequence[Request]) -> list[CachedStep]:
+    raise _StepMissing
+
+
+class Pair(NamedTuple):
+    """What writes, loaded when something is first to be written."""
+
+    target: PreTrainedModel
+    drafter: SmallModel | QuantizedSelf
 
 
 def make_router(method: str, trained: Path | None, seed: int) -> Router:
@@ -78,6 +92,7 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
         ValueError: it names none.
     """
     method, _, longest = method.partition("/")
+    method, _, every = method.partition("~")
     name, *extras = method.split("+")
     name, _, value = name.partition("@")
     if name in (BASELINE, "draft", "oracle"):
@@ -90,6 +105,11 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     rate = float(value)
     options = {"guard": GUARD if "guard" in extras else (), "early": EARLY if "early" in extras else None}
     options["steps"] = routers.Steps(max_tokens=int(longest)) if longest else routers.Steps()
+    if name == "confidence":
+        look = {"look_every": int(every)} if every else {}
+        return routers.SelfConfidence(escalation_rate=rate, guard=options["guard"], steps=options["steps"], **look)
+    if name == "entropy":
+        return routers.FirstTokenEntropy(escalation_rate=rate, steps=options["steps"])
     if name == "random":
         return routers.RandomRouter(rate, seed=seed, steps=options["steps"])
     if name == "likelihood":
@@ -107,190 +127,204 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     return routers.Arbitrage(scorer, threshold=rate, band=band, **options)  # with a band the value is a threshold
 
 
-def solve(
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    tokenizer: object,
-    method: str,
-    router: Router,
-    problems: Mapping[int, Problem],
-    max_new_tokens: int,
-) -> list[Result]:
-    """Problems by their number, all at once."""
-    target, draft = models
-    inputs = encode_problems(tokenizer, list(problems.values()))
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    started = perf_counter()
-    if len(problems) > 1 and method == BASELINE:
-        out = specdec.generate(target, **inputs, drafter=Auto(SmallModel(draft)), **options)
-    elif len(problems) > 1 and method == "draft":
-        out = specdec.generate(draft, **inputs, generation_config=target.generation_config, **options)
-    else:
-        drafter = SmallModel(draft, num_tokens=4)
-        out = specdec.generate(target, **inputs, drafter=drafter, router=router, tokenizer=tokenizer, **options)
-    seconds = perf_counter() - started
-    texts = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    results = []
-    for row, ((index, problem), text) in enumerate(zip(problems.items(), texts, strict=True)):
-        steps = [step for step in out.stats.steps if step.row == row]
-        results.append(
-            Result(
-                method=method,
-                problem=index,
-                correct=problem.answer is not None and final_answer(text) == final_answer(problem.answer),
-                seconds=seconds / len(problems),
-                num_tokens=len(tokenizer.encode(text, add_special_tokens=False)),
-                num_discarded=sum(step.num_discarded for step in steps),
-                num_steps=len(steps),
-                num_escalated=sum(step.writer == "target" for step in steps),
-                router_seconds=out.stats.router_seconds / len(problems),
-                tokens_of_draft=sum(step.num_tokens for step in steps if step.writer == "draft"),
-                text=text,
-            )
-        )
-    return results
-
-
-def run(arguments: argparse.Namespace, problems: Sequence[Problem], path: Path) -> list[Result]:
-    """Solve what has not been solved yet."""
-    done = [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {(result.method, result.problem) for result in done}
-    size = arguments.batch_size
-    todo = [
-        (method, rest)
-        for first in range(arguments.first, len(problems), size)
-        for method in random.Random(first).sample(arguments.methods, len(arguments.methods))
-        if (rest := [n for n in range(first, min(first + size, len(problems))) if (method, n) not in known])
-    ]
-    if not todo:
-        return done
-    routers_of = {method: make_router(method, arguments.router, arguments.seed) for method in arguments.methods}
+def load(arguments: argparse.Namespace) -> Pair:
     options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads, weights=arguments.weights)
     target, draft = load_pair(arguments.target, arguments.draft, options)
-    assert draft is not None
-    models = (target.model, draft.model)
-    solve(models, target.tokenizer, "", routers.RandomRouter(0.5), {0: problems[0]}, 16)  # warm up
-    with path.open("a") as file:
-        for method, numbers in todo:
-            batch, budget = {number: problems[number] for number in numbers}, arguments.max_new_tokens
-            for result in solve(models, target.tokenizer, method, routers_of[method], batch, budget):
-                file.write(json.dumps(asdict(result)) + "\n")
-                done.append(result)
-                log(f"{result.problem} {method}: {result.seconds:.1f} s, {result.correct}")
-            file.flush()
-    return done
+    if draft is None:
+        return Pair(target.model, QuantizedSelf(weights=arguments.copy, num_tokens=4))
+    return Pair(target.model, SmallModel(draft.model, num_tokens=4))
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean, over problems."""
-    chosen = np.random.default_rng(seed).integers(0, len(values), (NUM_RESAMPLES, len(values)))
-    return tuple(np.quantile(values[chosen].mean(1), (0.025, 0.975)))
+class Run:
+    """The bench at work.
 
+    Args:
+        problems: by their number.
+    """
 
-def speedup_interval(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a ratio of total times, over problems."""
-    chosen = np.random.default_rng(seed).integers(0, len(ours), (NUM_RESAMPLES, len(ours)))
-    return tuple(np.quantile(theirs[chosen].sum(1) / ours[chosen].sum(1), (0.025, 0.975)))
+    def __init__(self, arguments: argparse.Namespace, problems: Mapping[int, Problem]):
+        self.arguments, self.problems = arguments, problems
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(arguments.target)
+        self.pair = cache(lambda: load(arguments))
+        self.steps = routers.Steps()
 
+    def path(self, suffix: str) -> Path:
+        return Path(f"{self.arguments.output}.{suffix}")
 
-def against_random(method: str, columns: Mapping[str, Sequence[Result]]) -> str:
-    """What a method gains over random routing at its rate: 95 % interval of the difference in accuracy, paired."""
-    _, _, knob = method.partition("@")
-    control = columns.get(f"random@{knob.partition('+')[0]}")
-    if control is None or method.startswith("random"):
-        return ""
-    gains = [float(ours.correct) - theirs.correct for ours, theirs in zip(columns[method], control, strict=True)]
-    low, high = interval(np.array(gains))
-    return f"{low:+.1%} .. {high:+.1%}"
+    def costs(self) -> Costs | None:
+        """What a token and a verification cost alone; None where that has not been asked for."""
+        path = self.path("costs.jsonl")
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        known = {one["problem"] for one in found}
+        for number in list(self.problems)[: self.arguments.alone]:
+            if number not in known:
+                found.append({"problem": number, **self._alone(number)})
+                with path.open("a") as file:
+                    file.write(json.dumps(found[-1]) + "\n")
+        return Costs.of(found) if found else None
 
+    def _alone(self, number: int) -> dict[str, Any]:
+        """Seconds and tokens of the target's steps, of the draft's, and of verifications of these."""
+        spent = {f"{kind}_{what}": 0.0 for kind in ("target", "draft", "score") for what in ("seconds", "tokens")}
 
-def table(results: Sequence[Result], methods: Sequence[str], baseline: str) -> list[list[str]]:
-    """A row a method, over the problems that all of them have solved."""
-    by_method = {method: {r.problem: r for r in results if r.method == method} for method in methods}
-    common = sorted(set.intersection(*(set(solved) for solved in by_method.values())))
-    columns = {method: [solved[index] for index in common] for method, solved in by_method.items()}
-    base = columns[baseline]
-    base_correct, base_seconds = (np.array([getattr(r, name) for r in base], float) for name in ("correct", "seconds"))
-    rows = []
-    for method, solved in columns.items():
-        correct, seconds = (np.array([getattr(r, name) for r in solved], float) for name in ("correct", "seconds"))
-        low, high = interval(correct - base_correct)
-        slow, fast = speedup_interval(seconds, base_seconds)
-        num_steps = sum(r.num_steps for r in solved)
-        rows.append(
-            [
-                method,
-                str(len(common)),
-                f"{correct.mean():.1%}",
-                f"{low:+.1%} .. {high:+.1%}",
-                against_random(method, columns),
-                f"{sum(r.num_escalated for r in solved) / max(1, num_steps):.1%}",
-                f"{base_seconds.sum() / seconds.sum():.2f} ({slow:.2f} .. {fast:.2f})",
-                f"{np.quantile(seconds, 0.5):.1f} / {np.quantile(seconds, 0.95):.1f}",
-                f"{sum(r.num_tokens for r in solved) / len(solved):.0f}",
-                f"{sum(r.num_discarded for r in solved) / len(solved):.0f}",
-                f"{sum(r.router_seconds for r in solved) / seconds.sum():.2%}",
-            ]
-        )
-    return rows
+        def timed(source: StepSource, request: Request) -> CachedStep:
+            if not request.text:
+                source.write([request])  # reads the prompt, and measures what is measured once
+            (step,) = source.write([request])
+            spent[f"{request.kind}_seconds"] += step.seconds
+            spent[f"{request.kind}_tokens"] += len(step.tokens)
+            return step
 
+        def job(source: StepSource) -> None:
+            for kind in ("draft", "target"):
+                text: tuple[int, ...] = ()
+                while True:
+                    step = timed(source, Request(kind, number, text))
+                    if kind == "draft":
+                        timed(source, Request("score", number, text, tuple(step.tokens)))
+                    text += tuple(step.tokens)
+                    if step.is_last:
+                        break
 
-HEADINGS = (
-    *("method", "problems", "accuracy", "less {baseline}'s, 95 %", "less random's, 95 %", "steps by the target"),
-    *("speed over {baseline}, 95 %", "s, p50 / p95", "tokens", "discarded", "router's time"),
-)
+        self._with_source([number], job)
+        log(f"{number} alone: {spent}")
+        return spent
 
+    def _with_source(self, numbers: Sequence[int], job: Callable[[StepSource], None]) -> None:
+        target, drafter = self.pair()
+        some = {number: self.problems[number] for number in numbers}
+        longest = self.arguments.max_new_tokens
+        with_source(target, drafter, self.tokenizer, some, job, max_new_tokens=longest, steps=self.steps)
 
-def draw(rows: Sequence[Sequence[str]], baseline: str, path: Path) -> None:
-    """Accuracy over latency and over escalation."""
-    import matplotlib
+    def replayed(self, methods: Sequence[str]) -> dict[str, list[Outcome]]:
+        """Every method on every problem, a batch of problems after the other."""
+        arguments = self.arguments
+        plan = {name: Path(value).name for name in ("target", "draft") if (value := getattr(arguments, name))}
+        plan |= {"weights": arguments.weights, "copy": arguments.copy, "instruction": INSTRUCTION}
+        plan |= {"max_new_tokens": arguments.max_new_tokens, "max_step": self.steps.max_tokens}
+        cached, routers_of = StepCache(self.path("steps.jsonl"), plan), self._routers(methods)
+        found: dict[str, list[Outcome]] = {method: [] for method in methods}
+        numbers, size = list(self.problems), arguments.batch_size
+        for batch in (numbers[first : first + size] for first in range(0, len(numbers), size)):
+            as_before = copy.deepcopy(routers_of)
+            try:
+                outcomes = self._replay(routers_of, batch, cached, _refuse)
+            except _StepMissing:  # only then models are loaded
+                outcomes, routers_of = self._write_missing(as_before, batch, cached), as_before
+            for method, some in outcomes.items():
+                found[method] += some
+        return found
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def _write_missing(
+        self, routers_of: Mapping[str, Router], batch: Sequence[int], cached: StepCache
+    ) -> dict[str, list[Outcome]]:
+        outcomes: dict[str, list[Outcome]] = {}
+        self._with_source(batch, lambda source: outcomes.update(self._replay(routers_of, batch, cached, source.write)))
+        return outcomes
 
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(10, 4), layout="constrained")
-    for row in rows:
-        accuracy = float(row[2].rstrip("%"))
-        for axes, value in zip(panels, (1 / float(row[6].split()[0]), float(row[5].rstrip("%"))), strict=True):
-            axes.plot(value, accuracy, "o")
-            axes.annotate(row[0], (value, accuracy), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    panels[0].set_xlabel(f"time, over that of {baseline}")
-    panels[1].set_xlabel("steps by the target, %")
-    panels[0].set_ylabel("accuracy, %")
-    figure.savefig(path, dpi=150)
+    def _replay(
+        self, routers_of: Mapping[str, Router], batch: Sequence[int], cached: StepCache, write: Write
+    ) -> dict[str, list[Outcome]]:
+        prompts = {number: self.prompt(number) for number in batch}
+        outcomes: dict[str, list[Outcome]] = {}
+        for method, router in routers_of.items():
+            started, before = perf_counter(), len(cached)
+            runs = replay_all(router, batch, prompts, self.decode, cached, write)
+            outcomes[method] = [self._outcome(run) for run in runs]
+            if len(cached) > before:
+                solved = sum(outcome.correct for outcome in outcomes[method])
+                spent = f"{len(cached) - before} steps in {perf_counter() - started:.0f} s"
+                log(f"{batch[0]}-{batch[-1]} {method}: {solved} of {len(batch)}; {spent}")
+        return outcomes
+
+    def live(self, methods: Sequence[str]) -> list[dict[str, Any]]:
+        """The first problems as a user would run them, timed."""
+        path, routers_of = self.path("live.jsonl"), self._routers(methods)
+        done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        known = {(result["method"], result["problem"]) for result in done}
+        for number in list(self.problems)[: self.arguments.live_limit]:
+            for method in random.Random(number).sample(methods, len(methods)):
+                if (method, number) not in known:
+                    if len(done) == len(known):  # the first call of a process
+                        self._solve(BASELINE, routers_of.get(BASELINE), number, 8)
+                    done.append(self._solve(method, routers_of[method], number, self.arguments.max_new_tokens))
+                    with path.open("a") as file:
+                        file.write(json.dumps(done[-1]) + "\n")
+                    log(f"{number} {method} live: {done[-1]['seconds']:.1f} s, {done[-1]['correct']}")
+        return [result for result in done if result["method"] in methods and result["problem"] in self.problems]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    def prompt(self, number: int) -> list[int]:
+        return encode_problems(self.tokenizer, [self.problems[number]])["input_ids"][0].tolist()
+
+    def _routers(self, methods: Sequence[str]) -> dict[str, Router]:
+        return {method: make_router(method, self.arguments.router, self.arguments.seed) for method in methods}
+
+    def _is_right(self, number: int, tokens: Sequence[int]) -> bool:
+        answer = self.problems[number].answer
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return answer is not None and final_answer(text) == final_answer(answer)
+
+    def _outcome(self, run: Replayed) -> Outcome:
+        return Outcome(run=run, correct=self._is_right(run.problem, run.tokens))
+
+    def _solve(self, method: str, router: Router | None, number: int, max_new_tokens: int) -> dict[str, Any]:
+        target, drafter = self.pair()
+        inputs = encode_problems(self.tokenizer, [self.problems[number]])
+        routed = {} if method == BASELINE else {"router": router, "tokenizer": self.tokenizer}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        started = perf_counter()
+        out = specdec.generate(target, **inputs, drafter=Auto(drafter), **routed, **options)
+        seconds, stats = perf_counter() - started, out.stats
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return {
+            "method": method,
+            "problem": number,
+            "correct": self._is_right(number, tokens),
+            "seconds": seconds - stats.setup_seconds,
+            "num_tokens": stats.num_new_tokens,
+            "num_vain": sum(step.num_discarded for step in stats.steps),
+            "num_steps": len(stats.steps),
+            "num_escalated": sum(step.writer == "target" for step in stats.steps),
+            "router_seconds": stats.router_seconds,
+        }
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("target")
-    parser.add_argument("draft")
+    parser.add_argument("draft", nargs="?")
     parser.add_argument("--problems", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="number of the first problem to solve")
-    parser.add_argument("--limit", type=int, help="number of problems; 0 reports what stands in OUTPUT.jsonl")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--baseline", default=BASELINE, help="one of the methods, with which the others are compared")
+    parser.add_argument("--limit", type=int, help="number of problems")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="replayed")
+    parser.add_argument("--live", nargs="+", default=[], help="run as a user would")
+    parser.add_argument("--live-limit", type=int, default=5, help="number of problems of --live")
+    parser.add_argument("--alone", type=int, default=2, help="number of problems on which costs are measured")
     parser.add_argument("--router", type=Path)
+    parser.add_argument("--copy", default="int4", help="weights of the target's own copy: int8 or int4")
     parser.add_argument("--max-new-tokens", type=int, default=448)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--weights", default="int8")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--weights", default="float", help="of the target, and of a DRAFT")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    problems = read_problems(arguments.problems)
-    if arguments.limit is not None:
-        problems = problems[: arguments.first + arguments.limit]
-    if arguments.baseline not in arguments.methods:
-        parser.error(f"--baseline {arguments.baseline} is none of the methods")
-    for method in arguments.methods:
+    problems = dict(enumerate(read_problems(arguments.problems)))
+    last = len(problems) if arguments.limit is None else arguments.first + arguments.limit
+    problems = {number: problem for number, problem in problems.items() if arguments.first <= number < last}
+    if BASELINE not in arguments.methods:
+        parser.error(f"the methods are compared with {BASELINE}: name it too")
+    if lacking := [method for method in arguments.methods if method.startswith("grade")]:
+        parser.error(f"{' '.join(lacking)}: grades are not kept with the steps; name it in --live")
+    for method in (*arguments.methods, *arguments.live):
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
-    results = run(arguments, problems, Path(f"{arguments.output}.jsonl"))
-    rows = table(results, arguments.methods, arguments.baseline)
-    headings = [heading.format(baseline=arguments.baseline) for heading in HEADINGS]
-    text = pipe_table(headings, rows)
-    Path(f"{arguments.output}.md").write_text(f"`{command('arbitrage')}`\n\n{text}\n")
-    draw(rows, arguments.baseline, Path(f"{arguments.output}.png"))
-    print(text)
+    run = Run(arguments, problems)
+    costs, replayed, live = run.costs(), run.replayed(arguments.methods), run.live(arguments.live)
+    print(write_report(replayed, costs, live, BASELINE, arguments.output, command("arbitrage")))
 
 
 if __name__ == "__main__":

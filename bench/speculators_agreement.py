@@ -39,7 +39,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         target.save_pretrained(Path(folder) / "target")
         save_block_head(Path(folder) / "head", head, target, str(Path(folder) / "target"), {})
-        other = load(Path(folder) / "head")
+        other = load(Path(folder) / "head", target)
     theirs = other.state_dict()
     different = [name for name, weight in head.named_parameters() if not torch.equal(theirs[name].float(), weight)]
     print(f"weights that differ: {different or 'none'}")
@@ -62,11 +62,15 @@ def random_head(target: Any) -> DSpark:
     return head
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, target: Any) -> Any:
+    """In float32, the embeddings too, which it has from the target in the dtype of the head."""
     package = importlib.import_module("speculators.models.dspark")
     config = package.DSparkSpeculatorConfig.from_pretrained(str(folder))
     config.transformer_layer_config._attn_implementation = "eager"
-    return package.DSparkDraftModel.from_pretrained(str(folder), config=config).float().eval()
+    head = package.DSparkDraftModel.from_pretrained(str(folder), config=config).float().eval()
+    with torch.no_grad():
+        head.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+    return head
 
 
 @torch.no_grad()

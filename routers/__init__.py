@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from routers.base import Decision, DraftedStep, Need, Reward, Router, Scorer, Signals, TargetView
 from routers.budget import EscalationBudget
+from routers.confidence import FirstTokenEntropy, OwnDoubt, SelfConfidence
 from routers.light import LightRouter
 from routers.policies import (
     AbstainBand,
@@ -37,9 +38,11 @@ __all__ = [
     "DraftedStep",
     "EarlyEscalation",
     "EscalationBudget",
+    "FirstTokenEntropy",
     "LightRouter",
     "Need",
     "Oracle",
+    "OwnDoubt",
     "RandomRouter",
     "Reward",
     "RewardModel",
@@ -48,6 +51,7 @@ __all__ = [
     "Scorer",
     "ScoringRouter",
     "Segmenter",
+    "SelfConfidence",
     "SelfScore",
     "Shortfall",
     "Signals",

@@ -138,6 +138,11 @@ class Router(ABC):
         steps: what counts as a step.
         peek: number of drafted tokens after which `decide_early` is asked (0: before anything is drafted); None
             leaves that out.
+        peek_every: after how many more it is asked again, and again, until it decides or the step is over; None asks
+            once.
+        lookahead: steps that the draft writes in a row before they are judged; what the target is asked about them is
+            then one forward. They are judged in order, and the first one that is escalated cuts the rest, so that
+            nothing but the time depends on it. Where a writer is remote, steps are judged one by one.
         judges_together: whether steps wait to be judged until the draft has written one in every row that is its: for
             routers that have the target write, which is cheaper for many rows at once.
         needs: what it cannot decide without. Hidden states, and the signals of a remote draft, are there only where
@@ -146,6 +151,8 @@ class Router(ABC):
 
     steps: Steps = Steps()
     peek: int | None = None
+    peek_every: int | None = None
+    lookahead: int = 1
     judges_together: bool = False
     needs: frozenset[Need] = frozenset()
 
@@ -154,7 +161,7 @@ class Router(ABC):
         """Judge one finished step of each of some rows."""
 
     def decide_early(self, steps: Sequence[DraftedStep]) -> list[Decision | None]:
-        """Judge steps by their first `peek` tokens; None leaves the judgement to `decide`."""
+        """Judge steps by their first tokens; None leaves the judgement to the next look, in the end to `decide`."""
         return [None] * len(steps)
 
 

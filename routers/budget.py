@@ -1,9 +1,12 @@
-"""Holds the share of steps that the target writes."""
+"""From a score to a verdict: by a threshold, or by the share of steps that the target is to write."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+
+from routers.base import Decision
 
 
 class EscalationBudget:
@@ -34,18 +37,31 @@ class EscalationBudget:
 
     def decide(self, score: float) -> bool:
         """Whether a step of this score is escalated; counts it."""
-        self._remember(score)
-        due = self.rate * (self.num_steps + 1) - self.num_escalated
-        wanted = min(1.0, max(0.0, self.rate + due / self._horizon))
-        num_recent = len(self._sorted)
-        above = num_recent - bisect_right(self._sorted, score)
-        equal = num_recent - above - bisect_left(self._sorted, score)
+        above, _ = self._rank(score)
         # with few scores a rank says little: then, too, the account decides
-        is_high = above + equal <= wanted * num_recent
-        is_level = above < wanted * num_recent
-        escalate = is_high or (is_level and due >= 0.5)
+        is_level = above < self._wanted * (len(self._sorted) + 1)
+        escalate = self.is_high(score) or (is_level and self._due >= 0.5)
+        self._remember(score)
         self.count(escalate)
         return escalate
+
+    def is_high(self, score: float) -> bool:
+        """Whether a step of this score, or of any higher one, would be escalated now; counts nothing."""
+        above, equal = self._rank(score)
+        return above + equal <= self._wanted * (len(self._sorted) + 1)
+
+    @property
+    def _due(self) -> float:
+        return self.rate * (self.num_steps + 1) - self.num_escalated
+
+    @property
+    def _wanted(self) -> float:
+        return min(1.0, max(0.0, self.rate + self._due / self._horizon))
+
+    def _rank(self, score: float) -> tuple[int, int]:
+        """How many recent scores are above this one, and how many equal it, itself included."""
+        above = len(self._sorted) - bisect_right(self._sorted, score)
+        return above, len(self._sorted) - above - bisect_left(self._sorted, score) + 1
 
     def count(self, escalated: bool) -> None:
         """Count a step that was decided otherwise."""
@@ -57,3 +73,51 @@ class EscalationBudget:
         self._recent.append(score)
         if len(self._recent) > self._window:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+
+
+class Gate:
+    """Escalates above a threshold, or at a rate; one of the two is given.
+
+    A score that is NaN escalates: the target is the safe choice.
+
+    Args:
+        owner: whose it is, for messages.
+        threshold: escalate above it.
+        escalation_rate: share of steps to escalate, held over all calls.
+
+    Raises:
+        ValueError: not exactly one of threshold and rate, or the rate is no share.
+    """
+
+    def __init__(self, owner: object, threshold: float | None, escalation_rate: float | None):
+        if (threshold is None) == (escalation_rate is None):
+            raise ValueError(f"{type(owner).__name__}: give either a threshold or an escalation_rate")
+        self.threshold = threshold
+        self.budget = None if escalation_rate is None else EscalationBudget(escalation_rate)
+
+    def decide(self, score: float) -> Decision:
+        """Of a finished step, or of one that will not be looked at again."""
+        if math.isnan(score):
+            return self.force("no score", score)
+        if self.budget is not None:
+            return Decision(escalate=self.budget.decide(score), score=score)
+        assert self.threshold is not None
+        return Decision(escalate=score > self.threshold, score=score)
+
+    def decide_early(self, score: float) -> Decision | None:
+        """Of a step whose score can only rise: escalates as soon as that is certain; otherwise None."""
+        if math.isnan(score):
+            return self.force("no score", score)
+        if self.budget is None:
+            assert self.threshold is not None
+            return Decision(escalate=True, score=score, reason="early") if score > self.threshold else None
+        if not self.budget.is_high(score):
+            return None
+        self.budget.decide(score)
+        return Decision(escalate=True, score=score, reason="early")
+
+    def force(self, reason: str, score: float | None = None) -> Decision:
+        """Escalate whatever the score."""
+        if self.budget is not None:
+            self.budget.count(True)
+        return Decision(escalate=True, score=score, reason=reason)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from routers.base import Decision, DraftedStep, Reward, Router, Scorer, TargetView, needs_of
-from routers.budget import EscalationBudget
+from routers.budget import EscalationBudget, Gate
 from routers.scorers import Shortfall, TargetGrade
 from routers.steps import Steps
 
@@ -132,15 +131,13 @@ class ScoringRouter(Router):
         steps: Steps = _STEPS,
     ):
         name = type(self).__name__
-        if (threshold is None) == (escalation_rate is None):
-            raise ValueError(f"{name}: give either a threshold or an escalation_rate")
+        self.gate = Gate(self, threshold, escalation_rate)
         if band is not None and threshold is None:
             raise ValueError(f"{name}: a band lies around a threshold; with an escalation_rate there is none")
         if isinstance(guard, str):
             raise ValueError(f"{name}(guard={guard!r}): pass a sequence of texts, such as ('####', r'\\boxed')")
-        self.scorer, self.threshold, self.early, self.band = scorer, threshold, early, band
+        self.scorer, self.early, self.band = scorer, early, band
         self.guard, self.steps = tuple(guard), steps
-        self.budget = None if escalation_rate is None else EscalationBudget(escalation_rate)
         self.peek = None if early is None else early.tokens
         self.needs = needs_of(scorer)
         if early is not None:
@@ -155,7 +152,7 @@ class ScoringRouter(Router):
 
     def decide(self, steps: Sequence[DraftedStep], target: TargetView) -> list[Decision]:
         decisions = {
-            index: self._forced("guard")
+            index: self.gate.force("guard")
             for index, step in enumerate(steps)
             if any(mark in step.text for mark in self.guard)
         }
@@ -165,12 +162,12 @@ class ScoringRouter(Router):
         decisions.update(self._judged(steps, scores, target))
         for index in rest:
             if index not in decisions:
-                decisions[index] = self._by_score(float(scores[index]))
+                decisions[index] = self.gate.decide(float(scores[index]))
         return [decisions[index] for index in range(len(steps))]
 
     def _glimpse(self, step: DraftedStep, early: EarlyEscalation) -> Decision | None:
         entropy = float(step.signals.entropies[: early.tokens].max(initial=0.0))
-        return self._forced("early", entropy) if entropy > early.entropy else None
+        return self.gate.force("early", entropy) if entropy > early.entropy else None
 
     def _judged(
         self, steps: Sequence[DraftedStep], scores: dict[int, float], target: TargetView
@@ -186,19 +183,6 @@ class ScoringRouter(Router):
             index: Decision(escalate=not verdict <= band.threshold, score=float(scores[index]), reason="band")
             for index, verdict in zip(unsure, verdicts, strict=True)
         }
-
-    def _by_score(self, score: float) -> Decision:
-        if math.isnan(score):
-            return self._forced("no score", score)
-        if self.budget is not None:
-            return Decision(escalate=self.budget.decide(score), score=score)
-        assert self.threshold is not None
-        return Decision(escalate=score > self.threshold, score=score)
-
-    def _forced(self, reason: str, score: float | None = None) -> Decision:
-        if self.budget is not None:
-            self.budget.count(True)
-        return Decision(escalate=True, score=score, reason=reason)
 
 
 class Arbitrage(ScoringRouter):

@@ -108,7 +108,7 @@ def generate(
     started = perf_counter()
     target = None
     if isinstance(model, Endpoint):
-        target, model = model, local_model(drafter, router, kwargs.get("tokenizer"))
+        target, model = model, local_model(model, drafter, router, kwargs.get("tokenizer"))
     drafter = _named(drafter) if isinstance(drafter, str) else drafter
     speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
     speculation.check(model)

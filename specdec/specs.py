@@ -105,7 +105,7 @@ def parse_parameter(kind: str, assignment: str, allowed: Mapping[str, Value]) ->
 # The tables
 
 
-def _parse(name: str, constructor: Callable[..., Any], assignments: Iterable[str]) -> dict[str, Any]:
+def parse_parameters(name: str, constructor: Callable[..., Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Arguments of a constructor; raises `ValueError` that says what is allowed, or what is missing."""
     signature = inspect.signature(constructor, eval_str=True).parameters
     typed = (one for one, parameter in signature.items() if not _is_given(parameter))
@@ -197,7 +197,7 @@ TREES_OF_DRAFTERS = {name: drafter.trees for name, drafter in _DRAFTERS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Spec:
+class Spec:
     """What was asked for by name and is not built yet, so that a typo is found before a model is loaded."""
 
     text: str
@@ -205,7 +205,7 @@ class _Spec:
     parameters: dict[str, Any]
 
 
-class DrafterSpec(_Spec):
+class DrafterSpec(Spec):
     """A drafter asked for by name."""
 
     __slots__ = ()
@@ -216,7 +216,7 @@ class DrafterSpec(_Spec):
         kind, *assignments = text.split(":")
         check_known("method", kind, DRAFTERS)
         # a bare name is known without torch
-        parameters = _parse(kind, _DRAFTERS[kind].constructor, assignments) if assignments else {}
+        parameters = parse_parameters(kind, _DRAFTERS[kind].constructor, assignments) if assignments else {}
         return cls(text=text, kind=kind, parameters=parameters)
 
     @property
@@ -277,7 +277,7 @@ def _built(name: str, draft: PreTrainedModel | None = None) -> Drafter | str:
     return DrafterSpec.parse(name).build(draft)
 
 
-class TreeSpec(_Spec):
+class TreeSpec(Spec):
     """A growth policy asked for by name."""
 
     __slots__ = ()
@@ -289,7 +289,7 @@ class TreeSpec(_Spec):
         check_known("tree", kind, tuple(_TREES))
         tree, (first, *others) = _TREES[kind], rest.split(",")
         assignments = [first if "=" in first else f"{tree.unnamed}={first}", *others] if rest else []
-        return cls(text=text, kind=kind, parameters=_parse(kind, tree.constructor, assignments))
+        return cls(text=text, kind=kind, parameters=parse_parameters(kind, tree.constructor, assignments))
 
     def build(self, **measured: Any) -> GrowthPolicy:
         """What `specdec.generate` takes as `tree`.

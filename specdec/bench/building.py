@@ -16,8 +16,9 @@ from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaCpp, LlamaFiles, find_gguf, llama_lacks
 from specdec.bench.peers.transformers_modes import OwnGenerate
 from specdec.bench.ranks import measure_ranks
+from specdec.bench.routed import RouterSpec
 from specdec.bench.running import Peer
-from specdec.drafters import Drafter
+from specdec.drafters import Auto, Drafter
 from specdec.models.pair import LoadedPair
 from specdec.specs import SEQUOIA, DrafterSpec
 from specdec.suites import Prompt
@@ -69,6 +70,19 @@ def build_methods(
             measured["acceptance"] = acceptance_of(spec.drafter.text)
         methods.append(Method(name, drafter, None if spec.tree is None else spec.tree.build(**measured)))
     return methods
+
+
+def build_routed(specs: Sequence[RouterSpec], writer: DrafterSpec | None, models: Models) -> list[Method]:
+    """A method for each router; the target's own writing takes what is quickest.
+
+    Args:
+        writer: who writes the steps that are kept.
+    """
+    if writer is None:
+        return []
+    drafter = models.drafter(writer)
+    assert isinstance(drafter, Drafter)
+    return [Method(spec.name, Auto(drafter), router=spec.build()) for spec in specs]
 
 
 def build_peers(

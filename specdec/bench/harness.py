@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from routers import Router
 from specdec.bench.memory import PeakMemory
 from specdec.bench.peers.transformers_modes import OwnGenerate
 from specdec.bench.running import Peer, Run, decode, pad_id
@@ -24,12 +25,16 @@ from trees import GrowthPolicy
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What `specdec.generate` takes, or a peer; without either it is the model's own `generate()`."""
+    """What `specdec.generate` takes, or a peer; without either it is the model's own `generate()`.
+
+    With a router it is lossy, and compared with nobody.
+    """
 
     name: str
     drafter: Drafter | str | None = None
     tree: GrowthPolicy | None = None
     peer: Peer | None = None
+    router: Router | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +132,7 @@ class Harness:
         self.settings = settings
         self._lacking = dict(_lacking(methods, settings))
         self._methods = [method for method in methods if method.name not in self._lacking]
+        self._lossy = {method.name for method in methods if method.router is not None}
         self._references = dict(_references(self._methods))
         self._own_generate = OwnGenerate(model)
         self._settle_seconds = max((method.peer.settle_seconds for method in self._methods if method.peer), default=0.0)
@@ -228,6 +234,8 @@ class Harness:
                 drafter=method.drafter,
                 tree=method.tree,
                 verify=self.settings.verify,
+                router=method.router,
+                tokenizer=self._tokenizer,
             )
         return dataclasses.replace(run, peak_memory_mib=self._memory.mib())
 
@@ -238,7 +246,7 @@ class Harness:
         return {
             name: self._compare_runs(prompts, runs[self._references[name]][0], repetitions)
             for name, repetitions in runs.items()
-            if self._references[name] in runs
+            if self._references[name] in runs and name not in self._lossy
         }
 
     def _compare_runs(self, prompts: list[torch.Tensor], reference: Run, runs: list[Run]) -> list[Comparison]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
+from routers import Router
 from specdec.drafters import Drafter
 from trees import GrowthPolicy
 
@@ -81,8 +82,11 @@ def decode(
     drafter: Drafter | str,
     tree: GrowthPolicy | None,
     verify: str,
+    router: Router | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Run:
-    """`specdec.generate`, timed."""
+    """`specdec.generate`, timed; a router needs the tokenizer."""
+    routed: dict[str, Any] = {} if router is None else {"router": router, "tokenizer": tokenizer}
     start = time.perf_counter()
     out = specdec.generate(
         model,
@@ -91,6 +95,7 @@ def decode(
         drafter=drafter,
         tree=tree,
         verify=verify,
+        **routed,
         return_dict_in_generate=True,
     )
     assert isinstance(out, specdec.SpeculativeOutput)

@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from specdec import __version__
-from specdec.cli import audit, batch, bench, chat, doctor, generate, pull, serve, train_head, train_router
+from specdec.cli import (
+    audit,
+    batch,
+    bench,
+    calibrate_router,
+    chat,
+    doctor,
+    generate,
+    pull,
+    serve,
+    train_head,
+    train_router,
+)
 
 app = typer.Typer(
     name="specdec",
@@ -14,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (pull, generate, chat, serve, batch, bench, audit, doctor, train_head, train_router):
+for command in (pull, generate, chat, serve, batch, bench, audit, doctor, train_head, train_router, calibrate_router):
     command.register(app)
 
 

@@ -14,6 +14,7 @@ from specdec.bench.methods import MethodSpec, choose_methods
 from specdec.bench.peers import choose_peers
 from specdec.cli.bench_options import (
     ALL_PROMPTS,
+    LOSSLESS,
     NO_PEERS,
     TABLE_ONLY,
     BatchSizesOption,
@@ -26,6 +27,7 @@ from specdec.cli.bench_options import (
     QuickOption,
     ReferenceOption,
     RepetitionsOption,
+    RoutedOptions,
     SeedOption,
     TreesOption,
     WarmupOption,
@@ -68,6 +70,7 @@ def bench(
     loading: LoadingOptions = LOADING,
     methods: MethodsOption = None,
     tree: TreesOption = None,
+    routed: RoutedOptions = LOSSLESS,
     others: PeerOptions = NO_PEERS,
     reference: ReferenceOption = "transformers",
     asked: PromptOptions = ALL_PROMPTS,
@@ -95,16 +98,20 @@ def bench(
     lengths, sizes = whole_numbers("--max-new-tokens", max_new_tokens), whole_numbers("--batch-size", batch_size)
     wanted = choose_peers(others.peers, draft=draft, draft_gguf=others.draft_gguf)
     drafting_peers = any(spec.needs_draft for spec in wanted.values())
-    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafting_peers)
+    drafts_anyway = drafting_peers or bool(routed.router)
+    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafts_anyway)
     suite = asked.suite()
 
     with starting():
-        from specdec.bench.building import Models, build_methods, build_peers, llama_files
+        from specdec.bench.building import Models, build_methods, build_peers, build_routed, llama_files
         from specdec.bench.document import make_document
         from specdec.bench.harness import Harness, Settings
         from specdec.bench.peers.llama_cpp import describe
+        from specdec.bench.routed import RouterSpec, choose_step_writer
         from specdec.models.pair import load_pair
 
+    router_specs = [RouterSpec.parse(text) for text in dict.fromkeys(routed.router or ())]
+    writer = choose_step_writer(routed.step_writer, draft) if router_specs else None
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
     llama = llama_files(peer_specs, model=model, draft=draft, gguf=others.gguf, draft_gguf=others.draft_gguf)
     sampling = Settings(sample=sample, temperature=temperature, verify=verify, seed=seed)
@@ -114,6 +121,7 @@ def bench(
     models = Models.of(pair, llama)
     built = build_methods(specs, models, suite.select(limit=1).prompts, settings[0])
     suite = asked.cut(suite, models.tokenizer)
+    built += build_routed(router_specs, writer, models)
     built += build_peers(peer_specs, models, suite.prompts, max(lengths))
     harnesses = [Harness(models.target, models.tokenizer, built, one) for one in settings]
     results, was_interrupted = _measure(harnesses, suite.prompts)

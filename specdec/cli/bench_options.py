@@ -42,6 +42,42 @@ MethodsOption = Annotated[
         rich_help_panel=_COMPARED,
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Rows that are lossy."""
+
+    router: list[str] | None = None
+    step_writer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_writer is not None and not self.router:
+            raise ValueError("--step-writer writes steps for a router: give --router too, or leave it out")
+
+
+RoutedOptions = Annotated[
+    Routed,
+    {
+        "router": typer.Option(
+            "--router",
+            metavar="SPEC",
+            help="LOSSY: a draft writes whole steps, and the target those that the router gives to it: "
+            "self-confidence:threshold=0.6, first-token-entropy:escalation_rate=0.3, random:escalation_rate=0.3, "
+            "likelihood, regret, self-score, arbitrage:router=DIR:...; may be given several times.",
+            rich_help_panel=_COMPARED,
+        ),
+        "step_writer": typer.Option(
+            "--step-writer",
+            metavar="NAME",
+            help="Who writes the steps that a --router keeps: small-model (the --draft), or the target's own copy, "
+            "quantized-self:weights=int4, which it is without a --draft.",
+            rich_help_panel=_COMPARED,
+        ),
+    },
+]
+LOSSLESS = Routed()
+"""The default values of `RoutedOptions`."""
 _LIMITED = "; ".join(
     f"{drafter} takes {' and '.join(trees)}"
     for drafter, trees in TREES_OF_DRAFTERS.items()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdec.acceptance import Accepted, to_host
 from specdec.decoding.drafter import DraftSession, Outcome
+from specdec.decoding.earlier import EarlierTexts
 from specdec.decoding.recording import Recorder
 from specdec.decoding.sampling import Prefixes, Sampler
 from specdec.decoding.sequences import Sequences
@@ -130,21 +131,28 @@ class DecodingLoop:
         for row, row_tokens in enumerate(tokens):
             self.sequences.commit(row, row_tokens)
         self._report(Committed(draft.trees, paths, tokens, stopped))
-        self.session.observe(Outcome(paths=paths, tokens=tokens))
+        self.session.observe(self._outcome(paths, tokens))
         self._let_go(stopped)
 
-    def join(self, tokens: Sequence[int], states: RowStates | None, hidden: dict[int, Tensor]) -> int:
+    def join(
+        self,
+        tokens: Sequence[int],
+        states: RowStates | None,
+        hidden: dict[int, Tensor],
+        earlier: EarlierTexts | None = None,
+    ) -> int:
         """A row more, between two rounds. Its last token is the root of its first round.
 
         Args:
             tokens: its prompt, without padding.
             states: of all tokens but the last, copied; None if there is but one token.
             hidden: see `TreeModel.joined_states`.
+            earlier: see `Sequences.earlier`.
 
         Returns:
             Its number in `sequences.rows`.
         """
-        number = self.sequences.join(tokens)
+        number = self.sequences.join(tokens, earlier)
         self.target.join(states, hidden)
         self.session.join()
         return number
@@ -157,6 +165,10 @@ class DecodingLoop:
         self.sequences.select_rows(stay)
         self.target.select_rows(stay)
         self.session.select_rows(stay)
+
+    def _outcome(self, paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Outcome:
+        """Of a round, as the session is told."""
+        return Outcome(paths=paths, tokens=tokens)
 
     def _max_depths(self) -> list[int]:
         """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""

@@ -6,11 +6,9 @@ the target writes in some, the draft goes on in others. `docs/routing.md` walks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from routers import Decision, DraftedStep, Router
 from routers.base import Writer
@@ -20,55 +18,13 @@ from specdec.decoding.stats import StepRecord
 from specdec.errors import EndpointError
 from specdec.routing.remote.view import RemoteView
 from specdec.routing.remote.writer import RemoteWriter
+from specdec.routing.turns import Chain, Finished, Judged, Phase, Turn, flat
 from specdec.routing.view import WriterView
 from specdec.routing.writer import StepWriter
 from specdec.streaming import StreamFeed
 
 AnyWriter: TypeAlias = StepWriter | RemoteWriter
 View: TypeAlias = WriterView | RemoteView
-
-
-class Phase(Enum):
-    """Where a row's step stands."""
-
-    NEW = auto()
-    """Nothing has been written."""
-    PEEK = auto()
-    """The draft writes the first tokens, at which the router looks."""
-    DRAFT = auto()
-    """The draft writes."""
-    TARGET = auto()
-    """The target writes."""
-
-
-@dataclass(kw_only=True)
-class _Turn:
-    """A row's step in the making.
-
-    Args:
-        decision: once it has fallen; the draft may still have to write what is kept.
-        drafted: what the draft wrote, once it is the target's turn.
-    """
-
-    phase: Phase = Phase.NEW
-    started: float = field(default_factory=perf_counter)
-    decision: Decision | None = None
-    drafted: Sequence[int] = ()
-
-
-class _Finished(NamedTuple):
-    """A step that is to be committed.
-
-    Args:
-        drafted: what the draft wrote in its place.
-        in_vain: what was written besides, perhaps the beginning of the step itself.
-    """
-
-    decision: Decision
-    tokens: Sequence[int]
-    drafted: Sequence[int]
-    in_vain: Sequence[int]
-    is_last: bool
 
 
 class StepLoop:
@@ -105,7 +61,7 @@ class StepLoop:
         self._prompts = [list(tokens) for tokens in target.sequences.tokens]
         self._steps: list[list[Sequence[int]]] = [[] for _ in range(num_rows)]
         self._writers: list[list[Writer]] = [[] for _ in range(num_rows)]
-        self._turns = [_Turn() for _ in range(num_rows)]
+        self._turns = [Turn() for _ in range(num_rows)]
         self._is_local = isinstance(draft, StepWriter) and isinstance(target, StepWriter)
         self._lost: Writer | None = None
         """Whose endpoint has failed for good: the other one goes on alone."""
@@ -179,15 +135,25 @@ class StepLoop:
             self.draft.begin(dict.fromkeys(rows, min(self.router.peek, self._longest)))
 
     def _peek(self, rows: Sequence[int]) -> None:
-        """The draft has written the first tokens: the router looks."""
+        """The draft has written the first tokens: the router looks. Undecided, it may look again some tokens later."""
         decisions: dict[int, Decision | None] = dict.fromkeys(rows)
+        every = None
         if self._lost is None:
+            every, started = self.router.peek_every, perf_counter()
             decisions.update(zip(rows, self.router.decide_early([self._drafted(row) for row in rows]), strict=True))
+            self.stats.router_seconds += perf_counter() - started
+        again = {}
         for row, decision in decisions.items():
             self._turns[row].decision = decision
+            if decision is None and every is not None and not self.draft.stop.steps[row].is_over:
+                again[row] = min(len(self.draft.step_tokens(row)) + every, self._longest)
         escalated = {row: decision for row, decision in decisions.items() if decision is not None and decision.escalate}
-        self._let_draft([row for row in rows if row not in escalated])
-        self._escalate(escalated, {row: self.draft.step_tokens(row) for row in escalated})
+        self.draft.begin(again)
+        self._let_draft([row for row in rows if row not in escalated and row not in again])
+        behind = [row for row in escalated if self._turns[row].ahead]
+        alone = {row: decision for row, decision in escalated.items() if row not in behind}
+        self._escalate(alone, {row: self.draft.step_tokens(row) for row in alone})
+        self._settle(behind)
 
     def _let_draft(self, rows: Sequence[int]) -> None:
         """The draft writes these rows' steps."""
@@ -196,20 +162,54 @@ class StepLoop:
         self.draft.begin(dict.fromkeys(rows, self._longest))
 
     def _judge(self, rows: Sequence[int]) -> None:
-        """The draft has written a step: the router decides."""
-        drafted = {row: self._drafted(row) for row in rows}
-        view = self._view()
-        decisions = {row: decision for row in rows if (decision := self._turns[row].decision) is not None}
-        decisions |= self._decide({row: step for row, step in drafted.items() if row not in decisions}, view)
-        kept = {row: step for row, step in drafted.items() if not decisions[row].escalate}
-        view.commit_scored({row: step.tokens for row, step in kept.items()})
-        escalated = [row for row in rows if row not in kept]
-        self._escalate({row: decisions[row] for row in escalated}, {row: drafted[row].tokens for row in escalated})
-        finished = {}
-        for row, step in kept.items():
+        """The draft has written a step: the router decides, or lets the draft go on first."""
+        rest = []
+        for row in rows:
+            turn, most = self._turns[row], self.router.lookahead if self._is_local else 1
+            if len(turn.ahead) + 1 < most and not self.draft.stop.steps[row].is_last:
+                turn.ahead.append(Judged(self._drafted(row), turn.decision))
+                turn.phase, turn.decision = Phase.NEW, None
+                self.draft.begin_steps([row])
+            else:
+                rest.append(row)
+        self._settle(rest)
+
+    def _settle(self, rows: Sequence[int]) -> None:
+        """Judge these rows' steps, one after the other, and go on from what is kept."""
+        if not rows:
+            return
+        chains = {
+            row: Chain(steps=[*turn.ahead, Judged(self._drafted(row), turn.decision)])
+            for row, turn in enumerate(self._turns)
+            if row in rows
+        }
+        view = self._view({row: chain.tokens for row, chain in chains.items()})
+        while waiting := {row: chain.next for row, chain in chains.items() if chain.next is not None}:
+            known = {row: one.decision for row, one in waiting.items() if one.decision is not None}
+            known |= self._decide({row: one.step for row, one in waiting.items() if row not in known}, view)
+            for row, decision in known.items():
+                chains[row].judge(decision)
+        cut = {row: chain for row, chain in chains.items() if chain.is_cut}
+        kept = {row: [one.step.tokens for one in chain.steps[: chain.kept]] for row, chain in chains.items()}
+        scored = view.commit_scored({row: steps for row, steps in kept.items() if steps}, cut.keys())
+        self._commit({row: self._finished(row, chain, view) for row, chain in cut.items() if chain.kept}, scored)
+        for row, chain in cut.items():
+            self._turns[row].beyond = chain.beyond
+        rejected = {row: chain.steps[chain.kept] for row, chain in cut.items()}
+        self._escalate(
+            {row: one.decision for row, one in rejected.items() if one.decision is not None},
+            {row: one.step.tokens for row, one in rejected.items()},
+        )
+        self._commit({row: self._finished(row, chain, view) for row, chain in chains.items() if row not in cut})
+
+    def _finished(self, row: int, chain: Chain, view: View) -> list[Finished]:
+        """The steps of a chain that are kept."""
+        finished = []
+        for step, decision in chain.steps[: chain.kept]:
+            assert decision is not None
             in_vain = self.target.step_tokens(row) if row in view.written else step.tokens
-            finished[row] = _Finished(decisions[row], step.tokens, step.tokens, in_vain, step.is_last)
-        self._commit(finished)
+            finished.append(Finished(decision, step.tokens, step.tokens, in_vain, step.is_last))
+        return finished
 
     def _decide(self, drafted: Mapping[int, DraftedStep], view: View) -> dict[int, Decision]:
         if not drafted:
@@ -251,7 +251,8 @@ class StepLoop:
             turn = self._turns[row]
             assert turn.decision is not None
             tokens, is_last = self.target.step_tokens(row), self.target.stop.steps[row].is_last
-            finished[row] = _Finished(turn.decision, tokens, turn.drafted, turn.drafted, is_last)
+            in_vain = [*turn.drafted, *turn.beyond]
+            finished[row] = [Finished(turn.decision, tokens, turn.drafted, in_vain, is_last)]
         self._commit(finished)
 
     def _handle_endpoint_failure(self, error: EndpointError) -> None:
@@ -278,25 +279,33 @@ class StepLoop:
     def _alone(self) -> Decision:
         return Decision(escalate=self._lost == "draft", reason=f"{self._lost} lost")
 
-    def _commit(self, finished: Mapping[int, _Finished]) -> None:
-        """Bring both writers to the same text, pass it on, and let the rows go that have stopped."""
+    def _commit(self, finished: Mapping[int, Sequence[Finished]], scored: Collection[int] = ()) -> None:
+        """Bring both writers to the same text, pass it on, and let the rows go that have stopped.
+
+        Args:
+            scored: rows in which the target holds these steps, and goes on after them.
+        """
         if not finished:
             return
+        rows = self.target.sequences.rows
         texts = {}
-        for row, step in finished.items():
-            self._record(row, step.decision, step.in_vain, step.tokens)
-            texts[row] = [*self.target.sequences.tokens[row][: self.target.stop.steps[row].start], *step.tokens]
-            self._turns[row] = _Turn()
-        for writer in (self.draft, self.target):
-            writer.sync(texts)
-            writer.begin_steps(texts)
-        steps = list(finished.values())
-        self.stats.record_tokens(sum(len(step.tokens) for step in steps), perf_counter() - self._started)
-        caller_rows = [self.target.sequences.rows[row] for row in finished]
+        for row, steps in finished.items():
+            before = self._prompts[rows[row]], flat(self._steps[rows[row]])
+            texts[row] = flat([*before, *(step.tokens for step in steps)])
+            for step in steps:
+                self._record(row, step.decision, step.in_vain, step.tokens)
+            self._turns[row] = Turn()
+        for writer, others in ((self.draft, ()), (self.target, scored)):
+            ours = {row: text for row, text in texts.items() if row not in others}
+            writer.sync(ours)
+            writer.begin_steps(ours)
+        flattened = [(row, rows[row], step) for row, steps in finished.items() for step in steps]
+        self.stats.record_tokens(sum(len(step.tokens) for *_, step in flattened), perf_counter() - self._started)
         if self.feed is not None:
-            shared = [num_shared(step.drafted, step.tokens) for step in steps]
-            self.feed.put_round(caller_rows, [step.tokens for step in steps], shared)
-        for row, caller_row, step in zip(finished, caller_rows, steps, strict=True):
+            shared = [num_shared(step.drafted, step.tokens) for *_, step in flattened]
+            caller_rows = [caller_row for _, caller_row, _ in flattened]
+            self.feed.put_round(caller_rows, [step.tokens for *_, step in flattened], shared)
+        for row, caller_row, step in flattened:
             self._steps[caller_row].append(step.tokens)
             if self.feed is not None:
                 self.feed.put(caller_row, step.tokens, step.is_last)
@@ -304,7 +313,7 @@ class StepLoop:
                 self.recorder.finish(caller_row, self.target.sequences.prefix(row), None, row)
         if self.feed is not None:
             self.feed.flush()
-        gone = {row for row, step in finished.items() if step.is_last}
+        gone = {row for row, _, step in flattened if step.is_last}
         if gone:
             stay = [row for row in range(len(self._turns)) if row not in gone]
             self.draft.select_rows(stay)
@@ -344,19 +353,22 @@ class StepLoop:
         stats.draft_seconds = draft.stats.draft_seconds + draft.stats.verify_seconds
         stats.finish(perf_counter() - self._started)
 
-    def _view(self) -> View:
+    def _view(self, chains: Mapping[int, Sequence[int]]) -> View:
         writer_rows = {row: index for index, row in enumerate(self.target.sequences.rows)}
         if isinstance(self.target, RemoteWriter):
             return RemoteView(self.target, writer_rows, ask=self._ask, write=self._let_write)
-        return WriterView(self.target, writer_rows, ask=self._ask, token_of=self._token_of, write=self._let_write)
+        return WriterView(
+            self.target, writer_rows, chains, ask=self._ask, token_of=self._token_of, write=self._let_write
+        )
 
     def _drafted(self, row: int) -> DraftedStep:
-        caller_row = self.target.sequences.rows[row]
+        caller_row, ahead = self.target.sequences.rows[row], self._turns[row].ahead
+        ours: Writer = "draft"
         return DraftedStep(
             row=caller_row,
             prompt=self._prompts[caller_row],
-            previous=tuple(self._steps[caller_row]),
-            writers=tuple(self._writers[caller_row]),
+            previous=(*self._steps[caller_row], *(one.step.tokens for one in ahead)),
+            writers=(*self._writers[caller_row], *(ours for _ in ahead)),
             tokens=self.draft.step_tokens(row),
             signals=self.draft.step_signals(row),
             is_last=self.draft.stop.steps[row].is_last,

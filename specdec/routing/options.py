@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from routers import Router
-from specdec.drafters import SmallModel
+from specdec.drafters import Auto, QuantizedSelf, SmallModel
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.tree_model.layer_kinds import keeps_states
 
+ModelDrafter: TypeAlias = SmallModel | QuantizedSelf
+"""Drafters whose model can write steps."""
 
-def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
+
+def writer_of(drafter: Any) -> Endpoint | ModelDrafter | None:
+    """Who writes the steps of the draft; None if there is nobody.
+
+    Args:
+        drafter: as of `specdec.generate`; of `Auto` the one that it chooses from.
+    """
+    if isinstance(drafter, PreTrainedModel):
+        return SmallModel(drafter)
+    if isinstance(drafter, Auto):
+        drafter = drafter.drafters[0] if len(drafter.drafters) == 1 else None
+        return drafter if isinstance(drafter, ModelDrafter) else None
+    return drafter if isinstance(drafter, ModelDrafter | Endpoint) else None
+
+
+def check_routing(router: Any, target: Endpoint | None, drafter: Any, tokenizer: Any) -> Endpoint | ModelDrafter:
     """Check what a call with a router needs.
+
+    Returns:
+        Who writes the steps of the draft.
 
     Raises:
         ValueError: the router is none, or the draft model or the tokenizer is missing.
@@ -24,15 +44,22 @@ def check_routing(router: Any, drafter: Any, tokenizer: Any) -> None:
     """
     if not isinstance(router, Router):
         raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
-    if not isinstance(drafter, (PreTrainedModel, SmallModel, Endpoint)):
+    if router.lookahead > 1 and router.judges_together:
+        raise ValueError(f"{type(router).__name__} has the target write every step: lookahead is 1 then")
+    writer = writer_of(drafter)
+    if writer is None:
         raise ValueError(
             f"drafter={drafter!r}: a router needs a draft model that writes steps; pass a smaller model of the same "
-            "tokenizer, specdec.drafters.SmallModel(model), or a specdec.Endpoint"
+            "tokenizer, specdec.drafters.SmallModel(model), QuantizedSelf(), Auto of one of these, or a "
+            "specdec.Endpoint"
         )
-    if not isinstance(drafter, Endpoint):
-        check_writer(drafter.model if isinstance(drafter, SmallModel) else drafter)
+    if isinstance(writer, QuantizedSelf) and target is not None:
+        raise ValueError(f"{writer!r} is a copy of the target, which is not here but at {target}: pass a draft model")
+    if isinstance(writer, SmallModel):
+        check_writer(writer.model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
+    return writer
 
 
 def check_speculation(speculation: Speculation) -> None:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from specdec.decoding.drafter import DraftSession, Run
+from specdec.decoding.drafter import Drafter, DraftSession, Run
 from specdec.routing.writer import StepWriter
 from trees import Draft, TokenTree, TreeBatch
 
 
-class WriterSession(DraftSession):
+class StepDrafter(Drafter):
+    """Drafts with the draft's writer, in the run whose steps it writes.
+
+    Args:
+        num_tokens: length of a proposal.
+    """
+
+    def __init__(self, writer: StepWriter, num_tokens: int):
+        self.writer, self.num_tokens = writer, num_tokens
+        self.model = writer.target.model
+        """By which `Auto` tells what it has learned of one draft from that of another."""
+
+    def start(self, run: Run) -> DraftSession:
+        return _WriterSession(run, self.writer, self.num_tokens)
+
+
+class _WriterSession(DraftSession):
     """Proposes what the draft's writer writes on the target's text.
 
     The chains are given, not drawn, to the target's verification: it then walks them with its own choice of every
@@ -24,6 +40,10 @@ class WriterSession(DraftSession):
         self._run = run
         self._draft = draft
         self._num_tokens = num_tokens
+
+    @property
+    def num_forwards(self) -> int:
+        return self._draft.num_forwards
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         limits = {row: min(self._num_tokens, depth) for row, depth in enumerate(max_depths) if depth}

@@ -24,14 +24,14 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.decoding.stats import SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
-from specdec.drafters import Drafter, PromptLookup, Run, SmallModel
+from specdec.drafters import Auto, Drafter, PromptLookup, Run, SmallModel
 from specdec.drafters.speculation import Speculation
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.loop import AnyWriter, StepLoop
-from specdec.routing.options import check_is_text, check_routing, check_speculation
+from specdec.routing.options import ModelDrafter, check_is_text, check_routing, check_speculation, writer_of
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.routing.remote.writer import RemoteWriter, as_prompt
-from specdec.routing.session import WriterSession
+from specdec.routing.session import StepDrafter
 from specdec.routing.stop import StepStop
 from specdec.routing.writer import StepWriter
 from specdec.streaming import StreamFeed
@@ -98,12 +98,15 @@ class Routing:
         draft: an endpoint, or holds the draft model and how many tokens of it the target verifies at a time in steps of
             its own.
         tokenizer: of the text; steps are found by what its tokens spell.
+        chooses: whether the target's own writing is drafted for by whatever is quickest (`Auto`), which may be the
+            draft, prompt lookup or nobody; otherwise always by the draft.
     """
 
     router: Router
     target: Endpoint | None
-    draft: SmallModel | Endpoint
+    draft: ModelDrafter | Endpoint
     tokenizer: PreTrainedTokenizerBase
+    chooses: bool = False
 
     def start(self, model: PreTrainedModel, call: RoutedCall) -> StepLoop:
         """The loop of a call.
@@ -185,12 +188,19 @@ class Routing:
                     "router that was trained without them, or draft with a model here"
                 )
             return self._remote(self.draft, call, needs=self.router.needs & {"signals"})
-        reader = TreeModel(self.draft.model)
+        reader = TreeModel(self._draft_model(self.draft, target))
         run = call.run(reader, (target or reader).vocab_size)
-        if target is not None:
+        if target is not None and isinstance(self.draft, SmallModel):
             self.draft.check_fit(run)
         _check_draft_positions(reader.model, call.input_ids.shape[1], StopChecker(call.criteria).max_length)
         return self._local(run, _COPIED.start(run), call, wants_hidden="hidden" in self.router.needs, is_draft=True)
+
+    @staticmethod
+    def _draft_model(draft: ModelDrafter, target: TreeModel | None) -> PreTrainedModel:
+        if isinstance(draft, SmallModel):
+            return draft.model
+        assert target is not None
+        return draft.copy_of(target.model)
 
     def _target(self, target: TreeModel | None, draft: AnyWriter, call: RoutedCall) -> AnyWriter:
         if self.target is not None:
@@ -199,9 +209,10 @@ class Routing:
         run = call.run(target, target.vocab_size)
         session: DraftSession = _COPIED.start(run)
         if isinstance(draft, StepWriter):
-            assert isinstance(self.draft, SmallModel)
+            assert isinstance(self.draft, ModelDrafter)
             assert isinstance(self.draft.policy, Chain)
-            session = WriterSession(run, draft, self.draft.policy.length)
+            drafter = StepDrafter(draft, self.draft.policy.length)
+            session = (_choice_of(drafter) if self.chooses else drafter).start(run)
         return self._local(run, session, call)
 
     def _local(
@@ -220,6 +231,7 @@ class Routing:
             prefill=_prefill(call, {} if is_draft else call.others),
             vocab_size=run.vocab_size,
             widest=_WIDEST_COPY if is_draft else _WIDEST_DRAFT,
+            reads_first=self.chooses and not is_draft,
             wants_signals=is_draft,
             wants_hidden=wants_hidden,
         )
@@ -269,7 +281,7 @@ class Routing:
         return StepStop(call.criteria, segmenter, [len(tokens) for tokens in sequences.tokens])
 
 
-def local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrainedModel:
+def local_model(target: Endpoint, drafter: Any, router: Router | None, tokenizer: Any) -> PreTrainedModel:
     """The model that the arguments are prepared for, where the target is remote: the draft's, if that is here.
 
     Raises:
@@ -277,10 +289,11 @@ def local_model(drafter: Any, router: Router | None, tokenizer: Any) -> PreTrain
     """
     if router is None:
         raise ValueError("an endpoint writes whole steps: pass router= (routers.AlwaysTarget() for its steps alone)")
-    if isinstance(drafter, Endpoint):
-        check_routing(router, drafter, tokenizer)
-        return stand_in(tokenizer)
-    return drafter.model if isinstance(drafter, SmallModel) else drafter
+    writer = writer_of(drafter)
+    if isinstance(writer, SmallModel):
+        return writer.model
+    check_routing(router, target, drafter, tokenizer)
+    return stand_in(tokenizer)
 
 
 def as_routing(
@@ -297,10 +310,9 @@ def as_routing(
         ValueError: the draft model or the tokenizer is missing.
     """
     tokenizer = arguments.get("tokenizer")
-    check_routing(router, drafter, tokenizer)
+    draft, chooses = check_routing(router, target, drafter, tokenizer), not isinstance(drafter, ModelDrafter)
     check_speculation(speculation)
-    draft = drafter if isinstance(drafter, (SmallModel, Endpoint)) else SmallModel(drafter)
-    return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer)
+    return Routing(router=router, target=target, draft=draft, tokenizer=tokenizer, chooses=chooses)
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -320,6 +332,13 @@ def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model.config.vocab_size = len(tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def _choice_of(drafter: Drafter) -> Auto:
+    """Of the draft's writer, prompt lookup and nobody: the copy of the target may be the draft itself."""
+    auto = Auto(drafter)
+    auto.brings_own = False
+    return auto
 
 
 def _prefill(call: RoutedCall, inputs: dict[str, Any]) -> Callable[[TreeModel, Sequence[int]], None]:

@@ -43,6 +43,7 @@ class StepStop(StopChecker):
     def __init__(self, criteria: StoppingCriteriaList, segmenter: Segmenter, lengths: Sequence[int]):
         super().__init__(criteria)
         self.steps = [_RowStep(start=length) for length in lengths]
+        self._prompt_lengths = list(lengths)
         self._segmenter = segmenter
 
     @property
@@ -52,8 +53,7 @@ class StepStop(StopChecker):
 
     def begin_step(self, row: int, tokens: Sequence[int]) -> None:
         """A row's next step begins at the end of its tokens."""
-        step = self.steps[row]
-        in_fence = self._segmenter.in_fence_after(tokens[step.start :], step.in_fence)
+        in_fence = self._segmenter.in_fence_after(tokens[self._prompt_lengths[row] :], False)
         self.steps[row] = _RowStep(start=len(tokens), in_fence=in_fence)
 
     def go_on(self, row: int, num_written: int, limit: int) -> None:
@@ -74,7 +74,10 @@ class StepStop(StopChecker):
         for row, step in enumerate(self.steps):
             if step.writing:
                 written = sequences.tokens[row][step.start :]
-                counts[row], stopped[row] = self._cut_step(step, written, candidates[row][: counts[row]], stopped[row])
+                skipped = max(0, step.start - len(sequences.tokens[row]))  # of whole steps before it
+                new = candidates[row][skipped : counts[row]]
+                count, stopped[row] = self._cut_step(step, written, new, stopped[row])
+                counts[row] = skipped + count
         return counts, stopped
 
     def _cut_step(self, step: _RowStep, written: Sequence[int], new: Sequence[int], is_last: bool) -> tuple[int, bool]:
@@ -92,3 +95,4 @@ class StepStop(StopChecker):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.steps = [self.steps[row] for row in rows]
+        self._prompt_lengths = [self._prompt_lengths[row] for row in rows]

@@ -10,7 +10,7 @@ Shape legend: B rows, R rows that write, T slots, V vocabulary, C channels.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar, NamedTuple
@@ -44,6 +44,8 @@ class StepWriter(DecodingLoop):
         prefill: reads the prompts of the caller's rows of these indices; called when the model is first needed.
         vocab_size: of the distributions that it writes from: the target's.
         widest: tokens of a forward in which several rows write; on CPUs their drafts are cut to that.
+        reads_first: whether what the other one has written is read before anything is drafted after it, so that the
+            session sees rounds of its own drafts only.
         wants_signals: whether to keep `Signals` of what it writes; with `wants_hidden` hidden states too.
     """
 
@@ -51,6 +53,7 @@ class StepWriter(DecodingLoop):
     prefill: Callable[[TreeModel, Sequence[int]], None]
     vocab_size: int
     widest: int
+    reads_first: bool = False
     num_requests: ClassVar[int] = 0
     endpoint: ClassVar[None] = None
     wants_signals: bool = False
@@ -62,6 +65,9 @@ class StepWriter(DecodingLoop):
         self._scored: _ScoredDrafts | None = None
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
         self._has_read = False
+        self._is_own = True
+        """Whether the round verifies what the session has drafted."""
+
         if self.wants_hidden:
             self.target.keep_states({self.target.num_layers})
 
@@ -82,14 +88,13 @@ class StepWriter(DecodingLoop):
     def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Commit of these drafts what the model would have written, and its own token after that."""
         chains = {row: tokens[: self._room(row)] for row, tokens in drafts.items()}
-        if chains := {row: tokens for row, tokens in chains.items() if tokens}:
+        if chains := {row: tokens for row, tokens in chains.items() if tokens or self._must_read(row)}:
             self.score_drafts(chains)
             self.commit_scored({})
 
     def write(self, limits: Mapping[int, int]) -> None:
-        """Go on with these rows' steps until each is over or has the given number of tokens.
-
-        Other rows that are writing go on as well, as far as these take.
+        """Go on with these rows' steps until each is over or has the given number of tokens. Other rows that are
+        writing go on as well, as far as these take.
 
         Args:
             limits: row -> tokens of the step, those that stand there included.
@@ -164,24 +169,36 @@ class StepWriter(DecodingLoop):
         self._scored = _ScoredDrafts(draft, logits_RTV, waiting)
         return dict(zip(self.stop.writing, logits_RTV, strict=True))
 
-    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
+    def commit_scored(
+        self, kept: Mapping[int, Sequence[Sequence[int]]], goes_on: Collection[int] = frozenset()
+    ) -> None:
         """Commit what was scored.
 
         Args:
-            kept: row -> the first tokens of its chain, kept as they are. In the other rows the model's own tokens
-                stand, as far as the chain agrees with them, and one more.
+            kept: row -> the steps that its chain begins with, kept as they are. In the other rows the model's own
+                tokens stand, as far as the chain agrees with them, and one more.
+            goes_on: rows in which the model's own tokens follow the steps that are kept.
         """
         assert self._scored is not None
         draft, logits_RTV, waiting = self._scored
         self._scored = None
-        accepted = self.accept(draft, logits_RTV)
-        for row, tokens in kept.items():
-            accepted.candidates[row] = list(tokens)
-            accepted.paths[row] = list(range(len(tokens) - 1))
-            self._signals[row] = [*self._signals[row][: len(self.sequences.tokens[row])], *[None] * len(tokens)]
+        self._is_own = False
+        given = {row: sum(map(len, steps)) for row, steps in kept.items() if row in goes_on}
+        accepted = self.accept(draft, logits_RTV, given)
+        for row, steps in kept.items():
+            tokens = [token for step in steps for token in step]
+            before = len(tokens) if row in goes_on else len(tokens) - len(steps[-1])
+            if before:
+                self.stop.begin_step(row, [*self.sequences.tokens[row], *tokens[:before]])
+                self.stop.steps[row].writing = True
+            if row not in goes_on:
+                accepted.candidates[row] = tokens
+                accepted.paths[row] = list(range(len(tokens) - 1))
+                self._signals[row] = [*self._signals[row][: len(self.sequences.tokens[row])], *[None] * len(tokens)]
         for row in self.stop.writing:
             self.stop.steps[row].limit = sys.maxsize
         self.commit(draft, accepted)
+        self._is_own = True
         self._resume(waiting)
 
     def discard(self) -> None:
@@ -202,16 +219,16 @@ class StepWriter(DecodingLoop):
         self._leads = [len(leads.get(row, ())) for row in range(len(self.sequences))]
         logits_RTV = self._forward({row: [*leads[row], self._root(row), *draft.trees.row(row).tokens] for row in rows})
         if any(self._leads):
-            first_R1 = torch.tensor([self._leads[row] for row in rows], device=logits_RTV.device).unsqueeze(1)
-            slots_RT = (first_R1 + torch.arange(draft.trees.num_slots, device=first_R1.device)).clamp_max(
-                logits_RTV.shape[1] - 1
-            )
-            logits_RTV = logits_RTV[torch.arange(len(rows), device=first_R1.device).unsqueeze(1), slots_RT]
+            logits_RTV = _from_slot(logits_RTV, [self._leads[row] for row in rows])[:, : draft.trees.num_slots]
         self.stats.verify_seconds += perf_counter() - started
         return logits_RTV
 
-    def accept(self, draft: Draft, logits_RTV: Tensor) -> Accepted:
-        """What the model keeps of the chain of each row that writes, and the token after it; nothing in other rows."""
+    def accept(self, draft: Draft, logits_RTV: Tensor, given: Mapping[int, int] | None = None) -> Accepted:
+        """What the model keeps of the chain of each row that writes, and the token after it; nothing in other rows.
+
+        Args:
+            given: row -> number of its chain's first tokens that are kept whatever the model says.
+        """
         rows = self.stop.writing
         part, sequences = draft, self.sequences
         if len(rows) < len(sequences):
@@ -219,10 +236,16 @@ class StepWriter(DecodingLoop):
             sequences = sequences.row_subset(rows)
         prefixes = Prefixes(sequences, part.trees, range(part.trees.num_slots))
         scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
-        found = to_host(part.trees, self.sampler.accept(scores_RTV, part))
+        numbers = [(given or {}).get(row, 0) for row in rows]
+        if any(numbers):
+            rest = [draft.trees.row(row).tokens[count:] for row, count in zip(rows, numbers, strict=True)]
+            part, scores_RTV = Draft(trees=_chains(rest, self.device)), _from_slot(scores_RTV, numbers)
+        found = to_host(part.trees, self.sampler.accept(scores_RTV[:, : part.trees.num_slots], part))
         accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
         for index, row in enumerate(rows):
-            path, tokens = found.paths[index], found.candidates[index]
+            count = numbers[index]
+            path = [*range(count), *(count + node for node in found.paths[index])]
+            tokens = [*draft.trees.row(row).tokens[:count], *found.candidates[index]]
             accepted.paths[row], accepted.candidates[row] = path, tokens
             signals: list[_TokenSignals | None] = [None] * len(tokens)
             if self.wants_signals:
@@ -230,6 +253,12 @@ class StepWriter(DecodingLoop):
                 signals = [*self._signals_of(logits_RTV[index, slots], tokens, row, slots)]
             self._signals[row].extend(signals)
         return accepted
+
+    def _outcome(self, paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Outcome:
+        return Outcome(paths=paths, tokens=tokens, is_own=self._is_own)
+
+    def _must_read(self, row: int) -> bool:
+        return self.reads_first and (not self._has_read or bool(self._unread(row)))
 
     def _max_depths(self) -> list[int]:
         most, writing = sys.maxsize, self.stop.writing
@@ -342,8 +371,7 @@ class _ScoredDrafts(NamedTuple):
     waiting: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class _TokenSignals:
+class _TokenSignals(NamedTuple):
     values: tuple[float, ...]
     hidden: np.ndarray | None
 
@@ -358,6 +386,13 @@ def _thoughts(logits_TV: Tensor, tokens_T: Tensor) -> Tensor:
     log_p_T = below_TV.gather(1, tokens_T.unsqueeze(1))[:, 0] - total_T.log()
     second_T = weights_TV.scatter_(1, likeliest_T1, 0).amax(-1)
     return torch.stack([log_p_T, entropy_T, (1 - second_T) / total_T], 1)
+
+
+def _from_slot(values_RTV: Tensor, first: Sequence[int]) -> Tensor:
+    """Each row from a slot of its own on; the last slot stands for those past the end."""
+    first_R1 = torch.tensor(first, device=values_RTV.device).unsqueeze(1)
+    slots_RT = (first_R1 + torch.arange(values_RTV.shape[1], device=first_R1.device)).clamp_max(values_RTV.shape[1] - 1)
+    return values_RTV[torch.arange(len(first), device=first_R1.device).unsqueeze(1), slots_RT]
 
 
 def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:

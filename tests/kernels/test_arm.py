@@ -194,7 +194,7 @@ def test_a_layer_is_that_of_x86_but_for_rounding(run, bits):
     targets = [tensor.data_ptr() for tensor in (cos_MD, sin_MD, q_MHD, k_MKD, v_MKD)]
     native.library().attention_inputs(layer, x_MH.data_ptr(), rows, *targets, 1)
     attention = native.attention(q_MHD[None], k_MKD.transpose(0, 1)[None], v_MKD.transpose(0, 1)[None], None, 0.125)
-    native.library().attention_and_mlp(layer, attention, 1, x_MH.data_ptr(), out_MH.data_ptr(), 1)
+    native.library().attention_and_mlp(layer, attention, x_MH.data_ptr(), out_MH.data_ptr(), 1)
     difference = (_floats(answer, rows, hidden) - out_MH).norm() / out_MH.norm()
     assert difference < (1e-6 if bits == 32 else 5e-3)  # a rounding may tip an activation to the next step
 

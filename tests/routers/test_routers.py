@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from routers import (
     DraftedStep,
     EarlyEscalation,
     EscalationBudget,
+    FirstTokenEntropy,
     Oracle,
     RandomRouter,
     RewardThreshold,
     Segmenter,
+    SelfConfidence,
     SelfScore,
     Signals,
     Steps,
@@ -238,5 +241,73 @@ BAND = AbstainBand(low=0, high=1, judge=Given(), threshold=0.5)
     ],
 )
 def test_routers_that_cannot_be(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def unsure(*probabilities: float, entropy: float = 0.5) -> DraftedStep:
+    """A step whose tokens had these probabilities."""
+    zeros = np.zeros(len(probabilities), np.float32)
+    signals = Signals(
+        log_probs=np.log(np.array(probabilities, np.float32)), entropies=zeros + np.float32(entropy), margins=zeros
+    )
+    return replace(step(), tokens=[0] * len(probabilities), signals=signals)
+
+
+def test_the_least_likely_token_decides():
+    router = SelfConfidence(threshold=0.6)
+    decisions = router.decide([unsure(0.9, 0.5, 0.9), unsure(0.9, 0.3, 0.9), unsure()], Target())
+    assert [decision.escalate for decision in decisions] == [False, True, True]
+    assert decisions[1].score == pytest.approx(0.7)
+    assert decisions[2].reason == "no score", "a draft that tells nothing is not trusted"
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_looks_at_a_growing_step_change_no_decision(threshold: float):
+    router, chance = SelfConfidence(threshold=threshold, look_every=3), random.Random(0)
+    for _ in range(200):
+        probabilities = [1 - chance.random() ** 3 for _ in range(chance.randrange(1, 20))]
+        (judged,) = router.decide([unsure(*probabilities)], Target())
+        looks = [router.decide_early([unsure(*probabilities[:count])])[0] for count in range(3, len(probabilities), 3)]
+        assert judged.escalate or not any(looks)
+        assert all(look is None or look.escalate for look in looks)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_a_rate_is_realised_with_looks(rate: float):
+    router, chance = SelfConfidence(escalation_rate=rate, look_every=4), random.Random(0)
+    escalated = 0
+    for _ in range(1500):
+        probabilities = [1 - chance.random() ** 3 for _ in range(12)]
+        for count in (4, 8):
+            (look,) = router.decide_early([unsure(*probabilities[:count])])
+            if look is not None:
+                break
+        escalated += (look or router.decide([unsure(*probabilities)], Target())[0]).escalate
+    assert abs(escalated / 1500 - rate) < 0.03
+
+
+def test_the_first_token_decides():
+    router = FirstTokenEntropy(threshold=1.0)
+    assert router.peek == 1
+    early = router.decide_early([unsure(0.5, entropy=0.9), unsure(0.5, entropy=1.1), unsure()])
+    assert [decision is not None and decision.escalate for decision in early] == [False, True, True]
+    assert None not in early, "the rest of the step is not looked at"
+    rated, chance = FirstTokenEntropy(escalation_rate=0.3), random.Random(0)
+    decided = [rated.decide_early([unsure(0.5, entropy=chance.random())])[0] for _ in range(1000)]
+    assert abs(sum(decision.escalate for decision in decided) / 1000 - 0.3) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SelfConfidence(), "either a threshold or"),
+        (lambda: SelfConfidence(threshold=0.5, look_every=0), "positive integer, or None"),
+        (lambda: SelfConfidence(threshold=0.5, early=EarlyEscalation(entropy=1.0)), "leave early= out"),
+        (lambda: FirstTokenEntropy(), "either a threshold or"),
+        (lambda: FirstTokenEntropy(escalation_rate=2), "share of steps"),
+    ],
+)
+def test_training_free_routers_that_cannot_be(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()

@@ -45,7 +45,8 @@ class QuantizedSelf(Drafter):
 
     def __init__(self, num_tokens: int = 5, weights: QuantizedWeights = "int8"):
         check_quantized_weights("QuantizedSelf", weights)
-        self._policy = Chain(num_tokens)
+        self.policy: GrowthPolicy = Chain(num_tokens)
+        self._num_tokens = num_tokens
         self._weights: QuantizedWeights = weights
         self._copies: WeakKeyDictionary[PreTrainedModel, QuantizedCopy] = WeakKeyDictionary()
 
@@ -69,8 +70,8 @@ class QuantizedSelf(Drafter):
         target = run.target.model
         copy = self.copy_of(target)
         if not self.shares_cache(target):
-            return SmallModel(copy, num_tokens=self._policy.length).start(run)
-        return _QuantizedSelfSession(run, copy, run.tree or self._policy)
+            return SmallModel(copy, num_tokens=self._num_tokens).start(run)
+        return _QuantizedSelfSession(run, copy, run.tree or self.policy)
 
 
 class _QuantizedSelfSession(GrowingSession):

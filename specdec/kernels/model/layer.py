@@ -10,7 +10,7 @@ so, with packed weights, does a token of a prompt, however long and in whatever 
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.blocks import Attended, Part
+from specdec.kernels.model.blocks import Attended
 from specdec.kernels.model.linear import NATIVE, float_linear, float_matrix, is_plain
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.quantized_linear import QuantizedLinear
@@ -135,7 +135,7 @@ class FusedLayer:
         self._rotation = rotation or Once(contiguous)
         # torch has no better product for packed or bfloat16 weights, and what it rounds otherwise shows in the tokens
         self._max_rows = None if _bits(layer.self_attn.q_proj) < 32 else native.MAX_ROWS
-        self._dtype = layer.input_layernorm.weight.dtype  # of the states between layers; inside they are float32
+        self.dtype = layer.input_layernorm.weight.dtype  # of the states between layers; inside they are float32
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
         self._checked: _Constants | None = None  # the same, after the last check; None if that failed
 
@@ -176,7 +176,7 @@ class FusedLayer:
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
         attended = Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask)
-        return self._attention_and_mlp(constants, x_BTC, attended).to(self._dtype)
+        return self._attention_and_mlp(constants, x_BTC, attended).to(self.dtype)
 
     def _attention_inputs(
         self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
@@ -206,40 +206,17 @@ class FusedLayer:
         for first, part in attended.blocks():
             attention = native.attention(*part, constants.scale)
             x, out = _address(x_BTC, first), _address(out_BTC, first)
-            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
+            library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
         return out_BTC
 
-    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence[Part]) -> torch.Tensor:
-        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+    def constants(self) -> _Constants | None:
+        """What native calls of this layer need, now; None where the layer has to be the model's own."""
+        return self._prepare(None)
 
-        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
-        """
-        library, constants = native.library(), self._prepare(rotation)
-        x_1RC = x_1RC.float()
-        assert library is not None
-        assert constants is not None, "`any_rows` is asked first"
-        states_1R = self._attention_inputs(constants, x_1RC, rotation)
-        attentions, first = [], 0
-        for part in parts:
-            rows = slice(first, first + part.num_rows * part.num_tokens)
-            query_BTHD, key_BTKD, value_BTKD = [
-                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
-            ]
-            key_BKSD, value_BKSD = part.cache.update(
-                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
-            )
-            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
-            first = rows.stop
-        out_1RC = torch.empty_like(x_1RC)
-        library.attention_and_mlp(
-            constants.layer,
-            (structs.Attention * len(parts))(*attentions),
-            len(parts),
-            x_1RC.data_ptr(),
-            out_1RC.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out_1RC.to(self._dtype)
+    @property
+    def checked(self) -> _Constants | None:
+        """What `constants` said last, unless the layer is distrusted since."""
+        return self._checked
 
     @property
     def any_rows(self) -> bool:
@@ -257,7 +234,7 @@ class FusedLayer:
         shape = hidden.shape
         return (
             (self._max_rows is None or shape[0] * shape[1] <= self._max_rows)
-            and hidden.dtype is self._dtype
+            and hidden.dtype is self.dtype
             and not hidden.is_cuda
             and not (hidden.requires_grad and torch.is_grad_enabled())
             and (mask is None or mask.dim() == 4)

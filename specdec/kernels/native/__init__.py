@@ -27,6 +27,7 @@ from specdec.kernels.native.structs import (
     Int,
     Layer,
     Matrix,
+    PackedForward,
     Pointer,
     Taken,
     Verification,
@@ -44,7 +45,10 @@ _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Layer, Attention, Candidates, Taken, Visibility, Verification)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Matrix, Layer, Attention, PackedForward, Candidates, Taken, Visibility, Verification),
+)
+PAGE_SLOTS = 16  # mirrors common.h
 
 
 def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
@@ -73,14 +77,16 @@ _FUNCTIONS = {
     "attend": _Function((ctypes.POINTER(Attention), _Threads), Int, True),
     "attention_inputs": _Function((ctypes.POINTER(Layer), Pointer, Int, *(Pointer,) * 5, _Threads), Int, True),
     "attention_and_mlp": _Function(
-        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Int, Pointer, Pointer, _Threads), Int, True
+        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Pointer, Pointer, _Threads), Int, True
     ),
+    "packed_forward": _Function((ctypes.POINTER(PackedForward), _Threads), Int, True),
     "take": _Function(
         (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
     ),
     "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), Int, True),
     "write_mask": _Function((ctypes.POINTER(Visibility),)),
     "move": _Function((Pointer, Pointer, Int, Int, Pointer, Pointer, Int)),
+    "move_in_pages": _Function((Pointer, Int, Int, Pointer, Pointer, Int)),
 }
 """By name in C, without `specdec_`."""
 
@@ -119,7 +125,7 @@ def _layout_in_c(dll: ctypes.CDLL) -> dict[str, tuple[int, int]]:
 
 
 def _layout_in_python() -> dict[str, tuple[int, int]]:
-    layout = {"num_blocks": (0, num_blocks(1 << 20))}
+    layout = {"num_blocks": (0, num_blocks(1 << 20)), "page_slots": (0, PAGE_SLOTS)}
     for structure in STRUCTURES:
         layout[structure.__name__] = (0, ctypes.sizeof(structure))
         for name, *_ in structure._fields_:
@@ -136,11 +142,13 @@ class Library:
 
     attention_inputs: Callable[..., int]
     attention_and_mlp: Callable[..., int]
+    packed_forward: Callable[..., int]
     take: Callable[..., int]
     verify: Callable[..., int]
     write_mask: Callable[..., None]
     move: Callable[..., None]
     packed_bytes: Callable[[int, int, int], int]
+    move_in_pages: Callable[..., None]
     fail_allocation_after: Callable[[int], None]
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
@@ -242,7 +250,7 @@ def attention(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
         visibility = (mask.data_ptr(), mask.dtype is torch.bool, strides[:3])
-    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], *visibility, scale)
+    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], None, *visibility, scale)
     a.alive = (query_BTHD, key, value, mask)
     return a
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -42,8 +42,9 @@ class RemoteView:
         """Spent on the target's work."""
         return self._writer.stats.verify_seconds - self._before
 
-    def commit_scored(self, kept: Mapping[int, Sequence[int]]) -> None:
+    def commit_scored(self, kept: Mapping[int, Sequence[Sequence[int]]], cut: Collection[int]) -> Collection[int]:
         """A server keeps no state of ours."""
+        return ()
 
     def log_probs(self, steps: Sequence[DraftedStep]) -> list[np.ndarray]:
         if steps and all(self._writer_rows[step.row] in self.written for step in steps):

@@ -122,11 +122,12 @@ class BlockTrainer(Trainer):
 
 
 def draw_anchors(learned_BT: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Positions [B, count] before a learned token, at random, increasing; a row that has fewer repeats some."""
-    chances_BT = learned_BT.float().cpu()
+    """Positions [B, count] before a learned token, at random, increasing.
+
+    A row that has fewer gets others as well, which have no loss.
+    """
+    chances_BT = learned_BT.float().cpu() + 1e-9
     chances_BT[:, 0] = 0  # a block sees at least one state
-    chances_BT += 1e-9  # a row without any is drawn too, and has no loss
-    chances_BT[:, 0] = 0
     anchors_BA = torch.multinomial(chances_BT, min(count, learned_BT.shape[1] - 1), generator=generator)
     return anchors_BA.sort(1).values.to(learned_BT.device)
 

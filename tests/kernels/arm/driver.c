@@ -15,8 +15,7 @@ int64_t specdec_linear(const Matrix *w, const float *x, int64_t rows, int weight
 int64_t specdec_attend(Attention *a, int num_threads);
 int64_t specdec_attention_inputs(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                                  float *k, float *v, int num_threads);
-int64_t specdec_attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out,
-                                  int num_threads);
+int64_t specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads);
 int64_t specdec_take(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                      const double *coins, int64_t *tokens, double *probs);
 
@@ -89,7 +88,7 @@ static void layer(int64_t rows, int64_t H, int64_t K, int64_t D, int64_t hidden,
     check(specdec_attention_inputs(&l, x, rows, cos, sin, q, k, v, NUM_THREADS));
     Attention a = {.B = 1, .T = rows, .S = rows, .H = H, .K = K, .D = D, .q = q, .k = k, .v = v, .scale = 0.125f};
     a.k_strides[1] = a.v_strides[1] = D, a.k_strides[2] = a.v_strides[2] = K * D;
-    check(specdec_attention_and_mlp(&l, &a, 1, x, out, NUM_THREADS));
+    check(specdec_attention_and_mlp(&l, &a, x, out, NUM_THREADS));
     answer(out, 4 * rows * hidden);
 }
 

@@ -1,0 +1,134 @@
+"""Routers replayed on cached steps say what they say live."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+import routers
+import specdec
+from bench.arbitrage_report import Costs, sign_test
+from bench.step_replay import CachedStep, Request, StepCache, replay_all, with_source
+from routers import FirstTokenEntropy, OwnDoubt
+from specdec.drafters import QuantizedSelf
+from specdec.testing import ByteTokenizer, tiny_model
+from specdec.training.routers.collect import Problem, encode_problems
+from tests.support.routed_steps import STEPS
+
+TOKENIZER = ByteTokenizer()
+PROBLEMS = {3: Problem(question="one and one"), 5: Problem(question="two")}
+NUM_NEW = 48
+REGRET, LIKELIHOOD = routers.TargetRegret(), routers.TargetLikelihood()
+PLAN = {"target": "tiny"}
+
+
+class Seen(routers.Router):
+    """Keeps every step, and what would be asked about each."""
+
+    steps = STEPS
+    needs = frozenset({"log_probs", "signals"})
+
+    def __init__(self):
+        self.scores: list[tuple[float, ...]] = []
+
+    def decide(self, steps, target):
+        (step,) = steps
+        (regret,), (likelihood,) = (ask.rewards(steps, target) for ask in (REGRET, LIKELIHOOD))
+        self.scores.append((OwnDoubt.of(step), FirstTokenEntropy.entropy(step), 1 - regret, likelihood))
+        return [routers.Decision(escalate=len(self.scores) % 2 == 0)]
+
+
+def all_routers(doubt: float, entropy: float, regret: float, likelihood: float) -> dict[str, routers.Router]:
+    """With these thresholds."""
+    early = routers.EarlyEscalation(entropy=entropy, tokens=2)
+    return {
+        "target": routers.AlwaysTarget(steps=STEPS),
+        "draft": routers.AlwaysDraft(steps=STEPS),
+        "confidence": routers.SelfConfidence(threshold=doubt, look_every=2, steps=STEPS),
+        "entropy": FirstTokenEntropy(threshold=entropy, steps=STEPS),
+        "regret": routers.Arbitrage(routers.Shortfall(REGRET), threshold=regret, steps=STEPS),
+        "likelihood": routers.RewardThreshold(LIKELIHOOD, threshold=likelihood, steps=STEPS),
+        "early": routers.Arbitrage(OwnDoubt(), threshold=doubt, early=early, steps=STEPS),
+        "oracle": routers.Oracle(REGRET, threshold=regret - 1, steps=STEPS),
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def refuse(requests: Sequence[Request]) -> list[CachedStep]:
+    raise AssertionError(f"{requests} are not in the file")
+
+
+def test_a_replay_is_what_a_live_run_is(model, tmp_path):
+    drafter, path, replayed = QuantizedSelf(weights="int4", num_tokens=3), tmp_path / "steps.jsonl", {}
+    cached = StepCache(path, PLAN)
+    prompts = {
+        number: encode_problems(TOKENIZER, [problem])["input_ids"][0].tolist() for number, problem in PROBLEMS.items()
+    }
+
+    seen = Seen()
+    thresholds: list[float] = []
+
+    def job(source):
+        replay_all(seen, list(PROBLEMS), prompts, TOKENIZER.decode, cached, source.write)
+        thresholds.extend(np.median(seen.scores, axis=0).tolist())
+        for name, router in all_routers(*thresholds).items():
+            replayed[name] = replay_all(router, list(PROBLEMS), prompts, TOKENIZER.decode, cached, source.write)
+
+    with_source(model, drafter, TOKENIZER, PROBLEMS, job, max_new_tokens=NUM_NEW, steps=STEPS)
+    shares = set()
+    for name, router in all_routers(*thresholds).items():
+        for number, run in zip(PROBLEMS, replayed[name], strict=True):
+            out = specdec.generate(
+                model,
+                **encode_problems(TOKENIZER, [PROBLEMS[number]]),
+                drafter=drafter,
+                router=copy.deepcopy(router),
+                tokenizer=TOKENIZER,
+                max_new_tokens=NUM_NEW,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            assert run.tokens == out.sequences[0, len(prompts[number]) :].tolist(), name
+            assert run.writers == [step.writer for step in out.stats.steps], name
+            kept = sum(step.num_tokens for step in out.stats.steps if step.writer == "draft")
+            assert (run.num_kept, run.num_written) == (kept, len(run.tokens) - kept)
+            assert run.num_vain <= run.num_vain_unlooked
+            if name != "oracle":  # live, what the target wrote for it in vain counts too
+                assert run.num_vain == sum(step.num_discarded for step in out.stats.steps), name
+            shares.add(out.stats.escalation_rate)
+    assert len(shares) > 3, "the routers decide differently"
+
+    again = StepCache(path, PLAN)
+    assert len(again) == len(cached)
+    for name, router in all_routers(*thresholds).items():
+        runs = replay_all(router, list(PROBLEMS), prompts, TOKENIZER.decode, again, refuse)
+        assert [run.tokens for run in runs] == [run.tokens for run in replayed[name]]
+
+
+def test_steps_of_another_plan_are_refused(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    StepCache(path, PLAN)
+    assert json.loads(path.read_text()) == PLAN
+    with pytest.raises(ValueError, match="of other models or settings"):
+        StepCache(path, {"target": "another"})
+
+
+def test_costs_and_signs():
+    measured = [
+        {"problem": 0, "target_seconds": 2, "target_tokens": 10, "draft_seconds": 1, "draft_tokens": 20},
+        {"problem": 1, "target_seconds": 2, "target_tokens": 10, "draft_seconds": 1, "draft_tokens": 20},
+    ]
+    costs = Costs.of([{**one, "score_seconds": 1, "score_tokens": 50} for one in measured])
+    assert costs == Costs(target=0.2, draft=0.05, verification=0.02, num_problems=2)
+    import numpy as np
+
+    assert sign_test(np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(1 / 8)
+    assert sign_test(np.array([0.0])) == 1.0
