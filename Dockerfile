@@ -1,12 +1,12 @@
 # The OpenAI-compatible server on CPUs: docker build -t specdec . && docker run -p 8000:8000 -e SPECDEC_API_KEY=... specdec demo
 FROM python:3.11-slim AS build
+# a compiler for the native kernels, which the wheel then holds for every processor that they support
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY . .
 RUN pip wheel --no-deps --wheel-dir /wheels .
 
 FROM python:3.11-slim
-# a compiler for the native kernels, which are built when the image first runs on a machine: they suit its processor
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /tmp/
 COPY --from=build /wheels /wheels
 RUN wheel=$(ls /wheels/*.whl) && pip install --no-cache-dir -c /tmp/constraints.txt \

@@ -12,10 +12,10 @@ OTHER_TESTS := cli/chat/conversation engine/engine generation/enable generation/
 # As many workers as cores that we count on, each with one thread. A worker that has nothing left takes tests of the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-full test test-all test-other-transformers conformance docs check clean
+.PHONY: demo demo-full test test-all test-other-transformers conformance docs wheel check clean
 
 # One thread: on busy cores two wait for each other, and the same run takes more than three times as long.
-BENCH := $(BIN)/specdec bench --model demo --weights float --threads 1
+BENCH := $(BIN)/specdec bench --model demo --threads 1
 
 demo: $(READY)  ## fetch the demo model and see how much faster it is, and that its output is the same: minutes, once installed
 	$(BIN)/specdec pull demo
@@ -45,6 +45,9 @@ conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 
 docs: $(READY)  ## the pages as a site, in site/; needs no network once the extra is installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict --quiet
+
+wheel: $(READY)  ## dist/*.whl, with the native kernels if there is a compiler
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

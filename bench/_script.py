@@ -40,8 +40,8 @@ def pair_parser(doc: str | None, *, limit: int, max_new_tokens: int) -> argparse
 
 def add_instructions(parser: argparse.ArgumentParser) -> None:
     """`--instructions`, for `select_instructions`."""
-    known = ("avx2", "avxvnni", "avx512", "amx")
-    parser.add_argument("--instructions", choices=known, help="of the native kernels; the best there is, if absent")
+    names = native.INSTRUCTION_SETS
+    parser.add_argument("--instructions", choices=names, help="of the native kernels; the best there is, if absent")
 
 
 def select_instructions(name: str | None) -> None:

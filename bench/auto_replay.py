@@ -229,6 +229,8 @@ class ReplayedTarget:
 
     model: Timed
     sequences: Sequences
+    is_packed = False
+    num_read_along = 0
 
     def forget_tail(self) -> None:
         """There is none."""

@@ -2,14 +2,20 @@
 
     python -m bench.throughput [MODEL] [--sizes 1,2,4,8,16] [--prompts FILE.jsonl] [--num-prompts 16]
         [--max-new-tokens 48] [--repetitions 3] [--peer-repetitions 1] [--threads 1] [--contenders NAME,...]
-        [--out NAME]
+        [--ragged] [--instructions avx2] [--out NAME]
 
 Distinct prompts, taken from the suite's categories in turn, are decoded greedily in batches of each size; everyone
 decodes the same batches, interleaved in one process, prefill included, until the end-of-sequence token or the limit. A
 rate is the tokens of all batches over the median of the repetitions of their wall times. The engine works on int8
 weights. transformers has the float32 model and its bfloat16 copy, and, as `transformers-int8`, the very model that the
 engine has. The engine's outputs must be those of `model.generate()` for each prompt alone but for numerical ties, or
-the run fails. `--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md`
+the run fails.
+
+`--ragged`, for the engine alone: prompts of 16 to 1,500 tokens, the end of several texts of the suite, with limits
+from a third of `--max-new-tokens` on; twice as many as there are rows are submitted at once, so that half of them
+arrive when others end.
+
+`--out NAME` merges the sizes that were measured into `bench/results/NAME.json` and writes `NAME.md`
 anew.
 """
 
@@ -31,7 +37,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import specdec
-from bench._script import RESULTS, command, log, parser_of, pipe_table, write_report
+from bench._script import (
+    RESULTS,
+    add_instructions,
+    command,
+    log,
+    parser_of,
+    pipe_table,
+    select_instructions,
+    write_report,
+)
 from specdec.drafters import Auto, Drafter, Plain
 from specdec.engine import Engine, Request
 from specdec.models import load
@@ -41,6 +56,9 @@ from specdec.text.prompting import encode_prompts
 
 AUTO, PLAIN = "engine-auto", "engine-plain"
 PEERS = ("transformers-float32", "transformers-bfloat16", "transformers-int8", "continuous-float32")
+
+SHORTEST, LONGEST = 16, 1500
+"""Tokens of ragged prompts."""
 
 Batch = list[list[int]]
 Decode = Callable[[Batch], Batch]
@@ -57,6 +75,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peer-repetitions", type=int, default=1, help="of the first batch of each size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--contenders", default=",".join((AUTO, PLAIN, *PEERS)))
+    parser.add_argument("--ragged", action="store_true")
+    add_instructions(parser)
     parser.add_argument("--out")
     return parser.parse_args()
 
@@ -70,10 +90,31 @@ def in_turn(suite: Suite, count: int) -> list[str]:
     return mixed[:count]
 
 
-class Contenders:
-    """The ways to decode a batch, each made when it is first asked for."""
+def ragged(prompts: Batch) -> Batch:
+    """As many prompts of `SHORTEST` to `LONGEST` tokens, which the texts before each of them fill up; lengths grow by
+    the same factor, and stand so that those of any neighbours differ."""
+    bits = max(len(prompts) - 1, 1).bit_length()
+    ragged_prompts = []
+    for number, prompt in enumerate(prompts):
+        share = int(f"{number:0{bits}b}"[::-1], 2) / (2**bits - 1)
+        length = round(SHORTEST * (LONGEST / SHORTEST) ** share)
+        text, before = prompt, number - 1
+        while len(text) < length:
+            text, before = prompts[before] + text, before - 1
+        ragged_prompts.append(text[-length:])
+    return ragged_prompts
 
-    def __init__(self, model: str, max_new_tokens: int):
+
+class Contenders:
+    """The ways to decode a batch, each made when it is first asked for.
+
+    Args:
+        num_rows: of the engine; None: as many as there are prompts.
+    """
+
+    def __init__(self, model: str, max_new_tokens: int, *, is_ragged: bool = False):
+        self.num_rows: int | None = None
+        self._is_ragged = is_ragged
         self._source = model
         self.int8, self.tokenizer, _ = load(model)
         specdec.prepare(self.int8.float(), weights="int8")
@@ -95,7 +136,12 @@ class Contenders:
         key = tuple(prompt)
         if key not in self._alone:
             (self._alone[key],) = self._padded(self.int8, [prompt])
-        return self._alone[key]
+        return self._alone[key][: self._limit(prompt)]
+
+    def _limit(self, prompt: list[int]) -> int:
+        """Most new tokens."""
+        most = self.config.max_new_tokens
+        return most // 3 + len(prompt) % (most - most // 3 + 1) if self._is_ragged else most
 
     def decoder(self, name: str) -> Decode:
         ways: dict[str, Decode] = {
@@ -110,8 +156,11 @@ class Contenders:
 
     def _by_engine(self, name: str, drafter: Drafter, batch: Batch) -> Batch:
         # a fresh one each time: nothing is known of the prompts, but what Auto has learned of the model stays
-        engine = Engine(self.int8, drafter=drafter, max_rows=len(batch))
-        generations = [engine.submit(Request(prompt=prompt, config=self.config)) for prompt in batch]
+        engine = Engine(self.int8, drafter=drafter, max_rows=self.num_rows or len(batch))
+        generations = []
+        for prompt in batch:
+            config = GenerationConfig(**{**self.config.to_dict(), "max_new_tokens": self._limit(prompt)})
+            generations.append(engine.submit(Request(prompt=prompt, config=config)))
         engine.run()
         engine.close()
         return [generation.tokens for generation in generations]
@@ -238,13 +287,20 @@ def write(name: str, rows: dict[str, Any], threads: int) -> None:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    select_instructions(args.instructions)
     names = args.contenders.split(",")
-    contenders = Contenders(args.model, args.max_new_tokens)
+    if args.ragged and not {AUTO, PLAIN} >= set(names):
+        sys.exit(f"--ragged is for the engine: pass --contenders {AUTO},{PLAIN}")
+    contenders = Contenders(args.model, args.max_new_tokens, is_ragged=args.ragged)
     prompts = contenders.encode(in_turn(load_suite(args.prompts), args.num_prompts))
+    if args.ragged:
+        prompts = ragged(prompts)
     rows: dict[str, Any] = {}
     failed = False
     for size in map(int, args.sizes.split(",")):
-        batches = [prompts[start : start + size] for start in range(0, len(prompts) - size + 1, size)]
+        contenders.num_rows = size
+        count = min(2 * size, len(prompts)) if args.ragged else size
+        batches = [prompts[start : start + count] for start in range(0, len(prompts) - count + 1, count)]
         results, verdicts = measure(contenders, names, batches, args)
         rows[str(size)] = as_row(results, verdicts, len(batches))
         failed = failed or bool(verdicts["different"])

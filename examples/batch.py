@@ -9,7 +9,6 @@ model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 tokenizer.padding_side = "left"
 texts = ["one two three one two", "a b a b a", "red green blue red green blue red"]
 inputs = tokenizer(texts, return_tensors="pt", padding=True)
-inputs.pop("token_type_ids", None)
 out = specdec.generate(model, **inputs, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
 for text in tokenizer.batch_decode(out.sequences, skip_special_tokens=True):
     print(repr(text))

@@ -7,7 +7,6 @@ from specdec.models import load
 
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 inputs = tokenizer("Explain in one sentence why the sky is blue.", return_tensors="pt")
-inputs.pop("token_type_ids", None)
 options = {**inputs, "max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
 out = specdec.generate(model, **options, drafter=specdec.drafters.EarlyExit())
 print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))

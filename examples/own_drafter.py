@@ -30,7 +30,6 @@ class BigramSession(DraftSession):
 
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 inputs = tokenizer("one two three one two three one", return_tensors="pt")
-inputs.pop("token_type_ids", None)
 options = {**inputs, "max_new_tokens": 24, "do_sample": False}
 out = specdec.generate(model, **options, drafter=Bigrams(), return_dict_in_generate=True)
 print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))

@@ -21,7 +21,6 @@ class BroomGrower(ChildByChildGrower):
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 draft = load(sys.argv[2]).model if len(sys.argv) > 2 else model  # a smaller model of the same tokenizer
 inputs = tokenizer("one two three one two three one", return_tensors="pt")
-inputs.pop("token_type_ids", None)
 options = {**inputs, "max_new_tokens": 24, "do_sample": False}
 out = specdec.generate(model, **options, drafter=draft, tree=Broom(), return_dict_in_generate=True)
 print(f"the same as model.generate(): {out.sequences.equal(model.generate(**options))}")

@@ -9,7 +9,6 @@ from specdec.models import load
 
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 inputs = tokenizer("The colours of the rainbow are", return_tensors="pt")
-inputs.pop("token_type_ids", None)
 options = {**inputs, "max_new_tokens": 16, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
 drafter = specdec.drafters.PromptLookup()
 first, again, other = (

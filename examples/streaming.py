@@ -10,7 +10,6 @@ from specdec.models import load
 
 model, tokenizer, _ = load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
-inputs.pop("token_type_ids", None)
 streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
 options = {**inputs, "max_new_tokens": 24, "do_sample": False, "streamer": streamer}
 thread = Thread(target=specdec.generate, args=(model,), kwargs=options)

@@ -18,7 +18,7 @@ class ModelOptions:
         dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, the checkpoint's own elsewhere.
         device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
-        weights: "stock": as loaded; "float": the same weights in products that are quick for a few tokens on a CPU;
+        weights: "float": as loaded, in products that are quick for a few tokens on a CPU; "stock": in torch's own;
             "int8", "int4": weights of 8 or 4 bits on a CPU, which is another model than the float one; "gguf": the
             blocks of a .gguf file as they lie in it, on a CPU.
         trust_remote_code: run the Python code that comes with a model.
@@ -30,7 +30,7 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    weights: Weights = "stock"
+    weights: Weights = "float"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -1,11 +1,13 @@
 """Models on disk, tiny and random, for the commands to load; and which tests are slow."""
 
+import secrets
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from specdec.disk_cache.folders import CacheFolder
 from specdec.errors import ModelError
 from specdec.models import pull_demo
 from tests.support.rotation import is_left_out
@@ -25,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("rotated") and is_left_out(item):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements and packed weights of a test's own: what another has left there decides nothing."""
+    home = tmp_path_factory.getbasetemp().resolve() / f"caches-{secrets.token_hex(4)}"
+    monkeypatch.setattr(CacheFolder, "path", property(lambda folder: home / folder.name))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from trees.dynamic import DySpec, DySpecThreshold
 from trees.gain_limited import GainLimitedChain, leaf_confidence
 from trees.merging import Merged, Merger, merge
 from trees.policy import Grower, GrowthPolicy, Layer, Round
+from trees.ragged import Ragged
 from trees.side_leaves import chain_length
 from trees.static import Fixed, Sequoia, count_ranks, measure_acceptance
 from trees.tree import ROOT, TokenTree, TreeBatch
@@ -30,6 +31,7 @@ __all__ = [
     "Merged",
     "Merger",
     "Part",
+    "Ragged",
     "Round",
     "Sequoia",
     "TokenTree",

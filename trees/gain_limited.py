@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -44,6 +45,9 @@ class GainLimitedChain(GrowthPolicy):
         next_chance: of acceptance of a token that is not drawn yet.
         leaf_prices: of the first node, the second, ...: the same for the time that verifying it takes. There are at
             most as many nodes as prices, but for the chain's.
+        shares_budget: `leaf_prices` are of the nodes of all rows together, chains included, and `prices` of drafting
+            alone: the nodes are chosen when all have been grown, the likeliest of all rows first, so that a row may get
+            none. For trees that are not drawn.
         leaf_chance: that the target, where it comes to the slot, goes on with this leaf. From the leaf's draft
             probability for greedy targets; for sampled ones from the probability that its elder siblings leave.
     """
@@ -53,6 +57,7 @@ class GainLimitedChain(GrowthPolicy):
     next_chance: float
     leaf_prices: Sequence[float] = ()
     leaf_chance: Callable[[float], float] = float
+    shares_budget: bool = False
 
     def start(self, round_: Round) -> Grower:
         return _GainLimitedGrower(round_, self)
@@ -114,6 +119,7 @@ class _Row:
 
 class _GainLimitedGrower(Grower):
     def __init__(self, round_: Round, policy: GainLimitedChain):
+        assert not (policy.shares_budget and round_.sample), "what was drawn is verified"
         self._policy = policy
         self._round = round_
         self._rows = [_Row(min(len(policy.prices) + 1, depth)) for depth in round_.max_depths]
@@ -145,17 +151,30 @@ class _GainLimitedGrower(Grower):
         return Layer(tokens_BM=newest_B1, parents_BM=np.full(newest_B1.shape, slot + ROOT))
 
     def finish(self) -> Draft:
-        self._add_leaves()
+        num_scored = None
+        if self._policy.shares_budget:
+            self._choose_nodes()
+            num_scored = len(self._layers_BMV) - 1
+        else:
+            self._add_leaves()
         rows = [chain_with_leaves(row.tokens, [probs[0] for probs in row.probs], row.leaves) for row in self._rows]
         trees = TreeBatch.stack(rows, self._layers_BMV[0].device)
         return Draft(
-            trees=trees, q_layers=self._distributions(trees.num_slots), grown_indices=chain_grown_indices(rows)
+            trees=trees,
+            q_layers=self._distributions(trees.num_slots),
+            grown_indices=chain_grown_indices(rows, num_scored),
         )
 
     def _going_on(self) -> float:
-        """The chance that the next token of the chain is accepted, of all rows."""
-        slot = len(self._sources)
-        return sum(row.reaches[slot] for row in self._rows if row.limit > slot) * self._policy.next_chance
+        """The chance that the next token of the chain is accepted, of all rows; where they share a budget, less what it
+        takes to verify those tokens that are worth it."""
+        slot, policy = len(self._sources), self._policy
+        chances = [row.reaches[slot] * policy.next_chance for row in self._rows if row.limit > slot]
+        if not policy.shares_budget:
+            return sum(chances)
+        prices = policy.leaf_prices[sum(len(row.tokens) for row in self._rows) :]
+        pairs = zip(sorted(chances, reverse=True), prices, strict=False)
+        return sum(max(chance - price, 0.0) for chance, price in pairs)
 
     def _offer(self, row: _Row, slot: int, others: Iterable[tuple[int, float]] = ()) -> None:
         """What may hang on a slot beside its newest child: `others` if they are known, or the next draw."""
@@ -180,6 +199,32 @@ class _GainLimitedGrower(Grower):
             if not chances or width >= len(prices) or sum(chances) < prices[width]:
                 return
             width += 1
+
+    def _choose_nodes(self) -> None:
+        """Of all rows' chains and leaves those that are worth their prices, the likeliest first."""
+        nodes: list[tuple[float, int, int, Leaf | None]] = [
+            (-row.reaches[place + 1], place, number, None)
+            for number, row in enumerate(self._rows)
+            for place in range(len(row.tokens))
+        ]
+        nodes += [
+            (negative_chance, slot + len(row.tokens), number, Leaf(*leaf, slot))
+            for number, row in enumerate(self._rows)
+            for negative_chance, _, slot, leaf in row.offers
+            if leaf is not None and leaf[1] > 0
+        ]
+        nodes.sort(key=itemgetter(0, 1, 2))  # along a chain chances fall, and a leaf's are less than its slot's
+        lengths = [0] * len(self._rows)
+        for price, (negative_chance, _, number, leaf) in zip(self._policy.leaf_prices, nodes, strict=False):
+            if -negative_chance < max(price, _LEAST):
+                break
+            if leaf is None:
+                lengths[number] += 1
+            else:
+                self._rows[number].leaves.append(leaf)
+        for row, length in zip(self._rows, lengths, strict=True):
+            del row.tokens[length:], row.probs[length:]
+            row.leaves = [leaf for leaf in row.leaves if leaf.slot <= length]
 
     def _take_leaf(self, number: int, row: _Row) -> None:
         _, _, slot, leaf = heappop(row.offers)

@@ -34,12 +34,17 @@ def chain_length(tree: TokenTree) -> int:
     return next((node for node, parent in enumerate(tree.parents) if parent != node + ROOT), len(tree))
 
 
-def chain_grown_indices(trees: Sequence[TokenTree]) -> list[list[int]] | None:
-    """`Draft.grown_indices` where nothing was asked of the last token of the longest chain."""
+def chain_grown_indices(trees: Sequence[TokenTree], num_scored: int | None = None) -> list[list[int]] | None:
+    """`Draft.grown_indices` of chains with leaves.
+
+    Args:
+        num_scored: tokens of every chain after which something was asked; None: all but the last of the longest chain.
+    """
     lengths = list(map(chain_length, trees))
-    if min(lengths) == max(lengths):
-        return None
-    num_scored = max(lengths) - 1
+    if num_scored is None:
+        if min(lengths) == max(lengths):
+            return None
+        num_scored = max(lengths) - 1
     return [
         [node if node < min(length, num_scored) else -1 for node in range(len(tree))]
         for length, tree in zip(lengths, trees, strict=True)

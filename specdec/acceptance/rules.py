@@ -20,7 +20,7 @@ from specdec.acceptance import coins
 from specdec.acceptance.families import Contest, contests_of, links_of
 from specdec.acceptance.outcome import Acceptance, HostAcceptance
 from specdec.kernels.trees import verification
-from trees import Draft, TreeBatch
+from trees import Draft, Ragged, TreeBatch
 from trees.blocks import argmax
 
 
@@ -38,7 +38,7 @@ def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=chosen_BT.gather(1, last_B[:, None])[:, 0])
 
 
-def follow(trees: TreeBatch, scores_BTV: Tensor) -> Acceptance:
+def follow(trees: TreeBatch, scores_BTV: Tensor | Ragged) -> Acceptance:
     """`walk` where the target chooses its greatest score, which is looked for only where the way leads (on a CPU).
 
     Returns:
@@ -47,6 +47,7 @@ def follow(trees: TreeBatch, scores_BTV: Tensor) -> Acceptance:
     draft = Draft(trees=trees)
     if verification.can_verify(draft, scores_BTV):
         return HostAcceptance(*verification.verify(draft, scores_BTV, "walk"), trees.device)
+    assert not isinstance(scores_BTV, Ragged), "packed layers are native"
     best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
     is_nan_BT = scores_BTV.gather(2, best_BT.unsqueeze(2))[:, :, 0].isnan()
     return walk(trees, torch.where(is_nan_BT, -1, best_BT))

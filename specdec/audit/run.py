@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from specdec.audit.answers import Answer, Reference, placed
-from specdec.audit.cases import BOUNDARY, COPIES, Case, boundary_case
+from specdec.audit.cases import BOUNDARY, COPIES, DEPTHS, Case, boundary_case
 from specdec.audit.client import Server
 from specdec.audit.verdicts import Comparison, Verdict, compare, diagnose
 from specdec.errors import SpecdecError
@@ -22,6 +22,7 @@ LEAST_TIE_BOUND = 1e-3
 _NOISE_FACTOR = 4.0
 _LONGEST_CONTEXT = 16_384
 """Beyond this a prompt as long as the context is sent only where the user has said how long that is."""
+_DEPTHS = (1, 2, 3, 5, 8)
 _ROOM = 48
 """Tokens of an answer at the boundary, about."""
 
@@ -78,13 +79,17 @@ class Findings:
         return not self.errors and self.count(Verdict.IDENTICAL, Verdict.TIE) > 0
 
 
+_NONSENSE = {"speculation": "an audit's question"}
+"""A server that refuses this looks at the field."""
+
+
 def without_speculation(server: Server, case: Case) -> Server:
     """The same server, asked not to speculate in each request.
 
     Raises:
         SpecdecError: it does not look at that field, so that its answers would be compared with themselves.
     """
-    if not server.refuses({"speculation": "an audit's question"}, case) or server.refuses({"speculation": False}, case):
+    if not server.refuses(_NONSENSE, case) or server.refuses({"speculation": False}, case):
         raise SpecdecError(
             "this server cannot turn speculation off for one request: start it again without speculation and give "
             "that address with --reference, or name the model that it serves"
@@ -140,6 +145,7 @@ class _Audit:
         self._ask_reference()
         for number in concurrency:
             self._phase(ALONE if number == 1 else f"{number} at once", self._cases, number)
+        self._drafted_depths()
         self._joins_and_leaves(max(concurrency))
         self._boundary(context_length)
         self._count_drafts(drafted_before)
@@ -161,13 +167,22 @@ class _Audit:
             self._findings.tie_bound = max(LEAST_TIE_BOUND, _NOISE_FACTOR * self._findings.noise)
         self._compare(REFERENCE_AGAIN, again)
 
-    def _phase(self, name: str, cases: Sequence[Case], number: int) -> None:
+    def _phase(self, name: str, cases: Sequence[Case], number: int, server: Server | None = None) -> None:
         order = list(cases)
         self._random.shuffle(order)  # so that others meet than before
         with stage(f"asking the server, {name}"):
-            answers = self._ask_at_once(order, number, self._server.answer)
+            answers = self._ask_at_once(order, number, (server or self._server).answer)
         self._answers += answers.values()
         self._compare(name, answers)
+
+    def _drafted_depths(self) -> None:
+        """Where requests can limit what is drafted (`specdec serve`), each of some depths."""
+        asked = {depth: {"speculation": {"num_speculative_tokens": depth}} for depth in _DEPTHS}
+        first, copies = self._cases[0], [case for case in self._cases if case.group in (COPIES, DEPTHS)]
+        if not copies or not self._server.refuses(_NONSENSE, first) or self._server.refuses(asked[1], first):
+            return
+        for depth, extra in asked.items():
+            self._phase(f"at most {depth} drafted", copies, 2, self._server.with_extra(extra))
 
     def _joins_and_leaves(self, number: int) -> None:
         """Requests begin at different times, some are streams, and some clients hang up after a few parts."""

@@ -27,7 +27,7 @@ class SpecdecBatch:
         model: 'demo', a hub id, or a folder that every node has.
         draft: a smaller model of the same tokenizer.
         drafter: as `specdec batch --drafter`.
-        weights: "stock", "float", "int8" or "int4".
+        weights: "float", "stock", "int8" or "int4".
         dtype, device, threads, trust_remote_code: as in `specdec.models.load`.
         max_rows: rows that are decoded at once; None chooses by what forwards cost.
         settings: the defaults of every row, by name.
@@ -42,7 +42,7 @@ class SpecdecBatch:
         *,
         draft: str | None = None,
         drafter: str | None = None,
-        weights: Weights = "stock",
+        weights: Weights = "float",
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,

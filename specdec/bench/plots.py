@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,7 +62,10 @@ def _draw_speedups(axes: Axes, rows: Sequence[MethodReport], colours: dict[str, 
         axes.bar(positions, heights, width=0.92 * width, color=colours[name])
         ends = [row.speedup_interval or (row.speedup_vs_plain,) * 2 for row in own.values()]
         whiskers = np.maximum([[-1], [1]] * (np.array(ends).T - heights), 0)
-        axes.errorbar(positions, heights, yerr=whiskers, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        known = np.array([row.speedup_interval is not None for row in own.values()])  # a flat one would look certain
+        if known.any():
+            style: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
+            axes.errorbar(positions[known], heights[known], yerr=whiskers[:, known], **style)
         for position, height, (_, high) in zip(positions, heights, ends, strict=True):
             above = (position, max(height, high))
             axes.annotate(
@@ -101,12 +104,12 @@ def _draw_acceptance(axes: Axes, rows: Sequence[MethodReport], colours: dict[str
 def _draw_timeline(axes: Axes, results: Sequence[BatchResult], colours: dict[str, str]) -> None:
     """The first prompt's generation, of every method the repetition that took the median time."""
     first = results[0]
-    for name, colour in colours.items():
-        run = _typical(first.runs[name])
+    drawn = [_typical(first.runs[name]) for name in colours]
+    for (name, colour), run in zip(colours.items(), drawn, strict=True):
         seconds = [0.0, *run.token_seconds]
         axes.step(seconds, range(len(seconds)), where="post", color=colour, linewidth=1.6, label=name)
         axes.plot(seconds[-1], len(seconds) - 1, marker="o", markersize=4, color=colour)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0.98 * min(run.token_seconds[0] for run in drawn if run.token_seconds))  # not the prefill
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="y", integer=True)
     axes.set_xlabel("seconds since the call")
@@ -141,9 +144,10 @@ def _width(document: Document) -> float:
 
 def _title(document: Document) -> str:
     environment = document.environment
+    weights = environment["settings"].get("weights", "stock")
     return (
-        f"{document.model} on {document.suite}: {environment['device']}, {environment['dtype']}, "
-        f"threads: {environment['threads']}"
+        f"{document.model} on {document.suite}: {environment['device']}, {environment['dtype']}"
+        f"{'' if weights == 'stock' else f', {weights} weights'}, threads: {environment['threads']}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -101,9 +102,17 @@ def typed(context: typer.Context) -> set[str]:
     }
 
 
-def starting() -> contextlib.AbstractContextManager[None]:
-    """A stage for the imports of a command, which take seconds."""
-    return stage("importing torch and transformers")
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """A stage for the imports of a command, which take seconds: less if nobody looks for garbage in what they make."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with stage("importing torch and transformers"):
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Terminated(KeyboardInterrupt):

@@ -14,7 +14,9 @@ from rich.table import Table
 from specdec import __version__
 from specdec.cli.common import friendly_errors, starting
 from specdec.cli.model_argument import takes_model
+from specdec.disk_cache.folders import MEASUREMENTS, PACKED_WEIGHTS, CacheFolder, cache_folder
 
+CACHES = (MEASUREMENTS, PACKED_WEIGHTS)
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
 
@@ -35,13 +37,19 @@ def doctor(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Remove measurements and packed weights first; they are made again.")
+    ] = False,
 ) -> None:
-    """Show versions, devices, threads, dtype advice and the models found on this machine."""
+    """Show versions, devices, threads, dtype advice, caches and the models found on this machine."""
+    if clear_cache:
+        for folder in CACHES:
+            folder.clear()
     report = examine(model)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        Console().print(_table(report))
+        Console(markup=False).print(_table(report))  # names and paths are no markup
 
 
 def examine(model: str | None = None) -> dict[str, Any]:
@@ -58,6 +66,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "threads": threads,
         "forward_ms": measured.get("forward_ms"),
         "advice": _advice(devices, threads),
+        "caches": [_described(folder) for folder in CACHES],
         "models": _demo_models() + _hub_models(),
     }
 
@@ -127,9 +136,16 @@ def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> li
     return advice
 
 
-def _demo_models() -> list[dict[str, Any]]:
-    from specdec.models.download import cache_folder
+def _described(folder: CacheFolder) -> dict[str, Any]:
+    return {
+        "name": folder.name,
+        "path": str(folder.path),
+        "num_files": len(folder.files()),
+        "num_bytes": folder.num_bytes(),
+    }
 
+
+def _demo_models() -> list[dict[str, Any]]:
     home = cache_folder()
     configs = [*sorted(home.glob("*/config.json")), *sorted(home.glob("gguf/*/config.json"))]
     folders = [config.parent for config in configs]
@@ -173,6 +189,9 @@ def _table(report: dict[str, Any]) -> Table:
         table.add_row("forward, ms", f"{costs} (by tokens verified at once)")
     for advice in report["advice"]:
         table.add_row("advice", advice)
+    for cache in report["caches"]:
+        size = f"{cache['num_files']} files, {cache['num_bytes'] / 1e6:.1f} MB"
+        table.add_row("cache", f"{cache['name']} ({size}) {cache['path']}")
     for model in report["models"]:
         table.add_row("model", f"{model['name']} ({model['size_mib']} MiB) {model['path']}")
     if not report["models"]:

@@ -24,7 +24,7 @@ MODEL_OPTIONS: FieldOptions = {
     "weights": typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="Of both models. stock: as loaded. float: the same weights, with faster kernels on a CPU. int8, int4: "
+        help="Of both models. float: as loaded, with faster kernels on a CPU. stock: with torch's own. int8, int4: "
         "weights of 8 or 4 bits on a CPU, which change the output. gguf: the blocks of a .gguf file, as they are.",
         rich_help_panel=MODEL_PANEL,
     ),

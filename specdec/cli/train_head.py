@@ -187,7 +187,7 @@ def _train_block(
     with naming(out):
         _show(training, ["accepted {:.2f}"])
         report = training.finish()
-    Console().print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
+    Console(markup=False).print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
 
 
 def _train_exits(
@@ -201,7 +201,7 @@ def _train_exits(
     with naming(out):
         _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
         report = training.finish()
-    Console().print(_table(report, f"{target.name}: exits on held-out text, written to {out}"))
+    Console(markup=False).print(_table(report, f"{target.name}: exits on held-out text, written to {out}"))
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def train_router(
         router = train_light(collection.read(), recipe) if text is None else _train_text(text, collection, recipe)
         router.save(out)
     assert router.report is not None
-    Console().print(_table(router.report, f"held-out steps; router written to {out}"))
+    Console(markup=False).print(_table(router.report, f"held-out steps; router written to {out}"))
 
 
 def _train_text(base: str, collection: "Collection", recipe: "LightRecipe") -> "TextRouter":

@@ -10,16 +10,21 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from itertools import accumulate
+from math import inf
 from statistics import median
 from threading import Lock, RLock
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kernels.model.changes import structure_of
+from specdec.disk_cache.measurements import keep, recall
+from specdec.kernels.model.changes import structure_name, structure_of
+from specdec.kernels.model.origin import files_of
 from specdec.kernels.model.profile import profile_of
+from specdec.kernels.native import identity
 from specdec.stages import stage
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
@@ -128,17 +133,43 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     """The costs of a model's forwards, measured when they are first asked for.
 
     They hold for the model as it is prepared now and the modules that it consists of, its device and dtype, the number
-    of threads, and the size of the batch up to a factor of two (each has corrections of its own). Threads that ask at
-    the same time wait for one measurement.
+    of threads, and the size of the batch up to a factor of two (each has corrections of its own). Of a model from files
+    they are kept on disk: later processes begin with them. Threads that ask at the same time wait for one measurement.
     """
     with measuring:
         key, known = _state(model), profile_of(model).part(_Known)
         if key not in known:
-            known[key] = ForwardCosts(measure_forwards(model))
+            known[key] = ForwardCosts(_recalled(model) or _measured(model))
         sized = (*key, _octave(num_rows))
         if sized not in known:
             known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
         return known[sized]
+
+
+def _recalled(model: PreTrainedModel) -> dict[int, float] | None:
+    """What an earlier process has measured for the same files."""
+    key = _key_on_disk(model)
+    try:
+        kept: Any = {} if key is None else recall(key) or {}
+        seconds = {int(width): float(value) for width, value in kept.items()}
+        return seconds if all(width >= 1 and 0 < value < inf for width, value in seconds.items()) else None
+    except (AttributeError, TypeError, ValueError):  # of another version
+        return None
+
+
+def _measured(model: PreTrainedModel) -> dict[int, float]:
+    seconds = measure_forwards(model)
+    if (key := _key_on_disk(model)) is not None:
+        keep(key, seconds)
+    return seconds
+
+
+def _key_on_disk(model: PreTrainedModel) -> tuple[object, ...] | None:
+    """None for a model that does not come from files, or has been changed since."""
+    files = files_of(model)
+    if files is None or model.device.type != "cpu":
+        return None
+    return "forwards", files, structure_name(model), model.dtype, torch.get_num_threads(), identity()
 
 
 def costs_are_known(model: PreTrainedModel) -> bool:

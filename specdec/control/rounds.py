@@ -87,7 +87,7 @@ class RoundAverages:
     Args:
         tokens: committed, the bonus included.
         steps: forwards of the draft.
-        nodes: drafted, of the longest row.
+        nodes: drafted; where rows are padded, of the longest.
     """
 
     tokens: float

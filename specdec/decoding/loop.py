@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdec.acceptance import Accepted, to_host
 from specdec.decoding.drafter import DraftSession, Outcome
+from specdec.decoding.earlier import EarlierTexts
 from specdec.decoding.recording import Recorder
 from specdec.decoding.sampling import Prefixes, Sampler
 from specdec.decoding.sequences import Sequences
@@ -133,18 +134,25 @@ class DecodingLoop:
         self.session.observe(self._outcome(paths, tokens))
         self._let_go(stopped)
 
-    def join(self, tokens: Sequence[int], states: RowStates | None, hidden: dict[int, Tensor]) -> int:
+    def join(
+        self,
+        tokens: Sequence[int],
+        states: RowStates | None,
+        hidden: dict[int, Tensor],
+        earlier: EarlierTexts | None = None,
+    ) -> int:
         """A row more, between two rounds. Its last token is the root of its first round.
 
         Args:
             tokens: its prompt, without padding.
             states: of all tokens but the last, copied; None if there is but one token.
             hidden: see `TreeModel.joined_states`.
+            earlier: see `Sequences.earlier`.
 
         Returns:
             Its number in `sequences.rows`.
         """
-        number = self.sequences.join(tokens)
+        number = self.sequences.join(tokens, earlier)
         self.target.join(states, hidden)
         self.session.join()
         return number

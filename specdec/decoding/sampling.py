@@ -6,8 +6,9 @@ Shape legend: B rows, T slots (or any number of them), V vocabulary, L prefix le
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ _POINTWISE = (
     lp.SuppressTokensLogitsProcessor,
 )
 """Processors that look at the scores only."""
+
+_UNORDERED = (*_POINTWISE, lp.RepetitionPenaltyLogitsProcessor)
+"""Processors that see of a prefix no more than which tokens it has: more of one of these change nothing."""
 
 _ROW_WISE = (
     *_POINTWISE,
@@ -64,17 +68,22 @@ class Prefixes:
     trees: TreeBatch | GrowingTrees
     slots: range
 
+    def of_row(self, row: int) -> list[Tensor]:
+        """int64 prefixes of a row's own slots, which come before those past its tree."""
+        committed, tokens_N = self.sequences.prefix(row), self.trees.tokens_BN[row]
+        own = [slot for slot in self.slots if slot <= self.trees.sizes[row]]
+        if self.trees.is_chain:
+            whole = torch.cat([committed, tokens_N])
+            return [whole[: len(committed) + slot] for slot in own]
+        ancestors_TT = self.trees.ancestors_BTT[row]
+        return [torch.cat([committed, tokens_N[ancestors_TT[slot, 1:]]]) for slot in own]
+
     def by_length(self) -> dict[int, list[list[tuple[int, Tensor]]]]:
         """length -> for each row its (index in `slots`, int64 prefix [length]) of that length."""
         groups: dict[int, list[list[tuple[int, Tensor]]]] = defaultdict(lambda: [[] for _ in self.trees.sizes])
-        ancestors_BTT, tokens_BN = self.trees.ancestors_BTT, self.trees.tokens_BN
-        for row, size in enumerate(self.trees.sizes):
-            committed = self.sequences.prefix(row)
-            for index, slot in enumerate(self.slots):
-                if slot <= size:
-                    on_path = ancestors_BTT[row, slot, 1:]
-                    prefix = torch.cat([committed, tokens_BN[row][on_path]])
-                    groups[len(prefix)][row].append((index, prefix))
+        for row in range(len(self.trees.sizes)):
+            for index, prefix in enumerate(self.of_row(row)):
+                groups[len(prefix)][row].append((index, prefix))
         return dict(sorted(groups.items()))
 
 
@@ -102,7 +111,16 @@ class Sampler:
         self._verify = {"topdown": topdown, "traversal": traversal}[verify]
         self._warpers = [processor for processor in processors if type(processor) in _POINTWISE]
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
-        self._row_wise = all(_is_row_wise(processor) for processor in processors)
+        self._unordered = all(_is_one_of(_UNORDERED, processor) for processor in processors)
+        self._row_wise = all(_is_one_of(_ROW_WISE, processor) for processor in processors)
+
+    @cached_property
+    def shared_settings(self) -> Hashable:
+        """Of processors that treat every row alike, whatever its index: what they do. None: they may not.
+
+        Those of another sampler with the same settings do for its rows what these would.
+        """
+        return _as_hashable([vars(each) | {"": type(each)} for each in self.processors]) if self._row_wise else None
 
     def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
         """Scores after the processors: float32 [B, T, V]; the logits are left as they are.
@@ -115,12 +133,31 @@ class Sampler:
         if self._pointwise:
             flat = self.processors(torch.empty(0, dtype=torch.long), scores_BTV.flatten(0, 1))
             return flat.view_as(scores_BTV)
+        if self._row_wise:
+            self.process_rows(list(scores_BTV), [prefixes.of_row(row) for row in range(len(scores_BTV))])
+            return scores_BTV
         for per_row in prefixes.by_length().values():
-            if self._row_wise:
-                self._process_together(scores_BTV, per_row)
-            else:
-                self._process_in_place(scores_BTV, per_row, prefixes.sequences)
+            self._process_in_place(scores_BTV, per_row, prefixes.sequences)
         return scores_BTV
+
+    def process_rows(self, rows_TV: Sequence[Tensor], prefixes: Sequence[Sequence[Tensor]]) -> None:
+        """Process the first slots of rows in place, as few calls as the processors allow (see `shared_settings`).
+
+        Args:
+            rows_TV: float32 scores of each row's slots.
+            prefixes: of the first slots of each row.
+        """
+        own_TV = [scores_TV[: len(own)] for scores_TV, own in zip(rows_TV, prefixes, strict=True)]
+        scores_KV, each = torch.cat(own_TV), [prefix for own in prefixes for prefix in own]
+        if self._pointwise:
+            scores_KV = self.processors(torch.empty(0, dtype=torch.long), scores_KV)
+        elif self._unordered:
+            scores_KV = self.processors(_filled(each), scores_KV)
+        else:
+            for places in _by_length(each).values():
+                scores_KV[places] = self.processors(torch.stack([each[place] for place in places]), scores_KV[places])
+        for scores_TV, processed_TV in zip(own_TV, scores_KV.split([len(own) for own in prefixes]), strict=True):
+            scores_TV.copy_(processed_TV)
 
     def warp(self, logits_BTV: Tensor) -> Tensor:
         """Scores, float32, after those processors only that look at nothing else: enough for statistics."""
@@ -147,15 +184,6 @@ class Sampler:
         last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
         _refuse_unless(bool(last_BV.amax(-1).isfinite().all()))
         return accepted
-
-    def _process_together(self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
-        """One call for all slots of one prefix length."""
-        rows, slots, prefixes = zip(
-            *((row, slot, prefix) for row, group in enumerate(per_row) for slot, prefix in group), strict=True
-        )
-        scores_BTV[list(rows), list(slots)] = self.processors(
-            torch.stack(prefixes), scores_BTV[list(rows), list(slots)]
-        )
 
     def _process_in_place(
         self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]], sequences: Sequences
@@ -188,7 +216,34 @@ def _refuse_unless(usable: bool) -> None:
         )
 
 
-def _is_row_wise(processor: lp.LogitsProcessor) -> bool:
+def _is_one_of(kinds: Sequence[type], processor: lp.LogitsProcessor) -> bool:
+    """Whether it is of these kinds, and looks at no part of a prefix alone where it could look at all."""
     if type(processor) is lp.RepetitionPenaltyLogitsProcessor:
-        return not isinstance(processor.prompt_ignore_length, Tensor)
-    return type(processor) in _ROW_WISE
+        ignored = processor.prompt_ignore_length
+        return ignored is None if kinds is _UNORDERED else not isinstance(ignored, Tensor)
+    return type(processor) in kinds
+
+
+def _by_length(prefixes: Sequence[Tensor]) -> dict[int, list[int]]:
+    """The places of prefixes, by their length."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, prefix in enumerate(prefixes):
+        places[len(prefix)].append(place)
+    return places
+
+
+def _filled(prefixes: Sequence[Tensor]) -> Tensor:
+    """int64 [K, L] for processors to whom the order is nothing: shorter ones have their first token several times."""
+    longest = max(map(len, prefixes))
+    return torch.stack([torch.cat([prefix[:1].expand(longest - len(prefix)), prefix]) for prefix in prefixes])
+
+
+def _as_hashable(value: object) -> Hashable:
+    """Equal for settings that are, tensors and lists among them."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), _as_hashable(value.tolist())
+    if isinstance(value, dict):
+        return tuple((name, _as_hashable(part)) for name, part in sorted(value.items(), key=repr))
+    if isinstance(value, list | tuple | set):
+        return tuple(map(_as_hashable, value))
+    return value if isinstance(value, Hashable) else id(value)

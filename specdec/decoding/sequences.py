@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.decoding.earlier import EarlierTexts
+
 
 class Sequences:
     """Tokens on the device (padding included, as processors expect them) and on the host (without padding).
@@ -32,6 +34,8 @@ class Sequences:
         real_BP = real_BP[:, real_BP.shape[1] - prompt_length :].bool()
         self.tokens = [ids[real].tolist() for ids, real in zip(input_ids, real_BP, strict=True)]
         """Real tokens of every row, prompt and output."""
+        self.earlier: list[EarlierTexts | None] = [None] * num_rows
+        """Other texts that every row's next tokens may be copied from."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,11 +59,12 @@ class Sequences:
         """int64 view of a row's first `length` tokens, padding included (all committed ones by default)."""
         return self._ids_BL[row, : self.lengths[row] if length is None else length]
 
-    def join(self, tokens: Sequence[int]) -> int:
+    def join(self, tokens: Sequence[int], earlier: EarlierTexts | None = None) -> int:
         """A row more, at the end.
 
         Args:
             tokens: its prompt, without padding.
+            earlier: see the attribute.
 
         Returns:
             Its number (see `rows`).
@@ -72,6 +77,7 @@ class Sequences:
         ):
             column.append(value)
         self.tokens.append([])
+        self.earlier.append(earlier)
         self._ids_BL = torch.nn.functional.pad(self._ids_BL, (0, 0, 0, 1))
         self.put(len(self) - 1, tokens)
         self.commit(len(self) - 1, tokens)
@@ -81,6 +87,7 @@ class Sequences:
         """The same tokens, to go on with separately."""
         other = copy.copy(self)
         other.rows, other.lengths, other.prompt_lengths = [*self.rows], [*self.lengths], [*self.prompt_lengths]
+        other.earlier = [*self.earlier]
         other.tokens, other._ids_BL = [[*tokens] for tokens in self.tokens], self._ids_BL.clone()
         return other
 
@@ -95,6 +102,7 @@ class Sequences:
         view = copy.copy(self)
         view.num_all_rows, view.rows = 1, [0]
         view.lengths, view.prompt_lengths = [self.lengths[row]], [self.prompt_lengths[row]]
+        view.earlier = [self.earlier[row]]
         view.tokens, view._ids_BL = [self.tokens[row]], self._ids_BL[row : row + 1]
         return view
 
@@ -130,6 +138,7 @@ class Sequences:
             [column[row] for row in rows] for column in (self.rows, self.lengths, self.prompt_lengths)
         )
         self.tokens = [self.tokens[row] for row in rows]
+        self.earlier = [self.earlier[row] for row in rows]
         self._ids_BL = self._ids_BL[list(rows)]
 
 

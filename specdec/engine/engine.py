@@ -1,7 +1,4 @@
-"""The engine: admits requests, reads their prompts in chunks, and runs rounds of the decoding loop over all of them.
-
-Shape legend: T tokens of a chunk.
-"""
+"""The engine: admits requests, reads their prompts in chunks, and runs rounds of the decoding loop over all of them."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
-import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter, Run
 from specdec.drafters.speculation import Speculation
 from specdec.engine.chunking import ChunkSizer
+from specdec.engine.earlier_replies import EarlierReplies
+from specdec.engine.memory import GROWTH, GROWTH_OF_NEW, Held, KeyValueMemory, free_slots, page_pool
 from specdec.engine.prefixes import PrefixCache
 from specdec.engine.prepared import prepare
 from specdec.engine.queue import TurnQueue
@@ -37,12 +34,6 @@ from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.hf import num_processes
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
-from specdec.tree_model.model import TreeModel
-
-_NODES = 8
-"""Drafted tokens of a row whose states are held, where layers have states."""
-_MEMORY_SHARE = 0.5
-"""Of what is free at the start, for keys and values: buffers that grow are copied, and drafters keep some too."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +50,10 @@ class Engine:
         tokenizer: needed for stop strings only.
         max_rows: requests that are decoded at once.
         max_waiting: requests that may wait besides; where `Request.client` differs, clients take turns.
-        max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. Rows are padded to the
-            longest: n of them take n times what the one that may get longest needs. None takes half of the memory that
-            is free now.
+        max_cached_tokens: slots of key/value memory, for rows and shared prefixes together. With int8 weights and
+            native layers a row takes what it has written, in pages, and shares those of its prefix; others are padded
+            to the longest. If rows outgrow it, those that came last wait again, and go on later where they were. None
+            takes half of the memory that is free now.
         prefill_chunk: prompt tokens that are read between two rounds, at most. While others decode they are as many as
             take about 1.7 times what a round takes (`chunking`); with int8 weights and native layers, they
             go through the model together with the round's own.
@@ -98,11 +90,14 @@ class Engine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
-        self.max_cached_tokens = max_cached_tokens or _free_slots(model, max_rows)
+        self.max_cached_tokens = max_cached_tokens or free_slots(model, max_rows)
         self._drafter = speculation.drafter
+        self._pool = page_pool(model)
         self._prefixes = PrefixCache(self.max_cached_tokens)
+        self._replies = EarlierReplies()
+        self._memory = KeyValueMemory(self.max_cached_tokens, self._prefixes, self._pool)
         self._waiting = TurnQueue(max_waiting)
-        self._reader = PromptReader(model, self._prefixes)
+        self._reader = PromptReader(model, self._prefixes, self._pool)
         self._chunks = ChunkSizer(prefill_chunk)
         self._clock = perf_counter
         self._admitted: deque[RunningRequest] = deque()
@@ -121,8 +116,8 @@ class Engine:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Slots of key/value memory in use or reserved, shared prefixes included."""
-        return self._reserved(self._admitted_requests) + self._prefixes.num_tokens
+        """Slots of key/value memory in use, those of prompts that are to be read next and shared prefixes included."""
+        return self._memory.num_used(self._held())
 
     def submit(self, request: Request) -> Generation:
         """Queue a request.
@@ -138,7 +133,7 @@ class Engine:
             )
         generation = Generation(request)
         running = RunningRequest(prepare(self.model, request, self.tokenizer), generation)
-        if self._reserved([running]) > self.max_cached_tokens:
+        if running.need > self.max_cached_tokens:
             raise CapacityError(
                 f"a prompt of {len(running.prompt)} tokens that may grow to {running.need} needs more than the "
                 f"{self.max_cached_tokens} slots of key/value memory that there are (max_cached_tokens): shorten it or "
@@ -155,6 +150,7 @@ class Engine:
         Returns:
             Whether anything is left to do.
         """
+        self._suspend_some()
         self._admit()
         num_tokens = self._chunks.size(is_decoding=bool(self._loop.requests))
         if self._loop.requests and self._loop.target.can_read_along:
@@ -184,9 +180,16 @@ class Engine:
             self.cancel(generation)
         self._loop.session.close()
 
-    @property
-    def _admitted_requests(self) -> list[RunningRequest]:
-        return [*self._loop.requests.values(), *self._admitted]
+    def _held(self) -> list[Held]:
+        """What rows hold, and what prompts will when they are read."""
+        admitted = [self._held_by(running) for running in self._admitted]
+        return [*self._loop.held, *admitted]
+
+    def _held_by(self, running: RunningRequest) -> Held:
+        """What a request will hold whose prompt has not been read."""
+        num_tokens = len(running.prompt)
+        num_left = self._reader.num_left if running is self._reader.request else num_tokens
+        return Held(length=num_tokens, most=running.need, num_unread=num_left)
 
     def _start(self) -> ContinuousBatchingLoop:
         """A loop without rows.
@@ -195,7 +198,7 @@ class Engine:
             DraftError: the drafter cannot take rows that join.
         """
         target = self._drafter.make_target(self.model)
-        target.begin()
+        target.begin(pool=self._pool)
         nothing = torch.zeros((0, 0), dtype=torch.long, device=target.device)
         sequences, requests = Sequences(nothing, None, 0), RunningRequests()
         sampler = RequestSampler(requests, sequences)
@@ -231,18 +234,20 @@ class Engine:
             keep=self._keep,
         )
 
-    def _reserved(self, requests: list[RunningRequest]) -> int:
-        """Slots of rows that are padded to the longest."""
-        return len(requests) * max((running.need for running in requests), default=0)
-
     def _admit(self) -> None:
         """Let requests in, as their turns come, while there is memory; shared prefixes make room."""
         while self._waiting and self.num_rows < self.max_rows:
-            reserved = self._reserved([*self._admitted_requests, self._waiting.first])
-            if reserved > self.max_cached_tokens:
+            held = [*self._held(), self._held_by(self._waiting.first)]
+            if not self._memory.make_room(held, GROWTH_OF_NEW) and self.num_rows:
                 return
-            self._prefixes.shrink(self.max_cached_tokens - reserved)
             self._admitted.append(self._waiting.pop())
+
+    def _suspend_some(self) -> None:
+        """If rows may not have room for a round, let those wait again that came last; what they have said stays."""
+        while not self._memory.make_room(self._held(), GROWTH) and self.num_rows > 1:
+            running = self._admitted[-1] if self._admitted else self._loop.newest
+            self._remove(running)
+            self._waiting.give_back(running)
 
     def _read_prompts(self, left: int) -> None:
         """Read so many tokens, and let those join whose prompt has been read."""
@@ -282,7 +287,8 @@ class Engine:
     def _join(self, running: RunningRequest) -> None:
         """The prompt that is being read has been, and its request is decoded from now on."""
         states = self._reader.states
-        self._loop.admit(running, states, self._reader.hidden)
+        kind = running.generation.request.kind
+        self._loop.admit(running, states, self._reader.hidden, self._replies.of(kind) if kind else None)
         if states is not None:
             self._keep(running.prompt[:-1], states)
         self._admitted.remove(running)
@@ -291,7 +297,7 @@ class Engine:
     def _keep(self, tokens: Sequence[int], states: RowStates) -> None:
         """Keep a text's states for whoever begins like it, in the memory that no row has reserved."""
         self._prefixes.add(tokens, states)
-        self._prefixes.shrink(self.max_cached_tokens - self._reserved(self._admitted_requests))
+        self._memory.make_room(self._held(), 0)
 
     def _round(self, running: RunningRequest | None, num_tokens: int) -> None:
         """A round of all rows. One that breaks ends them all, for none can be trusted to be whole.
@@ -361,6 +367,7 @@ class Engine:
                     self._remove(running)
                     self._finish(running, "error", error)
         for running in finished:
+            self._replies.add(running.generation)
             self._tell_end(running)
 
     def _tell_end(self, running: RunningRequest) -> None:
@@ -376,24 +383,3 @@ class Engine:
 
 def _as_exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"the engine was interrupted by {error!r}")
-
-
-def _num_bytes(part: Tensor) -> int:
-    return part.numel() * part.element_size()
-
-
-@torch.no_grad()
-def _free_slots(model: PreTrainedModel, max_rows: int) -> int:
-    """Slots that fit into a share of the free memory, as far as rows of the model's length could use them."""
-    trial = TreeModel(model)
-    trial.begin(1)
-    trial.read(torch.zeros((1, 1), dtype=torch.long, device=trial.device))
-    states = trial.cache.row_views(0)
-    slot_bytes = max(1, sum(_num_bytes(part) for layer in states.slots for part in layer))
-    state_bytes = sum(_num_bytes(state) for layer in states.recurrent for state in layer.values())
-    if trial.device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info(trial.device)[0]
-    else:
-        free_bytes = psutil.virtual_memory().available
-    free_bytes -= max_rows * (1 + _NODES) * state_bytes
-    return max(1, min(int(_MEMORY_SHARE * free_bytes / slot_bytes), 2 * max_rows * position_limit(model)))

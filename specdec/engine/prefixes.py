@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-import torch
-from torch import Tensor
-
 from specdec.tree_model.cache import RowStates
+from specdec.tree_model.pages import PAGE, one_after_another
 
-BLOCK = 16
+BLOCK = PAGE
 """Tokens of a block; what is shared is a multiple of it."""
 
 _Key = tuple[int, tuple[int, ...]]
@@ -27,7 +25,7 @@ _NO_BLOCK = 0
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
     number: int
-    slots: list[tuple[Tensor, ...]]
+    states: RowStates
 
 
 class PrefixCache:
@@ -47,22 +45,19 @@ class PrefixCache:
         return BLOCK * len(self._blocks)
 
     def match(self, tokens: Sequence[int]) -> tuple[int, RowStates | None]:
-        """How many of the first tokens are known, and their states [H, S, D], layer by layer."""
+        """How many of the first tokens are known, and their states."""
         known = list(self._known(tokens))
         self._touch([key for key, _ in known])
         if not known:
             return 0, None
-        layers = zip(*(block.slots for _, block in known), strict=True)
-        slots = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]
-        length = BLOCK * len(known)
-        return length, RowStates(length=length, slots=slots, recurrent=[])
+        return BLOCK * len(known), one_after_another([block.states for _, block in known])
 
     def add(self, tokens: Sequence[int], states: RowStates) -> None:
         """Keep what is new of a text. Of a model with recurrent states nothing is: they have no beginning.
 
         Args:
             tokens: of a text from its beginning, without padding.
-            states: of all of them; copied.
+            states: of all of them; pages are kept, all else is copied.
         """
         if states.recurrent:
             return
@@ -72,8 +67,7 @@ class PrefixCache:
         most = min(len(tokens), self.max_tokens) // BLOCK
         for start in range(BLOCK * len(known), BLOCK * most, BLOCK):
             stop = start + BLOCK
-            part = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in states.slots]
-            block = _Block(next(self._numbers), part)
+            block = _Block(next(self._numbers), states.part(start, stop))
             key = number, tuple(tokens[start:stop])
             self._blocks[key] = block
             used.append(key)
@@ -81,10 +75,14 @@ class PrefixCache:
         self._touch(used)
         self.shrink(self.max_tokens)
 
+    def drop_oldest(self) -> None:
+        """Forget the block that was not used for the longest time."""
+        self._blocks.popitem(last=False)
+
     def shrink(self, num_tokens: int) -> None:
         """Forget what was not used for the longest time, until no more than this is left."""
         while self._blocks and self.num_tokens > num_tokens:
-            self._blocks.popitem(last=False)
+            self.drop_oldest()
 
     def _known(self, tokens: Sequence[int]) -> Iterator[tuple[_Key, _Block]]:
         number = _NO_BLOCK

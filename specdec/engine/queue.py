@@ -58,6 +58,15 @@ class TurnQueue:
                 self._clients.move_to_end(_client(first))
         return first
 
+    def give_back(self, running: RunningRequest) -> None:
+        """Make one the first that was the first before."""
+        with self._changing:
+            of_client = self._clients.setdefault(_client(running), OrderedDict())
+            of_client[running] = None
+            of_client.move_to_end(running, last=False)
+            self._clients.move_to_end(_client(running), last=False)
+            self._length += 1
+
     def remove(self, running: RunningRequest) -> None:
         """Take one out of turn; its client keeps its place. `KeyError`: it does not wait."""
         with self._changing:

@@ -13,6 +13,7 @@ from specdec.engine.prefixes import PrefixCache
 from specdec.engine.running_requests import RunningRequest
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
+from specdec.tree_model.pages import PagePool
 
 
 class PromptReader:
@@ -20,12 +21,15 @@ class PromptReader:
 
     Args:
         prefixes: what is known of the beginnings of prompts.
+        pool: whose pages prompts have; None if those of their own rows.
     """
 
-    def __init__(self, model: PreTrainedModel, prefixes: PrefixCache):
+    def __init__(self, model: PreTrainedModel, prefixes: PrefixCache, pool: PagePool | None):
         self._model = TreeModel(model)
         self._prefixes = prefixes
-        self._request: RunningRequest | None = None
+        self._pool = pool
+        self.request: RunningRequest | None = None
+        """Whose prompt is being read."""
         self._tokens: list[int] = []
         """Of the prompt but the last, which is the root of the first round."""
         self._num_read = 0
@@ -53,15 +57,14 @@ class PromptReader:
 
     def begin(self, running: RunningRequest) -> None:
         """Begin with a prompt; nothing happens if it is the one that is being read."""
-        if running is self._request:
+        if running is self.request:
             return
-        self._request, self._tokens = running, running.prompt[:-1]
-        self._model.begin(1, capacity=len(self._tokens))
+        self.request, self._tokens = running, running.prompt[:-1]
+        self._model.begin(capacity=len(self._tokens), pool=self._pool)
         self._hidden = []
         self._num_read, states = self._prefixes.match(self._tokens)
         running.begin(self._num_read)
-        if states is not None:
-            self._model.cache.write_row(0, states)
+        self._model.join(states)
 
     def read(self, most: int) -> int:
         """Read some tokens more; returns their number."""
@@ -82,13 +85,15 @@ class PromptReader:
             try:
                 yield
             finally:  # what comes after the forward may fail
-                self._num_read += part_1T.numel() if along.is_read else 0
+                if along.is_read:
+                    self._num_read += part_1T.numel()
+                    self._hidden.append(self._model.states)
 
     def forget(self, running: RunningRequest) -> None:
         """The request is gone, or has all that it needs."""
-        if running is self._request:
-            self._request, self._tokens, self._num_read, self._hidden = None, [], 0, []
-            self._model.begin()
+        if running is self.request:
+            self.request, self._tokens, self._num_read, self._hidden = None, [], 0, []
+            self._model.begin(pool=self._pool)
 
     def _next(self, most: int) -> Tensor:
         part = self._tokens[self._num_read : self._num_read + most]

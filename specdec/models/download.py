@@ -59,11 +59,6 @@ def fetch(file: WheelFile, to: Path, staging: Path, bars: Progress) -> None:
     wheel.unlink()
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/specdec`, or `~/.cache/specdec`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
-
-
 @contextlib.contextmanager
 def staging_folder(home: Path) -> Iterator[Path]:
     """An empty folder in `home` for unfinished files, for one process at a time; removed at the end.

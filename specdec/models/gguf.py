@@ -23,9 +23,10 @@ from typing import Any
 import torch
 import transformers
 
-from specdec.kernels.native.access import check_folder
+from specdec.disk_cache.access import check_folder
+from specdec.disk_cache.folders import cache_folder
 from specdec.models.checkpoint import Checkpoint
-from specdec.models.download import cache_folder, staging_folder
+from specdec.models.download import staging_folder
 from specdec.stages import stage
 
 _log = logging.getLogger("specdec")

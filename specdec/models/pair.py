@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from specdec import models
 from specdec.drafters.head.formats import is_head
 from specdec.drafters.head.loading import load_head
-from specdec.errors import DraftError
+from specdec.errors import DraftError, UnsupportedModelError
 from specdec.kernels import prepare
 from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from specdec.drafters import Drafter
     from specdec.specs import DrafterSpec
+
+_log = logging.getLogger(__name__)
 
 
 class LoadedPair(NamedTuple):
@@ -99,11 +103,19 @@ def _load(
         threads=threads,
         trust_remote_code=options.trust_remote_code,
         to_chat=to_chat,
-        weights="gguf" if options.weights == "gguf" else None,
+        weights=options.weights,
     )
 
 
 def _prepared(loaded: models.LoadedModel, options: ModelOptions) -> models.LoadedModel:
-    if options.weights not in ("stock", "gguf"):
-        prepare(loaded.model, weights=options.weights)
+    """`float` is what commands do where they can, and changes no output: a model that it is not for goes without."""
+    model = loaded.model
+    if options.weights == "float":
+        if model.device.type == "cpu" and model.dtype == torch.float32:
+            try:
+                prepare(model)
+            except UnsupportedModelError as error:
+                _log.info("%s stays as it was loaded: %s", loaded.name, error)
+    elif options.weights not in ("stock", "gguf"):
+        prepare(model, weights=options.weights)
     return loaded

@@ -143,6 +143,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
             "eos_token": "<|eos|>",
             "bos_token": "<|bos|>",
             "padding_side": "left",
+            "model_input_names": ["input_ids", "attention_mask"],  # models of our families take no token types
             "chat_template": _CHAT_TEMPLATE,
         }
         super().__init__(**{**defaults, **settings})

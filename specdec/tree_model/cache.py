@@ -49,6 +49,11 @@ class RowStates:
     slots: list[tuple[Tensor, ...]]
     recurrent: list[States]
 
+    def part(self, start: int, stop: int) -> RowStates:
+        """Those of some slots, without recurrent states; copied."""
+        slots = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in self.slots]
+        return RowStates(length=stop - start, slots=slots, recurrent=[])
+
 
 class Point(NamedTuple):
     """What rows had committed: so many slots, and the states of every layer that has such."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.tree_model.model import TreeModel
+from specdec.tree_model.pages import PagePool
 from specdec.tree_model.tail_order import PartialForward, TailOrder, tail_order
 from trees import TreeBatch
 
@@ -30,7 +31,8 @@ class EarlyExitModel(TreeModel):
         self._order: TailOrder | None = None
         """Of the tail that the last verification has left."""
 
-    def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
+    def begin(self, num_rows: int = 0, *, capacity: int = 0, pool: PagePool | None = None) -> None:
+        """As of any `TreeModel`, but for pages: those are for layers that all run at once."""
         self._partial = self._order = None
         super().begin(num_rows, capacity=capacity)
 

@@ -36,6 +36,11 @@ class LayerKind:
     has_slots: bool = True
 
     @property
+    def sees_all(self) -> bool:
+        """Whether there is nothing but keys and values, and each token sees all of those before it."""
+        return self.name == "full_attention" and self.has_slots and self.reach is None and not self.num_states
+
+    @property
     def is_chunked(self) -> bool:
         return self.name == "chunked_attention"
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
-from specdec.kernels.model.stack import FusedStack, Rotations, can_join, is_fused, stacks
+from specdec.kernels.model.packed import PackedLayers, can_pack
+from specdec.kernels.model.stack import FusedStack, Rotations, is_fused, stacks
 from specdec.tree_model.module_copies import with_modules
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -119,9 +120,15 @@ class LayerViews:
         return stacks(self._model, self.layers, self.final_norm)
 
     @property
-    def can_join(self) -> bool:
-        """Whether tokens of another cache may go through the layers together with a whole view's own."""
-        return self.uses_fused_layers and can_join(self._model, self.layers)
+    def can_pack(self) -> bool:
+        """Whether the tokens of several texts may go through the layers as one list, now (see `packed`)."""
+        return self.uses_fused_layers and can_pack(self._model, self.layers)
+
+    @cached_property
+    def packed(self) -> PackedLayers:
+        """All layers and the head, for packed texts."""
+        assert self.final_norm is not None, "`can_pack` asks first"
+        return PackedLayers(self._model, self._rotations, self.layers, self.final_norm)
 
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""

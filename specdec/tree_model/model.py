@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,20 +22,22 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
 from specdec.hf import cache_name, home_device
-from specdec.kernels import prepared
+from specdec.kernels import native, prepared
 from specdec.tree_model import masks
 from specdec.tree_model.cache import RowStates, TreeCache
 from specdec.tree_model.layer_kinds import LayerKind, layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
+from specdec.tree_model.packing import pack_tokens, pack_trees, run_packed
+from specdec.tree_model.pages import PagedCache, PagePool, RowPages
 from specdec.tree_model.positions import next_positions, positions_read
 from specdec.tree_model.state_owners import reads_on
 from specdec.tree_model.walking import walking
-from trees import TreeBatch
+from trees import Ragged, TreeBatch
 
 
 @dataclass(slots=True, eq=False)
 class Along:
-    """Tokens [B, T] that a reader of the same model takes in with a forward of another; whether it has."""
+    """Tokens [B, T] that a reader of the same model takes in with a verification of another; whether it has."""
 
     reader: TreeModel
     tokens_BT: Tensor
@@ -62,6 +64,7 @@ class TreeModel:
     Attributes:
         states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
             that many layers [B, T, C], before the final norm, slot by slot.
+        num_read_along: tokens of a prompt that the last verification has read besides.
         joined_states: the same of the row that has joined last, [S, C], of the last tokens that it holds: those whose
             states are known.
     """
@@ -88,7 +91,7 @@ class TreeModel:
             "recurrent": {index: kind.num_states for index, kind in kinds if kind is not None and kind.num_states},
         }
         self.device = home_device(model)
-        self.num_forwards = 0
+        self.num_forwards = self.num_read_along = 0
         self.states: dict[int, Tensor] = {}
         self.joined_states: dict[int, Tensor] = {}
         self._kept: frozenset[int] = frozenset()
@@ -187,13 +190,17 @@ class TreeModel:
         self._start_masks(attention_mask, next_positions(read[-1] if read else model_inputs.get("position_ids")))
         return outputs.logits[:, -1:]
 
-    def begin(self, num_rows: int = 0, *, capacity: int = 0) -> None:
+    def begin(self, num_rows: int = 0, *, capacity: int = 0, pool: PagePool | None = None) -> None:
         """Start with rows that hold nothing; others may join.
 
         Args:
             capacity: expected number of slots of a row.
+            pool: whose pages the rows are to have, as long as `can_pack`; None pads them to the longest.
         """
-        self.cache = TreeCache(self.num_layers, num_rows, capacity, **self._layers)
+        if pool is not None and self.can_pack:
+            self.cache = PagedCache(pool, num_rows)
+        else:
+            self.cache = TreeCache(self.num_layers, num_rows, capacity, **self._layers)
         self.states = {}
         self._prompt_BP = None
         self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
@@ -205,6 +212,8 @@ class TreeModel:
             states: see `TreeCache.join`.
             hidden: see `joined_states`.
         """
+        if isinstance(states, RowPages) and not self.is_packed:
+            states = states.copied()
         self.cache.join(states)
         self.joined_states = hidden or {}
         self._lag_AB = torch.nn.functional.pad(self._lag_AB, (0, 1))
@@ -217,7 +226,9 @@ class TreeModel:
         Args:
             tokens_BT: int64, T at least 1.
         """
-        if not self.keeps_states:
+        if self.is_packed:
+            parts, by_steps = tokens_BT.split(native.BLOCK_ROWS, 1), True
+        elif not self.keeps_states:
             parts, by_steps = (tokens_BT,), True
         elif not any(self.cache.lengths) or reads_on(self.model):
             parts, by_steps = (tokens_BT,), False
@@ -228,6 +239,11 @@ class TreeModel:
 
     def _read_part(self, tokens_BT: Tensor, *, by_steps: bool) -> dict[int, Tensor]:
         """Returns the states that are kept."""
+        if self._packs(look=True):
+            packed = pack_tokens(self._pages, tokens_BT)
+            _, states = run_packed(self.views.packed, packed, [], self._kept)
+            self._take_new(tokens_BT)
+            return states
         view, inputs = self._whole() if self._kept else self._body, self._new_inputs(tokens_BT)
         if not by_steps:
             assert self.cache.states is not None
@@ -239,15 +255,17 @@ class TreeModel:
     @property
     def can_read_along(self) -> bool:
         """Whether `reading_along` is possible."""
-        return self._is_fused and not self._kept and self.views.can_join
+        return self.is_packed
 
     @contextmanager
     def reading_along(self, reader: TreeModel, tokens_BT: Tensor) -> Iterator[Along]:
-        """Within, the next `forward` also does what `reader.read(tokens_BT)` would, to the last bit, at less cost.
+        """Within, the next `verify` also does what `reader.read(tokens_BT)` would, to the last bit, at less cost.
 
         Args:
             reader: of the same model. What it has is as before if no forward comes, or one that fails.
         """
+        if not reader.is_packed:  # it has begun when the model was another
+            reader.cache = self._pages.of_rows(reader.cache)
         along = self._along = Along(reader, tokens_BT)
         try:
             yield along
@@ -255,6 +273,51 @@ class TreeModel:
             self._along = None
             if not along.is_read:
                 reader.forget_tail()
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether rows can have pages: then what is verified is what they draft, not as much as the longest of them."""
+        return self._is_fused and self.views.can_pack and all(kind is not None and kind.sees_all for kind in self.kinds)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows have pages."""
+        return isinstance(self.cache, PagedCache)
+
+    @property
+    def _pages(self) -> PagedCache:
+        assert isinstance(self.cache, PagedCache), "`is_packed` is asked first"
+        return self.cache
+
+    def _packs(self, *, look: bool) -> bool:
+        """Whether rows have pages that the layers can read. If the model has changed they have not, from now on.
+
+        Args:
+            look: at all of the model; else what has been noticed counts.
+        """
+        if not self.is_packed:
+            return False
+        if not ((self.can_pack or not look) and self.views.packed.is_current(look=look)):
+            self.cache = self._pages.copied()
+        return self.is_packed
+
+    def _verify_packed(self, trees: TreeBatch, roots_B1: Tensor) -> Ragged:
+        packed, along = pack_trees(self._pages, trees, roots_B1), self._along
+        sizes = packed.sizes
+        self.num_read_along = 0 if along is None else along.tokens_BT.numel()
+        if along is not None:
+            packed = packed.followed_by(pack_tokens(along.reader._pages, along.tokens_BT))
+        logits, states = run_packed(self.views.packed, packed, sizes, self._kept)
+        if along is not None:
+            self._along = None
+            num_rows, num_read = along.tokens_BT.shape
+            along.reader.states = {depth: kept_BTC[-num_rows:, :num_read] for depth, kept_BTC in states.items()}
+            along.reader._take_new(along.tokens_BT)
+            along.is_read = True
+        self.states = {depth: kept_BTC[: len(sizes), : max(sizes)] for depth, kept_BTC in states.items()}
+        self.num_forwards += 1
+        assert logits is not None
+        return logits
 
     def _new_inputs(self, tokens_BT: Tensor) -> dict[str, Any]:
         """Of tokens that follow what is committed."""
@@ -287,8 +350,11 @@ class TreeModel:
             grown_indices: of the nodes among those that an `EarlyExitModel` has forwarded in part (see `trees.Draft`).
 
         Returns:
-            Logits after every slot, [B, 1 + N, V], in the model's dtype.
+            Logits after every slot, [B, 1 + N, V], in the model's dtype. Where rows have pages it is a `Ragged` of
+            their own slots: whoever asks for pages (`begin`) reads those, row by row.
         """
+        if self._packs(look=self._along is not None):
+            return cast(Tensor, self._verify_packed(trees, roots_B1))
         tokens_BT = torch.cat([roots_B1, trees.tokens_BN], 1)
         return self.forward(tokens_BT, trees.depths_BT, trees.ancestors_BTT if trees.width else None)
 
@@ -304,14 +370,9 @@ class TreeModel:
         Returns:
             Logits after every new slot, [B, T, V], in the model's dtype.
         """
-        whole, along, beside = self._whole(), self._along, {}
-        if along is not None:
-            beside = {"beside": along.reader._new_inputs(along.tokens_BT)}
-        outputs = self._run(whole, self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK) | beside)
-        if along is not None:
-            self._along = None
-            along.reader._take_new(along.tokens_BT)
-            along.is_read = True
+        assert not self.is_packed, "rows in pages are verified"
+        whole = self._whole()
+        outputs = self._run(whole, self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK))
         self.states = self._at_home(whole.states)
         self.num_forwards += 1
         return outputs.logits

@@ -60,10 +60,16 @@ def test_a_server_that_drafts_nothing_proves_nothing() -> None:
 
 
 def test_a_server_without_speculation_by_its_own_switch() -> None:
+    """It can also limit what is drafted, which tells the depth of a fault."""
     with AuditedServer(DROPS, has_switch=True).running() as server:
-        result = specdec_command("audit", server.url, *FEW)
+        result = specdec_command("audit", server.url, *FEW, "--json")
     assert result.exit_code == 1
-    assert '"speculation": false' in result.stdout
+    document = json.loads(result.stdout)
+    assert '"speculation": false' in document["reference"]
+    wrong = {check["phase"] for check in document["checks"] if check["verdict"] == "different"}
+    asked = {check["phase"] for check in document["checks"]}
+    assert {phase for phase in asked if "drafted" in phase} == {f"at most {depth} drafted" for depth in (1, 2, 3, 5, 8)}
+    assert {phase for phase in wrong if "drafted" in phase} == {"at most 5 drafted", "at most 8 drafted"}
 
 
 def test_a_switch_that_is_ignored_is_no_reference() -> None:

@@ -15,6 +15,7 @@ from specdec import models
 from specdec.cli.app import app
 from specdec.cli.common import USER_ERROR, friendly_errors
 from specdec.errors import ModelError
+from specdec.kernels import native
 from tests.support.tiny_models import save_tiny_model
 
 COMMANDS = ("pull", "generate", "chat", "bench", "doctor")
@@ -51,6 +52,18 @@ def test_doctor_prints_one_json_document(cache: Path) -> None:
     assert report["threads"]["torch"] >= 1
     assert "--dtype" in report["advice"][0]
     assert report["models"] == []
+
+
+def test_doctor_lists_and_clears_caches(cache: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "tiny")
+    answered = run("generate", "hello", "--raw", "-n", "4", "--model", folder, "--weights", "int8", "--device", "cpu")
+    assert answered.exit_code == 0
+    listed = {kept["name"]: kept for kept in json.loads(run("doctor", "--json").stdout)["caches"]}
+    assert set(listed) == {"measurements", "packed-weights"}
+    assert listed["packed-weights"]["num_bytes"] > 0 or native.library() is None
+    assert listed["measurements"]["num_files"] > 0
+    assert "packed-weights (0 files, 0.0 MB)" in run("doctor", "--clear-cache").stdout
+    assert all(kept["num_files"] == 0 for kept in json.loads(run("doctor", "--json").stdout)["caches"])
 
 
 def test_doctor_measures_threads_for_a_model(cache: Path, tmp_path: Path) -> None:

@@ -87,3 +87,19 @@ def test_a_router_needs_a_model() -> None:
 
 def test_every_command_says_what_it_is_for() -> None:
     assert all(inspect.cleandoc(command.help or "").strip() for command in COMMANDS.values())
+
+
+def test_constant_messages_are_no_markup() -> None:
+    for path in (ROOT / "specdec" / "cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("print", "notify", "add_row", "log"):
+                for text in (one.value for one in node.args if isinstance(one, ast.Constant)):
+                    assert not isinstance(text, str) or render(text).plain == text, f"{path.name}:{node.lineno}"
+
+
+def test_the_doctor_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"name": "[red]x[/red]", "path": "/m/[bold]", "size_mib": 1}
+    monkeypatch.setattr("specdec.cli.doctor._demo_models", lambda: [found])
+    shown = "".join(specdec_command("doctor").stdout.split())
+    assert "[red]x[/red]" in shown
+    assert "/m/[bold]" in shown

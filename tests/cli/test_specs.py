@@ -27,6 +27,7 @@ from specdec.cli.options import MODEL_OPTIONS
 from specdec.drafters.head.loading import load_head
 from specdec.engine import Engine
 from specdec.errors import DraftError
+from specdec.kernels import prepared
 from specdec.model_options import ModelOptions
 from specdec.models import load
 from specdec.models.pair import LoadedPair, load_pair
@@ -291,7 +292,10 @@ def test_a_pair_is_loaded_as_the_options_say(tiny: str, words: str) -> None:
     assert pair.draft is not None
     assert {str(model.dtype) for model in (pair.target.model, pair.draft.model)} == {"torch.bfloat16"}
     assert isinstance(pair.build(DrafterSpec.parse("small-model")), drafters.SmallModel)
-    assert load_pair(tiny, None, ModelOptions()).draft is None
+    pair = load_pair(tiny, None, ModelOptions())
+    assert pair.draft is None
+    assert prepared(pair.target.model) is not None, "prepared float weights are the default"
+    assert prepared(load_pair(tiny, None, ModelOptions(weights="stock")).target.model) is None
     assert load_pair(tiny, words, ModelOptions(), translates=True).draft is not None
 
 

@@ -288,6 +288,8 @@ def processed_one_by_one(
         [lp.RepetitionPenaltyLogitsProcessor(1.5), lp.NoRepeatNGramLogitsProcessor(2), lp.TopKLogitsWarper(4)],
         [lp.MinLengthLogitsProcessor(7, torch.tensor([2])), lp.SuppressTokensAtBeginLogitsProcessor([1], 6)],
         [lp.TemperatureLogitsWarper(0.7), lp.TopPLogitsWarper(0.9)],
+        [lp.TemperatureLogitsWarper(0.7), lp.RepetitionPenaltyLogitsProcessor(1.5)],
+        [lp.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=4)],
         [lp.RepetitionPenaltyLogitsProcessor(1.5), NoteCalls()],
         [lp.PrefixConstrainedLogitsProcessor(lambda row, ids: [row, int(ids[-1])], num_beams=1)],
         [],
@@ -311,6 +313,19 @@ def test_processors_see_each_nodes_own_prefix(processors: list[LogitsProcessor])
     for row, tree in enumerate(rows):
         torch.testing.assert_close(scores_BTV[row, : len(tree) + 1], expected_BTV[row, : len(tree) + 1])
     assert torch.equal(logits_BTV, before)
+
+
+def test_settings_are_shared_by_those_who_do_the_same():
+    def settings(*processors: LogitsProcessor):
+        return Sampler(LogitsProcessorList(processors), do_sample=False).shared_settings
+
+    banned = lp.NoBadWordsLogitsProcessor([[7], [3, 9]], eos_token_id=torch.tensor([2]))
+    same = lp.NoBadWordsLogitsProcessor([[7], [3, 9]], eos_token_id=torch.tensor([2]))
+    assert settings(banned) == settings(same) is not None
+    assert settings(banned) != settings(lp.NoBadWordsLogitsProcessor([[7]], eos_token_id=torch.tensor([2])))
+    assert settings(lp.TopKLogitsWarper(3)) != settings(lp.TopKLogitsWarper(4))
+    assert settings(lp.TopKLogitsWarper(3)) != settings(lp.TopKLogitsWarper(3), lp.TopKLogitsWarper(3))
+    assert settings(NoteCalls()) is None
 
 
 GREEDY_OPTIONS: dict[str, dict[str, Any]] = {

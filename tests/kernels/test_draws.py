@@ -46,7 +46,7 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx"], autouse=True)
+@pytest.fixture(params=native.INSTRUCTION_SETS, autouse=True)
 def instruction_set(request: pytest.FixtureRequest):
     best = native.library().instruction_set
     try:

@@ -322,6 +322,33 @@ def test_bfloat16_model_becomes_int8_and_float32(backend):
     assert relative(model(ids).logits, expected) < 0.05
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_models_are_nearer_to_float32_and_their_rows_are_exact(family):
+    """Weights stay in two bytes; a chain or a tree verified at once gives the very logits of its tokens one by one."""
+    if native.library() is None:
+        pytest.skip(native.describe())
+    model, ids = make_model(family).to(torch.bfloat16), torch.randint(1, 300, (1, 70))
+    expected, own = copy.deepcopy(model).float()(ids).logits, model(ids).logits
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    kernels.prepare(model)
+    assert model._specdec_prepared.num_fused_layers == 2
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    logits, cache = model(ids).logits, None
+    assert logits.dtype is torch.bfloat16
+    assert relative(logits.float(), expected) < relative(own.float(), expected)
+    for t in range(9):
+        step = model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True)
+        cache = step[CACHE]
+        assert torch.equal(step.logits[:, 0], logits[:, t])
+
+    model.model.layers[1].input_layernorm.weight.mul_(2)  # of which the kernels read a copy
+    assert not torch.equal(model(ids).logits, logits)
+    model.model.layers[1].input_layernorm.weight.div_(2)
+    assert torch.equal(model(ids).logits, logits)
+    kernels.unprepare(model)
+    assert torch.equal(model(ids).logits, own)
+
+
 def test_quantized_copy_shares_what_it_can(backend):
     model, ids = make_model("qwen2"), torch.randint(1, 300, (1, 5))
     expected = model(ids).logits

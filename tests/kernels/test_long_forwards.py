@@ -24,7 +24,7 @@ from specdec.tree_model.model import TreeModel
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe())
 
 
-@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx"])
+@pytest.fixture(params=native.INSTRUCTION_SETS)
 def library(request):
     best = native.library().instruction_set
     try:

@@ -1,5 +1,6 @@
 """The native library's products and attention against their naive twins, on every instruction set there is."""
 
+import copy
 import os
 import threading
 
@@ -21,7 +22,7 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx"])
+@pytest.fixture(params=native.INSTRUCTION_SETS)
 def library(request):
     best = native.library().instruction_set
     try:
@@ -125,7 +126,7 @@ def test_instruction_sets_say_the_same_to_the_bit(library, weights):
     """Whatever product a processor takes, also for wide forwards, the tokens stay the same."""
     matrix, x_MK = LINEARS[weights](nn.Linear(1000, 130)).matrix(), torch.randn(40, 1000)
     own = [library.linear(matrix, x_MK[:num_rows]) for num_rows in (1, 8, 9, 16, 17, 40)]
-    library.select("avx2")
+    library.select(native.INSTRUCTION_SETS[0])
     expected_MN = library.linear(matrix, x_MK)
     for out_MN in own:
         torch.testing.assert_close(out_MN, expected_MN[: len(out_MN)], rtol=0, atol=0)
@@ -210,3 +211,12 @@ def test_calls_from_several_threads_and_after_a_fork_are_right():
     if child == 0:
         os._exit(0 if torch.equal(linear(x_MK), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_bfloat16_weights_give_the_bits_of_the_same_weights_in_float32(library, n, k):
+    linear, x_MK = nn.Linear(k, n).bfloat16().requires_grad_(False), torch.randn(40, k)
+    matrix, wide = linears.float_matrix(linear), linears.float_matrix(copy.deepcopy(linear).float())
+    assert matrix.bits == 16
+    for num_rows in (1, 3, 40):
+        assert torch.equal(library.linear(matrix, x_MK[:num_rows]), library.linear(wide, x_MK[:num_rows]))

@@ -23,7 +23,7 @@ from specdec.errors import UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.model import quantized_linear
 from specdec.kernels.model.quantized_linear import Int8Linear
-from specdec.kernels.native import build, structs
+from specdec.kernels.native import build, compiling, structs
 from specdec.kernels.trees import token_source, verification
 from specdec.testing import tiny_model
 from trees import Draft, TokenTree, TreeBatch
@@ -113,6 +113,24 @@ def test_it_is_built_once_and_kept_for_its_user_alone(machine, real):
     assert machine.runs() == ["cc"]
 
 
+@pytest.mark.parametrize("is_current", [True, False])
+def test_the_library_of_an_installed_package_needs_no_compiler(machine, real, tmp_path, monkeypatch, is_current):
+    sources = tmp_path / "installed"
+    shutil.copytree(
+        compiling.SOURCES, sources, ignore=lambda folder, names: [n for n in names if n[-2:] not in (".c", ".h")]
+    )
+    for module in (build, compiling):
+        monkeypatch.setattr(module, "SOURCES", sources)
+    _copy(real, sources / compiling.packaged_name())
+    if is_current:
+        load()
+        assert not machine.cache.exists()
+    else:
+        (sources / "native.c").write_text("/* edited */")
+        with pytest.raises(OSError, match="no C compiler found"):
+            load()
+
+
 @pytest.mark.parametrize("built", ["fails", "gives junk"])
 def test_the_next_compiler_is_tried(machine, real, tmp_path, built):
     junk = tmp_path / "junk"
@@ -142,7 +160,7 @@ def test_a_damaged_file_is_built_again(machine, real, damage):
     kept.unlink()
     kept.write_bytes(content)
     if damage == "disguised":  # its name says what it holds
-        kept.rename(machine.cache / f"{kept.stem[:-16]}{build._digest(content)}.so")
+        kept.rename(machine.cache / f"{kept.stem[:-16]}{build.digest(content)}.so")
     load()
     assert machine.runs() == ["cc", "cc"]
     assert kept.read_bytes() == real.read_bytes()
@@ -306,11 +324,11 @@ def test_a_missing_compiler_is_said_once(machine, unloaded, caplog):
 
 
 def test_another_processor_is_said_once(unloaded, monkeypatch, caplog):
-    monkeypatch.setattr(native.platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(native.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(native.platform, "system", lambda: "Linux")
     kernels.prepare(tiny_model("llama"))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "x86-64 on Linux and macOS, this is arm64 on Darwin" in caplog.text
+    assert "64-bit ARM on Linux and macOS, this is riscv64 on Linux" in caplog.text
 
 
 @needs_native

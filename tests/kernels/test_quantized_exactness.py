@@ -13,7 +13,7 @@ import specdec
 from specdec.drafters import PromptLookup, SmallModel
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.prepared import prepared
 from specdec.kernels.model.quantized_linear import LINEARS, QuantizedLinear
 from specdec.testing import tiny_model
 from trees import DySpec
@@ -125,7 +125,7 @@ def test_greedy_output_is_the_quantised_models_own(family, sizes, weights, name,
 
 
 @needs_native
-@pytest.mark.parametrize("instruction_set", ["avx2", "avxvnni", "avx512"])
+@pytest.mark.parametrize("instruction_set", native.INSTRUCTION_SETS)
 @pytest.mark.parametrize("weights", LINEARS)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 1), (17, 70), (130, 201)])
 def test_weight_only_products_are_right_and_the_same_bits_in_every_batch(instruction_set, weights, n, k):

@@ -111,6 +111,27 @@ def test_the_client_of_a_server(monkeypatch: pytest.MonkeyPatch):
     assert json.loads(known["reply"].choices[0].message.content)["colour"] in ("red", "green", "blue")
 
 
+@pytest.mark.parametrize("title", ["openai", "LangChain", "LiteLLM"])
+def test_an_integration(title: str):
+    """Those whose package is installed."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed: pip install -e .[serve]")
+    from tests.support.serving import running, served_model
+
+    page = (ROOT / "docs/integrations.md").read_text()
+    (program,) = re.findall(rf"^## {title}\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    pytest.importorskip(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)[0])
+    with running(served_model(), name="demo") as served:
+        exec(program.replace("http://127.0.0.1:8000", served.url), {})
+
+
+def test_a_pipeline_is_accelerated(capsys: pytest.CaptureFixture[str]):
+    program = blocks("docs/integrations.md", "python")[-1]
+    known = names()
+    exec(program, known)
+    assert capsys.readouterr().out.startswith("a rose is a rose is")
+    assert "generate" not in vars(known["model"])
+
+
 def test_the_audit_from_python(capsys: pytest.CaptureFixture[str]):
     (program,) = blocks("docs/audit.md", "python")
     with AuditedServer().running() as server, AuditedServer(speculates=False).running() as reference:
@@ -119,7 +140,7 @@ def test_the_audit_from_python(capsys: pytest.CaptureFixture[str]):
     assert "PASS" in capsys.readouterr().out
 
 
-WITH_SERVERS = ("docs/server.md", "docs/audit.md")
+WITH_SERVERS = ("docs/server.md", "docs/audit.md", "docs/integrations.md")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page not in WITH_SERVERS])
@@ -188,10 +209,12 @@ def test_a_command(
     elif program == "make":
         targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {arg for arg in args if "=" not in arg} <= set(targets)
-    elif program == "python":
+    elif program == "python" and args[0] == "-m":
         check_module(args)
+    elif program == "python":
+        assert (ROOT / args[0]).is_file()
     else:
-        assert program in ("pip", "cd", "git", "mkdocs"), f"who checks {program}?"
+        assert program in ("pip", "cd", "git", "mkdocs", "docker", "lm_eval"), f"who checks {program}?"
 
 
 def check_specdec(args: list[str], models: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +236,6 @@ def check_specdec(args: list[str], models: dict[str, str], folder: Path, monkeyp
 
 def check_module(args: list[str]) -> None:
     """That the module is there and knows the options."""
-    assert args[0] == "-m"
     spec = importlib.util.find_spec(args[1])
     assert spec is not None
     files = (

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = re.findall(
     r"\S+",
     """trees routers
-specdec.errors specdec.stages specdec.hf specdec.hf specdec.model_options specdec.suites specdec.kernels
+specdec.errors specdec.stages specdec.hf specdec.model_options specdec.suites specdec.disk_cache specdec.kernels
 specdec.text
 specdec.streaming specdec.tree_model specdec.acceptance specdec.decoding specdec.options
 specdec.control specdec.exits specdec.drafters specdec.routing specdec.specs specdec.models specdec.generation specdec

@@ -77,7 +77,7 @@ class AuditedServer:
     Args:
         fault: DROPS, MIXES or IGNORES; None: it has none.
         speculates: whether it drafts at all.
-        has_switch: whether it heeds `"speculation": false`.
+        has_switch: whether it heeds `"speculation"`: false, or how many tokens are drafted at most.
     """
 
     def __init__(self, fault: str | None = None, *, speculates: bool = True, has_switch: bool = False):
@@ -93,13 +93,15 @@ class AuditedServer:
         model = CopyingModel(tokens_of(prompt))
         said: dict[str, int] = {}
         mine = threading.get_ident()
-        speculates = self.speculates and options.get("speculation") is not False
+        speculates = self.speculates and not (self.has_switch and options.get("speculation") is False)
+        limit = options.get("speculation")
+        most = limit["num_speculative_tokens"] if isinstance(limit, dict) else _MOST_DRAFTED
         left = options["max_tokens"]
         penalties = [options.get(f"{name}_penalty", 0.0) for name in ("frequency", "presence")]
         try:
             while left > 0:
                 time.sleep(_PAUSE if speculates else 0)
-                drafted = model.draft()[: left - 1] if speculates else []
+                drafted = model.draft()[: min(left - 1, most)] if speculates else []
                 kept: list[tuple[str, Any]] = []
                 for place in range(len(drafted) + 1):
                     is_ignored = self.fault == IGNORES and drafted
@@ -168,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         options = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v1/completions":
             return self.send(404, {"error": {"message": "no | conversations `here`"}})
-        if self.audited.has_switch and options.get("speculation") not in (None, False):
+        if self.audited.has_switch and isinstance(options.get("speculation"), str):
             return self.send(400, {"error": {"message": "speculation is false or left out"}})
         num_prompt = len(tokens_of(options["prompt"]))
         if num_prompt + options["max_tokens"] > _CONTEXT:

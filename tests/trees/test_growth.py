@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import prod
 
 import numpy as np
 import pytest
@@ -547,3 +548,33 @@ def test_rows_fill_up_to_the_width_that_there_is():
     assert draft.trees.sizes[0] == 5, "chain"
     assert draft.trees.sizes[1] == 4, "one token and three leaves"
     assert draft.grown_indices == [[0, 1, 2, 3, -1], [0, -1, -1, -1]]
+
+
+def test_rows_share_a_budget_that_goes_where_it_is_worth_most():
+    """All nodes, of any row, whose chance is at least its price, and no others; a row may get none."""
+    models = [RandomScores(1, spread=4.0), RandomScores(2, spread=0.1), RandomScores(4, spread=2.0)]
+    prices = [0.05 + 0.02 * place for place in range(40)]
+    policy = GainLimitedChain(
+        prices=[0.0] * 4, chance=float, next_chance=1.0, leaf_prices=prices, leaf_chance=float, shares_budget=True
+    )
+    draft = grow(policy, models, [5, 5, 5], sample=False)
+    chances = []
+    for row, model in enumerate(models):
+        tree = draft.trees.row(row)
+        for slot, prefix in enumerate(prefixes(tree)):
+            reach = prod(float(model.probs(prefix[:end])[token]) for end, token in enumerate(prefix))
+            if slot:
+                chances.append(reach)
+    assert draft.trees.sizes[1] == 0 < min(draft.trees.sizes[0], draft.trees.sizes[2])
+    assert all(chance >= price for chance, price in zip(sorted(chances, reverse=True), prices, strict=False))
+    for row, model in enumerate(models):
+        tree = draft.trees.row(row)
+        end = prefixes(tree)[chain_length(tree)]
+        if len(end) < 5:
+            reach = prod(float(model.probs(end[:place])[token]) for place, token in enumerate(end))
+            assert reach * float(model.probs(end).max()) < prices[len(chances)], "the next of a chain is not worth it"
+    assert draft.grown_indices is not None
+    for row, indices in enumerate(draft.grown_indices):
+        length = chain_length(draft.trees.row(row))
+        assert [index for index in indices if index >= 0] == list(range(sum(index >= 0 for index in indices)))
+        assert all(index < 0 for index in indices[length:]), "leaves are not asked about"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -138,7 +139,8 @@ class _AutoSession(DraftSession):
         self._run = run
         self._lookup = lookup
         self._models: list[ModelSource] = []
-        self._control: RoundControl[Source] = RoundControl()
+        self._controls: defaultdict[int, RoundControl[Source]] = defaultdict(RoundControl)
+        """By the number of rows, up to a factor of two: what pays for one of them may not for eight."""
         self._clock = clock
         self._auto = auto
         """Until the target has been asked for the drafters that it brings along."""
@@ -212,8 +214,17 @@ class _AutoSession(DraftSession):
         num_rows = len(max_depths)
         costs = self._costs_of(num_rows)
         plain: Plan[Source] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
-        throughput = self._control.throughput.now(plain)
-        return RoundContext(max_depths=max_depths, costs=costs, plain=plain, throughput=throughput)
+        throughput = self._control(num_rows).throughput.now(plain)
+        return RoundContext(
+            max_depths=max_depths,
+            costs=costs,
+            plain=plain,
+            throughput=throughput,
+            is_packed=self._run.target.is_packed,
+        )
+
+    def _control(self, num_rows: int) -> RoundControl[Source]:
+        return self._controls[(num_rows - 1).bit_length()]
 
     def _add_own_drafters(self, context: RoundContext) -> None:
         """What the target brings along joins in the first round, if the run may become long enough."""
@@ -234,7 +245,7 @@ class _AutoSession(DraftSession):
                 plans.append(plan)
                 if source.has_begun:
                     trials.append(plan)
-        best = self._control.choose(context.plain, plans, trials)
+        best = self._control(context.num_rows).choose(context.plain, plans, trials)
         if best.source in (None, self._lookup):
             for source in self._models:
                 if trial := source.trial(best, context):
@@ -264,16 +275,23 @@ class _AutoSession(DraftSession):
         source, seconds = round_.plan.source, now - round_.decided  # measuring costs comes before, and is done once
         if source is not None:
             seconds = source.round_seconds(round_.plan, seconds)
-        self._update_costs(round_, now)
+        seconds -= self._update_costs(round_, now)
         self._update_sources(round_, outcome)
         num_tokens = sum(map(len, outcome.tokens))
-        self._control.update(round_.plan, num_tokens, seconds)
+        self._control(round_.context.num_rows).update(round_.plan, num_tokens, max(seconds, 0.0))
 
-    def _update_costs(self, round_: _Round, now: float) -> None:
-        """What the target's forward took, unless a part of it was drafting."""
-        context, source = round_.context, round_.plan.source
+    def _update_costs(self, round_: _Round, now: float) -> float:
+        """What the target's forward took, unless a part of it was drafting; returns what it took to read a prompt
+        along, which is no part of the round."""
+        context, source, num_along = round_.context, round_.plan.source, self._run.target.num_read_along
         if source is None or not source.session.runs_target:
-            context.costs.update(context.num_rows * round_.draft.trees.num_slots, now - round_.drafted)
+            trees = round_.draft.trees
+            num_padded = context.num_rows * trees.num_slots
+            num_tokens = context.num_rows + sum(trees.sizes) if context.is_packed else num_padded
+            context.costs.update(num_tokens + num_along, now - round_.drafted)
+            if num_along:
+                return context.costs.seconds(num_tokens + num_along) - context.costs.seconds(num_tokens)
+        return 0.0
 
     def _update_sources(self, round_: _Round, outcome: Outcome) -> None:
         """What became of the draft, and of what prompt lookup would have drafted."""
@@ -301,8 +319,9 @@ class _AutoSession(DraftSession):
 
     def close(self) -> None:
         self._lookup.session.close()
+        elapsed_seconds = sum(control.elapsed_seconds for control in self._controls.values())
         for source in self._models:
-            source.close(self._control.elapsed_seconds)
+            source.close(elapsed_seconds)
 
     @property
     def _sources(self) -> list[Source]:

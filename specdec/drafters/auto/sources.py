@@ -9,12 +9,13 @@ Shape legend: B rows, W width (drafted tokens of the longest row).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
 from math import inf
+from operator import itemgetter
 from statistics import mean
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -43,6 +44,8 @@ _HOPELESS = 0.01
 LONGEST_DRAFT = 16
 _MOST_NODES = LONGEST_DRAFT
 """Of a row, leaves included."""
+_MOST_SHARED_NODES = 96
+"""Of all rows, where these share a budget."""
 _HORIZON = 32
 """Tokens that a run is taken to go on for, at most, when it is weighed whether to begin with a drafter."""
 _READING_SHARE = 0.1
@@ -62,30 +65,37 @@ class RoundContext:
         costs: of the target's forwards.
         plain: a round without a draft.
         throughput: of the run, in tokens per second.
+        is_packed: whether a round verifies as many tokens as its rows have; else as many as the longest, in each.
     """
 
     max_depths: Sequence[int]
     costs: ForwardCosts
     plain: Plan[Any]
     throughput: float
+    is_packed: bool = False
 
     @property
     def num_rows(self) -> int:
         return len(self.max_depths)
 
     def seconds(self, width: float) -> float:
-        """Of a round that verifies so many drafted tokens in its longest row."""
+        """Of a round that verifies so many drafted tokens in its longest row; if packed, for a row on average."""
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
     def prices(self, step_seconds: float) -> list[float]:
         """Of the tokens of a chain, see `GainLimitedChain`."""
         longest = min(LONGEST_DRAFT, max(self.max_depths))
-        return [self.throughput * step_seconds + price for price in self.leaf_prices()[1:longest]]
+        drafting = self.throughput * step_seconds
+        return [drafting + (0.0 if self.is_packed else price) for price in self.leaf_prices()[1:longest]]
 
     def leaf_prices(self) -> list[float]:
-        """The price of each node of a tree (see `GainLimitedChain`): an isotonic regression of the marginal costs, as
-        differences of widths that are timed and corrected one by one are mostly noise."""
-        verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
+        """The price of each node of a tree, if packed of all trees (see `GainLimitedChain`): an isotonic regression of
+        the marginal costs, as differences of widths that are timed and corrected one by one are mostly noise."""
+        if self.is_packed:
+            most = min(_MOST_NODES * self.num_rows, _MOST_SHARED_NODES)
+            verified = [self.costs.seconds(self.num_rows + count) for count in range(max(most, _MOST_NODES) + 1)]
+        else:
+            verified = [self.seconds(width) for width in range(_MOST_NODES + 1)]
         prices = [self.throughput * (wider - narrower) for narrower, wider in pairwise(verified)]
         return monotone(prices, [1.0] * len(prices))
 
@@ -124,31 +134,40 @@ class LookupSource(Source):
         self._lookup = drafter.start(run)
         super().__init__(run, drafter, self._lookup)
         self._chains: list[TokenTree] = []
+        self._lengths: list[int] = []
+        """Of the drafts that were planned last."""
 
     def plan(self, context: RoundContext) -> Plan[Source] | None:
-        """The length at which proposals are worth most; None if there is none."""
+        """The lengths at which proposals are worth most; None if all are 0."""
         self._chains = self._lookup.trees(context.max_depths)
         reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
         bias = self._known.bias_at(context.num_rows)
-        best, most, tokens = 0, -inf, context.plain.tokens
+        num_tokens, most, tokens = context.num_rows, -inf, context.plain.tokens
         best_tokens = best_seconds = 0.0
-        for width, reach in enumerate(map(sum, zip_longest(*reaches, fillvalue=0.0)), start=1):
+        lengths, self._lengths = [0] * context.num_rows, []
+        for reach, rows in _extensions(reaches, context.is_packed):
             if reach < _HOPELESS:
                 break
             tokens += bias.share * reach
-            seconds = context.seconds(width)
+            num_tokens += len(rows)
+            for row in rows:
+                lengths[row] += 1
+            seconds = context.costs.seconds(num_tokens)
             worth = tokens - context.throughput * seconds
             if worth > most:
-                best, most, best_tokens, best_seconds = width, worth, tokens, seconds
-        return Plan(source=self, length=best, tokens=best_tokens, seconds=best_seconds) if best else None
+                most, best_tokens, best_seconds, self._lengths = worth, tokens, seconds, [*lengths]
+        if not self._lengths:
+            return None
+        return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
 
     def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
-        chains = [TokenTree.chain(chain.tokens[: plan.length]) for chain in self._chains]
+        pairs = zip(self._chains, self._lengths, strict=True)
+        chains = [TokenTree.chain(chain.tokens[:length]) for chain, length in pairs]
         return Draft(trees=TreeBatch.stack(chains, self._run.device))
 
-    def would_commit(self, outcome: Outcome, length: int) -> int:
-        """Tokens of all rows that chains of this length would have brought in the round."""
-        return sum(1 + agreed for agreed in self._agreed(outcome, length))
+    def would_commit(self, outcome: Outcome, lengths: Sequence[int]) -> int:
+        """Tokens of all rows that chains of these lengths would have brought in the round."""
+        return sum(1 + agreed for agreed in self._agreed(outcome, lengths))
 
     def learn(self, outcome: Outcome, drafted: Plan[Source] | None) -> None:
         """Compare the proposals with what the target said, whoever drafted.
@@ -162,19 +181,30 @@ class LookupSource(Source):
             bias.passed_over()
         else:
             promised = (drafted.tokens - num_rows) / bias.share
-            bias.update(promised, self.would_commit(outcome, drafted.length) - num_rows)
-        agreed = self._agreed(outcome, LONGEST_LOOKUP)
+            bias.update(promised, self.would_commit(outcome, self._lengths) - num_rows)
+        agreed = self._agreed(outcome, [LONGEST_LOOKUP] * num_rows)
         for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
             tested = (chain.probs or ())[: len(tokens)]
             self.acceptance.update_chain(tested, num_accepted)
 
-    def _agreed(self, outcome: Outcome, length: int) -> list[int]:
+    def _agreed(self, outcome: Outcome, lengths: Sequence[int]) -> list[int]:
         """For each row how many of the proposal's first tokens are those that were committed."""
         counts = []
-        for chain, tokens in zip(self._chains, outcome.tokens, strict=True):
+        for chain, tokens, length in zip(self._chains, outcome.tokens, lengths, strict=True):
             pairs = zip(chain.tokens[:length], tokens, strict=False)
             counts.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
         return counts
+
+
+def _extensions(reaches: Sequence[Sequence[float]], is_packed: bool) -> Iterator[tuple[float, Sequence[int]]]:
+    """What proposals may be made longer by, the best first: the chance that what is added is accepted, and the rows
+    that get a token more. If packed it is any row, else all."""
+    if not is_packed:
+        rows = range(len(reaches))
+        yield from ((sum(column), rows) for column in zip_longest(*reaches, fillvalue=0.0))
+        return
+    singly = [(reach, (row,)) for row, own in enumerate(reaches) for reach in own]
+    yield from sorted(singly, key=itemgetter(0), reverse=True)  # along a chain they fall
 
 
 class ModelSource(Source):
@@ -265,6 +295,7 @@ class ModelSource(Source):
                 next_chance=self.acceptance.mean_chance,
                 leaf_prices=context.leaf_prices(),
                 leaf_chance=self.leaves.chance,
+                shares_budget=context.is_packed,
             )
         return self.session.propose([min(depth, LONGEST_DRAFT) for depth in context.max_depths])
 
@@ -272,7 +303,8 @@ class ModelSource(Source):
         """What became of this source's own draft, which took so long to make."""
         trees, num_rows = draft.trees, context.num_rows
         steps = max(self.session.num_steps - self._steps, 1 if trees.width else 0)
-        self._averages.update(sum(map(len, outcome.tokens)) / num_rows, steps, trees.width)
+        nodes = sum(trees.sizes) / num_rows if context.is_packed else trees.width
+        self._averages.update(sum(map(len, outcome.tokens)) / num_rows, steps, nodes)
         if steps and self._reading < _READING_SHARE * draft_seconds:
             self._step_costs(context).update(num_rows, (draft_seconds - self._reading) / steps)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):

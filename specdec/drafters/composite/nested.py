@@ -114,7 +114,7 @@ class NestedSession(DraftSession):
         self._cheap.select_rows(rows)
 
     def join(self) -> None:
-        self._sequences.join(self._run.sequences.tokens[-1])
+        self._sequences.join(self._run.sequences.tokens[-1], self._run.sequences.earlier[-1])
         self._cheap.join()
 
     def close(self) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import ne
+from weakref import WeakKeyDictionary
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.decoding.earlier import EarlierTexts
 from specdec.drafters.lookup.continuations import Source, likeliest_paths
 from specdec.drafters.lookup.suffix_automaton import NOWHERE, Context, SuffixAutomaton
 from specdec.errors import UnsupportedOptionError
@@ -40,7 +42,8 @@ class PromptLookup(Drafter):
     Args:
         num_tokens: most tokens of the chain that it drafts, unless the call names a tree.
         min_match: shortest suffix worth copying after. 1 drafts more often and is wrong more often.
-        corpus: token ids of further texts to copy from (each a sequence of ids); the row's own text wins ties.
+        corpus: token ids of further texts to copy from (each a sequence of ids); the row's own text wins ties. Rows
+            with earlier texts of their own kind (`engine.Request.kind`) have those in its place.
         tokens_per_match: most tokens of the chain for each token of the suffix; None for no such limit.
 
     Raises:
@@ -91,15 +94,34 @@ def _corpus_automaton(corpus: Iterable[Sequence[int]]) -> SuffixAutomaton:
     return automaton
 
 
+class _EarlierCorpus:
+    """An automaton of earlier texts, brought up to date when a row joins."""
+
+    def __init__(self) -> None:
+        self._automaton = SuffixAutomaton()
+        self._num_read = self._num_forgotten = 0
+
+    def update(self, earlier: EarlierTexts) -> SuffixAutomaton:
+        if earlier.num_forgotten != self._num_forgotten:  # rows that have the old one keep it
+            self._automaton, self._num_read, self._num_forgotten = SuffixAutomaton(), 0, earlier.num_forgotten
+        for text in earlier.texts[self._num_read :]:
+            for token in (*text, _BOUNDARY):
+                self._automaton.append(token)
+        self._num_read = len(earlier.texts)
+        return self._automaton
+
+
 @dataclass
 class _RowText:
     """A row's own text, and how much of its end the corpus contains.
 
     Args:
+        corpus: earlier texts; it may grow: what was found in it stays found.
         lead: how many tokens more the latest position of a suffix has predicted than its earliest, decayed.
     """
 
     own: SuffixAutomaton
+    corpus: SuffixAutomaton | None = None
     in_corpus: Context = NOWHERE
     lead: float = 0.0
 
@@ -127,8 +149,9 @@ class LookupSession(DraftSession):
         self._drafter = drafter
         self._run = run
         self._rows: list[_RowText] = []
-        for tokens in run.sequences.tokens:
-            self._add(tokens)
+        self._corpora: WeakKeyDictionary[EarlierTexts, _EarlierCorpus] = WeakKeyDictionary()
+        for index in range(len(run.sequences)):
+            self._add(index)
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         return Draft(trees=TreeBatch.stack(self.trees(max_depths), self._run.device))
@@ -145,28 +168,30 @@ class LookupSession(DraftSession):
         self._rows = [self._rows[row] for row in rows]
 
     def join(self) -> None:
-        self._add(self._run.sequences.tokens[-1])
+        self._add(-1)
 
     def rollback(self) -> None:
         """What was taken back stays a text to copy from, as one that has been written once."""
 
-    def _add(self, tokens: Iterable[int]) -> None:
-        self._rows.append(_RowText(SuffixAutomaton()))
-        self._read(self._rows[-1], tokens)
+    def _add(self, index: int) -> None:
+        earlier, corpus = self._run.sequences.earlier[index], self._drafter.corpus
+        if earlier is not None:
+            corpus = self._corpora.setdefault(earlier, _EarlierCorpus()).update(earlier)
+        self._rows.append(_RowText(SuffixAutomaton(), corpus))
+        self._read(self._rows[-1], self._run.sequences.tokens[index])
 
     def _read(self, row: _RowText, tokens: Iterable[int]) -> None:
-        corpus = self._drafter.corpus
         for token in tokens:
             row.own.append(token)
-            if corpus is not None:
-                row.in_corpus = corpus.step(row.in_corpus, token)
+            if row.corpus is not None:
+                row.in_corpus = row.corpus.step(row.in_corpus, token)
 
     def _longest_suffix(self, row: _RowText) -> tuple[SuffixAutomaton, Context]:
         """The longest suffix that is known, and the text that knows it."""
-        own, corpus = row.own.known_suffix(), self._drafter.corpus
-        if corpus is None or own.length >= row.in_corpus.length:
+        own = row.own.known_suffix()
+        if row.corpus is None or own.length >= row.in_corpus.length:
             return row.own, own
-        return corpus, row.in_corpus
+        return row.corpus, row.in_corpus
 
 
 class _ChainSession(LookupSession):

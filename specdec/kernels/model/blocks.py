@@ -1,28 +1,15 @@
-"""What a native layer's attention is given: the rows of one cache or of several, a block of queries at a time.
+"""What a native layer's attention is given: the rows of a cache, a block of queries at a time.
 
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from specdec.kernels import native
-
-
-class Part(NamedTuple):
-    """Rows of one cache in a forward of several.
-
-    Args:
-        mask: as of a forward of the part alone, [B, 1, T, S] or None.
-    """
-
-    num_rows: int
-    num_tokens: int
-    mask: torch.Tensor | None
-    cache: Any
 
 
 class Attended(NamedTuple):

@@ -3,6 +3,7 @@
 Cheap enough for the start of every call: well under a millisecond for 200 weights.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.prepared import prepared
 
 _NUM_SAMPLES = 8
 """Values of each weight that are looked at, for edits (under `.data`) that torch does not count."""
@@ -23,6 +24,12 @@ State = tuple[object, ...]
 def structure_of(model: nn.Module) -> int:
     """Changes when modules of other classes come into the model or leave it, or it is prepared."""
     return hash((prepared(model), *map(type, model.modules())))
+
+
+def structure_name(model: nn.Module) -> str:
+    """The same as `structure_of`, in every process."""
+    kinds = "\n".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in model.modules())
+    return f"{prepared(model)} {hashlib.sha256(kinds.encode()).hexdigest()}"
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ so, with packed weights, does a token of a prompt, however long and in whatever 
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from specdec.hf import CACHE
 from specdec.kernels import native
-from specdec.kernels.model.blocks import Attended, Part
+from specdec.kernels.model.blocks import Attended
 from specdec.kernels.model.linear import NATIVE, float_linear, float_matrix, is_plain
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.quantized_linear import QuantizedLinear
@@ -42,14 +42,15 @@ def is_supported(layer: DecoderLayer) -> bool:
     if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
         return False
     linears = _linears(layer)
-    bits = {getattr(linear, "bits", 32) for linear in linears}
-    if not all(map(_is_native, linears)) or (len(bits) > 1 and bits & {8, 32}):  # they want rows of their own kind
+    bits = set(map(_bits, linears))
+    if not all(map(_is_native, linears)) or (len(bits) > 1 and bits & {8, 16, 32}):  # they want rows of their own kind
         return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
     has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
     multiples_of_16 = (attn.q_proj.in_features, layer.mlp.gate_proj.out_features)
     has_sizes = attn.head_dim % 32 == 0 and attn.head_dim <= 256 and not any(n % 16 for n in multiples_of_16)
     has_norms = all(hasattr(norm, "variance_epsilon") and is_plain(norm.weight) for norm in norms)
+    has_norms = has_norms and len({norm.weight.dtype for norm in norms}) == 1
     return has_silu and has_sizes and has_norms
 
 
@@ -112,6 +113,7 @@ class _Constants(NamedTuple):
     num_kv_heads: int
     head_dim: int
     rotates: bool
+    copies: list[tuple[torch.Tensor, torch.Tensor]]  # norms and biases that are no float32, and what the calls read
 
 
 def contiguous(rotation: Rotation) -> Rotation:
@@ -131,8 +133,9 @@ class FusedLayer:
         self.layer = layer
         self._model = model
         self._rotation = rotation or Once(contiguous)
-        # torch has no better product for packed weights, and what it rounds otherwise shows in the tokens
-        self._max_rows = None if isinstance(layer.self_attn.q_proj, QuantizedLinear) else native.MAX_ROWS
+        # torch has no better product for packed or bfloat16 weights, and what it rounds otherwise shows in the tokens
+        self._max_rows = None if _bits(layer.self_attn.q_proj) < 32 else native.MAX_ROWS
+        self.dtype = layer.input_layernorm.weight.dtype  # of the states between layers; inside they are float32
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
         self._checked: _Constants | None = None  # the same, after the last check; None if that failed
 
@@ -164,7 +167,7 @@ class FusedLayer:
             kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
             kwargs |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return type(self.layer).forward(self.layer, hidden_states, **kwargs)
-        x_BTC = hidden_states.contiguous()
+        x_BTC = hidden_states.float().contiguous()
         query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
         if cache is not None:
@@ -172,7 +175,8 @@ class FusedLayer:
         T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
             key_BKSD, value_BKSD = key_BKSD[:, :, :T], value_BKSD[:, :, :T]
-        return self._attention_and_mlp(constants, x_BTC, Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask))
+        attended = Attended(query_BTHD, key_BKSD, value_BKSD, attention_mask)
+        return self._attention_and_mlp(constants, x_BTC, attended).to(self.dtype)
 
     def _attention_inputs(
         self, constants: _Constants, x_BTC: torch.Tensor, rotation: Rotation
@@ -202,39 +206,17 @@ class FusedLayer:
         for first, part in attended.blocks():
             attention = native.attention(*part, constants.scale)
             x, out = _address(x_BTC, first), _address(out_BTC, first)
-            library.attention_and_mlp(constants.layer, attention, 1, x, out, num_threads)
+            library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
         return out_BTC
 
-    def together(self, x_1RC: torch.Tensor, rotation: Rotation, parts: Sequence[Part]) -> torch.Tensor:
-        """The layer for rows of several caches at once, one part after the other: the weights are read once.
+    def constants(self) -> _Constants | None:
+        """What native calls of this layer need, now; None where the layer has to be the model's own."""
+        return self._prepare(None)
 
-        Each row's result is, to the last bit, that of a call for its part alone. For layers that take `any_rows`.
-        """
-        library, constants = native.library(), self._prepare(rotation)
-        assert library is not None
-        assert constants is not None, "`any_rows` is asked first"
-        states_1R = self._attention_inputs(constants, x_1RC, rotation)
-        attentions, first = [], 0
-        for part in parts:
-            rows = slice(first, first + part.num_rows * part.num_tokens)
-            query_BTHD, key_BTKD, value_BTKD = [
-                state_1R[0, rows].unflatten(0, (part.num_rows, part.num_tokens)) for state_1R in states_1R
-            ]
-            key_BKSD, value_BKSD = part.cache.update(
-                key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2), constants.layer_idx
-            )
-            attentions.append(native.attention(query_BTHD, key_BKSD, value_BKSD, part.mask, constants.scale))
-            first = rows.stop
-        out_1RC = torch.empty_like(x_1RC)
-        library.attention_and_mlp(
-            constants.layer,
-            (structs.Attention * len(parts))(*attentions),
-            len(parts),
-            x_1RC.data_ptr(),
-            out_1RC.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out_1RC
+    @property
+    def checked(self) -> _Constants | None:
+        """What `constants` said last, unless the layer is distrusted since."""
+        return self._checked
 
     @property
     def any_rows(self) -> bool:
@@ -252,7 +234,7 @@ class FusedLayer:
         shape = hidden.shape
         return (
             (self._max_rows is None or shape[0] * shape[1] <= self._max_rows)
-            and hidden.dtype is torch.float32
+            and hidden.dtype is self.dtype
             and not hidden.is_cuda
             and not (hidden.requires_grad and torch.is_grad_enabled())
             and (mask is None or mask.dim() == 4)
@@ -274,6 +256,8 @@ class FusedLayer:
             return None
         if self._constants is None or self._constants.addresses.have_moved():
             self._constants = self._find()
+        for tensor, copy in self._constants.copies:
+            copy.copy_(tensor)
         self._checked = self._constants
         return self._checked
 
@@ -286,12 +270,14 @@ class FusedLayer:
         q_norm, k_norm = _head_norms(attn) or (None, None)
         num_heads = attn.q_proj.out_features // attn.head_dim
         num_kv_heads = attn.k_proj.out_features // attn.head_dim
+        linears = _linears(self.layer)
+        matrices = list(map(_matrix, linears))
+        norms = [norm and norm.weight.detach().float() for norm in (first, second, q_norm, k_norm)]
+        pairs = [(norm.weight, copy) for norm, copy in zip((first, second, q_norm, k_norm), norms, strict=True) if norm]
+        pairs += [(linear.bias, matrix.alive[2]) for linear, matrix in zip(linears, matrices, strict=True)]
         layer = structs.Layer(
-            *map(_matrix, _linears(self.layer)),
-            input_norm=first.weight.data_ptr(),
-            post_norm=second.weight.data_ptr(),
-            q_norm=q_norm and q_norm.weight.data_ptr(),
-            k_norm=k_norm and k_norm.weight.data_ptr(),
+            *matrices,
+            **dict(zip(("input_norm", "post_norm", "q_norm", "k_norm"), map(native.address, norms), strict=True)),
             input_eps=first.variance_epsilon,
             post_eps=second.variance_epsilon,
             head_eps=q_norm.variance_epsilon if q_norm else 0,
@@ -301,20 +287,22 @@ class FusedLayer:
         )
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
-        return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates)
+        copies = [(own.detach(), copy) for own, copy in pairs if own is not None and own.dtype is not torch.float32]
+        return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates, copies)
 
 
 @torch.no_grad()
 def matches_reference(layer: DecoderLayer) -> bool:
     """Whether the fused forward computes what the layer's own does, on a random masked batch with a past.
 
-    The bound is loose for packed weights (a rounding may tip) and still far below what a wrong formula would show.
+    The bound is loose for packed weights (a rounding may tip) and bfloat16 (the layer's own rounds every step), and
+    still far below what a wrong formula would show.
     """
     attn = layer.self_attn
     B, past, T, channels = 2, 3, 5, attn.q_proj.in_features
     random = torch.Generator().manual_seed(0)
     angles_BTD = torch.rand(B, past + T, attn.head_dim // 2, generator=random).mul(6).repeat(1, 1, 2)
-    x_BTC = torch.randn(B, past + T, channels, generator=random)
+    x_BTC = torch.randn(B, past + T, channels, generator=random).to(layer.input_layernorm.weight.dtype)
     visible = torch.rand(B, 1, T, past + T, generator=random) < 0.7
     visible[..., 0] = True
     lowest = torch.finfo(torch.float32).min  # additive masks: what eager and sdpa both take
@@ -323,12 +311,14 @@ def matches_reference(layer: DecoderLayer) -> bool:
     def run(forward: Callable[..., torch.Tensor]) -> torch.Tensor:
         cache = _OneLayerCache()
         for part, mask in zip((slice(0, past), slice(past, None)), masks, strict=True):
-            rotation = angles_BTD[:, part].cos(), angles_BTD[:, part].sin()
+            rotation = angles_BTD[:, part].cos().to(x_BTC.dtype), angles_BTD[:, part].sin().to(x_BTC.dtype)
+            mask = mask.to(x_BTC.dtype)
             out_BTC = forward(x_BTC[:, part], attention_mask=mask, **{CACHE: cache}, position_embeddings=rotation)
         return out_BTC
 
     expected_BTC, actual_BTC = run(layer.forward), run(FusedLayer(layer))
-    bound = 0.02 if isinstance(attn.q_proj, QuantizedLinear) else 1e-4
+    bound = 0.02 if _bits(attn.q_proj) < 32 else 1e-4
+    x_BTC, expected_BTC, actual_BTC = x_BTC.float(), expected_BTC.float(), actual_BTC.float()
     return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC[:, past:]).norm().item()
 
 
@@ -365,10 +355,15 @@ def _linears(layer: DecoderLayer) -> list[Any]:
 def _is_native(linear: nn.Module) -> bool:
     if isinstance(linear, QuantizedLinear):
         return linear.library is not None
-    forward: Any = linear.__dict__.get("forward")  # of a float32 linear whose calibration chose the native product
+    forward: Any = linear.__dict__.get("forward")  # of a float linear whose calibration chose the native product
     if getattr(forward, "func", None) is not float_linear:
         return False
     return set(forward.args[1].values()) == {NATIVE} and is_plain(forward.args[0].weight)
+
+
+def _bits(linear: Any) -> int:
+    """Of a weight."""
+    return linear.bits if isinstance(linear, QuantizedLinear) else 8 * linear.weight.element_size()
 
 
 def _matrix(linear: Any) -> structs.Matrix:

@@ -1,4 +1,5 @@
-"""Float32 linears for a handful of rows. quantized_linear.py has those of packed weights.
+"""Float linears for a handful of rows, and bfloat16 ones for any number. quantized_linear.py has those of packed
+weights.
 
 Shape letters: M rows, K inputs, N outputs.
 """
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from specdec.disk_cache.measurements import keep, recall
 from specdec.kernels import native
 from specdec.kernels.native import structs
 
@@ -31,12 +33,21 @@ def turned(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
 def float_linear(linear: nn.Linear, choices: dict[int, str], x: torch.Tensor) -> torch.Tensor:
     """The forward of a prepared `nn.Linear`: the product that calibration found best for this number of rows.
 
-    Within 1e-5 (relative) of `F.linear`. With native kernels, rows are also bit-identical for every M from 1 to 32.
+    Within 1e-5 (relative) of `F.linear`. With native kernels, rows are also bit-identical for every M from 1 to 32. A
+    bfloat16 linear's are for every M: products are summed in float32, then rounded to bfloat16.
     """
     weight = linear.weight
     num_rows = x.numel() // max(x.shape[-1], 1)
     grows_graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not 0 < num_rows <= BANDS[-1] or grows_graph or x.dtype is not torch.float32 or not is_plain(weight):
+    if not num_rows or grows_graph or x.dtype is not weight.dtype or not is_plain(weight):
+        return F.linear(x, weight, linear.bias)
+    if weight.dtype is torch.bfloat16:
+        library = native.library()
+        if library is None:  # a pickled model may come to a machine without
+            return F.linear(x, weight, linear.bias)
+        out_MN = library.linear(float_matrix(linear), x.reshape(num_rows, -1).float())
+        return out_MN.reshape(*x.shape[:-1], linear.out_features).bfloat16()
+    if num_rows > BANDS[-1]:
         return F.linear(x, weight, linear.bias)
     choice = choices[next(band for band in BANDS if num_rows <= band)]
     if choice == STOCK or (choice == TURNED and num_rows == 1):
@@ -46,8 +57,10 @@ def float_linear(linear: nn.Linear, choices: dict[int, str], x: torch.Tensor) ->
 
 
 def float_matrix(linear: nn.Linear) -> structs.Matrix:
+    """The weights as they lie in memory; of a bfloat16 bias a copy in float32."""
     sizes = linear.out_features, linear.in_features
-    return native.matrix(linear.weight, *sizes, bits=32, scale=None, bias=linear.bias)
+    bias_N = None if linear.bias is None else linear.bias.detach().float()
+    return native.matrix(linear.weight, *sizes, bits=8 * linear.weight.element_size(), scale=None, bias=bias_N)
 
 
 def is_dense(weight: torch.Tensor) -> bool:
@@ -56,7 +69,8 @@ def is_dense(weight: torch.Tensor) -> bool:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    is_float = weight.dtype is torch.float32 and weight.device.type == "cpu"
+    """Whether the kernels can read a tensor where it lies: float32 or bfloat16."""
+    is_float = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
     return is_float and is_dense(weight) and weight.is_contiguous()
 
 
@@ -72,12 +86,23 @@ _calibrated: dict[tuple[int, int, int], dict[int, str]] = {}  # by (N, K, thread
 
 @torch.no_grad()
 def calibrate(linears: Sequence[nn.Linear]) -> dict[int, str]:
-    """Times the candidates on linears of one shape; remembers the choices for the process."""
+    """Times the candidates on linears of one shape; remembers the choices, for later processes too."""
     n, k = linears[0].weight.shape
     key = (n, k, torch.get_num_threads())
     if key not in _calibrated:
-        _calibrated[key] = _choose(_time_candidates(_sample(linears)))
+        on_disk = "products", *key, native.identity()
+        choices = _as_choices(recall(on_disk))
+        if choices is None:
+            choices = _choose(_time_candidates(_sample(linears)))
+            keep(on_disk, list(choices.values()))
+        _calibrated[key] = choices
     return _calibrated[key]
+
+
+def _as_choices(kept: object) -> dict[int, str] | None:
+    if not isinstance(kept, list) or len(kept) != len(BANDS) or not set(kept) <= {STOCK, TURNED, NATIVE}:
+        return None
+    return dict(zip(BANDS, kept, strict=True))
 
 
 def _sample(linears: Sequence[nn.Linear]) -> list[nn.Linear]:

@@ -1,7 +1,6 @@
 """prepare() and unprepare(): a model's linears and decoder layers are swapped in place, and back."""
 
 import copy
-import dataclasses
 import itertools
 import logging
 from typing import Any, TypeVar
@@ -16,37 +15,28 @@ from specdec.kernels import native
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
 from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
+from specdec.kernels.model.origin import files_of, note_files
+from specdec.kernels.model.packed_file import release
+from specdec.kernels.model.packing import PackedWeights, head_of
 from specdec.kernels.model.persistence import guard
+from specdec.kernels.model.prepared import MARK, Prepared, prepared
 from specdec.kernels.model.quantized_linear import LINEARS, Int8Linear, QuantizedLinear, check_product
-from specdec.kernels.model.weight_readers import read_by_others
 from specdec.model_options import QuantizedWeights
 from specdec.stages import stage
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_MARK = "_specdec_prepared"
 _log = logging.getLogger("specdec")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prepared:
-    """What prepare() did to a model; kept on the model.
-
-    weights: None (float), "int8", "int4", or "gguf" of a model whose blocks `models.load` has taken from such a file.
-    activations: "float", or "int8" where the rows of quantised products are quantised too.
-    """
-
-    weights: str | None
-    num_linears: int
-    num_fused_layers: int
-    activations: str = "float"
 
 
 def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
     """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
 
     weights: None or "float" keeps the float32 weights and logits within rounding (a float32 model gets linears that
-        stream the weights once for up to 32 rows; other dtypes and devices are left as they are). "int8" replaces every
+        stream the weights once for up to 32 rows). A bfloat16 model keeps its weights as they are, in 2 bytes, and its
+        outputs bfloat16; its products, and all within a layer, are computed in float32, also of prompts: nearer to the
+        float32 model than its own forward is, and a token's logits are the same bits whatever else is in its forward
+        (within the layout named below). Other dtypes and devices are left as they are. "int8" replaces every
         `nn.Linear`, the LM head included, by 8-bit weights; "int4" by weights of 4 bits, with a scale and an offset for
         every 32 inputs (5 bits in all), but the LM head, whose errors show most, by 8-bit ones. Tied embeddings stay
         float, and so do linears whose weight the model's code reads itself (some routers). The float weights are then
@@ -82,21 +72,25 @@ def _tell(model: nn.Module) -> None:
         return
     first = next(model.parameters())
     _log.warning(
-        "prepare() has changed nothing: %s is %s on %s, and float kernels are for float32 on a CPU. Load it with "
-        "dtype=torch.float32, or give weights='int8' on a CPU",
+        "prepare() has changed nothing: %s is %s on %s, and float kernels are for float32 on a CPU (and bfloat16, "
+        "where they are native: %s). Load it with dtype=torch.float32, or give weights='int8' on a CPU",
         type(model).__name__,
         str(first.dtype).removeprefix("torch."),
         first.device.type,
+        native.describe(),
     )
 
 
-def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool) -> Model:
-    """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding."""
+def _prepare(
+    model: Model, weights: str | None, compile: bool = False, *, must_be_exact: bool, is_copy: bool = False
+) -> Model:
+    """`must_be_exact`: the logits of a token must not depend on the others in its forward, but for rounding. `is_copy`:
+    the weights are another model's too."""
     if weights not in (None, *LINEARS):
         raise UnsupportedOptionError(f"weights={weights!r} is not known: use None or 'float', 'int8' or 'int4'")
     if compile:
         raise UnsupportedOptionError("compile=True is not available: leave it out, native kernels are faster on CPUs")
-    done: Prepared | None = model.__dict__.get(_MARK)
+    done: Prepared | None = model.__dict__.get(MARK)
     if done is not None:
         if done.weights == weights:
             return model
@@ -104,8 +98,11 @@ def _prepare(model: Model, weights: str | None, compile: bool = False, *, must_b
     check_whole(model)
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
-    num_linears = _to_quantized(model, weights) if weights else _to_small_batch(model)
+    files = files_of(model)
+    num_linears = _to_quantized(model, weights, files, is_copy=is_copy) if weights else _to_small_batch(model)
     _finish(model, weights, num_linears, must_be_exact)
+    if files is not None and weights is not None:
+        note_files(model, f"{files} {weights}")
     return model
 
 
@@ -131,7 +128,7 @@ def _finish(model: nn.Module, weights: str | None, num_linears: int, must_be_exa
             num_layers = 0
         else:
             activations = "int8"
-    setattr(model, _MARK, Prepared(weights, num_linears, num_layers, activations))
+    setattr(model, MARK, Prepared(weights, num_linears, num_layers, activations))
 
 
 def check_whole(model: nn.Module) -> None:
@@ -150,17 +147,12 @@ def prepare_like(part: Model, model: nn.Module) -> Model:
     return part if done is None else _prepare(part, done.weights and Int8Linear.weights, must_be_exact=False)
 
 
-def prepared(model: nn.Module) -> Prepared | None:
-    """What `prepare` has done to a model, None if nothing: what is measured of the model holds only as long as this."""
-    return model.__dict__.get(_MARK)
-
-
 def unprepare(model: Model) -> Model:
     """Undoes prepare(model): modules and weights are those from before, bit for bit.
 
     Refuses an int8 or int4 model (UnsupportedOptionError): its float weights are gone, load the model again.
     """
-    done: Prepared | None = model.__dict__.get(_MARK)
+    done: Prepared | None = model.__dict__.get(MARK)
     if done is None:
         return model
     if done.weights:
@@ -170,7 +162,7 @@ def unprepare(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, nn.Linear) or isinstance(module.__dict__.get("forward"), FusedLayer):
             module.__dict__.pop("forward", None)
-    delattr(model, _MARK)
+    delattr(model, MARK)
     return model
 
 
@@ -179,31 +171,36 @@ def quantized_copy(model: Model, weights: QuantizedWeights = "int8") -> Model:
     so it costs only the int8 weights: a quarter of the float ones (int4: a sixth, and a quarter of the LM head). It is
     a draft, and may be wrong: its activations are always quantised."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return _prepare(copy.deepcopy(model, shared), weights, must_be_exact=False)
+    copied = copy.deepcopy(model, shared)
+    if (files := files_of(model)) is not None:
+        note_files(copied, files)
+    return _prepare(copied, weights, must_be_exact=False, is_copy=True)
 
 
-def _to_quantized(model: nn.Module, weights: str) -> int:
+def _to_quantized(model: nn.Module, weights: str, files: str | None, *, is_copy: bool) -> int:
     """Replaces the linears one by one, so that at most one is held in both forms. An LM head's are of 8 bits: one of
     4 changed one in seven of the demo model's likeliest tokens."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnsupportedModelError(f"weights={weights!r} is for models on the CPU; move it there first")
     quantized = LINEARS[weights]
     check_product(quantized.weights)
-    replaced: dict[nn.Module, QuantizedLinear] = {}
-    kept, head = read_by_others(model), _head_of(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and is_dense(child.weight) and child not in kept:
-                if child not in replaced:
-                    replaced[child] = Int8Linear(child) if child is head else quantized(child)
-                setattr(parent, name, replaced[child])
-                child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
-    if not replaced:
+    packed = PackedWeights.of(model, quantized, files, keeps_weights=is_copy)
+    if not packed.kinds:
         raise UnsupportedModelError(
             f"no linear of {type(model).__name__} has weights that can become {weights} (another library has quantised "
             f"them already, or their code reads them): leave weights={weights!r} and QuantizedSelf out"
         )
-    _to_float32(model)
+    replaced: dict[nn.Module, QuantizedLinear] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child in packed.kinds:
+                if child not in replaced:
+                    replaced[child] = packed.make(child)
+                setattr(parent, name, replaced[child])
+                if not is_copy:
+                    release(child.weight)
+                child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
+    _to_float32(model, packed)
     _guard(model, quantized.weights)
     return len(replaced)
 
@@ -214,11 +211,7 @@ def _guard(model: nn.Module, weights: str) -> None:
             guard(module, weights)
 
 
-def _head_of(model: nn.Module) -> nn.Module | None:
-    return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def _to_float32(model: nn.Module) -> None:
+def _to_float32(model: nn.Module, packed: PackedWeights) -> None:
     """What `model.float()` does, but in new tensors: the old ones may be another model's too (`quantized_copy`)."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
@@ -232,19 +225,21 @@ def _to_float32(model: nn.Module) -> None:
                     and tensor.dtype != torch.float32
                 ):
                     if tensor not in made:
-                        made[tensor] = tensor.detach().float()
+                        made[tensor] = packed.float32(tensor)
                         if isinstance(tensor, nn.Parameter):
                             made[tensor] = nn.Parameter(made[tensor], requires_grad=tensor.requires_grad)
                     tensors[name] = made[tensor]
 
 
 def _to_small_batch(model: nn.Module) -> int:
+    dtypes = (torch.float32, torch.bfloat16) if native.library() else (torch.float32,)
     linears = [module for module in model.modules() if type(module) is nn.Linear and is_plain(module.weight)]
-    by_shape: dict[torch.Size, list[nn.Linear]] = {}
+    linears = [linear for linear in linears if linear.weight.dtype in dtypes]
+    by_shape: dict[tuple[torch.Size, torch.dtype], list[nn.Linear]] = {}
     for linear in linears:
-        by_shape.setdefault(linear.weight.shape, []).append(linear)
-    for group in by_shape.values():
-        choices = calibrate(group)
+        by_shape.setdefault((linear.weight.shape, linear.weight.dtype), []).append(linear)
+    for (_, dtype), group in by_shape.items():
+        choices = calibrate(group) if dtype is torch.float32 else dict.fromkeys(BANDS, NATIVE)
         for linear in group:
             linear.__dict__["forward"] = small_batch_forward(linear, choices)
     return len(linears)
@@ -259,7 +254,7 @@ def rows_are_independent(model: nn.Module) -> bool:
     """
     fused = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FusedLayer)]
     inside = {id(part) for layer in fused for part in layer.modules()}
-    inside.add(id(_head_of(model)))
+    inside.add(id(head_of(model)))
     if not fused or any(isinstance(part, QuantizedLinear) and id(part) not in inside for part in model.modules()):
         return False
     config: Any = model.config

@@ -40,16 +40,37 @@ class QuantizedLinear(nn.Module):
     scale: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """Copies nothing but the bias: the float weights can go as soon as `linear` does."""
+    def __init__(self, linear: nn.Linear, packed: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Copies nothing but the bias: the float weights can go as soon as `linear` does.
+
+        Args:
+            packed: what `pack` has made of the weight, for this machine's library.
+        """
         self._begin(*linear.weight.shape, None if linear.bias is None else linear.bias.detach().float().clone())
-        weight_NK = linear.weight.detach().float().contiguous()
         if self.library:
-            packed, scale_N = self.library.pack(weight_NK, self.bits)
-            self.register_buffer("packed", packed, persistent=False)
-            self.register_buffer("scale", scale_N, persistent=False)
+            packed = self.pack(linear) if packed is None else packed
+            self.register_buffer("packed", packed["packed"], persistent=False)
+            self.register_buffer("scale", packed.get("scale"), persistent=False)
         else:
-            self._pack_in_torch(weight_NK)
+            self._pack_in_torch(linear.weight.detach().float().contiguous())
+
+    @classmethod
+    def pack(cls, linear: nn.Linear) -> dict[str, torch.Tensor]:
+        """The weight of a linear in the native library's layout, and its scales where they are apart."""
+        library = native.library()
+        assert library is not None
+        packed, scale_N = library.pack(linear.weight.detach().float().contiguous(), cls.bits)
+        return {"packed": packed} if scale_N is None else {"packed": packed, "scale": scale_N}
+
+    @classmethod
+    def packed_shapes(cls, linear: nn.Linear) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Of what `pack` makes."""
+        library = native.library()
+        assert library is not None
+        num_outputs, num_inputs = linear.weight.shape
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        shapes = {"packed": (torch.int8, (library.packed_bytes(num_outputs, num_inputs, cls.bits),))}
+        return shapes | ({"scale": (torch.float32, (num_outputs,))} if cls.bits == 8 else {})
 
     def _begin(self, out_features: int, in_features: int, bias_N: torch.Tensor | None) -> None:
         """All but the weights."""

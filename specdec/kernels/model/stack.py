@@ -11,7 +11,7 @@ Shape legend: B rows, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.hf import CACHE
-from specdec.kernels.model.blocks import Part
 from specdec.kernels.model.layer import FusedLayer
-from specdec.kernels.model.prepare import prepared
+from specdec.kernels.model.prepared import prepared
 from specdec.kernels.model.profile import profile_of
 
 _STATIC = {"default", "linear", "llama3", "yarn"}
@@ -102,21 +101,11 @@ class FusedStack:
         past_key_values: Any = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
-        beside: Mapping[str, Any] | None = None,
     ) -> Outputs:
-        """As the model, and besides:
-
-        Args:
-            beside: input_ids, position_ids, attention_mask and cache of tokens of another cache, which go through
-                the layers together with these (see `can_join`). Nothing is returned of them.
-        """
         cache = past_key_values if cache is None else cache
         hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
         rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
-        if beside is not None:
-            own = Part(input_ids.shape[0], input_ids.shape[1], attention_mask, cache)
-            hidden_BTC = self._together(hidden_BTC, rotation, own, beside)
-        for layer in self._layers if beside is None else ():
+        for layer in self._layers:
             hidden_BTC = layer(
                 hidden_BTC,
                 attention_mask=attention_mask,
@@ -129,31 +118,6 @@ class FusedStack:
         if self._norm is not None:
             hidden_BTC = self._norm(hidden_BTC)
         return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
-
-    def _together(self, hidden_BTC: Tensor, rotation: Any, own: Part, beside: Mapping[str, Any]) -> Tensor:
-        """These tokens and those beside them through all layers; returns the states of these."""
-        input_ids, position_ids = beside["input_ids"], beside["position_ids"]
-        other = Part(input_ids.shape[0], input_ids.shape[1], beside["attention_mask"], beside[CACHE])
-        other_BTC = self._embed(input_ids)
-        pairs = [(hidden_BTC, other_BTC), *zip(rotation, self._rotations(other_BTC, position_ids), strict=True)]
-        joined_1RC, *angles = [torch.cat([part.flatten(0, 1) for part in pair]).unsqueeze(0) for pair in pairs]
-        both = angles[0], angles[1]
-        for layer in self._layers:
-            joined_1RC = layer.forward.together(joined_1RC, both, (own, other))  # type: ignore[attr-defined]
-        return joined_1RC[0, : own.num_rows * own.num_tokens].view_as(hidden_BTC)
-
-
-def can_join(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
-    """Whether tokens of two caches may go through the layers at once: int8 ones, which take any number of rows."""
-    inv_freq = getattr(model.get_decoder().rotary_emb, "inv_freq", None)
-    if inv_freq is None or not all(map(is_fused, layers)) or not layers[0].__dict__["forward"].model_is_native:
-        return False
-    return all(
-        layer.__dict__["forward"].any_rows
-        and 2 * inv_freq.numel() == layer.self_attn.head_dim  # type: ignore[union-attr]
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
-    )
 
 
 def is_fused(layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -36,7 +37,7 @@ class _Watched(nn.Linear):
 def read_by_others(model: nn.Module) -> set[nn.Linear]:
     """The linears of a model, of exactly that class, whose `weight` code other than their own reads.
 
-    Costs a forward of three tokens, where the model is one of transformers.
+    Costs a forward of three tokens without numbers (some need them), where the model is one of transformers.
     """
     linears = {module for module in model.modules() if type(module) is nn.Linear}
     with _watched(linears):
@@ -62,17 +63,30 @@ def _watched(linears: set[nn.Linear]) -> Iterator[None]:
 
 @torch.no_grad()
 def _try(model: nn.Module) -> None:
-    """A forward, which leaves torch's random numbers as they are."""
+    """A forward, without numbers if it goes without: it would read all weights. Torch's random numbers stay as they
+    are."""
     if not isinstance(model, PreTrainedModel):
         return
     try:
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         input_ids = (torch.arange(_NUM_TOKENS) + 1).unsqueeze(0) * 7919 % vocab_size
         with torch.random.fork_rng(devices=[]):
-            model(input_ids=input_ids, use_cache=False)
+            try:
+                _forward_without_numbers(model, input_ids)
+            except Exception:  # what it computes depends on what it has computed
+                model(input_ids=input_ids, use_cache=False)
     except Exception as error:
         _log.debug("%s failed a trial forward: its source says which weights are read", type(model).__name__)
         _log.debug("the trial's error", exc_info=error)
+
+
+def _forward_without_numbers(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """With a mask of four dimensions, which is used as it is: one of two is looked into."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    mask = torch.zeros(1, 1, _NUM_TOKENS, _NUM_TOKENS, dtype=model.dtype, device="meta")
+    given = {"input_ids": input_ids.to("meta"), "attention_mask": mask, "use_cache": False}
+    functional_call(model, tensors, kwargs=given)
 
 
 def _named_in_source(model: nn.Module, linears: set[nn.Linear]) -> Iterator[nn.Linear]:

@@ -1,7 +1,7 @@
 """The C library, called on tensors' memory; build.py builds it.
 
-Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on a
-processor without AVX2, and torch then does the work. `describe()` says which it is and why.
+Nothing here is needed for correctness: `library()` is None without a compiler, on another architecture or on an
+x86 processor without AVX2, and torch then does the work. `describe()` says which it is and why.
 """
 
 import ctypes
@@ -20,12 +20,14 @@ import numpy.typing as npt
 import torch
 
 from specdec.kernels.native import build
+from specdec.kernels.native.compiling import sources_digest
 from specdec.kernels.native.structs import (
     Attention,
     Candidates,
     Int,
     Layer,
     Matrix,
+    PackedForward,
     Pointer,
     Taken,
     Verification,
@@ -35,11 +37,18 @@ from specdec.kernels.native.structs import (
 MAX_ROWS = 64  # rows per forward for which the native layer is meant; more is prefill, torch's strength
 BLOCK_ROWS = 512  # rows per call of an int8 layer, whose forwards may have any number: bounds the scratch memory
 
+_ARM = ("aarch64", "arm64")
+INSTRUCTION_SETS = ("neon", "dotprod", "i8mm") if platform.machine() in _ARM else ("avx2", "avxvnni", "avx512", "amx")
+"""That a processor of this machine's kind may have; the later the better, and all have the same products."""
+
 _log = logging.getLogger("specdec")
 _OUT_OF_MEMORY = -2  # see common.h
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrix, Layer, Attention, Candidates, Taken, Visibility, Verification)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(Matrix, Layer, Attention, PackedForward, Candidates, Taken, Visibility, Verification),
+)
+PAGE_SLOTS = 16  # mirrors common.h
 
 
 def _check_status(result: int | None, function: Any, _: tuple[object, ...]) -> int | None:
@@ -68,14 +77,16 @@ _FUNCTIONS = {
     "attend": _Function((ctypes.POINTER(Attention), _Threads), Int, True),
     "attention_inputs": _Function((ctypes.POINTER(Layer), Pointer, Int, *(Pointer,) * 5, _Threads), Int, True),
     "attention_and_mlp": _Function(
-        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Int, Pointer, Pointer, _Threads), Int, True
+        (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Pointer, Pointer, _Threads), Int, True
     ),
+    "packed_forward": _Function((ctypes.POINTER(PackedForward), _Threads), Int, True),
     "take": _Function(
         (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
     ),
     "verify": _Function((ctypes.POINTER(Verification), ctypes.c_int), Int, True),
     "write_mask": _Function((ctypes.POINTER(Visibility),)),
     "move": _Function((Pointer, Pointer, Int, Int, Pointer, Pointer, Int)),
+    "move_in_pages": _Function((Pointer, Int, Int, Pointer, Pointer, Int)),
 }
 """By name in C, without `specdec_`."""
 
@@ -114,7 +125,7 @@ def _layout_in_c(dll: ctypes.CDLL) -> dict[str, tuple[int, int]]:
 
 
 def _layout_in_python() -> dict[str, tuple[int, int]]:
-    layout = {"num_blocks": (0, num_blocks(1 << 20))}
+    layout = {"num_blocks": (0, num_blocks(1 << 20)), "page_slots": (0, PAGE_SLOTS)}
     for structure in STRUCTURES:
         layout[structure.__name__] = (0, ctypes.sizeof(structure))
         for name, *_ in structure._fields_:
@@ -131,15 +142,18 @@ class Library:
 
     attention_inputs: Callable[..., int]
     attention_and_mlp: Callable[..., int]
+    packed_forward: Callable[..., int]
     take: Callable[..., int]
     verify: Callable[..., int]
     write_mask: Callable[..., None]
     move: Callable[..., None]
+    packed_bytes: Callable[[int, int, int], int]
+    move_in_pages: Callable[..., None]
     fail_allocation_after: Callable[[int], None]
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
 
     def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
-        """`instruction_set`: "avx2", "avxvnni", "avx512", "amx", or None for the best. The whole process gets it."""
+        """`instruction_set`: one of INSTRUCTION_SETS, or None for the best. The whole process gets it."""
         self._dll = dll
         for name in Library.__annotations__:
             setattr(self, name, getattr(dll, f"specdec_{name}"))
@@ -149,7 +163,7 @@ class Library:
     def select(self, instruction_set: str | None) -> str:
         name = self._dll.specdec_select(instruction_set.encode() if instruction_set else None)
         if name is None:
-            raise OSError(f"this processor has no {instruction_set or 'AVX2'}")
+            raise OSError(f"this processor has no {instruction_set or INSTRUCTION_SETS[0]}")
         self.instruction_set = name.decode()
         return self.instruction_set
 
@@ -157,7 +171,7 @@ class Library:
         """Packed weights (opaque layout) of 8 bits, and the scale of each of the N outputs; or of 4, which hold
         theirs."""
         n, k = weight_NK.shape
-        packed = torch.empty(self._dll.specdec_packed_bytes(n, k, bits), dtype=torch.int8)
+        packed = torch.empty(self.packed_bytes(n, k, bits), dtype=torch.int8)
         scale_N = torch.empty(n) if bits == 8 else None
         addresses = packed.data_ptr(), address(scale_N)
         self._dll.specdec_pack(weight_NK.data_ptr(), n, k, bits, *addresses, torch.get_num_threads())
@@ -212,7 +226,7 @@ def num_blocks(vocab_size: int) -> int:
 def matrix(
     weight: torch.Tensor, n: int, k: int, *, bits: int, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> Matrix:
-    """`bits`: 32, or those that a packed weight has, see common.h. `scale`: of 8 bits."""
+    """`bits`: 32, 16 (bfloat16), or those that a packed weight has, see common.h. `scale`: of 8 bits."""
     m = Matrix(weight.data_ptr(), address(scale), address(bias), n, k, bits)
     m.alive = (weight, scale, bias)
     return m
@@ -236,7 +250,7 @@ def attention(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
         visibility = (mask.data_ptr(), mask.dtype is torch.bool, strides[:3])
-    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], *visibility, scale)
+    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], None, *visibility, scale)
     a.alive = (query_BTHD, key, value, mask)
     return a
 
@@ -272,6 +286,16 @@ def describe() -> str:
     return f"torch kernels, no native ones: {loaded}"
 
 
+def identity() -> str:
+    """Changes with the kernels in use: what is measured with others says nothing."""
+    loaded = library()
+    instruction_set = None if loaded is None else loaded.instruction_set
+    return f"torch {torch.__version__} {instruction_set} {_sources_digest()}"
+
+
+_sources_digest = functools.cache(sources_digest)
+
+
 @functools.cache
 def _announced() -> Library | None:
     loaded = _load()
@@ -287,8 +311,9 @@ def _announced() -> Library | None:
 
 @functools.cache
 def _load() -> Library | str:
-    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
-        return f"they are for x86-64 on Linux and macOS, this is {platform.machine()} on {platform.system()}"
+    if platform.machine().lower() not in ("x86_64", "amd64", *_ARM) or os.name != "posix":
+        here = f"{platform.machine()} on {platform.system()}"
+        return f"they are for x86-64 and 64-bit ARM on Linux and macOS, this is {here}"
     try:
         return Library(build.load(open_library))
     except OSError as error:

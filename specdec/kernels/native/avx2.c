@@ -1,6 +1,7 @@
 /* The kernels for processors with AVX2 and FMA. */
 #include "common.h"
 
+#ifdef __x86_64__
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
@@ -11,3 +12,4 @@
 #include "simd_avx2.h"
 
 #include "layer.h"
+#endif

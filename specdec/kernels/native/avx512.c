@@ -1,6 +1,7 @@
 /* The kernels for processors with AVX-512 with VNNI. */
 #include "common.h"
 
+#ifdef __x86_64__
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
@@ -11,3 +12,4 @@
 #include "simd_avx512.h"
 
 #include "layer.h"
+#endif

@@ -1,13 +1,12 @@
-"""Builds the C library in native/ with the system's compiler and keeps it in the user's cache: once per machine.
+"""Finds the C library: beside its sources where the package was installed with it, else in the user's cache, where the
+system's compiler builds it once per machine.
 
-What is loaded runs with the user's rights. So a kept file is loaded only if it and its folder belong to the user or to
-root, if nobody else can write them, and if it is what was written: its name ends in its own hash. Where the cache can
-not be trusted or written, a private temporary folder takes its place, for one process.
+What is loaded runs with the rights of the user. So a file of the cache is loaded only if it and its folder belong to
+the user or to root, if nobody else can write them, and if it is what was written: its name ends in its own hash. Where
+the cache can not be trusted or written, a private temporary folder takes its place, for one process.
 """
 
-import hashlib
 import logging
-import os
 import secrets
 import shutil
 import stat
@@ -17,15 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from specdec.kernels.native.access import check_access, check_folder
+from specdec.disk_cache.access import check_access, check_folder
+from specdec.disk_cache.folders import cache_folder
+from specdec.kernels.native.compiling import COMPILERS, SOURCES, compile_library, digest, packaged_name, sources_digest
 from specdec.stages import stage
-
-SOURCES = Path(__file__).parent
-FLAGS = (
-    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno"),  # a sum is rounded the same way wherever it is inlined
-)
-COMPILERS = ("cc", "gcc", "clang")
 
 _log = logging.getLogger("specdec")
 
@@ -38,6 +32,12 @@ def load(open_file: Callable[[Path], Opened]) -> Opened:
     Raises:
         OSError: no compiler builds a library that can be used; says what each of them said.
     """
+    packaged = SOURCES / packaged_name()
+    if packaged.exists():  # as trusted as the modules beside it
+        try:
+            return open_file(packaged)
+        except OSError as error:
+            _log.info("%s, which came with the package, cannot be used: %s", packaged, error)
     compilers = _compilers()
     if not compilers:
         raise OSError(
@@ -60,11 +60,7 @@ def load(open_file: Callable[[Path], Opened]) -> Opened:
 
 def folder() -> Path:
     """`$XDG_CACHE_HOME/specdec/kernels`, or in `~/.cache`; links on the way are resolved."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # a user without a home
-        raise OSError(str(error)) from error
-    return (home / "specdec" / "kernels").resolve()
+    return (cache_folder() / "kernels").resolve()
 
 
 def _compilers() -> list[str]:
@@ -90,7 +86,7 @@ def _kept_files(compilers: Sequence[str]) -> Iterator[Path]:
 def _may_be_loaded(file: Path) -> bool:
     try:
         check_access(file)
-        return stat.S_ISREG(file.lstat().st_mode) and file.stem.endswith(_digest(file.read_bytes()))
+        return stat.S_ISREG(file.lstat().st_mode) and file.stem.endswith(digest(file.read_bytes()))
     except OSError as error:
         _log.info("%s is not loaded: %s", file, error)
         return False
@@ -98,9 +94,7 @@ def _may_be_loaded(file: Path) -> bool:
 
 def _name(compiler: str) -> str:
     """The beginning of a file's name; it changes with sources, flags and compiler."""
-    sources = [file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]"))]
-    digest = _digest(b"\0".join([_version(compiler), " ".join(FLAGS).encode(), *sources]))
-    return f"kernels-{digest}"
+    return f"kernels-{sources_digest(_version(compiler))}"
 
 
 def _version(compiler: str) -> bytes:
@@ -109,10 +103,6 @@ def _version(compiler: str) -> bytes:
         return subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # ---- building ----
@@ -124,7 +114,8 @@ def _build(compiler: str, open_file: Callable[[Path], Opened]) -> Opened:
         stage(f"building the native kernels with {compiler}, once per machine"),
         tempfile.TemporaryDirectory(prefix="specdec-", ignore_cleanup_errors=True) as scratch,
     ):
-        built = _compile(compiler, Path(scratch))
+        built = Path(scratch) / "kernels.so"
+        compile_library(compiler, built)
         try:
             return open_file(_keep(built, _name(compiler)))
         except OSError as error:
@@ -135,16 +126,6 @@ def _build(compiler: str, open_file: Callable[[Path], Opened]) -> Opened:
                 error,
             )
             return opened
-
-
-def _compile(compiler: str, scratch: Path) -> Path:
-    built = scratch / "kernels.so"
-    units = [str(file) for file in sorted(SOURCES.glob("*.c"))]
-    command = [compiler, *FLAGS, "-o", str(built), *units, "-lm"]
-    run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-    if run.returncode or not built.exists():
-        raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
-    return built
 
 
 def _keep(built: Path, name: str) -> Path:
@@ -158,7 +139,7 @@ def _keep(built: Path, name: str) -> Path:
     try:
         part.write_bytes(content)
         part.chmod(0o755)
-        kept = part.replace(cache / f"{name}-{_digest(content)}.so")
+        kept = part.replace(cache / f"{name}-{digest(content)}.so")
     finally:
         part.unlink(missing_ok=True)
     return kept

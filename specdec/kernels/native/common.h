@@ -16,6 +16,8 @@
 #define CHUNK_BYTES 131072 /* weights per chunk of work: large enough for the prefetcher, small enough to balance */
 #define OUT_OF_MEMORY (-2) /* what an entry point returns that found no memory; Python raises MemoryError */
 
+#define PAGE_SLOTS 16 /* slots of a page of keys and values: of one head they lie beside each other */
+
 #define BLOCK 256 /* tokens whose weights are known as a sum; a token is found in its block */
 #define NUM_BLOCKS(vocab) (((vocab) + BLOCK - 1) / BLOCK)
 #define PADDED_BLOCKS(vocab) ((NUM_BLOCKS(vocab) + 15) / 16 * 16) /* whole vectors, whatever their width */
@@ -28,8 +30,8 @@ enum { BYTES5 = 5, BYTES6 = 6, BYTES8 = 9 };
 /* Types of blocks, by their numbers in GGUF files. */
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* float32 weights [n][k] (32 bits), or packed ones: of 8 bits with a scale per output, of 4 with scales among them, or
- * BYTES5, BYTES6, BYTES8; layouts in product.h. */
+/* float32 weights [n][k] (32 bits), bfloat16 ones (16), or packed ones: of 8 bits with a scale per output, of 4 with
+ * scales among them, or BYTES5, BYTES6, BYTES8; layouts in product.h. */
 typedef struct {
     const void *data;
     const float *scale, *bias; /* scale: of 8 bits only; bias may be NULL */
@@ -43,12 +45,15 @@ typedef struct {
     int64_t num_heads, num_kv_heads, head_dim;
 } Layer;
 
-/* Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim. Strides in elements. */
+/* Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim. Strides in elements.
+ * Where `pages` is not NULL, B is 1, and slot s lies s % PAGE_SLOTS strides behind where k and v would say it is if
+ * pages[s / PAGE_SLOTS] were their origin: k and v are then offsets, in bytes, of a layer's keys and values in a page. */
 typedef struct {
     int64_t B, T, S, H, K, D;
     const float *q;     /* [B][T][H][D] */
     const float *k, *v; /* [b * strides[0] + head * strides[1] + s * strides[2] + d] */
     int64_t k_strides[3], v_strides[3];
+    const char *const *pages;
     const void *mask;                      /* NULL (causal, last query = last key), uint8 or float32 */
     int64_t mask_is_bool, mask_strides[3]; /* batch, head, query; keys are contiguous */
     float scale;
@@ -56,6 +61,20 @@ typedef struct {
     float *scores; /* scratch [B][H][T][padded_keys] */
     int64_t padded_keys;
 } Attention;
+
+/* Rows of tokens that go through layers together. Attention by `count` texts, whose tokens lie one after the other; the
+ * keys and values of token r are stored at places[r], plus the offsets of a layer. What a layer leaves is copied to
+ * kept[layer] if that is not NULL. */
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers, rows;
+    const float *x, *cos, *sin; /* [rows][channels], [rows][head_dim]; cos may be NULL */
+    Attention *attentions;      /* k, v and q are filled in, layer by layer */
+    int64_t count;
+    char *const *places;
+    float *q, *k, *v, *hidden, *out; /* scratch [rows][heads][head_dim] and [rows][channels]; out is the result */
+    float *const *kept;
+} PackedForward;
 
 /* Rows of scores whose tokens are taken out. What a scan of a row finds is kept; a norm is NaN before it. Blocks are
  * draws.h's, padded. */
@@ -104,12 +123,14 @@ typedef struct {
     void (*attend)(Attention *a);
     void (*attention_inputs)(const Layer *l, const float *x, int64_t rows, const float *cos, const float *sin, float *q,
                              float *k, float *v);
-    void (*attention_and_mlp)(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out);
+    void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
+    void (*packed_layer)(const PackedForward *f, int64_t layer, const float *x, float *out);
     void (*take_from)(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     void (*verify)(Verification *v, int rule);
 } Kernels;
 
+#ifdef __x86_64__
 extern const Kernels kernels_avx2, kernels_avx512;
 
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* that know what comes here */
@@ -120,6 +141,35 @@ extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_amx;
 #endif
 #endif
+#define pause_spinning() __builtin_ia32_pause()
+
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+
+/* Older compilers know extensions only of a whole file: those that the system's processors all have. */
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10
+#define KNOWS_EXTENSIONS 1
+#define EXTENSIONS(names) , target("arch=armv8.2-a" names)
+#else
+#define KNOWS_EXTENSIONS 0
+#define EXTENSIONS(names)
+#endif
+#if KNOWS_EXTENSIONS || defined(__ARM_FEATURE_DOTPROD)
+#define HAS_DOTPROD
+extern const Kernels kernels_dotprod;
+#endif
+#if KNOWS_EXTENSIONS || defined(__ARM_FEATURE_MATMUL_INT8)
+#define HAS_I8MM
+extern const Kernels kernels_i8mm;
+#endif
+#define pause_spinning() __asm__ volatile("yield")
+
+#else /* no kernels: the library says so */
+#define pause_spinning() (void)0
+#endif
+
+/* The best kernels that a processor can run, of a name or (NULL) of all; NULL if there are none. */
+const Kernels *best_kernels(const char *name);
 
 /* Runs fn(context, 0..num_chunks-1), in any order and on any thread; returns when all are done. */
 typedef void (*chunk_fn)(void *context, int chunk);

@@ -10,7 +10,7 @@ typedef struct {
 INLINE float load_half(const uint8_t *p) {
     uint16_t half;
     memcpy(&half, p, 2);
-    return _cvtsh_ss(half);
+    return float_of_half(half);
 }
 
 /* The 6-bit scale and minimum i, 0..7, of the 12 bytes of a Q4_K or Q5_K block. */
@@ -69,7 +69,7 @@ INLINE void read_block(const int type, const uint8_t *p, Block *out) {
 
 /* The block of 16 outputs' place for scale or offset i of an output. Returns whether the number is too large for it. */
 INLINE int store_half(int8_t *numbers, int i, int output, float x) {
-    const uint16_t half = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+    const uint16_t half = half_of_float(x);
     memcpy(numbers + 32 * i + 2 * output, &half, 2);
     return (half & 0x7c00) == 0x7c00;
 }

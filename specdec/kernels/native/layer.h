@@ -96,7 +96,7 @@ typedef struct {
     float eps;
     int64_t rows, k;
     float *normed;        /* NULL when there is no norm */
-    Quantized *quantized; /* NULL when the next product is float32 */
+    Quantized *quantized; /* NULL when the next product takes float32 */
 } Rows;
 
 TARGET static void row_chunk(void *context, int row) {
@@ -113,7 +113,7 @@ TARGET static void row_chunk(void *context, int row) {
 static const float *ready_rows(const Matrix *w, const float *x, const float *norm, float eps, int64_t rows,
                                Quantized *quantized) {
     Rows r = {x, norm, eps, rows, w->k, norm ? take((size_t)(rows * w->k) * sizeof(float)) : NULL, NULL};
-    if (w->bits < 32) {
+    if (w->bits < 16) {
         quantized->rows = rows;
         quantized->tile = tile_of(w, rows);
         quantized->k = w->k;
@@ -127,7 +127,7 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
         if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
-    if (norm || w->bits < 32) parallel_for(row_chunk, &r, (int)rows);
+    if (norm || w->bits < 16) parallel_for(row_chunk, &r, (int)rows);
     return norm ? r.normed : x;
 }
 
@@ -179,22 +179,13 @@ static void attention_inputs(const Layer *l, const float *x, int64_t rows, const
     parallel_for(rotate_chunk, &r, (int)rows);
 }
 
-/* Rows of `count` caches, one after the other: what each attends to is its own, all else is done for all at once. */
-static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out) {
-    int64_t rows = 0;
-    for (int64_t i = 0; i < count; i++) rows += attentions[i].B * attentions[i].T;
-    float *mixed = take((size_t)(rows * l->o.k) * sizeof(float));
+/* What comes after attention. mixed: [rows][heads][head_dim]; x: what came into the layer. */
+static void finish_layer(const Layer *l, int64_t rows, const float *mixed, const float *x, float *out) {
     float *hidden = take((size_t)(rows * l->o.n) * sizeof(float));
     float *gate = take((size_t)(rows * l->gate.n) * sizeof(float));
     float *up = take((size_t)(rows * l->gate.n) * sizeof(float));
     Quantized quantized;
 
-    float *part = mixed;
-    for (int64_t i = 0; i < count; i++) {
-        attentions[i].out = part;
-        attend(&attentions[i]);
-        part += attentions[i].B * attentions[i].T * l->o.k;
-    }
     const float *ready = ready_rows(&l->o, mixed, NULL, 0, rows, &quantized);
     Products output = {.count = 1, .products = {{&l->o, ready, &quantized, rows, hidden, x}}};
     multiply(&output);
@@ -210,5 +201,34 @@ static void attention_and_mlp(const Layer *l, Attention *attentions, int64_t cou
     multiply(&down);
 }
 
+static void attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out) {
+    a->out = take((size_t)(a->B * a->T * l->o.k) * sizeof(float));
+    attend(a);
+    finish_layer(l, a->B * a->T, a->out, x, out);
+}
+
+/* A layer for the tokens of several texts: what each attends to is its own, all else is done for all at once. */
+static void packed_layer(const PackedForward *f, int64_t layer, const float *x, float *out) {
+    const Layer *l = f->layers + layer;
+    const int64_t K = l->num_kv_heads, D = l->head_dim, size = K * PAGE_SLOTS * D;
+    const size_t k_offset = (size_t)(2 * layer * size) * sizeof(float), v_offset = k_offset + (size_t)size * sizeof(float);
+    attention_inputs(l, x, f->rows, f->cos, f->sin, f->q, f->k, f->v);
+    for (int64_t row = 0; row < f->rows; row++)
+        for (int64_t head = 0; head < K; head++) {
+            const int64_t source = (row * K + head) * D;
+            memcpy((float *)(f->places[row] + k_offset) + head * PAGE_SLOTS * D, f->k + source, (size_t)D * sizeof(float));
+            memcpy((float *)(f->places[row] + v_offset) + head * PAGE_SLOTS * D, f->v + source, (size_t)D * sizeof(float));
+        }
+    float *mixed = take((size_t)(f->rows * l->o.k) * sizeof(float));
+    int64_t first = 0;
+    for (int64_t i = 0; i < f->count; first += f->attentions[i++].T * l->o.k) {
+        Attention *a = f->attentions + i;
+        a->q = f->q + first, a->out = mixed + first;
+        a->k = (const float *)k_offset, a->v = (const float *)v_offset;
+    }
+    attend_all(f->attentions, f->count);
+    finish_layer(l, f->rows, mixed, x, out);
+}
+
 const Kernels KERNELS = {INSTRUCTION_SET, pack, repack, linear, attend, attention_inputs, attention_and_mlp,
-                         take_from, verify};
+                         packed_layer, take_from, verify};

@@ -1,28 +1,14 @@
 /* The native half of specdec.kernels: what a forward of a few tokens costs beside memory traffic, made small.
  *
- * Plain C on pointers, for x86-64 with AVX2 (better: AVX-VNNI; AVX-512 VNNI; AMX): no torch headers, so any C compiler builds it in
- * seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
- * Reading order: common.h, rows.h, product.h, attention.h, layer.h, pool.c; draws.h; simd_*.h as needed.
+ * Plain C on pointers, for x86-64 with AVX2 (better: AVX-VNNI; AVX-512 VNNI; AMX) and 64-bit ARM (better with dot
+ * products, best with i8mm): no torch headers, so any C compiler builds it in seconds. Python (__init__.py) owns all tensors and checks all shapes; without this library torch does the work.
+ * Reading order: common.h, rows.h, product.h, attention.h, tiles.h, layer.h, pool.c; draws.h; simd_*.h as needed.
  *
  * What needs memory returns OUT_OF_MEMORY where there is none, and the next call works. */
 #define _GNU_SOURCE
-#include <cpuid.h>
 #include <sys/mman.h>
 
 #include "common.h"
-
-#ifdef HAS_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-
-/* Whether the processor has int8 tiles and the system lets this process use them (Linux keeps them back until asked). */
-static int can_use_amx(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILES = 1 << 24, INT8_TILES = 1 << 25 };
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8_TILES) &&
-           !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-}
-#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -41,29 +27,6 @@ static const Kernels *kernels;
 
 /* The n-th request for memory from now on fails, once (n counts from 0; negative: none does): for tests. */
 EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n); }
-
-static int is_wanted(const char *name, const char *instruction_set) { return !name || !strcmp(name, instruction_set); }
-
-/* The best instruction set of a name, of all for NULL; NULL if there is none. */
-static const Kernels *best_kernels(const char *name) {
-    __builtin_cpu_init();
-    unsigned a = 0, b, c, d;
-    const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-    const int has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const int has_avx512 = has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl");
-    const Kernels *best = NULL;
-    if (has_avx2 && is_wanted(name, "avx2")) best = &kernels_avx2;
-#ifdef HAS_AVX_VNNI
-    const int has_avx_vnni = has_avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
-    if (has_avx_vnni && is_wanted(name, "avxvnni")) best = &kernels_avxvnni;
-#endif
-    if (has_avx512 && is_wanted(name, "avx512")) best = &kernels_avx512;
-#ifdef HAS_AMX
-    if (has_avx512 && is_wanted(name, "amx") && can_use_amx()) best = &kernels_amx;
-#endif
-    return best;
-}
 
 /* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
 EXPORT const char *specdec_select(const char *name) {
@@ -129,9 +92,25 @@ EXPORT int64_t specdec_attention_inputs(const Layer *l, const float *x, int64_t 
     CALL(num_threads, attention_inputs(l, x, rows, cos, sin, q, k, v));
 }
 
-EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *attentions, int64_t count, const float *x, float *out,
-                                         int num_threads) {
-    CALL(num_threads, attention_and_mlp(l, attentions, count, x, out));
+EXPORT int64_t specdec_attention_and_mlp(const Layer *l, Attention *a, const float *x, float *out, int num_threads) {
+    CALL(num_threads, attention_and_mlp(l, a, x, out));
+}
+
+static int64_t packed_layer(const PackedForward *f, int64_t layer, const float *x, float *out, int num_threads) {
+    CALL(num_threads, packed_layer(f, layer, x, out));
+}
+
+/* All layers, one call for each: scratch memory is that of one. */
+EXPORT int64_t specdec_packed_forward(const PackedForward *f, int num_threads) {
+    const float *x = f->x;
+    const size_t bytes = (size_t)(f->rows * f->layers->o.n) * sizeof(float);
+    for (int64_t layer = 0; layer < f->num_layers; layer++) {
+        float *out = (f->num_layers - layer) % 2 ? f->out : f->hidden;
+        if (packed_layer(f, layer, x, out, num_threads)) return OUT_OF_MEMORY;
+        if (f->kept[layer]) memcpy(f->kept[layer], out, bytes);
+        x = out;
+    }
+    return 0;
 }
 
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
@@ -156,6 +135,17 @@ EXPORT void specdec_write_mask(const Visibility *v) {
             memset(out + end, 0, (size_t)(v->num_slots - end));
             for (int64_t slot = 0; slot < prompt_size; slot++) out[slot] &= v->prompt[row * v->prompt_size + slot];
         }
+}
+
+/* Moves slots of a text within its pages, each of `num_parts` times PAGE_SLOTS times slot_bytes; targets as below. */
+EXPORT void specdec_move_in_pages(char *const *pages, int64_t num_parts, int64_t slot_bytes, const int64_t *sources,
+                                  const int64_t *targets, int64_t num_moves) {
+    for (int64_t i = 0; i < num_moves; i++) {
+        char *from = pages[sources[i] / PAGE_SLOTS] + sources[i] % PAGE_SLOTS * slot_bytes;
+        char *to = pages[targets[i] / PAGE_SLOTS] + targets[i] % PAGE_SLOTS * slot_bytes;
+        for (int64_t part = 0; part < num_parts; part++)
+            memmove(to + part * PAGE_SLOTS * slot_bytes, from + part * PAGE_SLOTS * slot_bytes, (size_t)slot_bytes);
+    }
 }
 
 /* Moves slots of a row within each of many buffers [rows][heads][capacity][slot_bytes]; `numbers` holds heads, capacity

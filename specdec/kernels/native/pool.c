@@ -80,7 +80,7 @@ static void *worker(void *argument) {
         if (has_work(id) && run_one_chunk()) {
             idle_since = now_ns();
         } else if (turn % 64 || now_ns() - idle_since < SPIN_NS) {
-            __builtin_ia32_pause();
+            pause_spinning();
         } else {
             sleep_until_next_job(id);
             idle_since = now_ns();
@@ -183,7 +183,7 @@ static void wait_for_workers(int num_chunks, int64_t patience_ns) {
         if (stalled)
             sched_yield();
         else
-            __builtin_ia32_pause();
+            pause_spinning();
         if (turn % 64 == 0) stalled = now_ns() - start > patience_ns;
     }
     if (!stalled) return;

@@ -4,7 +4,8 @@
  * order: each row is bit-identical whatever the batch. While one strip of weights is in use the next is fetched: the
  * hardware's own prefetching stops at every page.
  *
- * float32 weights stay as torch stores them, [n][k].
+ * float32 weights stay as torch stores them, [n][k], and so do those of 16 bits (bfloat16): their product is that of the
+ * same weights in float32, to the bit.
  * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
  * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], or in wide ones of
  * always 16 (rows that are not there have scale 0), as [k/64][16][64]; with a float scale and an integer sum per (group,
@@ -34,8 +35,8 @@ typedef struct {
 /* What becomes of a product: out = product * scale + bias (+ residual). */
 typedef struct {
     const Matrix *matrix;
-    const float *x;             /* [rows][k], for float32 weights and weight-only products */
-    const Quantized *quantized; /* for packed weights, NULL if weight-only; not read with float32 weights */
+    const float *x;             /* [rows][k], for weights of 32 and 16 bits and weight-only products */
+    const Quantized *quantized; /* for packed weights, NULL if weight-only; not read with weights of 32 or 16 bits */
     int64_t rows;
     float *out;
     const float *residual; /* NULL or [rows][n], added to the result */
@@ -187,16 +188,26 @@ TARGET static __attribute__((noinline)) void paired_strip(const Product *p, int6
 #endif
 
 /* The inputs beyond the last whole vector. */
-TARGET static __attribute__((noinline)) float tail_product(const float *w, const float *x, int64_t count) {
+TARGET static __attribute__((noinline)) float tail_product(int bits, const void *w, const float *x, int64_t count) {
     float sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += w[i] * x[i];
+    for (int64_t i = 0; i < count; i++) {
+        float weight;
+        if (bits == 32) {
+            weight = ((const float *)w)[i];
+        } else {
+            const uint32_t whole = (uint32_t)((const uint16_t *)w)[i] << 16;
+            memcpy(&weight, &whole, sizeof weight);
+        }
+        sum += weight * x[i];
+    }
     return sum;
 }
 
-/* float32: `outputs` outputs from n on, against `rows` rows. */
-INLINE void float_tile(const int outputs, const int rows, const Product *p, int64_t n, int64_t first_row) {
-    const int64_t k = p->matrix->k;
-    const float *w = (const float *)p->matrix->data + n * k, *x = p->x + first_row * k;
+/* Weights of 32 or 16 bits: `outputs` outputs from n on, against `rows` rows. */
+INLINE void float_tile(const int bits, const int outputs, const int rows, const Product *p, int64_t n, int64_t first_row) {
+    const int64_t k = p->matrix->k, bytes = bits / 8;
+    const char *w = (const char *)p->matrix->data + n * k * bytes;
+    const float *x = p->x + first_row * k;
     VF acc[6][4];
     for (int i = 0; i < outputs; i++)
         for (int m = 0; m < rows; m++) acc[i][m] = vf_zero();
@@ -205,8 +216,9 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
         VF row[4];
         for (int m = 0; m < rows; m++) row[m] = vf_load(x + m * k + at);
         for (int i = 0; i < outputs; i++) {
-            VF weight = vf_load(w + i * k + at);
-            prefetch_l2(w + (outputs + i) * k + at);
+            const char *weights = w + (i * k + at) * bytes;
+            const VF weight = bits == 32 ? vf_load((const float *)weights) : vf_load_upper((const uint16_t *)weights);
+            prefetch_l2(weights + outputs * k * bytes);
             for (int m = 0; m < rows; m++) acc[i][m] = vf_fma(weight, row[m], acc[i][m]);
         }
     }
@@ -214,7 +226,7 @@ INLINE void float_tile(const int outputs, const int rows, const Product *p, int6
         float sums[6];
         for (int i = 0; i < outputs; i++) {
             sums[i] = vf_sum(acc[i][m]);
-            if (at < k) sums[i] += tail_product(w + i * k + at, x + m * k + at, k - at);
+            if (at < k) sums[i] += tail_product(bits, w + (i * k + at) * bytes, x + m * k + at, k - at);
         }
         finish(p, first_row + m, n, outputs, sums);
     }
@@ -288,21 +300,48 @@ INLINE void weight_only_tile(const int bits, const int blocks, const int rows, c
     }
 }
 
-/* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
-TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
-#define EACH_TILE(size, CASES)                                                                               \
-    for (; row < p->rows; row += size) switch (p->rows - row < size ? p->rows - row : size) { \
-            CASES                                                                                            \
+#define EACH_TILE(size, last, CASES)                                               \
+    for (; row < (last); row += size) switch ((last)-row < size ? (last)-row : size) { \
+            CASES                                                                      \
         }
 #define UP_TO_4(M) M(1) M(2) M(3) M(4)
 #define UP_TO_8(M) UP_TO_4(M) M(5) M(6) M(7) M(8)
+
+#define FLOAT_ROWS 24 /* that pass over a chunk of weights together */
+
+/* `outputs` outputs from n on, for the rows [row, last). */
+INLINE void float_rows(const int outputs, const Product *p, int64_t n, int64_t row, int64_t last) {
+#define FLOAT_TILE_32(r) \
+    case r: float_tile(32, outputs, r, p, n, row); break;
+#define FLOAT_TILE_16(r) \
+    case r: float_tile(16, outputs, r, p, n, row); break;
+    if (p->matrix->bits == 32) {
+        EACH_TILE(4, last, UP_TO_4(FLOAT_TILE_32))
+    } else {
+        EACH_TILE(4, last, UP_TO_4(FLOAT_TILE_16))
+    }
+}
+
+/* Outputs [n, end) of a product of weights of 32 or 16 bits. Some rows at a time, which stay in the cache. */
+TARGET static void float_outputs(const Product *p, int64_t n, int64_t end) {
+    for (int64_t row = 0; row < p->rows; row += FLOAT_ROWS) {
+        const int64_t last = row + FLOAT_ROWS < p->rows ? row + FLOAT_ROWS : p->rows;
+        int64_t at = n;
+        for (; REGISTERS == 32 && at + 6 <= end; at += 6) float_rows(6, p, at, row, last);
+        for (; at + 2 <= end; at += 2) float_rows(2, p, at, row, last);
+        for (; at < end; at++) float_rows(1, p, at, row, last);
+    }
+}
+
+/* Outputs [n, end) of a product, for all rows; n is a multiple of STRIP, and `end` too unless it is the last output. */
+TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #ifdef FEWEST_WIDE_ROWS
     if (p->matrix->bits == 8 && p->quantized && p->quantized->tile == WIDE_TILE) {
         wide_outputs(p, n, end);
         return;
     }
 #endif
-    if (p->matrix->bits < 32 && !p->quantized) {
+    if (p->matrix->bits < 16 && !p->quantized) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
 #define WEIGHT_ONLY_STRIP(bits, r)                                                  \
@@ -315,14 +354,14 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define WEIGHT_ONLY_STRIP_BYTES(r) WEIGHT_ONLY_STRIP(BYTES5, r)
             int64_t row = 0;
             if (p->matrix->bits == 8) {
-                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_8))
+                EACH_TILE(4, p->rows, UP_TO_4(WEIGHT_ONLY_STRIP_8))
             } else if (p->matrix->bits == 4) {
-                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_4))
+                EACH_TILE(4, p->rows, UP_TO_4(WEIGHT_ONLY_STRIP_4))
             } else {
-                EACH_TILE(4, UP_TO_4(WEIGHT_ONLY_STRIP_BYTES))
+                EACH_TILE(4, p->rows, UP_TO_4(WEIGHT_ONLY_STRIP_BYTES))
             }
         }
-    } else if (p->matrix->bits < 32) {
+    } else if (p->matrix->bits < 16) {
         for (; n < end; n += STRIP) {
             const int64_t block = n / 16;
 #define PACKED_STRIP(bits, most, r)                                                                      \
@@ -342,7 +381,7 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
 #define INT4_STRIP(r) PACKED_STRIP(4, INT4_ACC, r)
             int64_t row = 0;
             if (p->matrix->bits == 4) {
-                EACH_TILE(TILE, UP_TO_8(INT4_STRIP))
+                EACH_TILE(TILE, p->rows, UP_TO_8(INT4_STRIP))
                 continue;
             }
             if (p->matrix->bits != 8) {
@@ -355,26 +394,9 @@ TARGET static void outputs(const Product *p, int64_t n, int64_t end) {
                 paired_strip(p, n, row, count);
             }
 #endif
-            EACH_TILE(TILE, UP_TO_8(INT8_STRIP))
+            EACH_TILE(TILE, p->rows, UP_TO_8(INT8_STRIP))
         }
     } else {
-#define FLOAT_STRIP_6(r)             \
-    case r:                          \
-        float_tile(6, r, p, n, row); \
-        break;
-#define FLOAT_STRIP_2(r)             \
-    case r:                          \
-        float_tile(2, r, p, n, row); \
-        break;
-        for (; VL == 16 && n + 6 <= end; n += 6) {
-            int64_t row = 0;
-            EACH_TILE(4, UP_TO_4(FLOAT_STRIP_6))
-        }
-        for (; n + 2 <= end; n += 2) {
-            int64_t row = 0;
-            EACH_TILE(4, UP_TO_4(FLOAT_STRIP_2))
-        }
-        for (; n < end; n++)
-            for (int64_t row = 0; row < p->rows; row++) float_tile(1, 1, p, n, row);
+        float_outputs(p, n, end);
     }
 }

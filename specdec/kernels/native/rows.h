@@ -112,7 +112,7 @@ typedef struct {
 
 INLINE float through_half(float x) {
     x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
-    return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+    return float_of_half(half_of_float(x));
 }
 
 /* The nearest codes for a scale and an offset, which become 16-bit floats first. */
@@ -175,7 +175,7 @@ INLINE void pack_row4(const float *w, int64_t k, int8_t *block, int output) {
         const Group4 found = quantize_group(part);
         int8_t *group = block + at / GROUP * GROUP4_BYTES;
         const int half = at % GROUP / 32;
-        const uint16_t scale = _cvtss_sh(found.scale, 0), offset = _cvtss_sh(found.offset, 0);
+        const uint16_t scale = half_of_float(found.scale), offset = half_of_float(found.offset);
         memcpy(group + 32 * half + 2 * output, &scale, 2);
         memcpy(group + 64 + 32 * half + 2 * output, &offset, 2);
         for (int i = 0; i < 16; i++)

@@ -6,6 +6,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c" ALSO)))
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c" ALSO)))
 #define VL 8
+#define REGISTERS 16
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* of 16 bits, of half a block */
 #ifdef AVX_VNNI
@@ -55,6 +56,13 @@
 #define vi_dot_to(sum, codes, bytes) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(codes, bytes)))
 #define vi_lanes(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
 #endif
+
+/* Numbers of bfloat16: the upper halves of floats. */
+#define vf_load_upper(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+
+INLINE float float_of_half(uint16_t half) { return _cvtsh_ss(half); }
+INLINE uint16_t half_of_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 
 INLINE float vf_sum(VF v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

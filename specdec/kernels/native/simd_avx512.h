@@ -5,6 +5,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni" ALSO)))
 #define VL 16
+#define REGISTERS 32
 #define INT8_ACC 16 /* accumulators that stay in registers beside the operands */
 #define INT4_ACC 8 /* sums, of which each has two accumulators */
 #define BYTES_ROWS 8 /* that pass over weights in bytes together */
@@ -40,6 +41,13 @@
 #define vi_high_codes(v) _mm512_srli_epi32(v, 4) /* to where vi_code finds them */
 #define vi_sum _mm512_reduce_add_epi32
 #define vf_load_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+
+/* Numbers of bfloat16: the upper halves of floats. */
+#define vf_load_upper(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+
+INLINE float float_of_half(uint16_t half) { return _cvtsh_ss(half); }
+INLINE uint16_t half_of_float(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 
 /* v * 2^n for integral n held as floats. */
 INLINE VF vf_scale2(VF v, VF n) { return _mm512_scalef_ps(v, n); }

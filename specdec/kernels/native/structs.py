@@ -8,7 +8,7 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """float32 weights [n, k] (32 bits) or packed ones; mirrors common.h, as do the two below."""
+    """float32 weights [n, k] (32 bits), bfloat16 ones (16) or packed ones; mirrors common.h, as do the two below."""
 
     alive: tuple[torch.Tensor | None, ...]  # the tensors that the pointers point into
 
@@ -31,6 +31,7 @@ class Attention(ctypes.Structure):
         *((name, Pointer) for name in "qkv"),
         ("k_strides", Int * 3),
         ("v_strides", Int * 3),
+        ("pages", Pointer),
         ("mask", Pointer),
         ("mask_is_bool", Int),
         ("mask_strides", Int * 3),
@@ -38,6 +39,19 @@ class Attention(ctypes.Structure):
         ("out", Pointer),
         ("scores", Pointer),
         ("padded_keys", Int),
+    )
+
+
+class PackedForward(ctypes.Structure):
+    """Tokens of several texts in a forward of all layers; mirrors common.h."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        ("layers", Pointer),
+        *((name, Int) for name in ("num_layers", "rows")),
+        *((name, Pointer) for name in ("x", "cos", "sin", "attentions")),
+        ("count", Int),
+        *((name, Pointer) for name in ("places", "q", "k", "v", "hidden", "out", "kept")),
     )
 
 

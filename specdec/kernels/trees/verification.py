@@ -15,21 +15,21 @@ from torch import Tensor
 from specdec.kernels import native
 from specdec.kernels.native import structs
 from specdec.kernels.trees.token_source import is_native
-from trees import Draft
+from trees import Draft, Ragged
 
 Rule = Literal["walk", "topdown", "traversal"]
 _NUMBERS = {"walk": 0, "topdown": 1, "traversal": 2}
 
 
-def can_verify(draft: Draft, scores_BTV: Tensor) -> bool:
+def can_verify(draft: Draft, scores_BTV: Tensor | Ragged) -> bool:
     """Whether `verify` knows how: trees that were grown, or involved no chance, and scores that it can read."""
-    if not is_native(scores_BTV):
+    if not is_native(scores_BTV.flat_RV if isinstance(scores_BTV, Ragged) else scores_BTV):
         return False
     return not draft.is_drawn or (draft.q_layers is not None and all(map(is_native, draft.q_layers.layers_BMV)))
 
 
 def verify(
-    draft: Draft, scores_BTV: Tensor, rule: Rule, generator: torch.Generator | None = None
+    draft: Draft, scores_BTV: Tensor | Ragged, rule: Rule, generator: torch.Generator | None = None
 ) -> tuple[list[list[int]], list[int]]:
     """Accepted nodes of every row from the root down, and the token after them (-1: some score is not a number).
 
@@ -40,7 +40,12 @@ def verify(
     library = native.library()
     assert library is not None, "can_verify() asks first"
     trees = draft.trees
-    num_slots, vocab_size = trees.num_slots, scores_BTV.shape[2]
+    num_slots = trees.num_slots
+    if isinstance(scores_BTV, Ragged):
+        scores, starts = scores_BTV.flat_RV, scores_BTV.starts
+    else:
+        scores, starts = scores_BTV, tuple(range(0, trees.num_rows * num_slots, num_slots))
+    vocab_size = scores.shape[-1]
     q_at = coins_at = 0
     if draft.is_drawn:
         q_BT = _draft_scores(draft)
@@ -52,7 +57,7 @@ def verify(
     paths, following = [], []
     for row, size in enumerate(trees.sizes):
         v.size = size
-        v.p = scores_BTV.data_ptr() + 4 * row * num_slots * vocab_size
+        v.p = scores.data_ptr() + 4 * starts[row] * vocab_size
         v.tokens = tokens_BN.data_ptr() + 8 * row * trees.width
         v.parents = parents_BN.data_ptr() + 8 * row * trees.width
         if draft.is_drawn:

@@ -1,0 +1,113 @@
+"""Folders of the cache that hold files of one kind: found, written, kept small and cleared."""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from specdec.disk_cache.access import check_access, check_folder
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/specdec`, or `~/.cache/specdec`.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    return home / "specdec"
+
+
+class CacheFolder:
+    """Files that can be made again: whatever is wrong with them or with the folder, there is nothing to read.
+
+    Args:
+        name: of the folder within the cache.
+        max_bytes: of its files. The newest is kept, whatever its size; of the others those that were used last.
+    """
+
+    def __init__(self, name: str, max_bytes: int):
+        self.name, self._max_bytes = name, max_bytes
+
+    @property
+    def path(self) -> Path:
+        return (cache_folder() / self.name).resolve()
+
+    def find(self, pattern: str) -> Path | None:
+        """A file that only the user and root can have written, and which now counts as used."""
+        try:
+            check_folder(self.path)
+            for file in sorted(self.path.glob(pattern)):
+                check_access(file)
+                if file.is_file() and not file.is_symlink():
+                    with suppress(OSError):  # root's, for all users
+                        os.utime(file)
+                    return file
+        except OSError as error:
+            _log.debug("%s is not read: %s", self.path, error)
+        return None
+
+    def write(self, write: Callable[[Path], str]) -> Path | None:
+        """Add a file; other processes see no file or a whole one. None where the folder cannot be trusted or written.
+
+        Args:
+            write: fills the file at a path, and returns its name.
+        """
+        part = None
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            check_folder(self.path)
+            part = self.path / f".{secrets.token_hex(8)}.part"
+            part.touch(mode=0o600)
+            kept = part.replace(self.path / write(part))
+            self._trim(kept)
+            return kept
+        except OSError as error:
+            _log.debug("nothing is kept in the cache: %s", error)
+            return None
+        finally:
+            if part is not None:
+                part.unlink(missing_ok=True)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a file of that size is within the bound, and leaves as much of the disk free."""
+        try:
+            place = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+            return num_bytes <= self._max_bytes and 2 * num_bytes <= shutil.disk_usage(place).free
+        except OSError:
+            return False
+
+    def _trim(self, newest: Path) -> None:
+        others = sorted(set(self.files()) - {newest}, key=lambda file: file.stat().st_mtime, reverse=True)
+        num_bytes = newest.stat().st_size
+        for file in others:
+            num_bytes += file.stat().st_size
+            if num_bytes > self._max_bytes:
+                file.unlink(missing_ok=True)
+
+    def files(self) -> list[Path]:
+        try:
+            return [file for file in self.path.iterdir() if file.is_file()]
+        except OSError:
+            return []
+
+    def num_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files())
+
+    def clear(self) -> None:
+        for file in self.files():
+            file.unlink(missing_ok=True)
+
+
+MEASUREMENTS = CacheFolder("measurements", 4 << 20)
+PACKED_WEIGHTS = CacheFolder("packed-weights", 20 << 30)
+"""As large as two models of twice 5 GB: what fits the machines that these files are for."""
