@@ -72,15 +72,18 @@ def load(
     target_dtype = _parse_dtype(dtype, target_device)
     if threads is not None:
         torch.set_num_threads(threads)
-    gguf_file = _gguf_file(os.fspath(source)) if weights == "gguf" else None
+    gguf_file = None
+    if weights == "gguf":  # what cannot be executed is refused before a tokenizer is read, which may take minutes
+        from specdec.models.gguf_weights import checked_header, load_gguf_model  # not for everybody to wait for
+
+        gguf_file = _gguf_file(os.fspath(source))
+        checked_header(gguf_file)
     checkpoint = _locate(os.fspath(source), to_chat=to_chat, has_weights=gguf_file is None)
     with stage(f"loading {checkpoint.name}"):
         tokenizer = checkpoint.read_tokenizer(trust_remote_code=trust_remote_code)
         if to_chat and not has_chat_template(tokenizer):
             raise ModelError(NO_CHAT_TEMPLATE)
         if gguf_file is not None:
-            from specdec.models.gguf_weights import load_gguf_model  # the package gguf is not for everybody to wait for
-
             return LoadedModel(load_gguf_model(gguf_file, checkpoint), tokenizer, checkpoint.name)
         model = checkpoint.read_model(
             target_dtype, trust_remote_code=trust_remote_code, weights="stock" if weights is None else weights
@@ -120,6 +123,8 @@ def _gguf_file(source: str) -> Path:
         raise ModelError(
             f"weights='gguf' executes the blocks of a .gguf file, and {source} is none: give one, or another weights"
         )
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}. Give {_SOURCES}.")
     return path
 
 

@@ -51,7 +51,7 @@ def load_gguf_model(path: Path, checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         ModelError: the file is damaged, or holds what cannot be executed as it is; nothing has been done then.
     """
-    header = _checked_header(path)
+    header = checked_header(path)
     config = checkpoint.read_config()
     if config.num_hidden_layers > len(header.tensors):
         raise _damaged(path, f"{config.num_hidden_layers} layers are more than its {len(header.tensors)} tensors")
@@ -76,7 +76,12 @@ def _unsupported(path: Path, what: str) -> ModelError:
     )
 
 
-def _checked_header(path: Path) -> Header:
+def checked_header(path: Path) -> Header:
+    """What stands before the weights, of a file whose blocks can be executed.
+
+    Raises:
+        ModelError: they cannot, or the file is damaged.
+    """
     header = read_header(path)
     if header is None:
         raise _damaged(path, "it has no GGUF header that can be read")
@@ -87,6 +92,8 @@ def _checked_header(path: Path) -> Header:
         )
     size, has_blocks = path.stat().st_size, False
     for name, tensor in header.tensors.items():
+        if _module_name(name) is None and name != _ROPE_FACTORS:
+            raise _unsupported(path, f"it has {name}, which is no part of the layers that are known")
         if tensor.kind not in BLOCK_TYPES | _FLOATS:
             known = ", ".join(sorted(kind.name for kind in BLOCK_TYPES | _FLOATS))
             raise _unsupported(path, f"{name} is of type {_type_name(tensor.kind)}, and those known are {known}")
@@ -194,7 +201,7 @@ class _File:
         dense = nn.Linear(1, 1, bias=False)
         dense.out_features, dense.in_features = weight_NK.shape
         dense.weight = nn.Parameter(weight_NK if rows_N is None else weight_NK[rows_N])
-        dense.bias = None if bias_N is None else nn.Parameter(bias_N)
+        dense.register_parameter("bias", None if bias_N is None else nn.Parameter(bias_N))
         return dense
 
     def _order(self, name: str, model: PreTrainedModel) -> torch.Tensor | None:

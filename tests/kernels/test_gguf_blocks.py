@@ -120,5 +120,8 @@ def test_an_embedding_reads_the_rows_that_are_asked_for(name):
     embedding, ids_BT = GgufEmbedding(blocks), torch.tensor([[3, 19, 0], [3, 3, 7]])
     assert torch.equal(embedding(ids_BT), blocks.floats()[ids_BT])
     assert torch.equal(pickle.loads(pickle.dumps(embedding))(ids_BT), embedding(ids_BT))
+    for outside in (-1, 20):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([outside]))
     with pytest.raises(AttributeError, match="no float weight"):
         embedding.weight  # noqa: B018

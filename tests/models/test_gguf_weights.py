@@ -1,6 +1,7 @@
 """Models of a GGUF file's blocks: they say what the dequantised model says, drafted or not, and what cannot be executed
 is refused before anything is done."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from specdec.errors import ModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.model.gguf_modules import GgufEmbedding, GgufLinear
 from specdec.kernels.model.prepare import prepared
+from specdec.models import gguf as gguf_files
 from tests.support.tiny_gguf import write_tiny_gguf
 from trees import DySpec
 
@@ -22,8 +24,11 @@ MIXED = {"attn_v": "Q6_K", "ffn_down": "Q5_K", "attn_q": "Q4_0", "attn_k": "Q5_1
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gguf")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_files, "cache_folder", lambda: folder / "cache")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +131,14 @@ def test_llama_3_s_frequencies_are_the_file_s(cache, model):
         ),
         ({"types": dict.fromkeys(["attn", "ffn", "token"], "F16")}, "none of its weights are quantised"),
         ({"architecture": "gpt2"}, "its architecture is gpt2"),
-        ({"extra": "blk.0.ffn_gate_exps.weight"}, "ffn_gate_exps.weight has no place in a LlamaForCausalLM"),
+        ({"extra": "blk.0.ffn_gate_exps.weight"}, "ffn_gate_exps.weight, which is no part of the layers"),
     ],
 )
 def test_what_cannot_be_executed_is_refused_before_anything_is_read(cache, monkeypatch, change, says):
     path = cache / f"{next(iter(change))}.gguf"
     write_tiny_gguf(path, size=256, **{"types": MIXED, **change})
     monkeypatch.setattr(GgufLinear, "__init__", None)
+    monkeypatch.setattr(gguf_files, "describe", None)
     with pytest.raises(ModelError, match=says):
         models.load(path, weights="gguf")
 

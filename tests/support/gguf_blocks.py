@@ -9,14 +9,14 @@ _HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K
 """Where in a block of a type numbers of 16 bits stand; elsewhere only at its beginning."""
 
 
-def random_blocks(name: str, num_rows: int, num_columns: int, *, seed: int = 0) -> Blocks:
-    """Of weights that are below 1, about."""
+def random_blocks(name: str, num_rows: int, num_columns: int, *, seed: int = 0, largest: float = 1) -> Blocks:
+    """Of weights that are at most `largest`, about."""
     block_type = gguf.GGMLQuantizationType[name]
     num_values, num_bytes = gguf.GGML_QUANT_SIZES[block_type]
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (num_rows, num_columns // num_values, num_bytes), dtype=np.uint8)
-    largest = gguf.dequantize(_with_scales(blocks, name, np.float16(1)), block_type)
-    scales = (random.uniform(0.2, 1, blocks.shape[:2]) / np.abs(largest).max()).astype(np.float16)
+    unscaled = gguf.dequantize(_with_scales(blocks, name, np.float16(1)), block_type)
+    scales = (random.uniform(0.2, 1, blocks.shape[:2]) * largest / np.abs(unscaled).max()).astype(np.float16)
     return Blocks(rows=_with_scales(blocks, name, scales).reshape(num_rows, -1), block_type=block_type)
 
 

@@ -82,6 +82,6 @@ def _add_tiny_tensors(
             num_values, num_bytes = gguf.GGML_QUANT_SIZES[block_type]
             rows = np.zeros((shape[0], shape[1] // num_values * num_bytes), dtype=np.uint8)
         else:
-            blocks = random_blocks(kind, *shape, seed=seed * 1000 + number)
+            blocks = random_blocks(kind, *shape, seed=seed * 1000 + number, largest=0.15)
             rows, block_type = blocks.rows, blocks.block_type
         writer.add_tensor(f"{name}.weight", rows, raw_dtype=block_type)

@@ -96,6 +96,8 @@ class GgufEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = blocks.shape
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.numel() and input_ids.min() < 0:
+            raise IndexError("a token id is below zero")  # which numpy would count from the end
         return self.blocks.take(input_ids.flatten()).floats().view(*input_ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:

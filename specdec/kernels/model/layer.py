@@ -287,7 +287,11 @@ class FusedLayer:
         )
         rotates = bool(getattr(attn, "use_rope", True))  # SmolLM3 has layers without positions
         sizes = num_heads, num_kv_heads, attn.head_dim
-        copies = [(own.detach(), copy) for own, copy in pairs if own is not None and own.dtype is not torch.float32]
+        copies = [
+            (own.detach(), copy)
+            for own, copy in pairs
+            if own is not None and copy is not None and own.dtype is not torch.float32
+        ]
         return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates, copies)
 
 

@@ -46,7 +46,8 @@ class QuantizedLinear(nn.Module):
         Args:
             packed: what `pack` has made of the weight, for this machine's library.
         """
-        self._begin(*linear.weight.shape, None if linear.bias is None else linear.bias.detach().float().clone())
+        n, k = linear.weight.shape
+        self._begin(n, k, None if linear.bias is None else linear.bias.detach().float().clone())
         if self.library:
             packed = self.pack(linear) if packed is None else packed
             self.register_buffer("packed", packed["packed"], persistent=False)
