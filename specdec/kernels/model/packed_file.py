@@ -101,7 +101,7 @@ def _write_tensors(file: BinaryIO, entries: Mapping[str, Entry]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for entry in entries.values():
         for part in entry.make():
-            file.write(memoryview(part.contiguous().view(torch.uint8).numpy()))
+            file.write(part.contiguous().view(torch.uint8).numpy().data)
         file.write(b"\0" * (-entry.num_bytes % _ALIGNMENT))
 
 
