@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,13 @@ _SERVER_OPTIONS: FieldOptions = {
         help="A reverse proxy's; its X-Forwarded-For tells clients apart, who take turns.",
         rich_help_panel=_ACCESS,
     ),
+    "cors": typer.Option(
+        "--cors",
+        metavar="ORIGIN",
+        help="Let pages of this origin use the server; may be given several times, '*' for all.",
+        rich_help_panel=_ACCESS,
+    ),
+    "logs": typer.Option("--log/--no-log", help="One line a request, on stderr.", rich_help_panel=_ACCESS),
     "max_new_tokens": typer.Option("--max-new-tokens", "-n", min=1, help="Of a reply.", rich_help_panel=_LIMITS),
     "max_choices": typer.Option(
         "--max-choices", min=1, help="Of an answer: n for each prompt.", rich_help_panel=_LIMITS
@@ -106,13 +114,29 @@ def serve(
         max_waiting=max_waiting,
         max_cached_tokens=max_cached_tokens,
     )
+    if server.logs:
+        _log_to_stderr()
     loaded = pair.target._replace(name=name or served_name(model, pair.target.name))
-    running.serve(loaded, engine, server, announce=lambda url: err_console.print(Text(f"{loaded.name} at {url}")))
+    running.serve(loaded, engine, server, announce=lambda url: _announce(loaded.name, url))
+
+
+def _announce(name: str, url: str) -> None:
+    err_console.print(Text(f"{name} at {url}"))
+    err_console.print(Text(f"a chat for the browser: {url.removesuffix('v1')}"))
 
 
 def served_name(model: str, loaded_name: str) -> str:
     """What a model is called that was asked for as `model`: the same, but clients are not told where files lie."""
     return loaded_name if Path(model).exists() else model
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("specdec.server.requests")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _check_extra() -> None:

@@ -167,6 +167,16 @@ class Sampler:
             scores_BTV = warper(no_prefix, scores_BTV.flatten(0, 1)).view_as(logits_BTV)
         return scores_BTV
 
+    def forced(self, row: int, sequences: Sequences) -> list[int]:
+        """Tokens that a row's processors leave no choice about, as far as they tell: to be drafted, then verified.
+
+        A processor tells by `forced_tokens(prefix)`, of token ids with padding; it sees no other row.
+        """
+        for processor in self.processors:
+            if hasattr(processor, "forced_tokens"):
+                return processor.forced_tokens(sequences.prefix(row).tolist())
+        return []
+
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """Verify a draft against the processed scores of its slots."""
         if not self.do_sample:

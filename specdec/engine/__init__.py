@@ -1,7 +1,7 @@
 """The decoding loop as an engine: requests join and leave the batch between rounds."""
 
 from specdec.engine.engine import Engine
-from specdec.engine.request import Generation, GenerationStats, Request, TokenLogprobs
+from specdec.engine.request import Generation, GenerationStats, Request, RoundReport, TokenLogprobs
 from specdec.engine.thread import EngineThread
 from specdec.errors import CapacityError
 
@@ -12,5 +12,6 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "Request",
+    "RoundReport",
     "TokenLogprobs",
 ]

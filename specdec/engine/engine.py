@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.decoding.sequences import Sequences
 from specdec.drafters import Drafter, Run
+from specdec.drafters.composite.forced import Forced
 from specdec.drafters.speculation import Speculation
 from specdec.engine.chunking import ChunkSizer
 from specdec.engine.earlier_replies import EarlierReplies
@@ -202,7 +203,7 @@ class Engine:
         nothing = torch.zeros((0, 0), dtype=torch.long, device=target.device)
         sequences, requests = Sequences(nothing, None, 0), RunningRequests()
         sampler = RequestSampler(requests, sequences)
-        session = self._drafter.start(
+        session = Forced(self._drafter).start(
             Run(
                 target=target,
                 vocab_size=target.vocab_size,

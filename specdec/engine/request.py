@@ -8,6 +8,8 @@ from typing import Literal
 
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from trees import TokenTree
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -26,6 +28,9 @@ class Request:
         stopping_criteria: the request's own, called with one row.
         client: whose request it is. While more requests wait than there are rows, clients take turns; of one client the
             order is that of arrival.
+        max_drafted: most tokens that a round may draft one after the other; 0 drafts nothing, None leaves it to the
+            drafter.
+        keeps_rounds: whether `Generation.rounds` tells what each round drafted and kept.
         kind: names requests whose replies are alike: those of a client, or of a job. Drafts are then also copied from
             earlier replies of the same kind, the latest 16,384 tokens of them at least. Empty: from the text itself
             alone. Only the time that a request takes depends on it.
@@ -40,6 +45,8 @@ class Request:
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     client: str = ""
+    max_drafted: int | None = None
+    keeps_rounds: bool = False
     kind: str = ""
     num_logprobs: int | None = None
     on_tokens: Callable[[Sequence[int]], None] | None = None
@@ -61,6 +68,21 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundReport:
+    """What became of one round of a request.
+
+    Args:
+        tree: what was drafted.
+        path: its accepted nodes, from the root down; cut where the request stopped.
+        num_tokens: committed, the accepted ones included.
+    """
+
+    tree: TokenTree
+    path: tuple[int, ...]
+    num_tokens: int
+
+
 @dataclass(slots=True, kw_only=True)
 class GenerationStats:
     """Counts and times of one request; times in seconds.
@@ -69,6 +91,7 @@ class GenerationStats:
         num_reused_tokens: of the prompt, whose keys and values were known.
         rounds: that the request took part in.
         drafted, accepted: tokens, in these rounds.
+        accepted_histogram: rounds by how many tokens each of them accepted: the first entry counts those with none.
         queued_seconds: from `submit` until the prompt began to be read.
         prefill_seconds: spent on reading the prompt.
         first_token_seconds: from `submit` to the first token; None before.
@@ -80,6 +103,7 @@ class GenerationStats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_histogram: list[int] = field(default_factory=list)
     queued_seconds: float = 0.0
     prefill_seconds: float = 0.0
     first_token_seconds: float | None = None
@@ -96,6 +120,7 @@ class Generation:
             were allowed), "cancelled", or "error".
         error: what went wrong, if that is the reason.
         logprobs: one entry a token, None if they were not asked for.
+        rounds: one entry a round, None if they were not asked for.
         stats: counts and times.
     """
 
@@ -105,6 +130,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.logprobs: list[TokenLogprobs] | None = None if request.num_logprobs is None else []
+        self.rounds: list[RoundReport] | None = [] if request.keeps_rounds else None
         self.stats = GenerationStats(num_prompt_tokens=len(request.prompt))
 
     @property

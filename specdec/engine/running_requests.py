@@ -25,10 +25,10 @@ from specdec.decoding.stopping import Scores, StopChecker
 from specdec.engine.memory import GROWTH_OF_NEW, Held
 from specdec.engine.noise import GumbelNoise
 from specdec.engine.prepared import PreparedRequest
-from specdec.engine.request import FinishReason, Generation, TokenLogprobs
+from specdec.engine.request import FinishReason, Generation, RoundReport, TokenLogprobs
 from specdec.errors import NumericalError
 from specdec.tree_model.cache import RowStates
-from trees import Draft, Ragged
+from trees import Draft, Ragged, TreeBatch
 
 
 class RunningRequest:
@@ -64,12 +64,21 @@ class RunningRequest:
         if self.generation.logprobs is not None:
             self._logprobs_KV = logits_KV.float().log_softmax(-1)
 
-    def append(self, tokens: Sequence[int], *, num_drafted: int, num_accepted: int) -> None:
-        """Tokens that a round has committed."""
+    def append(self, tokens: Sequence[int], path: Sequence[int], trees: TreeBatch, index: int) -> None:
+        """Tokens that a round has committed, of them the accepted nodes of its tree.
+
+        Args:
+            path: cut where the row stops.
+            trees: what was drafted for all rows, of which the row is that of this index.
+        """
         generation, stats = self.generation, self.generation.stats
         stats.rounds += 1
-        stats.drafted += num_drafted
-        stats.accepted += num_accepted
+        stats.drafted += trees.sizes[index]
+        stats.accepted += len(path)
+        stats.accepted_histogram += [0] * (len(path) + 1 - len(stats.accepted_histogram))
+        stats.accepted_histogram[len(path)] += 1
+        if generation.rounds is not None:
+            generation.rounds.append(RoundReport(tree=trees.row(index), path=tuple(path), num_tokens=len(tokens)))
         stats.seconds = perf_counter() - self._submitted
         if stats.first_token_seconds is None:
             stats.first_token_seconds = stats.seconds
@@ -142,6 +151,14 @@ class RequestSampler(Sampler):
             if running.seed is not None and running.error is None:
                 self._add_noise(scores_BTV[index], prefixes, index, running.seed)
         return scores_BTV
+
+    def forced(self, row: int, sequences: Sequences) -> list[int]:
+        number = sequences.rows[row]
+        running, tokens = self._requests[number], list[int]()
+        if running.error is None:
+            with self._requests.own_errors(number):
+                tokens = running.sampler.forced(row, sequences)
+        return tokens
 
     def accept(self, scores_BTV: Tensor | Ragged, draft: Draft) -> Acceptance:
         """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
@@ -261,9 +278,15 @@ class ContinuousBatchingLoop(DecodingLoop):
     def _report(self, committed: Committed) -> None:
         for index, row in enumerate(self.sequences.rows):
             tokens = committed.tokens[index]
-            num_accepted = min(len(committed.paths[index]), len(tokens))
             if self.requests[row].error is None:
-                self.requests[row].append(tokens, num_drafted=committed.trees.sizes[index], num_accepted=num_accepted)
+                path = committed.paths[index][: len(tokens)]
+                self.requests[row].append(tokens, path, committed.trees, index)
+
+    def _max_depths(self) -> list[int]:
+        """No deeper than each request allows."""
+        most = [self.requests[row].generation.request.max_drafted for row in self.sequences.rows]
+        depths = super()._max_depths()
+        return [depth if limit is None else min(depth, limit) for depth, limit in zip(depths, most, strict=True)]
 
     def _let_go(self, stopped: Sequence[bool]) -> None:
         rows = list(self.sequences.rows)

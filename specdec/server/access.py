@@ -6,14 +6,16 @@ import hmac
 import ipaddress
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specdec.server.body import Body, announced_too_large, two_lengths
 from specdec.server.errors import ApiError
 from specdec.server.options import ServerOptions, is_loopback
+from specdec.server.pages import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health"}) | PAGE_PATHS
 """What needs no key."""
 
 
@@ -25,25 +27,36 @@ class AccessMiddleware:
 
     Args:
         record: told the path and the status of every answer.
+        log: told of every answer that has ended: the request, the status, and the seconds since it came.
     """
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, record: Callable[[str, int], None]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: ServerOptions,
+        record: Callable[[str, int], None],
+        log: Callable[[Scope, int, float], None],
+    ):
         self._app = app
         self._key = None if options.api_key is None else options.api_key.encode()
         self._checks_host = options.api_key is None and is_loopback(options.host)
         self._body_timeout = options.body_timeout
         self._max_body_bytes = options.max_body_bytes
         self._record = record
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        started, status = perf_counter(), 0
         body = Body(receive, max_bytes=self._max_body_bytes, timeout=self._body_timeout)
 
         async def send_and_record(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 self._record(scope["path"], message["status"])
             elif not message.get("more_body", False) and not body.is_complete:
                 await send({**message, "more_body": True})  # the whole answer, but not its end
@@ -53,7 +66,10 @@ class AccessMiddleware:
 
         refusal = self._bad_length(scope) or self._refusal(scope)
         app = self._app if refusal is None else refusal.response()
-        await app(scope, body.receive, send_and_record)
+        try:
+            await app(scope, body.receive, send_and_record)
+        finally:
+            self._log(scope, status, perf_counter() - started)
 
     def _bad_length(self, scope: Scope) -> ApiError | None:
         lengths = _values(scope, b"content-length")

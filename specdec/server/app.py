@@ -11,23 +11,23 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from specdec import __version__
 from specdec.server.access import AccessMiddleware, client_of
-from specdec.server.answers import ChatForm, CompletionForm, Form, event_stream, whole_answer
-from specdec.server.errors import ApiError, ErrorBody, from_validation
+from specdec.server.answers import Form, event_stream, whole_answer
+from specdec.server.errors import ApiError, ErrorBody, from_conversation, from_validation
+from specdec.server.forms import CompletionForm
 from specdec.server.jobs import Job
-from specdec.server.protocol import (
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    Health,
-    ModelCard,
-    ModelList,
-    TextCompletion,
-)
+from specdec.server.logs import JOB, log_request
+from specdec.server.pages import add_pages
+from specdec.server.protocol.answers import ChatCompletion, Health, ModelCard, ModelList, TextCompletion
+from specdec.server.protocol.requests import ChatRequest, CompletionRequest
+from specdec.server.protocol.responses import ResponsesRequest
+from specdec.server.responses import Response as ResponseDocument
 from specdec.server.service import Service
 
 _T = TypeVar("_T")
@@ -71,11 +71,12 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
         title="specdec",
         summary="OpenAI's API on a speculative decoding engine.",
         version=__version__,
-        docs_url=None,  # their pages would load scripts from elsewhere
+        docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
         responses=_ERRORS,
     )
+    add_pages(app)
     _add_routes(app, service)
     _add_errors(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
@@ -83,7 +84,15 @@ def create_app(service: Service, *, on_stop: Callable[[], None] = lambda: None) 
         AccessMiddleware,
         options=service.options,
         record=lambda path, status: service.metrics.record_answer(path if path in paths else "other", status),
+        log=log_request if service.options.logs else lambda *_: None,
     )
+    if service.options.cors:  # the outermost: a browser asks before it sends the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.options.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     return app
 
 
@@ -95,12 +104,22 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**_ERRORS, **stream})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Reply to a conversation."""
-        return await _answer(request, service, ChatForm(service.model_name, service.decoder), body)
+        return await _answer(request, service, body, lambda job: service.chat_form(body, job))
+
+    @app.post("/v1/responses", response_model=ResponseDocument, responses={**_ERRORS, **stream})
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Reply to a conversation, as a list of items. Nothing is stored."""
+        try:
+            chat = body.as_chat()
+        except ValidationError as error:
+            raise from_conversation(error.errors()) from error
+        return await _answer(request, service, chat, lambda job: service.responses_form(body, chat, job))
 
     @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        return await _answer(request, service, CompletionForm(service.model_name, service.decoder), body)
+        form = CompletionForm(service.model_name, service.decoder, includes_usage=body.includes_usage)
+        return await _answer(request, service, body, lambda _: form)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -124,16 +143,21 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _answer(request: Request, service: Service, form: Form, body: ChatRequest | CompletionRequest) -> Response:
+async def _answer(
+    request: Request,
+    service: Service,
+    body: ChatRequest | CompletionRequest,
+    make_form: Callable[[Job], Form],
+) -> Response:
     num_choices = body.n or 1
     job = await _unless_client_leaves(request, service.start(body, client_of(request.scope)))
     if job is None:
         return Response(status_code=_CLIENT_CLOSED)
+    request.scope[JOB] = job
     if body.stream:
-        events = event_stream(job, form, num_choices, includes_usage=body.includes_usage)
-        return _EventStream(job, events)
+        return _EventStream(job, event_stream(job, make_form(job), num_choices))
     try:
-        answer = await _unless_client_leaves(request, whole_answer(job, form, num_choices))
+        answer = await _unless_client_leaves(request, whole_answer(job, make_form(job), num_choices))
         if answer is None:
             return Response(status_code=_CLIENT_CLOSED)
         return Response(answer.model_dump_json(), media_type="application/json")

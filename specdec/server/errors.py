@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from specdec.server.protocol import NO_EFFECT, UNSUPPORTED
+from specdec.server.protocol.common import NO_EFFECT, UNSUPPORTED
 
 
 class ErrorDetail(BaseModel):
@@ -100,6 +100,11 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return invalid(f"{path}: {reasons}", path, code)
 
 
+def from_conversation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 of what pydantic says about the conversation that a body stands for."""
+    return invalid(_plain(errors[0]["msg"]), code="invalid_value")
+
+
 def _unknown(parent: str, name: str) -> ApiError:
     path = f"{parent}.{name}" if parent else name
     if name in UNSUPPORTED:
@@ -128,4 +133,7 @@ def _path(location: Sequence[int | str]) -> str:
     return path
 
 
-_BRANCHES = {"str", "int", "float", "bool", "list", "dict", "TextPart"}
+_BRANCHES = {
+    *("str", "int", "float", "bool", "list", "dict", "TextPart", "NamedTool", "SpeculationOptions"),
+    *("InputMessage", "FunctionCall", "FunctionCallOutput", "ReasoningItem", "ContentPart", "NamedResponseTool"),
+}

@@ -10,7 +10,8 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,19 @@ ANY_OBJECT = {"type": "object"}
 """The schema of `response_format` "json_object"."""
 
 
+@dataclass(frozen=True, slots=True)
+class GrammarSource:
+    """What a reply is to follow, before it is compiled: a JSON schema as JSON, or a Lark grammar."""
+
+    kind: Literal["json", "lark"]
+    text: str
+
+    @classmethod
+    def of_schema(cls, schema: dict[str, Any] | bool) -> GrammarSource:
+        """A JSON schema; the order of its properties is that of the reply."""
+        return cls("json", json.dumps(schema))
+
+
 class GrammarError(ValueError):
     """A grammar that cannot be used, or that became too complex while a reply was written."""
 
@@ -47,11 +61,6 @@ def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
     backend.no_padding()
     backend.no_truncation()
     return backend.to_str()
-
-
-def as_document(schema: dict[str, Any] | bool) -> str:
-    """A schema as JSON; the order of its properties is that of the reply."""
-    return json.dumps(schema)
 
 
 def refusal(reason: str) -> str:
@@ -84,14 +93,18 @@ class Grammars:
         """What a token stands for; nothing, if the tokenizer does not know it."""
         return self._tokenizer.decode_bytes([token]) if token < self._tokenizer.vocab_size else b""
 
-    def compile(self, schema: dict[str, Any] | bool) -> str:
-        """A grammar that allows the documents of a JSON schema that is trusted: some take for ever (see `sandbox`).
+    def compile(self, source: GrammarSource) -> str:
+        """A grammar of a source that is trusted: some take for ever (see `sandbox`).
 
         Raises:
-            GrammarError: says what is wrong with the schema, or which keyword is not known here.
+            GrammarError: says what is wrong with a schema, or which keyword is not known here.
         """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(as_document(schema), overrides=OVERRIDES)
+            grammar = (
+                LLMatcher.grammar_from_lark(source.text)
+                if source.kind == "lark"
+                else LLMatcher.grammar_from_json_schema(source.text, overrides=OVERRIDES)
+            )
             problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as error:  # RecursionError is none: the body's parser refuses such depths before
             problem = str(error)
@@ -141,6 +154,17 @@ class GrammarProcessor(LogitsProcessor):
                 scores[row, width:] = -torch.inf
         return scores
 
+    def forced_tokens(self, prefix: Sequence[int]) -> list[int]:
+        """The tokens after a prefix that the grammar leaves no choice about: none, where it has one."""
+        reply = tuple(prefix[self._prompt_length :])
+        state = self._state(reply)
+        if state is None:
+            return []
+        forced = state.forced()
+        after = state.after(forced) if forced else state
+        end = None if after is None else after.only()
+        return forced if end is None else [*forced, end]
+
     def _state(self, prefix: tuple[int, ...]) -> _State | None:
         """None for a prefix outside the grammar."""
         if prefix not in self._states:
@@ -171,6 +195,15 @@ class _State:
         if tokens and matcher.try_consume_tokens(list(tokens)) < len(tokens):
             return None
         return _State(_checked(matcher))
+
+    def forced(self) -> list[int]:
+        """What must come next, in the tokens that llguidance's masks allow for it."""
+        return self._matcher.deep_copy().compute_ff_tokens()
+
+    def only(self) -> int | None:
+        """The one token that may come next; None if there are several."""
+        allowed = self.allowed().nonzero()
+        return int(allowed[0]) if len(allowed) == 1 else None
 
     def allowed(self) -> Tensor:
         """What may come next: bool over the tokenizer's vocabulary."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from time import perf_counter
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from specdec.errors import CapacityError, UnsupportedOptionError
 from specdec.server.errors import ApiError, invalid, queue_full
+from specdec.server.origins import Origins
 from specdec.server.planning import ChoicePlan
 from specdec.text.detokenize import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from specdec.engine import Generation, Request, TokenLogprobs
+    from specdec.engine import Generation, Request, RoundReport, TokenLogprobs
 
 _log = logging.getLogger("specdec.server")
 
@@ -42,6 +43,9 @@ class Part:
         logprobs: one for each of these tokens, if they were asked for.
         offsets: where the text of each of these tokens starts, in characters of the whole text.
         finish_reason: of the last part.
+        runs: how many characters of the text, by turns, were the model's own and had been drafted; None if rounds are
+            not kept.
+        rounds: that have brought tokens since the part before, if they are kept.
     """
 
     index: int
@@ -50,27 +54,41 @@ class Part:
     logprobs: Sequence[TokenLogprobs] | None
     offsets: Sequence[int]
     finish_reason: str | None
+    runs: Sequence[int] | None = None
+    rounds: Sequence[RoundReport] = ()
 
 
 class _Choice:
     """The text of one generation, and the tokens that have not been told yet."""
 
-    def __init__(self, index: int, plan: ChoicePlan, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]):
+    def __init__(
+        self,
+        index: int,
+        plan: ChoicePlan,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        shown: Mapping[int, str],
+    ):
         self.generation: Generation | None = None
         self._index = index
         self._eos_ids = frozenset(plan.config.eos_token_id or ())
-        self._text = TextStream(tokenizer, stop)
+        self._text = TextStream(tokenizer, stop, shown)
         self._pending: list[tuple[int, int]] = []
         """Each token, and where its text starts."""
         self._num_told_characters = 0
         self._num_told = 0
+        self._origins = Origins() if plan.keeps_rounds else None
 
     def add(self, tokens: Sequence[int]) -> Part | None:
         """Take new tokens; None if there is nothing to tell."""
         text = ""
         for token in tokens:
+            start = self._num_told_characters + len(text) + self._text.num_held
+            if self._origins is not None:
+                assert self.generation is not None
+                self._origins.add(start, self.generation.rounds or ())
             if token not in self._eos_ids:
-                self._pending.append((token, self._num_told_characters + len(text) + self._text.num_held))
+                self._pending.append((token, start))
                 text += self._text.add(token)
         return self._part(text, None) if text else None
 
@@ -93,6 +111,8 @@ class _Choice:
             logprobs=logprobs,
             offsets=[start for _, start in told],
             finish_reason=reason,
+            runs=None if self._origins is None else self._origins.runs(len(text)),
+            rounds=() if self._origins is None else self._origins.rounds(),
         )
 
 
@@ -101,6 +121,8 @@ class Job:
 
     Args:
         stop: stop strings.
+        shown: special tokens that are a part of the text.
+        is_thinking: whether the prompt has opened the reasoning.
         client: whose it is, for taking turns.
         loop: in which its parts are awaited.
         started: when the request arrived, by `time.perf_counter`.
@@ -115,6 +137,8 @@ class Job:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         *,
+        shown: Mapping[int, str],
+        is_thinking: bool,
         client: str,
         loop: asyncio.AbstractEventLoop,
         started: float,
@@ -122,13 +146,14 @@ class Job:
         on_end: Callable[[Job], None],
     ):
         self.started = started
+        self.is_thinking = is_thinking
         self.first_token_at: float | None = None
         self._runner = runner
         self._plans = plans
         self._client = client
         self._timeout = timeout
         self._on_end = on_end
-        self._choices = [_Choice(index, plan, tokenizer, stop) for index, plan in enumerate(plans)]
+        self._choices = [_Choice(index, plan, tokenizer, stop, shown) for index, plan in enumerate(plans)]
         self._loop = loop
         self._events: asyncio.Queue[tuple[int, Sequence[int] | Generation]] = asyncio.Queue()
         self._failure: ApiError | None = None
@@ -161,6 +186,8 @@ class Job:
                 logits_processor=plan.logits_processor,
                 stopping_criteria=plan.stopping_criteria,
                 num_logprobs=plan.num_logprobs,
+                max_drafted=plan.max_drafted,
+                keeps_rounds=plan.keeps_rounds,
                 on_tokens=self._teller(index),
                 on_finish=self._teller(index),
             )

@@ -18,6 +18,8 @@ class ServerOptions:
         allows_no_key: whether to listen beyond this machine without a key.
         proxy: the address of a reverse proxy whose X-Forwarded-For is believed: clients take turns by address. None
             believes nobody's.
+        cors: origins whose pages may use the server from a browser, "*" for all; none if empty.
+        logs: whether each request is told in one line, without anything that was asked or answered.
         max_body_bytes: of a request.
         max_new_tokens: of a reply.
         max_choices: of an answer: `n`, times the number of prompts.
@@ -38,6 +40,8 @@ class ServerOptions:
     api_key: str | None = None
     allows_no_key: bool = False
     proxy: str | None = None
+    cors: tuple[str, ...] = ()
+    logs: bool = True
     max_body_bytes: int = 1 << 20
     max_new_tokens: int = 4096
     max_choices: int = 8
@@ -58,6 +62,8 @@ class ServerOptions:
                 raise ValueError(f"{name} is a positive number of seconds, got {value}")
         if self.proxy is not None:
             _check_address(self.proxy)
+        for origin in self.cors:
+            _check_origin(origin)
         if self.api_key is not None:
             _check_key(self.api_key)
         elif not self.allows_no_key and not is_loopback(self.host):
@@ -84,6 +90,12 @@ def _check_address(proxy: str) -> None:
         raise ValueError(
             f"proxy is the address that a reverse proxy connects from, 127.0.0.1 for example, got {proxy!r}"
         ) from None
+
+
+def _check_origin(origin: str) -> None:
+    scheme, _, rest = origin.partition("://")
+    if origin != "*" and (scheme not in ("http", "https") or not rest or "/" in rest):
+        raise ValueError(f"an origin is like https://example.org, or http://localhost:3000, got {origin!r}")
 
 
 def _check_key(key: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from specdec.server.errors import ApiError, invalid
 from specdec.server.processors import RepetitionPenalties
-from specdec.server.protocol import ChatRequest, CompletionRequest
+from specdec.server.protocol.requests import ChatRequest, CompletionRequest, Message, Tool
+from specdec.server.replies.format import ReplyFormat
 from specdec.text.detokenize import StopAtText
 from specdec.text.prompting import encode_rendered, encode_texts, has_chat_template
 
@@ -25,6 +26,15 @@ LEAST_TEMPERATURE = 1e-4
 """Below it scores overflow; 0 is greedy decoding."""
 
 
+_RESERVED = frozenset(
+    (
+        *("messages", "tools", "documents", "conversation", "conversations", "chat_template", "template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "padding", "truncation"),
+    )
+)
+"""Variables of chat templates, and arguments of what renders them, that are not for a request to set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """What has to be known of the model.
@@ -33,6 +43,7 @@ class ModelFacts:
         config: its own generation config.
         eos_ids: tokens that end a reply.
         vocab_size: of its scores.
+        form: what its replies can hold besides text.
         context_length: tokens that a prompt and its reply can have together: the model's own limit, or the memory's.
     """
 
@@ -41,6 +52,7 @@ class ModelFacts:
     config: GenerationConfig
     eos_ids: tuple[int, ...]
     vocab_size: int
+    form: ReplyFormat
     context_length: int
 
 
@@ -54,6 +66,8 @@ class ChoicePlan:
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     num_logprobs: int | None
+    max_drafted: int | None
+    keeps_rounds: bool
 
 
 class Planner:
@@ -95,13 +109,39 @@ class Planner:
                 f"{self.facts.name} has no chat template, so it cannot hold a conversation: use /v1/completions",
                 "messages",
             )
+        if isinstance(body, ChatRequest) and body.may_call and self.facts.form.style is None:
+            raise invalid(
+                f"the chat template of {self.facts.name} has tools called in a way that is not known here; those of "
+                "Hermes and Qwen 2.5 and 3, Llama 3 and Mistral are",
+                "tools",
+                "unsupported_parameter",
+            )
 
-    def messages(self, body: ChatRequest) -> list[dict[str, str]]:
-        """As chat templates know them."""
-        return [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in body.messages
-        ]
+    def conversation(self, body: ChatRequest) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """Messages and tools as the chat template knows them."""
+        tools = _tools_as_templates_know(body.tools or ()) if body.may_call else None
+        return self.facts.form.taught([_as_templates_know(message) for message in body.messages], tools)
+
+    def variables(self, body: ChatRequest) -> dict[str, Any]:
+        """What a request sets of the chat template."""
+        variables = dict(body.chat_template_kwargs or {})
+        for name in variables:
+            if name in _RESERVED or name in self.facts.tokenizer.special_tokens_map:
+                raise invalid(f"chat_template_kwargs: {name} is not the request's to set", "chat_template_kwargs")
+        effort, template = body.reasoning_effort, self.facts.form.template
+        if effort is None:
+            return variables
+        if "reasoning_effort" in template:
+            return {"reasoning_effort": effort, **variables}
+        if "enable_thinking" in template:
+            return {"enable_thinking": effort != "none", **variables}
+        if effort != "none":
+            raise invalid(
+                f'reasoning_effort: the chat template of {self.facts.name} knows none: leave it out, or say "none"',
+                "reasoning_effort",
+                "unsupported_parameter",
+            )
+        return variables
 
     def encode(self, body: ChatRequest | CompletionRequest, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """The tokens of the prompts of a request (of a rendered conversation), which leave room for the reply."""
@@ -131,6 +171,8 @@ class Planner:
                 logits_processor=self._processors(body, matcher, len(prompt)),
                 stopping_criteria=self._criteria(body, len(prompt)),
                 num_logprobs=body.num_logprobs,
+                max_drafted=body.max_drafted,
+                keeps_rounds=body.includes_speculation,
             )
             for prompt in prompts
             for index in range(body.n or 1)
@@ -228,7 +270,36 @@ class Planner:
     def _criteria(self, body: ChatRequest | CompletionRequest, prompt_length: int) -> StoppingCriteriaList:
         if not body.stops:
             return StoppingCriteriaList()
-        return StoppingCriteriaList([StopAtText(self.facts.tokenizer, body.stops, prompt_length)])
+        return StoppingCriteriaList([StopAtText(self.facts.tokenizer, body.stops, prompt_length, self.shown(body))])
+
+    def shown(self, body: ChatRequest | CompletionRequest) -> Mapping[int, str]:
+        """Special tokens that are a part of the text: the tags of what a reply is taken apart by."""
+        return self.facts.form.shown if isinstance(body, ChatRequest) else {}
+
+
+def _tools_as_templates_know(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
+
+
+def _as_templates_know(message: Message) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
+    if message.reasoning_content:
+        known["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        known["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        known["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.as_object},
+            }
+            for call in message.tool_calls
+        ]
+    return known
 
 
 def _prompt_of(body: ChatRequest | CompletionRequest) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from specdec.server.errors import ApiError, invalid, queue_full
-from specdec.server.grammar import ANY_OBJECT, OVERRIDES, GrammarError, as_document, refusal
+from specdec.server.grammar import ANY_OBJECT, GrammarError, GrammarSource, refusal
 from specdec.server.planning import Planner
-from specdec.server.protocol import ChatRequest, CompletionRequest, ResponseFormat
+from specdec.server.protocol.requests import ChatRequest, CompletionRequest, ResponseFormat, Tool
+from specdec.server.replies.grammar import ForcedTool, calls_grammar, document_grammar
 from specdec.server.sandbox import BOUNDS, Answer, Sandbox
 from specdec.text.prompting import render_chat, template_failure, template_refusal
 
@@ -30,10 +31,15 @@ _LARGE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessed:
-    """What a request asks to be continued, and what holds the replies."""
+    """What a request asks to be continued, and what holds the replies.
+
+    Args:
+        is_thinking: whether the prompt has opened the reasoning.
+    """
 
     prompts: list[list[int]]
     matcher: LLMatcher | None
+    is_thinking: bool
 
 
 class Preprocessor:
@@ -63,10 +69,17 @@ class Preprocessor:
     async def prepare(self, body: ChatRequest | CompletionRequest) -> Preprocessed:
         """What the planner needs of a request. Raises `ApiError` for what cannot be done."""
         self._planner.check(body)
-        texts = [await self._render(body)] if isinstance(body, ChatRequest) else body.prompts
+        if isinstance(body, ChatRequest):
+            rendered = await self._render(body)
+            texts: Sequence[str | list[int]] = [rendered]
+            is_thinking = self._planner.facts.form.opens_reasoning(rendered)
+        else:
+            texts, is_thinking = body.prompts, False
         size = sum(map(len, texts))
         prompts = await self._in_thread(lambda: self._planner.encode(body, texts), is_slow=size > _LARGE)
-        return Preprocessed(prompts=prompts, matcher=await self._matcher(body.response_format))
+        return Preprocessed(
+            prompts=prompts, matcher=await self._matcher(body, is_thinking=is_thinking), is_thinking=is_thinking
+        )
 
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
         """Have something done that takes milliseconds."""
@@ -83,19 +96,26 @@ class Preprocessor:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def _render(self, body: ChatRequest) -> str:
-        tokenizer, messages = self._planner.facts.tokenizer, self._planner.messages(body)
+        tokenizer, variables = self._planner.facts.tokenizer, self._planner.variables(body)
+        messages, tools = self._planner.conversation(body)
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             # not a template of the model's, but code that the operator has installed
             try:
-                return await self._in_thread(lambda: render_chat(tokenizer, messages), is_slow=True)
+                return await self._in_thread(
+                    lambda: render_chat(tokenizer, messages, tools=tools, **variables), is_slow=True
+                )
             except ValueError as error:
                 raise invalid(str(error), "messages") from error
         try:
-            template = tokenizer.get_chat_template()
+            template = tokenizer.get_chat_template(tools=tools)
         except ValueError as error:  # there are several, and none is the default
             raise invalid(str(error), "messages") from error
         answer = await self._sandbox.render(
-            template, messages, tokenizer.special_tokens_map, max_characters=self._planner.max_characters
+            template,
+            messages,
+            tools,
+            {**tokenizer.special_tokens_map, **variables},
+            max_characters=self._planner.max_characters,
         )
         if answer.kind == "done":
             return answer.text
@@ -103,24 +123,57 @@ class Preprocessor:
             raise self._planner.too_long(body, int(answer.text))
         raise _template_error(answer)
 
-    async def _matcher(self, wanted: ResponseFormat | None) -> LLMatcher | None:
-        if wanted is None or wanted.type == "text":
+    async def _matcher(self, body: ChatRequest | CompletionRequest, *, is_thinking: bool) -> LLMatcher | None:
+        source, param = self._grammar(body, is_thinking=is_thinking)
+        if source is None:
             return None
         grammars = self._planner.grammars
         if grammars is None:
             raise invalid(
                 f"{self._planner.facts.name} cannot be held to JSON: no token ends its replies, or its tokenizer is "
                 "slow",
-                "response_format",
+                param,
             )
-        schema: Any = ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.schema_
-        answer = await self._sandbox.compile(as_document(schema), OVERRIDES)
+        answer = await self._sandbox.compile(source)
         if answer.kind != "done":
-            raise _grammar_error(answer)
+            raise _grammar_error(answer, param)
         try:  # what the sandbox has compiled is known to be cheap
             return await self._in_thread(lambda: grammars.matcher(answer.text), is_slow=True)
         except GrammarError as error:
-            raise invalid(str(error), "response_format", "invalid_schema") from error
+            raise invalid(str(error), param, "invalid_schema") from error
+
+    def _grammar(self, body: ChatRequest | CompletionRequest, *, is_thinking: bool) -> tuple[GrammarSource | None, str]:
+        """What the replies are held to, and the parameter that asks for it."""
+        form = self._planner.facts.form
+        if isinstance(body, ChatRequest):
+            tools = [_forced(tool) for tool in body.callable_tools]
+            if body.forces_call or any(tool.is_strict for tool in tools):
+                if _asks_for_document(body.response_format):
+                    raise invalid("a strict tool and a response_format do not go together: ask for one", "tools")
+                grammar = calls_grammar(
+                    form,
+                    tools,
+                    is_free=not body.forces_call,
+                    is_parallel=body.parallel_tool_calls is not False and not body.names_tool,
+                    is_thinking=is_thinking,
+                )
+                return GrammarSource("lark", grammar), "tools"
+        wanted = body.response_format
+        if wanted is None or not _asks_for_document(wanted):
+            return None, "response_format"
+        schema: Any = ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.schema_
+        if isinstance(body, ChatRequest) and form.thoughts is not None:
+            return GrammarSource("lark", document_grammar(form, schema, is_thinking=is_thinking)), "response_format"
+        return GrammarSource.of_schema(schema), "response_format"
+
+
+def _asks_for_document(wanted: ResponseFormat | None) -> bool:
+    return wanted is not None and wanted.type != "text"
+
+
+def _forced(tool: Tool) -> ForcedTool:
+    function = tool.function
+    return ForcedTool(name=function.name, parameters=function.parameters or {}, is_strict=bool(function.strict))
 
 
 def _template_error(answer: Answer) -> ApiError:
@@ -144,14 +197,14 @@ def _template_error(answer: Answer) -> ApiError:
     return _overload(answer, "the chat template")
 
 
-def _grammar_error(answer: Answer) -> ApiError:
+def _grammar_error(answer: Answer, param: str) -> ApiError:
     if answer.kind == "refused":
-        return invalid(refusal(answer.text), "response_format", "invalid_schema")
+        return invalid(refusal(answer.text), param, "invalid_schema")
     if answer.kind == "exhausted":
         return invalid(
             f"compiling this JSON schema takes more than {BOUNDS}: several patterns for one text (allOf) multiply, so "
             "leave one of them; make repetitions and enumerations shorter",
-            "response_format",
+            param,
             "invalid_schema",
         )
     return _overload(answer, "a JSON schema")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, cast
 import uvicorn
 
 from specdec.engine import Engine, EngineThread
-from specdec.server.answers import TokenDecoder
 from specdec.server.app import create_app
 from specdec.server.connection import Connection
+from specdec.server.forms import TokenDecoder
 from specdec.server.grammar import Grammars
 from specdec.server.options import ServerOptions
 from specdec.server.planning import ModelFacts, Planner
+from specdec.server.replies.format import ReplyFormat
 from specdec.server.service import Service
 from specdec.tree_model.compatibility import position_limit, rotation_limit
 
@@ -49,6 +50,7 @@ def _facts(loaded: LoadedModel, engine: Engine) -> ModelFacts:
         tokenizer=loaded.tokenizer,
         config=config,
         eos_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
+        form=ReplyFormat.of(loaded.tokenizer),
         vocab_size=loaded.model.config.get_text_config(decoder=True).vocab_size,
         context_length=min(
             position_limit(loaded.model), rotation_limit(loaded.model) or sys.maxsize, engine.max_cached_tokens

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specdec.server import sandbox_worker
+from specdec.server.grammar import OVERRIDES, GrammarSource
 from specdec.server.sandbox_worker import CPU_SECONDS, MEMORY_BYTES
 
 _log = logging.getLogger("specdec.server")
@@ -66,7 +67,7 @@ class Sandbox:
     """
 
     def __init__(self, tokenizer: str | None, eos_ids: Sequence[int], *, seconds: float, max_waiting: int):
-        self._forks = _Forks({"tokenizer": tokenizer, "eos_ids": list(eos_ids)})
+        self._forks = _Forks({"tokenizer": tokenizer, "eos_ids": list(eos_ids), "overrides": OVERRIDES})
         self._templates = _Lane(self._forks, _NUM_RENDERING, seconds, max_waiting=sys.maxsize)
         self._grammars = _Lane(self._forks, _NUM_COMPILING, seconds, max_waiting=max_waiting)
         self._kept: OrderedDict[bytes, Answer] = OrderedDict()
@@ -77,28 +78,34 @@ class Sandbox:
         await self._grammars.warm_up()
 
     async def render(
-        self, template: str, messages: Any, special_tokens: Mapping[str, Any], *, max_characters: int
+        self, template: str, messages: Any, tools: Any, variables: Mapping[str, Any], *, max_characters: int
     ) -> Answer:
-        """A conversation through a chat template, up to where the reply begins."""
+        """A conversation through a chat template, up to where the reply begins.
+
+        Args:
+            tools: that the reply may call, None for none.
+            variables: special tokens, and what the request sets.
+        """
         task = {
             "template": template,
             "messages": messages,
-            "special_tokens": dict(special_tokens),
+            "tools": tools,
+            "variables": dict(variables),
             "max_characters": max_characters,
         }
         async with self._templates.turn() as is_free:
             return await self._templates.ask({"render": task}) if is_free else _BUSY
 
-    async def compile(self, schema: str, overrides: Mapping[str, Any]) -> Answer:
-        """The grammar of a JSON schema; what came of the last ones is known."""
-        key = hashlib.sha256(schema.encode()).digest()
+    async def compile(self, source: GrammarSource) -> Answer:
+        """A grammar; what came of the last ones is known."""
+        key = hashlib.sha256(f"{source.kind} {source.text}".encode()).digest()
         if key in self._kept:
             return self._kept[key]
         async with self._grammars.turn() as is_free:
             if not is_free:
                 return _BUSY
             if key not in self._kept:  # the same schema may have been in front of this one
-                answer = await self._grammars.ask({"compile": {"schema": schema, "overrides": dict(overrides)}})
+                answer = await self._grammars.ask({"compile": {"kind": source.kind, "text": source.text}})
                 if answer.kind not in ("done", "refused", "exhausted"):
                     return answer  # of the moment, not of the schema
                 self._keep(key, answer)

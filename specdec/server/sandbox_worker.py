@@ -120,12 +120,14 @@ class Tasks:
     Args:
         tokenizer: the JSON of the `tokenizers` library; None if grammars cannot be compiled.
         eos_ids: tokens that end a reply.
+        overrides: how llguidance reads a schema.
     """
 
-    def __init__(self, tokenizer: str | None, eos_ids: list[int]):
+    def __init__(self, tokenizer: str | None, eos_ids: list[int], overrides: Any):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self._render = render_jinja_template
+        self._overrides = overrides
         self._tokenizer: Any = None
         if tokenizer is not None:
             from llguidance import LLTokenizer
@@ -135,12 +137,16 @@ class Tasks:
     def perform(self, task: dict[str, Any]) -> Answer:
         return self.render(**task["render"]) if "render" in task else self.compile(**task["compile"])
 
-    def render(self, template: str, messages: Any, special_tokens: dict[str, Any], max_characters: int) -> Answer:
+    def render(
+        self, template: str, messages: Any, tools: Any, variables: dict[str, Any], max_characters: int
+    ) -> Answer:
         """A conversation through a chat template, as `tokenizer.apply_chat_template` does it."""
         from jinja2 import TemplateError
 
         try:
-            (text,), _ = self._render([messages], chat_template=template, add_generation_prompt=True, **special_tokens)
+            (text,), _ = self._render(
+                [messages], tools=tools, chat_template=template, add_generation_prompt=True, **variables
+            )
         except TemplateError as error:
             return {"kind": "refused", "text": str(error)}
         except MemoryError:
@@ -151,13 +157,17 @@ class Tasks:
             return {"kind": "too long", "text": str(len(text))}
         return {"kind": "done", "text": text}
 
-    def compile(self, schema: str, overrides: Any) -> Answer:
-        """The grammar of a JSON schema, once all of it has been tried that happens before the first token."""
+    def compile(self, kind: str, text: str) -> Answer:
+        """A grammar, once all of it has been tried that happens before the first token."""
         from llguidance import LLMatcher
 
         os.setpriority(os.PRIO_PROCESS, 0, _GRAMMAR_NICENESS)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
+            grammar = (
+                LLMatcher.grammar_from_lark(text)
+                if kind == "lark"
+                else LLMatcher.grammar_from_json_schema(text, overrides=self._overrides)
+            )
         except ValueError as error:
             return {"kind": "refused", "text": str(error)}
         matcher = LLMatcher(self._tokenizer, grammar)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
 from http import HTTPStatus
 from time import perf_counter, time
 from typing import Any
 
-from specdec.server.answers import TokenDecoder
 from specdec.server.errors import ApiError, queue_full
+from specdec.server.forms import ChatForm, TokenDecoder
 from specdec.server.jobs import Job, Runner, closing, too_late
 from specdec.server.metrics import EngineLoad, Metrics
 from specdec.server.options import ServerOptions
 from specdec.server.planning import ModelFacts, Planner
 from specdec.server.preprocessing import Preprocessed, Preprocessor
-from specdec.server.protocol import ChatRequest, CompletionRequest, ModelCard
+from specdec.server.protocol.answers import ModelCard
+from specdec.server.protocol.requests import ChatRequest, CompletionRequest
+from specdec.server.protocol.responses import ResponsesRequest
+from specdec.server.replies.parser import ReplyParser
+from specdec.server.replies.styles import HERMES
+from specdec.server.responses import ResponsesForm
 
 
 class Service:
@@ -62,6 +68,32 @@ class Service:
                 param=param,
                 code="model_not_found",
             )
+
+    def chat_form(self, body: ChatRequest, job: Job) -> ChatForm:
+        """How the answer to a conversation is written."""
+        return ChatForm(
+            self.model_name,
+            self.decoder,
+            make_parser=lambda: self._parser(body, job),
+            make_id=self._make_call_id,
+            includes_usage=body.includes_usage,
+        )
+
+    def responses_form(self, body: ResponsesRequest, chat: ChatRequest, job: Job) -> ResponsesForm:
+        """How the answer to `/v1/responses` is written.
+
+        Args:
+            chat: the conversation that it stands for.
+        """
+        return ResponsesForm(body, self._parser(chat, job), self._make_call_id)
+
+    @property
+    def _make_call_id(self) -> Callable[[], str]:
+        return (self._facts.form.style or HERMES).call_id
+
+    def _parser(self, body: ChatRequest, job: Job) -> ReplyParser:
+        form = self._facts.form
+        return form.parser(body.tool_names, has_tools=body.may_call, is_thinking=job.is_thinking)
 
     async def warm_up(self) -> None:
         """Wait until requests can be planned without delay."""
@@ -132,6 +164,8 @@ class Service:
                 self._planner.plan(body, asked.prompts, asked.matcher),
                 self._facts.tokenizer,
                 body.stops,
+                shown=self._planner.shown(body),
+                is_thinking=asked.is_thinking,
                 client=client,
                 loop=loop,
                 started=started,

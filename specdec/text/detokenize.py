@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+_NOTHING: Mapping[int, str] = {}
 _UNFINISHED = "\ufffd"
 """What a decoder makes of the first bytes of a character."""
 
@@ -18,10 +19,14 @@ class Detokenizer:
 
     A token is decoded with the one before it (some decoders drop a leading space), and held back until its
     characters are whole.
+
+    Args:
+        shown: special tokens that are a part of the text, with what they look like; others are left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: Mapping[int, str] = _NOTHING):
         self._tokenizer = tokenizer
+        self._shown = shown
         self._ids: list[int] = []
         """The tokens told last, and those that are held back."""
         self._num_told = 0
@@ -45,6 +50,9 @@ class Detokenizer:
         return self._decode(self._ids)[len(told) :]
 
     def _decode(self, ids: list[int]) -> str:
+        for place, token in enumerate(ids):
+            if token in self._shown:
+                return self._decode(ids[:place]) + self._shown[token] + self._decode(ids[place + 1 :])
         return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
 
@@ -56,10 +64,13 @@ class TextStream:
 
     Args:
         stop: none of them empty.
+        shown: as of `Detokenizer`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), shown: Mapping[int, str] = _NOTHING
+    ):
+        self._detokenizer = Detokenizer(tokenizer, shown)
         self._stop = tuple(stop)
         self._held = ""
         self.is_stopped = False
@@ -106,14 +117,22 @@ class StopAtText(StoppingCriteria):
 
     Args:
         prompt_length: tokens at the beginning that are no part of the text, padding included.
+        shown: as of `Detokenizer`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        prompt_length: int,
+        shown: Mapping[int, str] = _NOTHING,
+    ):
         self._tokenizer = tokenizer
+        self._shown = shown
         self._stop = tuple(stop)
         self._prompt_length = prompt_length
         self._ids: list[int] = []
-        self._text = TextStream(tokenizer, self._stop)
+        self._text = TextStream(tokenizer, self._stop, shown)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         verdicts = [self._is_stopped(ids) for ids in input_ids[:, self._prompt_length :].tolist()]
@@ -121,7 +140,7 @@ class StopAtText(StoppingCriteria):
 
     def _is_stopped(self, ids: list[int]) -> bool:
         if ids[: len(self._ids)] != self._ids:
-            self._ids, self._text = [], TextStream(self._tokenizer, self._stop)
+            self._ids, self._text = [], TextStream(self._tokenizer, self._stop, self._shown)
         for token in ids[len(self._ids) :]:
             self._text.add(token)
         self._ids = ids

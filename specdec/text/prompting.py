@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -43,15 +43,18 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[list[Me
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages) for messages in conversations])
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> str:
     """A conversation as the chat template writes it, up to where the reply begins, for `encode_rendered`.
+
+    Args:
+        options: `tools` and other variables of the template.
 
     Raises `ValueError` if the template refuses the conversation, or has an error.
     """
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except TemplateError as error:
         raise ValueError(template_refusal(str(error))) from error
     except Exception as error:  # a template is a program, and fails like one

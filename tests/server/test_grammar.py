@@ -14,7 +14,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed: pip insta
 
 import specdec
 from specdec.drafters import PromptLookup, SmallModel
-from specdec.server.grammar import GrammarError, Grammars
+from specdec.server.grammar import GrammarError, Grammars, GrammarSource
 from specdec.server.processors import RepetitionPenalties
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from tests.support.references import with_noise
@@ -36,7 +36,7 @@ SCHEMA = {
 
 
 def grammar_for(schema: dict[str, Any], prompt_length: int = PROMPT.shape[1]):
-    return GRAMMARS.processor(GRAMMARS.compile(schema), prompt_length)
+    return GRAMMARS.processor(GRAMMARS.compile(GrammarSource.of_schema(schema)), prompt_length)
 
 
 def test_penalties_count_the_reply_only():
@@ -181,4 +181,4 @@ def test_sampled_speculation_is_exact_under_a_grammar():
 )
 def test_a_schema_that_cannot_be_followed(schema: dict[str, Any], message: str):
     with pytest.raises(GrammarError, match=message):
-        GRAMMARS.compile(schema)
+        GRAMMARS.compile(GrammarSource.of_schema(schema))

@@ -23,8 +23,8 @@ import torch
 from pydantic import ValidationError
 
 from specdec.server import preprocessing
-from specdec.server.grammar import Grammars
-from specdec.server.protocol import ChatRequest, CompletionRequest
+from specdec.server.grammar import Grammars, GrammarSource
+from specdec.server.protocol.requests import ChatRequest, CompletionRequest
 from specdec.testing import ByteTokenizer
 from specdec.text.prompting import render_chat
 from tests.support.attacks import ATTACKS, CHAT, Attack, schema_bomb, wanting
@@ -194,7 +194,7 @@ def test_masks_of_hard_patterns_are_bounded():
     """llguidance's own limits bound what is computed for each token, as they do not bound compiling."""
     grammars = Grammars(TOKENIZER, [EOS])
     schema = {"type": "string", "pattern": ".*a.{500}b.*a.{300}"}
-    processor = grammars.processor(grammars.compile(schema), 0)
+    processor = grammars.processor(grammars.compile(GrammarSource.of_schema(schema)), 0)
     text, slowest = list(b'"' + b"ab" * 300), 0.0
     for count in range(0, len(text), 20):
         started = time.thread_time()

@@ -16,7 +16,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import LogitsProcessorList
 
-from specdec.server.grammar import Grammars
+from specdec.server.grammar import Grammars, GrammarSource
 from specdec.server.processors import RepetitionPenalties
 from tests.support.serving import EOS, NAME, TOKENIZER, Running, chat_prompt, plain_ids, running, served_model, text_of
 
@@ -187,7 +187,7 @@ def test_replies_in_json(client: openai.OpenAI, temperature: float):
     assert text == reply.choices[0].message.content
     if temperature == 0:
         prompt, grammars = chat_prompt("hello"), Grammars(TOKENIZER, [EOS])
-        grammar = grammars.processor(grammars.compile(SCHEMA), len(prompt))
+        grammar = grammars.processor(grammars.compile(GrammarSource.of_schema(SCHEMA)), len(prompt))
         assert text == text_of(plain_ids(MODEL, prompt, 200, logits_processor=LogitsProcessorList([grammar])))
 
 

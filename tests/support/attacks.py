@@ -66,6 +66,23 @@ def _seen_again(letter: str, distance: int) -> str:
     return f".*{letter}.{{{distance}}}"
 
 
+def _tools() -> list[Attack]:
+    def forced(name: str, *schemas: Any) -> Attack:
+        functions = [{"name": f"f{index}", "parameters": schema} for index, schema in enumerate(schemas)]
+        tools = [{"type": "function", "function": function} for function in functions]
+        return _chat(name, tools=tools, tool_choice="required")
+
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * _SIZE}}]
+    return [
+        forced("a tool whose patterns double", {"type": "object", "properties": {"a": schema_bomb()}}),
+        forced("many tools", *({"type": "object", "properties": {"a": {}}} for _ in range(128))),
+        forced("too many tools", *({} for _ in range(9999))),
+        forced("a tool that breaks out", {"description": '"}\nstart: "owned"', "properties": {"a\n%json": {}}}),
+        _chat("deep arguments", messages=[*_HELLO, {"role": "assistant", "tool_calls": calls}]),
+        _chat("variables of the template", chat_template_kwargs={"messages": "x"}),
+    ]
+
+
 ATTACKS: tuple[Attack, ...] = (
     _schema("patterns that double", schema_bomb()),
     _schema("other patterns that double", schema_bomb(30, "x")),
@@ -83,6 +100,7 @@ ATTACKS: tuple[Attack, ...] = (
     _schema("a deep schema", _nested(25)),
     _schema("long arrays", {"type": "array", "items": {"type": "array", "minItems": 10**6}, "minItems": 10**6}),
     _schema("a schema of itself", {"$ref": "#"}),
+    *_tools(),
     _said("a long word", "a" * _SIZE),
     _said("spaces", " " * _SIZE),
     _said("digits", "1" * _SIZE),

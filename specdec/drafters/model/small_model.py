@@ -100,10 +100,13 @@ class _SmallModelSession(GrowingSession):
         return self._runner.model
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
-        if max(max_depths) == 0:
-            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        is_read = self._runner.prefill_chunk()
-        self._draft = self._grow([depth if read else 0 for depth, read in zip(max_depths, is_read, strict=True)])
+        self._draft, depths = None, max_depths
+        if max(max_depths):
+            is_read = self._runner.prefill_chunk()
+            depths = [depth if read else 0 for depth, read in zip(max_depths, is_read, strict=True)]
+        if not max(depths):  # there may be nothing to read either
+            return Draft(trees=TreeBatch.empty(len(depths), self._run.device))
+        self._draft = self._grow(depths)
         return self._draft
 
     def observe(self, outcome: Outcome) -> None:
