@@ -164,6 +164,9 @@ class ReplayedCopy:
         cache: with what `NestedSession` asks of one.
     """
 
+    is_packed = False
+    num_read_along = 0
+
     def __init__(self, model: Timed, trace: Trace, vocab_size: int):
         self.model = model
         self.num_forwards = 0

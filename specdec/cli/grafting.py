@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
@@ -32,6 +32,7 @@ def grafted(command: Callable[..., R]) -> Callable[..., R]:
     def wrapper(**given: Any) -> R:
         for name, group in groups.items():
             fields = {field: given.pop(field) for field in _field_options(group) if field in given}
+            fields = {field: tuple(one) if isinstance(one, list) else one for field, one in fields.items()}
             given[name] = replace(group.default, **fields)
         return command(**given)
 
@@ -65,5 +66,7 @@ def _options_of(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
         return
     types = get_type_hints(type(parameter.default))
     for field, option in options.items():
-        default = getattr(parameter.default, field)
-        yield parameter.replace(name=field, annotation=Annotated[types[field], option], default=default)
+        kind, default = types[field], getattr(parameter.default, field)
+        if get_origin(kind) is tuple:  # of any length: what is repeated is a list to typer
+            kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
+        yield parameter.replace(name=field, annotation=Annotated[kind, option], default=default)

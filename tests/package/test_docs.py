@@ -102,7 +102,7 @@ def test_the_client_of_a_server(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("fastapi", reason="fastapi is not installed: pip install -e .[serve]")
     from tests.support.serving import running, served_model
 
-    with running(served_model(), name="demo") as served:
+    with running(served_model(max_position_embeddings=2048), name="demo") as served:
         elsewhere = functools.partial(openai.OpenAI, max_retries=0)
         monkeypatch.setattr(openai, "OpenAI", lambda **options: elsewhere(**options | {"base_url": f"{served.url}/v1"}))
         known: dict[str, Any] = {}

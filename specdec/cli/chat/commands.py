@@ -98,7 +98,7 @@ _ALL = (
     Command(
         "/show",
         "[on|off]",
-        "underline drafted tokens, of the last reply or (on) of all",
+        "underline the drafted tokens of one reply, or of all",
         ChatSession.show,
         lambda: ("on", "off"),
     ),
