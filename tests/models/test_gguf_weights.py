@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import specdec
 from specdec import models
 from specdec.drafters import Auto, PromptLookup, QuantizedSelf, SmallModel
+from specdec.engine import Engine, Request
 from specdec.errors import ModelError, UnsupportedOptionError
 from specdec.kernels import native
 from specdec.kernels.model.gguf_modules import GgufEmbedding, GgufLinear
 from specdec.kernels.model.prepare import prepared
 from specdec.models import gguf as gguf_files
+from tests.support.goodness import assert_drawn_from
+from tests.support.sampled_rows import continuations, exact_distribution
 from tests.support.tiny_gguf import write_tiny_gguf
 from trees import DySpec
 
@@ -94,6 +98,39 @@ def test_greedy_output_is_the_model_s_own(model, name, rows):
     settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": 1.1, "pad_token_id": 0}
     expected = model.generate(**prompts, **settings)
     assert torch.equal(specdec.generate(model, **prompts, **settings, drafter=drafter, tree=tree), expected)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_samples_follow_the_model_s_own_distribution_in_ragged_batches(model, name):
+    drafter, tree = DRAFTERS[name](model)
+    options = {"do_sample": True, "top_k": 3, "repetition_penalty": 1.3, "pad_token_id": 0}
+    prompts = {key: value[:2] for key, value in ragged().items()}
+    torch.manual_seed(0)
+    out = specdec.generate(
+        model,
+        **{key: value.repeat(1_000, 1) for key, value in prompts.items()},
+        max_new_tokens=3,
+        drafter=drafter,
+        tree=tree,
+        **options,
+    )
+    for row in range(2):
+        ids, mask = (prompts[key][row : row + 1] for key in ("input_ids", "attention_mask"))
+        expected = exact_distribution(model, ids, mask, **{key: options[key] for key in options if key != "do_sample"})
+        assert_drawn_from(continuations(out[row::2], ids.shape[1]), expected, f"{name}, row {row}")
+
+
+@pytest.mark.parametrize("name", ["prompt lookup", "auto"])
+def test_an_engine_says_what_each_request_gets_alone(model, name):
+    engine = Engine(model, drafter=DRAFTERS[name](model)[0], max_rows=2)
+    prompts = ragged()
+    texts = [ids[mask.bool()] for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+    settings = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.1}
+    answers = [engine.submit(Request(prompt=ids.tolist(), config=GenerationConfig(**settings))) for ids in texts]
+    engine.run()
+    for ids, answer in zip(texts, answers, strict=True):
+        expected = model.generate(ids.unsqueeze(0), **settings, pad_token_id=0)[0, len(ids) :]
+        assert answer.tokens == expected.tolist()
 
 
 def test_it_drafts_for_its_dequantised_self(file, model):

@@ -54,9 +54,10 @@ def exact_distribution(
         )
         followers = out.scores[0].double().softmax(-1).tolist()
         joint = {
-            (*prefix, token): chance * followers[row][token]
+            (*prefix, token): chance * follower
             for row, (prefix, chance) in enumerate(joint.items())
-            for token in range(VOCAB_SIZE)
+            for token, follower in enumerate(followers[row])
+            if follower
         }
     return joint
 
