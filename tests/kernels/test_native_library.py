@@ -64,7 +64,8 @@ class Machine:
         give = "echo it is broken >&2; exit 1" if built is None else f'/bin/cp "{built}" "$2"'
         script = self.programs / name
         script.write_text(
-            f'#!/bin/sh\n[ "$1" = --version ] && echo {name} 1.0 && exit\necho {name} >> "{self.log}"\n'
+            f'#!/bin/sh\n[ "$1" = --version ] && echo {name} 1.0 && exit\n'
+            f'case "$*" in *-shared*) echo {name} >> "{self.log}";; *) exit 0;; esac  # one source was compiled\n'
             f'while [ "$1" != -o ]; do shift; done\n{give}\n'
         )
         script.chmod(0o755)
