@@ -42,8 +42,10 @@ def is_supported(layer: DecoderLayer) -> bool:
     if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
         return False
     linears = _linears(layer)
+    if not all(map(_is_native, linears)):
+        return False
     bits = set(map(_bits, linears))
-    if not all(map(_is_native, linears)) or (len(bits) > 1 and bits & {8, 16, 32}):  # they want rows of their own kind
+    if len(bits) > 1 and bits & {8, 16, 32}:  # they want rows of their own kind
         return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
     has_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
