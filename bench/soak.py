@@ -109,7 +109,7 @@ async def _streamed(target: Target, body: dict[str, Any]) -> tuple[str, dict[str
                 event = json.loads(line.removeprefix("data: "))
                 usage = event["usage"] or usage
                 for choice in event["choices"]:
-                    text += choice["delta"]["content"] or ""
+                    text += choice["delta"].get("content") or ""
                 first_at = first_at or (perf_counter() if text else None)
     if not is_complete:
         raise ValueError("the stream has no end")
