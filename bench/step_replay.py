@@ -267,7 +267,7 @@ class _CachedView:
         return [self._written]
 
     def answers(self, steps: Sequence[DraftedStep], question: str, opening: str, choices: Sequence[str]) -> Any:
-        raise NotImplementedError("answers are not cached: run the router live")
+        raise AssertionError("they are not kept with the steps: `bench.arbitrage` refuses routers that ask for them")
 
 
 def replay(

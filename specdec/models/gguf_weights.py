@@ -169,13 +169,13 @@ class _File:
             inner.rotary_emb.original_inv_freq = inner.rotary_emb.inv_freq
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         head_name = "token_embd" if model.config.tie_word_embeddings else "output"
-        for parent in list(model.modules()):
+        names = {module: name for name, module in model.named_modules()}
+        for parent in list(names):
             for name, child in list(parent.named_children()):
                 if child is embedding:
                     setattr(parent, name, GgufEmbedding(self._blocks("token_embd.weight")))
                 elif isinstance(child, nn.Linear):
-                    own = next(full for full, module in model.named_modules() if module is child)
-                    weight = f"{head_name}.weight" if child is head else self._names[f"{own}.weight"]
+                    weight = f"{head_name}.weight" if child is head else self._names[f"{names[child]}.weight"]
                     setattr(parent, name, self._linear(weight, model))
         for module_name, module in model.named_modules():
             for name, parameter in module._parameters.items():

@@ -46,7 +46,7 @@ class Service:
         self.decoder = decoder
         self.is_closing = False
         self._is_over = False
-        self.card = ModelCard(id=facts.name, created=int(time()))
+        self.card = ModelCard(id=facts.name, created=int(time()), max_model_len=facts.context_length)
         self._facts = facts
         self._planner = planner
         self._runner = runner

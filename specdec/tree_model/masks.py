@@ -5,12 +5,64 @@ Shape legend: B rows, P prompt, S slots, T new slots, K tail slots (old and new)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.trees import masks
+from specdec.tree_model.layer_kinds import LayerKind
+
+_INDEXED = "indexed_attention"
+"""Layers of this kind select by their mask what to attend to, and need one where all is visible."""
+_ATTENDS_AS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+"""By which some models take the masks of layers that have states too."""
+_UNMASKED: dict[str, Any] = {"linear_attention": None, "conv": None}
+"""No padding is stepped."""
+
+
+def by_kind(
+    kinds: Sequence[LayerKind],
+    seen_BTK: Tensor | None,
+    offsets_BT: Tensor,
+    offsets_BK: Tensor,
+    lengths: Sequence[int],
+    prompt_BP: Tensor | None,
+) -> dict[str, Tensor]:
+    """What the new tokens see in layers of each kind: bool [B, T, S], the same tensor for kinds that see the same.
+
+    Empty where they see all of it, and no layer needs to be told.
+
+    Args:
+        seen_BTK: which tail slots each new token sees; None says that it is one, and sees the whole tail.
+        offsets_BT, offsets_BK, lengths, prompt_BP: as below.
+    """
+    num_tail = offsets_BK.shape[1]
+    within = {kind.name: kind.within(max(lengths) + num_tail) for kind in kinds if kind.has_slots}
+    if not within:
+        return {}
+    if seen_BTK is None:
+        is_masked = _INDEXED in within or prompt_BP is not None or min(lengths) < max(lengths)
+        if not is_masked and all(kind.reach is None for kind in within.values()):
+            return {}
+        seen_BTK = offsets_BT.new_ones((len(lengths), 1, num_tail), dtype=torch.bool)
+    visible_BTS = visible_slots(seen_BTK, lengths, prompt_BP)
+    by_reach: dict[int | None, Tensor] = {}
+    for kind in within.values():
+        if kind.reach is None:
+            by_reach[None] = visible_BTS
+        elif kind.is_chunked:
+            by_reach[kind.reach] = visible_BTS & within_chunk(kind.reach, offsets_BT, offsets_BK, lengths, prompt_BP)
+        else:
+            by_reach[kind.reach] = visible_BTS & within_window(kind.reach, offsets_BT, offsets_BK, lengths)
+    return {name: by_reach[kind.reach] for name, kind in within.items()}
+
+
+def with_states(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """Masks by the names that models with states have for their layers."""
+    attending = {_ATTENDS_AS[name]: mask for name, mask in by_name.items() if name in _ATTENDS_AS}
+    return {**by_name, **attending, **_UNMASKED}
 
 
 def visible_slots(seen_BTK: Tensor, lengths: Sequence[int], prompt_BP: Tensor | None) -> Tensor:

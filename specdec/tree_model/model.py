@@ -25,7 +25,7 @@ from specdec.hf import cache_name, home_device
 from specdec.kernels import native, prepared
 from specdec.tree_model import masks
 from specdec.tree_model.cache import RowStates, TreeCache
-from specdec.tree_model.layer_kinds import LayerKind, layer_kinds
+from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.layer_views import LayerViews, View
 from specdec.tree_model.packing import pack_tokens, pack_trees, run_packed
 from specdec.tree_model.pages import PagedCache, PagePool, RowPages
@@ -44,15 +44,8 @@ class Along:
     is_read: bool = False
 
 
-_INDEXED = "indexed_attention"
-"""Layers of this kind select by their mask what to attend to, and need one where all is visible."""
-
-_ATTENDS_AS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
-"""By which some models take the masks of layers that have states too."""
 _STEPS = 16
 """Tokens of a prompt that are stepped before their states are forgotten."""
-_UNMASKED: dict[str, Any] = {"linear_attention": None, "conv": None}
-"""No padding is stepped."""
 
 
 class TreeModel:
@@ -458,36 +451,22 @@ class TreeModel:
         self._lag_AB = torch.zeros_like(lengths_B[None]) if next_AB is None else lengths_B - next_AB.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
-        """The 4-D mask of a forward, one for each kind of layer; None where every slot is visible."""
-        lengths = self.cache.lengths
-        num_tail = self._offsets_BS.shape[1]
-        num_slots = max(lengths) + num_tail
-        kinds = {kind.name: kind.within(num_slots) for kind in self.kinds if kind is not None and kind.has_slots}
-        if not kinds:
-            return None
-        if seen_BTK is None:
-            is_masked = _INDEXED in kinds or self._prompt_BP is not None or not self.cache.is_uniform
-            if not is_masked and all(kind.reach is None for kind in kinds.values()):
-                return None
-            seen_BTK = offsets_BT.new_ones((len(lengths), 1, num_tail), dtype=torch.bool)
-        visible_BTS = masks.visible_slots(seen_BTK, lengths, self._prompt_BP)
-        by_reach = {kind.reach: self._within(kind, visible_BTS, offsets_BT) for kind in kinds.values()}
-        if len(by_reach) == 1:
-            return by_reach.popitem()[1]
-        by_name = {name: by_reach[kind.reach] for name, kind in kinds.items()}
-        if self.keeps_states:
-            by_name |= {_ATTENDS_AS[name]: mask for name, mask in by_name.items() if name in _ATTENDS_AS} | _UNMASKED
-        return by_name
+        """The 4-D mask of a forward, one for each kind of layer if they differ; None where every slot is visible."""
+        by_name = masks.by_kind(
+            [kind for kind in self.kinds if kind is not None],
+            seen_BTK,
+            offsets_BT,
+            self._offsets_BS,
+            self.cache.lengths,
+            self._prompt_BP,
+        )
+        made = {id(mask): self._as_model_takes(mask) for mask in by_name.values()}
+        if len(made) <= 1:
+            return next(iter(made.values()), None)
+        named = {name: made[id(mask)] for name, mask in by_name.items()}
+        return masks.with_states(named) if self.keeps_states else named
 
-    def _within(self, kind: LayerKind, visible_BTS: Tensor, offsets_BT: Tensor) -> Tensor:
-        """The mask [B, 1, T, S] of a kind of layers."""
-        if kind.reach is not None and kind.is_chunked:
-            visible_BTS = visible_BTS & masks.within_chunk(
-                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths, self._prompt_BP
-            )
-        elif kind.reach is not None:
-            visible_BTS = visible_BTS & masks.within_window(
-                kind.reach, offsets_BT, self._offsets_BS, self.cache.lengths
-            )
+    def _as_model_takes(self, visible_BTS: Tensor) -> Tensor:
+        """[B, 1, T, S]"""
         mask_B1TS = visible_BTS.unsqueeze(1)
         return masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS

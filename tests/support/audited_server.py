@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support.threaded_http import served
 
 DROPS, MIXES, IGNORES = "drops a drafted token at depth 5", "mixes two rows", "ignores a penalty"
 _MOST_DRAFTED = 8
@@ -138,18 +140,9 @@ class AuditedServer:
         class Handler(_Handler):
             audited = owner
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.handle_error = lambda *request: None  # type: ignore[method-assign] # whoever hangs up does so on purpose
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
+        with served(Handler) as address:
+            self.url = address
             yield self
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

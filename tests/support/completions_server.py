@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.testing import ByteTokenizer
+from tests.support.threaded_http import served
 
 TOKENIZER = ByteTokenizer()
 
@@ -87,18 +88,9 @@ class Completions:
         class Handler(_Handler):
             completions = owner
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.handle_error = lambda *request: None  # whoever hangs up does so on purpose
-        self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
+        with served(Handler) as address:
+            self.url = f"{address}/v1"
             yield self
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

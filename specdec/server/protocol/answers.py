@@ -208,6 +208,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "specdec"
+    max_model_len: int
+    """Tokens that a prompt and its reply can have together; vLLM's name."""
 
 
 class ModelList(BaseModel):
