@@ -18,6 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 NATIVE = "specdec/kernels/native"
+MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 
 class BuildWithKernels(build_py):
@@ -27,7 +28,7 @@ class BuildWithKernels(build_py):
         super().run()
         for earlier in Path(self.build_lib, NATIVE).glob("kernels-*"):
             earlier.unlink()
-        if not self.editable_mode and sys.platform != "win32" and platform.machine().lower() in ("x86_64", "amd64"):
+        if not self.editable_mode and sys.platform != "win32" and platform.machine().lower() in MACHINES:
             self.library = self._compile()
 
     def _compile(self) -> Path | None:
