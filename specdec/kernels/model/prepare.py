@@ -197,7 +197,7 @@ def _to_quantized(model: nn.Module, weights: str, files: str | None, *, is_copy:
                 if child not in replaced:
                     replaced[child] = packed.make(child)
                 setattr(parent, name, replaced[child])
-                if not is_copy:
+                if files is not None and not is_copy:  # mapped: what is the process's own would be written to swap
                     release(child.weight)
                 child._parameters["weight"] = None  # whoever still holds the old module must not hold its weights
     _to_float32(model, packed)
