@@ -16,10 +16,10 @@ from torch import nn
 from specdec.kernels import native
 from specdec.kernels.model.linear import float_matrix
 from specdec.kernels.model.quantized_linear import Int4Linear, Int8Linear
-from specdec.kernels.native import build
+from specdec.kernels.native.compiling import FLAGS, SOURCES
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
-DRIVER = build.SOURCES.parents[2] / "tests/kernels/arm/driver.c"
+DRIVER = SOURCES.parents[2] / "tests/kernels/arm/driver.c"
 PACK, LINEAR, ATTEND, LAYER, TAKE = range(5)
 INSTRUCTION_SETS = ("neon", "dotprod", "i8mm")
 ROWS = (1, 2, 3, 5, 8, 11, 17, 40)
@@ -36,10 +36,10 @@ def driver(tmp_path_factory):
     if missing := [program for program in (COMPILER, EMULATOR) if not shutil.which(program)]:
         pytest.skip(f"needs {' and '.join(missing)} (Debian: apt-get install gcc-aarch64-linux-gnu qemu-user-static)")
     program = tmp_path_factory.mktemp("arm") / "driver"
-    flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-fPIC")]  # -O0: it compiles much faster
-    sources = [DRIVER, *sorted(build.SOURCES.glob("*.c"))]
+    flags = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC")]  # -O0: it compiles much faster
+    sources = [DRIVER, *sorted(SOURCES.glob("*.c"))]
     strict = ("-O0", "-static", "-Wall", "-Wextra", "-Werror")
-    subprocess.run([COMPILER, *flags, *strict, f"-I{build.SOURCES}", "-o", program, *sources, "-lm"], check=True)
+    subprocess.run([COMPILER, *flags, *strict, f"-I{SOURCES}", "-o", program, *sources, "-lm"], check=True)
     return program
 
 
@@ -221,7 +221,7 @@ def test_a_processor_without_an_extension_is_not_given_it(driver, processor, nam
 
 
 def _words(*names):
-    text = "".join((build.SOURCES / name).read_text() for name in names)
+    text = "".join((SOURCES / name).read_text() for name in names)
     without_comments = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     return set(re.findall(r"\b[A-Za-z_]\w*", without_comments)), without_comments
 
