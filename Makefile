@@ -44,7 +44,7 @@ conformance: $(READY)  ## 2,000 random calls against model.generate(): about 10 
 
 docs: $(READY)  ## the pages as a site, in site/; needs no network once the extra is installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(READY)  ## dist/*.whl, with the native kernels if there is a compiler
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -150,6 +150,15 @@ class DecodingStats:
         """New tokens over `decoding_seconds`."""
         return self.num_new_tokens / self.decoding_seconds if self.decoding_seconds > 0 else 0.0
 
+    @property
+    def estimated_speedup(self) -> float | None:
+        """Over plain decoding, prefill left out: what a drafter that chooses (`Auto`) expects of plain rounds, against
+        the rounds as they were. None: there is no such estimate."""
+        rounds = [choice for choice in self.trace if "plain_ms" in choice and choice.get("committed")]
+        spent = sum(choice["ms"] for choice in rounds)
+        plain = sum(choice["plain_ms"] * sum(choice["committed"]) / len(choice["committed"]) for choice in rounds)
+        return plain / spent if spent > 0 else None
+
     def record_round(
         self,
         rows: Sequence[int],
@@ -191,6 +200,8 @@ class DecodingStats:
     def __str__(self) -> str:
         further = f"; {self.escalation_rate:.0%} of {len(self.steps)} steps by the target" if self.steps else ""
         further += " (lossy)" if self.is_lossy else ""
+        if (speedup := self.estimated_speedup) is not None:
+            further += f"; about {speedup:.1f}x plain decoding (estimated)"
         if self.setup_seconds >= _TOLD_SECONDS:
             further += f"; one-off setup {self.setup_seconds:.2f} s"
         return (
@@ -209,6 +220,9 @@ class DecodingStats:
             "tokens/s": f"{self.tokens_per_second:.1f}",
             "tokens per round": f"{self.tokens_per_round:.2f}",
             "drafted tokens accepted": f"{self.num_accepted} of {self.num_drafted} ({self.acceptance_rate:.0%})",
+            "over plain decoding (estimated)": "-"
+            if self.estimated_speedup is None
+            else f"{self.estimated_speedup:.1f}x",
             "first token after": f"{self.ttft_seconds:.2f} s",
             "one-off setup": f"{self.setup_seconds:.2f} s",
             "accepted in a round": _histogram(self.accepted_histogram),

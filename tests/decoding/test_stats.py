@@ -179,3 +179,16 @@ def test_statistics_are_shown_in_a_line_and_in_a_notebook():
     assert "<td>37 of 50 (74%)</td>" in page
     assert "▂▁▁▁█" in page
     assert DecodingStats()._repr_html_()  # nothing to divide by
+
+
+def test_what_auto_expected_of_plain_rounds_is_set_beside_what_was_spent():
+    stats = DecodingStats()
+    assert stats.estimated_speedup is None
+    assert "plain decoding" not in str(stats)
+    stats.trace = [
+        {"plain_ms": 20.0, "ms": 30.0, "committed": [4, 2]},  # three tokens a row: 60 ms of plain rounds
+        {"plain_ms": 20.0, "ms": 20.0, "committed": [1, 1]},
+        {"drafted": [3], "committed": [2]},  # of a drafter that expects nothing
+    ]
+    assert stats.estimated_speedup == pytest.approx(80 / 50)
+    assert str(stats).endswith("about 1.6x plain decoding (estimated)")
