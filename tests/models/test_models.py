@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,19 @@ def test_hub_id_without_a_network_is_a_model_error(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelError, match="check the name and the network") as raised:
         models.load("nobody/no-such-model")
     assert isinstance(raised.value, SpecdecError)
+
+
+def test_a_hub_without_an_address_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client would try five times; what the cache holds is found nevertheless."""
+
+    def no_address(*_: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("specdec.models.files.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s before another try"))
+    with pytest.raises(ModelError, match="check the name and the network"):
+        models.load("nobody/no-such-model")
 
 
 # The demo model
