@@ -295,10 +295,13 @@ class Listener:
         monkeypatch.setattr(_EagleSession, "_score_root", listen_to_root)
         monkeypatch.setattr(_EagleSession, "_score_nodes", listen_to_nodes)
 
+    def sample(self) -> list[Said]:
+        return self.said[:: max(1, len(self.said) // MOST_CHECKED)]
+
     def check(self, head: TinyHead, target: PreTrainedModel, bound: float = 1e-5) -> None:
         """It is what the reference says, and tokens that the head does not know have no chance. Of much, samples."""
         exact = replace(head, tensors={name: tensor.to(target.dtype) for name, tensor in head.tensors.items()})
-        for said in self.said[:: max(1, len(self.said) // MOST_CHECKED)]:
+        for said in self.sample():
             expected_V = reference_logits(exact, target, said.text, said.drafted, said.first)
             ids = list(range(head.vocab_size)) if head.drafts is None else list(head.drafts)
             error = (said.logits_V[ids] - expected_V).abs().max()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
@@ -29,6 +30,7 @@ class HeadRunner(TreeModel):
         self.head = head
         self._target = target.model
         self._target_vocab_size = target.vocab_size
+        self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
         self._view = View(head)
         self.begin()
 
@@ -56,7 +58,7 @@ class HeadRunner(TreeModel):
         seen_BWW = None
         if tokens_BW.shape[1] > 1:
             seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        output = self.run_head(tokens_BW, self.head.fuse(states_BWX), offsets_BW, seen_BWW)
+        output = self.run_head(tokens_BW, self._fused(states_BWX), offsets_BW, seen_BWW)
         self.commit([range(size) for size in sizes])
         last_B = torch.tensor(sizes, device=self.device) - 1
         rows_B = torch.arange(len(sizes), device=self.device)
@@ -67,7 +69,7 @@ class HeadRunner(TreeModel):
         assert isinstance(self.head, DFlash)
         offsets_BW = torch.arange(states_BWX.shape[1], device=self.device).expand(states_BWX.shape[:2])
         positions_BW = self.next_positions_B.unsqueeze(1) + offsets_BW
-        self.head.read(self.head.fuse(states_BWX), positions_BW, self.cache)
+        self.head.read(self._fused(states_BWX), positions_BW, self.cache)
         self.commit([range(size) for size in sizes])
 
     def run_block(self, roots_B1: Tensor) -> Tensor:
@@ -97,6 +99,12 @@ class HeadRunner(TreeModel):
         self.num_forwards += 1
         output: HeadOutput = self._run(self._view, inputs)
         return output
+
+    def _fused(self, states_BTX: Tensor) -> Tensor:
+        if self._final_norm is not None:
+            weight = next(self._final_norm.parameters(), states_BTX)
+            states_BTX = self._final_norm(states_BTX.to(weight.device)).to(self.device)
+        return self.head.fuse(states_BTX)
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
         """Over the target's vocabulary."""
