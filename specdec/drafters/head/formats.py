@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from specdec.errors import DraftError
 
 EAGLE3 = "eagle3"
+PEAGLE = "peagle"
 DFLASH = "dflash"
 DSPARK = "dspark"
 MTP = "mtp"
 
-_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it), DFlash and DSpark (their authors, speculators)"
+_LAYOUTS = (
+    "EAGLE-3 (as its authors, SpecForge or speculators write it), P-EAGLE (speculators), DFlash and DSpark (their "
+    "authors, speculators), MTP layers"
+)
 _FROM_SPECULATORS = "speculators_model_type"
 _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
 _MARKOV_RANK = 256
+_PEAGLE_DEPTHS = 8
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -41,7 +46,7 @@ class HeadConfig:
     """One head, whoever has written it.
 
     Args:
-        kind: `EAGLE3`, `DFLASH`, `DSPARK` or `MTP`.
+        kind: `EAGLE3`, `PEAGLE`, `DFLASH`, `DSPARK` or `MTP`.
         layers: of the head's own decoder layers: sizes, rotation, number.
         vocab_size: of the target that it was trained on.
         draft_vocab_size: tokens that it can draft.
@@ -52,7 +57,7 @@ class HeadConfig:
         norm_before_fc: a norm over all of a position's states; `fc_norm`: one for each of them.
         norm_output: whether what is fed back to draft the next token is normed.
         hidden_first: whether an MTP layer's projection reads the state before the embedding.
-        block_size: of a DFlash or DSpark head, the newest token included; `mask_token_id` fills it up.
+        block_size: of a head that drafts blocks, the newest token included; `mask_token_id` fills it up.
         is_causal: whether the positions of a block see only those before them.
         drafts_at_root: whether the newest token's own position drafts too.
         markov_rank: of what a DSpark head makes of the token before; 0: it makes nothing of it.
@@ -86,7 +91,7 @@ class HeadConfig:
         """Of a position, of so many layers."""
         if self.state_layers is not None:
             return len(self.state_layers)
-        return {EAGLE3: 3, MTP: 1}.get(self.kind, self.layers.num_hidden_layers)
+        return {EAGLE3: 3, PEAGLE: 3, MTP: 1}.get(self.kind, self.layers.num_hidden_layers)
 
     @property
     def num_inputs(self) -> int:
@@ -102,7 +107,7 @@ class HeadConfig:
         """The target's layers whose states it reads, of a target that has so many."""
         if self.state_layers is not None:
             return self.state_layers
-        if self.kind == EAGLE3:
+        if self.kind in (EAGLE3, PEAGLE):
             return tuple(sorted((2, num_layers // 2, num_layers - 3)))
         if self.kind == MTP:
             return (num_layers,)
@@ -250,6 +255,18 @@ def _qwen3(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return _layer_config({**fields.get("transformer_layer_config", fields), "model_type": "qwen3"})
 
 
+def _peagle(fields: Mapping[str, Any]) -> HeadConfig:
+    """Of speculators; blocks are as long as those that it proposes to draft."""
+    proposals = (fields.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return replace(
+        _from_speculators(fields),
+        kind=PEAGLE,
+        block_size=int(proposals[0].get("speculative_tokens") or _PEAGLE_DEPTHS),
+        mask_token_id=int(fields["mask_token_id"]),
+        drafts_at_root=True,
+    )
+
+
 def _from_speculators(fields: Mapping[str, Any]) -> HeadConfig:
     """Layer L is the state after L layers; a field that is absent has the default of speculators."""
     layers = _layer_config({"model_type": "qwen3", **fields["transformer_layer_config"]})
@@ -283,7 +300,7 @@ def _from_eagle(fields: Mapping[str, Any]) -> HeadConfig:
     )
 
 
-_READERS = {EAGLE3: _eagle3, DFLASH: _dflash, DSPARK: _dspark}
+_READERS = {EAGLE3: _eagle3, PEAGLE: _peagle, DFLASH: _dflash, DSPARK: _dspark}
 
 
 def _layer_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
+from specdec.drafters.head.peagle import PEagle
 from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
 
@@ -71,6 +72,27 @@ class HeadRunner(TreeModel):
         positions_BW = self.next_positions_B.unsqueeze(1) + offsets_BW
         self.head.read(self._fused(states_BWX), positions_BW, self.cache)
         self.commit([range(size) for size in sizes])
+
+    def read_block(self, tokens_BW: Tensor, states_BWX: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Commit the first `sizes` pairs of each row; what the LM head reads [B, T, C] of the last and of the masks.
+
+        Args:
+            states_BWX: the target's.
+        """
+        assert isinstance(self.head, PEagle)
+        (num_rows, width), sizes_B1 = tokens_BW.shape, torch.tensor(sizes, device=self.device).unsqueeze(1)
+        masks_BMC = self.head.masks(num_rows)
+        num_masks = masks_BMC.shape[1]
+        places_T = torch.arange(width + num_masks, device=self.device)
+        offsets_BT = torch.where(places_T < width, places_T, places_T - width + sizes_B1)
+        is_real_BT = (places_T < sizes_B1) | (places_T >= width)  # the others only make rows as long as each other
+        seen_BTT = ((places_T[:, None] >= places_T) & is_real_BT[:, None]).contiguous()
+        masked_BM = tokens_BW.new_full((num_rows, num_masks), self.head.head_config.mask_token_id)
+        states_BTC = torch.cat([self._fused(states_BWX), masks_BMC], 1)
+        output = self.run_head(torch.cat([tokens_BW, masked_BM], 1), states_BTC, offsets_BT, seen_BTT)
+        self.commit([range(size) for size in sizes])
+        slots_BS = torch.cat([sizes_B1 - 1, places_T[width:].expand(num_rows, -1)], 1)
+        return output.normed_BTC[torch.arange(num_rows, device=self.device).unsqueeze(1), slots_BS]
 
     def run_block(self, roots_B1: Tensor) -> Tensor:
         """What the LM head reads [B, T, C] of the slots after each row's newest token, all at once.
