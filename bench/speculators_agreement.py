@@ -22,9 +22,11 @@ from torch import Tensor
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.testing import tiny_model
-from specdec.training.heads.blocks import BlockRecipe, block_logits, initial_block, run_blocks
+from specdec.training.heads.blocks import block_logits, run_blocks
 from specdec.training.heads.corpus import Batch
-from specdec.training.heads.export import save_block_head
+from specdec.training.heads.export import save_head
+from specdec.training.heads.initial import initial_block
+from specdec.training.heads.recipes import BlockRecipe
 from specdec.tree_model.layer_views import LayerViews
 
 LAYERS, LENGTH, ANCHORS, SLOTS = (1, 3), 20, (5, 9), 4
@@ -38,7 +40,7 @@ def main() -> None:
     head = random_head(target)
     with TemporaryDirectory() as folder:
         target.save_pretrained(Path(folder) / "target")
-        save_block_head(Path(folder) / "head", head, target, str(Path(folder) / "target"), {})
+        save_head(Path(folder) / "head", head, target, str(Path(folder) / "target"), {}, SLOTS)
         other = load(Path(folder) / "head", target)
     theirs = other.state_dict()
     different = [name for name, weight in head.named_parameters() if not torch.equal(theirs[name].float(), weight)]

@@ -86,7 +86,7 @@ class HeadRunner(TreeModel):
         places_T = torch.arange(width + num_masks, device=self.device)
         offsets_BT = torch.where(places_T < width, places_T, places_T - width + sizes_B1)
         is_real_BT = (places_T < sizes_B1) | (places_T >= width)  # the others only make rows as long as each other
-        seen_BTT = ((places_T[:, None] >= places_T) & is_real_BT[:, None]).contiguous()
+        seen_BTT = (places_T[:, None] >= places_T) & (is_real_BT[:, None] | (places_T[:, None] == places_T))
         masked_BM = tokens_BW.new_full((num_rows, num_masks), self.head.head_config.mask_token_id)
         states_BTC = torch.cat([self._fused(states_BWX), masks_BMC], 1)
         output = self.run_head(torch.cat([tokens_BW, masked_BM], 1), states_BTC, offsets_BT, seen_BTT)
