@@ -155,7 +155,7 @@ def test_a_loaded_trainer_goes_on_exactly(
 def test_a_model_without_weights_to_read_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     packed = tiny_model("llama")
     packed.set_input_embeddings(torch.nn.Identity())
-    with pytest.raises(ValueError, match="load it in float32"):
+    with pytest.raises(ValueError, match="load the model in float32"):
         HeadTraining(packed, "tiny", Source("", self_generation(ByteTokenizer()), 99), RECIPES["mtp"], tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
