@@ -47,7 +47,7 @@ def save_head(
         "tie_word_embeddings": False,
         **_FIELDS[config.kind](config, target),
     }
-    named = {_stored(part, config.kind): weight for part, weight in head.named_parameters()}
+    named = {stored_name(part, config.kind): weight for part, weight in head.named_parameters()}
     tensors = {part: weight.detach().cpu().bfloat16().contiguous() for part, weight in named.items()}
     if head.vocab_ids is not None and len(ids := head.vocab_ids.cpu()) < config.vocab_size:
         tensors["d2t"] = ids - torch.arange(len(ids))
@@ -105,8 +105,8 @@ _MTP_PARTS = {
 }
 
 
-def _stored(part: str, kind: str) -> str:
-    """The name of a tensor in the file."""
+def stored_name(part: str, kind: str) -> str:
+    """The name of a head's tensor in the file."""
     if kind != MTP:
         return part
     ours = next(ours for ours in _MTP_PARTS if part.startswith(ours))
