@@ -4,8 +4,9 @@
 
 Writes a small random head of each kind, has speculators load it, and compares weights and what is said: of a DSpark
 head the slots of blocks, of an EAGLE-3 head the steps of chains, of an MTP layer the first step (in training,
-speculators shows later ones other keys than an engine does). The package asks for other versions of its dependencies than this one:
-install it without them (`pip install --no-deps speculators hs-connectors loguru pydantic-settings datasets`).
+speculators shows later ones other keys than an engine does). The package asks for other versions of its dependencies
+than this one: install it without them (`pip install --no-deps speculators hs-connectors loguru pydantic-settings
+datasets`).
 
 Shape legend: T positions, P pairs of a chain, A anchors, S slots of a block, C channels, V draft vocabulary.
 """

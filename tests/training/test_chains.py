@@ -17,7 +17,7 @@ from specdec.cli.app import app
 from specdec.drafters import DraftHead
 from specdec.drafters.head.runner import HeadRunner
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
-from specdec.training.heads.chains import ChainTrainer, by_chain, chain_mask
+from specdec.training.heads.chains import ChainTrainer, by_chain
 from specdec.training.heads.collect import Collector, self_generation
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.export import save_head
@@ -61,12 +61,6 @@ def trained(model: PreTrainedModel, corpora: dict[str, Corpus]) -> dict[str, tup
         trainer = ChainTrainer(model, corpora[kind], replace(recipe, epochs=25, learning_rate=1e-2))
         made[kind] = trainer, [trainer.advance()[0] for _ in range(trainer.num_steps)]
     return made
-
-
-def test_masks_are_those_of_chains() -> None:
-    assert chain_mask(3, 0, torch.device("cpu"))[0, 0].tolist() == torch.ones(3, 3).tril().bool().tolist()
-    seen_PS = chain_mask(4, 2, torch.device("cpu"))[0, 0].long()
-    assert seen_PS[3].tolist() == [1, 1, 0, 0, *[0, 0, 1, 0], *[0, 0, 0, 1]]
 
 
 def test_steps_of_a_chain_stand_side_by_side() -> None:

@@ -26,6 +26,7 @@ from specdec.drafters.head.mtp import Mtp
 from specdec.exits.module import final_norm
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
+from specdec.training.heads.exits import pass_mask
 from specdec.training.heads.initial import initial_eagle, initial_mtp
 from specdec.training.heads.recipes import EagleRecipe, MtpRecipe
 from specdec.training.heads.trainer import Trainer
@@ -56,7 +57,7 @@ class ChainHead:
         positions_1P = torch.arange(embeds_BPC.shape[1], device=embeds_BPC.device).unsqueeze(0)
         cache = DynamicCache()
         for step in range(count):
-            mask_11PS = chain_mask(embeds_BPC.shape[1], step, embeds_BPC.device)
+            mask_11PS = pass_mask(embeds_BPC.shape[1], step, embeds_BPC.device)[None, None]
             output = self.head(embeds_BPC, states_BPC, mask_11PS, positions_1P, **{CACHE: cache})
             states_BPC = F.pad(output.states_BTC[:, :-1], (0, 0, 1, 0))
             yield output.normed_BTC
@@ -69,15 +70,6 @@ class ChainHead:
         """The likeliest token of each, of the target's vocabulary, int64 [N]."""
         best_N = self.logits(normed_NC).argmax(1)
         return best_N if self.head.vocab_ids is None else self.head.vocab_ids[best_N]
-
-
-def chain_mask(num_pairs: int, step: int, device: torch.device) -> Tensor:
-    """What pairs see at a step, bool [1, 1, P, (step + 1) P]: of true states those up to where their chain began, and
-    of each step after the one pair of their chain."""
-    places_P = torch.arange(num_pairs, device=device)
-    begun_P1 = (places_P - step).unsqueeze(1)
-    parts = [places_P <= begun_P1, *(places_P == begun_P1 + later for later in range(1, step + 1))]
-    return torch.cat(parts, 1)[None, None]
 
 
 def by_chain(parts: Sequence[Tensor]) -> Tensor:
