@@ -37,8 +37,7 @@ from specdec.decoding.stats import DecodingStats, SpeculativeOutput
 from specdec.decoding.stopping import StopChecker
 from specdec.decoding.tensor_parallel import ranks_of
 from specdec.drafters import Drafter, Plain, Run
-from specdec.drafters.head.formats import is_head
-from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.loading import drafts_as_head, load_head
 from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.speculation import Speculation
 from specdec.errors import UnsupportedOptionError
@@ -150,7 +149,7 @@ def _named(text: str) -> Drafter | HeadNetwork | str:
 
     Raises `ValueError` for a wrong parameter.
     """
-    if is_head(text):
+    if drafts_as_head(text):
         return load_head(text)
     if text.partition(":")[0] not in DRAFTERS:
         return text

@@ -267,10 +267,10 @@ def _check_kind(kind: str, draft: PreTrainedModel | None) -> None:
         raise ValueError(f"{kind} cannot draft with what --draft names, which is {given}: use {fitting} or {AUTO}")
 
 
-def drafter_of(draft: str) -> str:
-    """The drafter that drafts with what --draft names: a folder says whether it holds a head or a model."""
-    holds_head: bool = import_module("specdec.drafters.head.formats").is_head(draft)
-    return DRAFT_HEAD if holds_head else SMALL_MODEL
+def drafter_of(draft: str, model: str) -> str:
+    """The drafter that drafts for a model with what --draft names: a folder says whether it holds a head or a model."""
+    is_head: bool = import_module("specdec.drafters.head.loading").drafts_as_head(draft, model)
+    return DRAFT_HEAD if is_head else SMALL_MODEL
 
 
 def _built(name: str, draft: PreTrainedModel | None = None) -> Drafter | str:
@@ -313,17 +313,18 @@ def check_draft(specs: Sequence[DrafterSpec], draft: str | None) -> None:
 
 
 def choose_drafter(
-    name: str | None, draft: str | None, tree: str | None = None, *, for_engine: bool = False
+    name: str | None, draft: str | None, tree: str | None = None, *, model: str = "", for_engine: bool = False
 ) -> DrafterSpec:
     """What --drafter, --draft and --tree mean together: a tree is grown by a drafter that takes one.
 
     Args:
+        model: that it drafts for.
         for_engine: whether rows are to join the batch that it drafts for.
 
     Raises:
         ValueError: an unknown name, a drafter that cannot do that, or that lacks or cannot use its draft model.
     """
-    spec = DrafterSpec.parse(name or (AUTO if draft is None or tree is None else drafter_of(draft)))
+    spec = DrafterSpec.parse(name or (AUTO if draft is None or tree is None else drafter_of(draft, model)))
     if for_engine and spec.kind not in DRAFTERS_OF_AN_ENGINE:
         raise ValueError(
             f"{spec.kind} cannot draft for rows that join a batch: use {' or '.join(DRAFTERS_OF_AN_ENGINE)}"

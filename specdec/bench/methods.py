@@ -33,6 +33,7 @@ def choose_methods(
     *,
     reference: str,
     draft: str | None,
+    model: str = "",
     trees: Sequence[str] = (),
     peers_use_draft: bool = False,
 ) -> dict[str, MethodSpec]:
@@ -41,7 +42,7 @@ def choose_methods(
     The reference and plain always run. Without names, every usual drafter that there are models for. A drafter that
     takes some of the trees runs once with each of these, another one runs as it is.
     """
-    asked = _default_methods(draft) if names is None else [name.strip() for name in names.split(",")]
+    asked = _default_methods(draft, model) if names is None else [name.strip() for name in names.split(",")]
     drafters: dict[str, DrafterSpec | None] = {}
     for name in (reference, PLAIN, *asked):
         check_known("method", name.partition(":")[0], (TRANSFORMERS, *DRAFTERS))
@@ -64,5 +65,5 @@ def _with_trees(drafters: Mapping[str, DrafterSpec | None], trees: Sequence[Tree
     return methods
 
 
-def _default_methods(draft: str | None) -> list[str]:
-    return [PROMPT_LOOKUP, AUTO] if draft is None else [PROMPT_LOOKUP, drafter_of(draft), AUTO]
+def _default_methods(draft: str | None, model: str) -> list[str]:
+    return [PROMPT_LOOKUP, AUTO] if draft is None else [PROMPT_LOOKUP, drafter_of(draft, model), AUTO]

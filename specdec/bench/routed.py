@@ -70,13 +70,13 @@ class RouterSpec(Spec):
         return _ROUTERS[self.kind](**self.parameters)
 
 
-def choose_step_writer(name: str | None, draft: str | None) -> DrafterSpec:
+def choose_step_writer(name: str | None, draft: str | None, model: str = "") -> DrafterSpec:
     """Who writes steps: the draft model if there is one, else the target's own copy of 4 bits.
 
     Raises:
         ValueError: an unknown name, or a draft that is missing or no model.
     """
-    default = "quantized-self:weights=int4" if draft is None else drafter_of(draft)
+    default = "quantized-self:weights=int4" if draft is None else drafter_of(draft, model)
     spec = DrafterSpec.parse(name or default)
     check_known("step writer", spec.kind, STEP_WRITERS)
     if spec.needs_draft and draft is None:

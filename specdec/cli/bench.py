@@ -99,7 +99,9 @@ def bench(
     wanted = choose_peers(others.peers, draft=draft, draft_gguf=others.draft_gguf)
     drafting_peers = any(spec.needs_draft for spec in wanted.values())
     drafts_anyway = drafting_peers or bool(routed.router)
-    specs = choose_methods(methods, reference=reference, draft=draft, trees=tree or (), peers_use_draft=drafts_anyway)
+    specs = choose_methods(
+        methods, reference=reference, draft=draft, model=model, trees=tree or (), peers_use_draft=drafts_anyway
+    )
     suite = asked.suite()
 
     with starting():
@@ -111,7 +113,7 @@ def bench(
         from specdec.models.pair import load_pair
 
     router_specs = [RouterSpec.parse(text) for text in dict.fromkeys(routed.router or ())]
-    writer = choose_step_writer(routed.step_writer, draft) if router_specs else None
+    writer = choose_step_writer(routed.step_writer, draft, model) if router_specs else None
     peer_specs = [spec for name, spec in wanted.items() if name not in specs]
     llama = llama_files(peer_specs, model=model, draft=draft, gguf=others.gguf, draft_gguf=others.draft_gguf)
     sampling = Settings(sample=sample, temperature=temperature, verify=verify, seed=seed)

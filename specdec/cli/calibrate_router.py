@@ -67,7 +67,7 @@ def calibrate_router(
         from specdec.training.routers.collect import read_problems
 
     calibrator = Calibrator(score=scores_of(router))
-    writer, problems = choose_step_writer(step_writer, draft), read_problems(data)[:limit]
+    writer, problems = choose_step_writer(step_writer, draft, model), read_problems(data)[:limit]
     pair = load_pair(model, draft, loading)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err_console) as bars:

@@ -75,7 +75,7 @@ def generate(
     """Answer one prompt: the text streams to stdout, the statistics go to stderr."""
     if verify != "topdown" and not sampling.sample:
         raise ValueError(f"--verify {verify} needs --sample: greedy output is verified in one way only")
-    drafter_spec = choose_drafter(drafter, draft, tree)
+    drafter_spec = choose_drafter(drafter, draft, tree, model=model)
     tree_spec = choose_tree(tree, drafter_spec)
     speculation = {"tree": None if tree_spec is None else tree_spec.build(), "verify": verify}
     if raw and system is not None:

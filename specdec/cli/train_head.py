@@ -1,5 +1,6 @@
 """`specdec train-head`: teach a small network, or the model itself, to draft for a model."""
 
+import functools
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -30,14 +31,18 @@ class Kind(StrEnum):
     """What is trained."""
 
     DSPARK = "dspark"
+    EAGLE3 = "eagle3"
+    MTP = "mtp"
     EXIT = "exit"
     LAYERSKIP = "layerskip"
 
 
-_OF_BOTH = ("vocabulary", "batch_rows", "learning_rate")
+_OF_MOST = ("vocabulary", "batch_rows", "learning_rate")
 _OF_KIND = {
-    Kind.DSPARK: (*_OF_BOTH, "head_layers", "block", "anchors", "markov_rank"),
-    Kind.EXIT: (*_OF_BOTH, "exits", "passes"),
+    Kind.DSPARK: (*_OF_MOST, "head_layers", "block", "anchors", "markov_rank"),
+    Kind.EAGLE3: (*_OF_MOST, "head_layers", "steps"),
+    Kind.MTP: ("batch_rows", "learning_rate", "steps"),
+    Kind.EXIT: (*_OF_MOST, "exits", "passes"),
     Kind.LAYERSKIP: (),
 }
 
@@ -53,6 +58,7 @@ class _Recipe:
     block: int | None = None
     anchors: int | None = None
     markov_rank: int | None = None
+    steps: int | None = None
     exits: str | None = None
     passes: int | None = None
 
@@ -77,10 +83,13 @@ _RECIPE: FieldOptions = {
     "vocabulary": typer.Option("--vocabulary", min=2, help="Tokens that can be drafted; 8192 if absent."),
     "batch_rows": typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent."),
     "learning_rate": typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent."),
-    "head_layers": typer.Option("--head-layers", min=1, max=16, help="dspark: layers of the head; 2 if absent."),
+    "head_layers": typer.Option(
+        "--head-layers", min=1, max=16, help="Layers of the head; if absent 2 (dspark) or 1 (eagle3)."
+    ),
     "block": typer.Option("--block", min=2, help="dspark: tokens that are drafted at once; 5 if absent."),
     "anchors": typer.Option("--anchors", min=1, help="dspark: blocks of a conversation in a step; 24 if absent."),
     "markov_rank": typer.Option("--markov-rank", min=0, help="dspark: of the Markov head; 64 if absent, 0: none."),
+    "steps": typer.Option("--steps", min=1, help="Tokens in a row to train for; if absent 5 (eagle3) or 3 (mtp)."),
     "exits": typer.Option(
         "--exits", help="exit: exit layers, separated by commas; 2 if absent; 0: after the embeddings."
     ),
@@ -101,8 +110,8 @@ def train_head(
         Kind,
         typer.Option(
             "--kind",
-            help="dspark: a network that drafts a block of tokens; exit: exits after a few layers; layerskip: the "
-            "whole model, to exit early.",
+            help="dspark: a network that drafts a block of tokens; eagle3, mtp: one that drafts a token after the "
+            "other; exit: exits after a few layers; layerskip: the whole model, to exit early.",
         ),
     ],
     out: Annotated[
@@ -152,7 +161,8 @@ def train_head(
     target = load_target(model, loading)
     source = _source(target, self_generate, data)
     collecting = {"length": length, "num_rows": rows or NUM_ROWS}
-    train = {Kind.DSPARK: _train_block, Kind.EXIT: _train_exits, Kind.LAYERSKIP: _train_model}[kind]
+    others = {Kind.EXIT: _train_exits, Kind.LAYERSKIP: _train_model}
+    train = others.get(kind) or functools.partial(_train_network, kind)
     train(target, source, out, settings, **collecting)
 
 
@@ -177,13 +187,14 @@ def _train_model(
         training.finish(target.tokenizer)
 
 
-def _train_block(
-    target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
+def _train_network(
+    kind: Kind, target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
 ) -> None:
-    from specdec.training.heads.blocks import BlockRecipe
+    from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
     from specdec.training.heads.run import HeadTraining
 
-    training = HeadTraining(target.model, target.name, source, BlockRecipe(**settings), out, **collecting)
+    recipes = {Kind.DSPARK: BlockRecipe, Kind.EAGLE3: EagleRecipe, Kind.MTP: MtpRecipe}
+    training = HeadTraining(target.model, target.name, source, recipes[kind](**settings), out, **collecting)
     with naming(out):
         _show(training, ["accepted {:.2f}"])
         report = training.finish()
@@ -248,7 +259,7 @@ def _table(reports: "list[Acceptance]", title: str) -> Table:
 
 def _head_table(report: "HeadReport", title: str) -> Table:
     table = Table(title=title, caption="acceptance by drafted token: of the k-th where those before it are right")
-    columns = "in vocabulary", "by drafted token", "accepted of a block", "draft", "tokens/round", "speed-up"
+    columns = "in vocabulary", "by drafted token", "accepted of all", "draft", "tokens/round", "speed-up"
     for column in columns:
         table.add_column(column, justify="right")
     table.add_row(

@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from specdec import models
-from specdec.drafters.head.formats import is_head
-from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.loading import drafts_as_head, load_head
 from specdec.errors import DraftError, UnsupportedModelError
 from specdec.kernels import prepare
 from specdec.model_options import ModelOptions
@@ -63,7 +62,7 @@ def load_draft(
     draft: str, target: models.LoadedModel, options: ModelOptions, *, translates: bool = False
 ) -> models.LoadedModel:
     """The second half of `load_pair`; a head is fitted to the target by its drafter."""
-    if is_head(draft):
+    if drafts_as_head(draft, target.model.name_or_path):
         return models.LoadedModel(load_head(draft), target.tokenizer, Path(draft).resolve().name)
     small = _load(draft, options)
     if not translates:

@@ -268,7 +268,7 @@ def test_damaged_heads_are_refused(damage: Any, message: str, tmp_path: Path) ->
         DraftHead(save_speculators(tmp_path, head))
 
 
-@pytest.mark.parametrize("kind", ["dflash2", "peagle", "medusa"])
+@pytest.mark.parametrize("kind", ["dflash2", "medusa"])
 def test_heads_of_other_kinds_are_named(kind: str, tmp_path: Path) -> None:
     folder = save_speculators(tmp_path, TinyHead())
     config = json.loads((folder / "config.json").read_text())

@@ -24,6 +24,7 @@ from tests.support.engine_requests import BanAfter, alone, random_prompt, reques
 from tests.support.enumeration import MAX_DEPTH, Script, ToyModel
 from tests.support.exact_rounds import CAUGHT, VERIFIERS, total_variation
 from tests.support.heads import Listener, TinyHead, save_speculators, small_vocab_model
+from tests.support.mtp_heads import TinyMtp
 from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact
 from trees import Chain, Draft, DySpec, Fixed, GrowthPolicy
 from trees.token_source import TorchSource
@@ -34,7 +35,7 @@ ROUNDING = 1e-5
 
 @pytest.mark.parametrize("verify", VERIFIERS)
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "mtp"])
 def test_q_is_what_tokens_are_drawn_from(
     kind: str, tree: str, verify: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,12 +45,15 @@ def test_q_is_what_tokens_are_drawn_from(
     options: dict[str, Any] = {"vocab_size": size, "drafts": (0, 1, 3), "layers": (1, 2, 3)}
     if kind == "dflash":
         drafter = DraftHead(save_authors(tmp_path, TinyBlockHead(**options, mask=2)))
+    elif kind == "mtp":
+        tiny = TinyMtp("deepseek", "llama", torch.float32, vocab_size=size, num_hidden_layers=4)
+        model, drafter = tiny.target, DraftHead(tiny.save(tmp_path))
     else:
         drafter = DraftHead(save_speculators(tmp_path, TinyHead(**options, seed=1)))
     warpers = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(3)]
     drafts = every_draft(model, drafter, TREES[tree], warpers, monkeypatch)
     assert sum(prob for prob, _ in drafts) == pytest.approx(1, abs=ROUNDING)
-    assert not any(2 in draft.trees.row(0).tokens for _, draft in drafts)
+    assert kind == "mtp" or not any(2 in draft.trees.row(0).tokens for _, draft in drafts)
     target = ToyModel(3, vocab_size=size)
     error, num_accepted = total_variation(drafts, target, verify, monkeypatch)
     assert error < ROUNDING < CAUGHT

@@ -26,6 +26,7 @@ NUM_LAYERS, VOCAB_SIZE = 7, 12
 LAYERS = (1, 2, 4)
 EPS = 1e-6
 MOST_CHECKED = 150
+BLOCK_SIZE = 5
 
 
 @lru_cache(maxsize=4)
@@ -43,6 +44,7 @@ class TinyHead:
     Args:
         channels: of the head, and of the target if it shares that one's embeddings.
         drafts: the target's tokens that it can draft; None for all.
+        is_parallel: whether it is a P-EAGLE head.
     """
 
     channels: int = 32
@@ -59,6 +61,7 @@ class TinyHead:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    is_parallel: bool = False
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """By the names of speculators."""
@@ -91,6 +94,8 @@ class TinyHead:
                 shapes |= {f"{layer}.self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
             shapes |= {f"{layer}.mlp.{name}_proj.weight": (48, size) for name in ("gate", "up")}
             shapes[f"{layer}.mlp.down_proj.weight"] = (size, 48)
+        if self.is_parallel:
+            shapes["mask_hidden"] = (1, 1, wide)
         if self.norm_before_fc:
             shapes["input_norm.weight"] = (wide,)
         if self.fc_norm:
@@ -144,6 +149,15 @@ def save_speculators(folder: Path, head: TinyHead) -> Path:
     return _save(folder, fields, head.tensors)
 
 
+def save_parallel(folder: Path, head: TinyHead, mask: int) -> Path:
+    """As speculators writes a P-EAGLE head, of blocks of `BLOCK_SIZE`."""
+    save_speculators(folder, head)
+    fields = json.loads((folder / "config.json").read_text())
+    proposals = [{"proposal_type": "greedy", "speculative_tokens": BLOCK_SIZE}]
+    fields |= {"architectures": ["PEagleSpeculator"], "speculators_model_type": "peagle", "mask_token_id": mask}
+    return _save(folder, {**fields, "speculators_config": {"proposal_methods": proposals}}, head.tensors)
+
+
 def save_original(folder: Path, head: TinyHead, **more: Any) -> Path:
     """As EAGLE's authors do: no layers are named."""
     fields = {
@@ -185,22 +199,41 @@ def reference_logits(
     Args:
         first: tokens of the text whose states the head has not seen.
     """
-    hidden = hidden_states(target, tuple(text[:-1]))
-    states_TX = torch.cat([hidden[layer][0, first:] for layer in sorted(head.layers)], -1)
-    if head.norm_before_fc:
-        states_TX = _norm(head, "input_norm", states_TX)
-    if head.fc_norm:
-        parts = states_TX.split(head.target_channels, -1)
-        states_TX = torch.cat([_norm(head, f"fc_norm.{index}", part) for index, part in enumerate(parts)], -1)
-    states_TC, tokens = states_TX @ head.tensors["fc.weight"].T, list(text[first + 1 :])
+    states_TC, tokens = _fused(head, _states(head, target, text, first)), list(text[first + 1 :])
     for token in (*drafted, None):
         output_TC = _layers(head, target, tokens, states_TC, first)
         normed_TC = _norm(head, "norm", output_TC)
         fed_back_TC = normed_TC if head.norm_output else output_TC
         states_TC = torch.cat([states_TC, fed_back_TC[-1:]])
         tokens.append(token)
-    table = head.tensors.get("lm_head.weight", target.get_output_embeddings().weight)
-    return normed_TC[-1] @ table.T
+    return normed_TC[-1] @ _table(head, target).T
+
+
+def reference_slots(head: TinyHead, target: PreTrainedModel, text: Sequence[int], first: int, mask: int) -> Tensor:
+    """Logits [S, V] of the slots of a P-EAGLE head after a text: of the last token, and of masks."""
+    states_TX = _states(head, target, text, first)
+    masks_MX = head.tensors["mask_hidden"][0].expand(BLOCK_SIZE - 1, -1)
+    tokens = [*text[first + 1 :], *[mask] * len(masks_MX)]
+    output_TC = _layers(head, target, tokens, _fused(head, torch.cat([states_TX, masks_MX])), first)
+    return _norm(head, "norm", output_TC)[-BLOCK_SIZE:] @ _table(head, target).T
+
+
+def _states(head: TinyHead, target: PreTrainedModel, text: Sequence[int], first: int) -> Tensor:
+    hidden = hidden_states(target, tuple(text[:-1]))
+    return torch.cat([hidden[layer][0, first:] for layer in sorted(head.layers)], -1)
+
+
+def _table(head: TinyHead, target: PreTrainedModel) -> Tensor:
+    return head.tensors.get("lm_head.weight", target.get_output_embeddings().weight)
+
+
+def _fused(head: TinyHead, states_TX: Tensor) -> Tensor:
+    if head.norm_before_fc:
+        states_TX = _norm(head, "input_norm", states_TX)
+    if head.fc_norm:
+        parts = states_TX.split(head.target_channels, -1)
+        states_TX = torch.cat([_norm(head, f"fc_norm.{index}", part) for index, part in enumerate(parts)], -1)
+    return states_TX @ head.tensors["fc.weight"].T
 
 
 def _layers(head: TinyHead, target: PreTrainedModel, tokens: Sequence[int], states_TC: Tensor, first: int) -> Tensor:
@@ -295,10 +328,13 @@ class Listener:
         monkeypatch.setattr(_EagleSession, "_score_root", listen_to_root)
         monkeypatch.setattr(_EagleSession, "_score_nodes", listen_to_nodes)
 
+    def sample(self) -> list[Said]:
+        return self.said[:: max(1, len(self.said) // MOST_CHECKED)]
+
     def check(self, head: TinyHead, target: PreTrainedModel, bound: float = 1e-5) -> None:
         """It is what the reference says, and tokens that the head does not know have no chance. Of much, samples."""
         exact = replace(head, tensors={name: tensor.to(target.dtype) for name, tensor in head.tensors.items()})
-        for said in self.said[:: max(1, len(self.said) // MOST_CHECKED)]:
+        for said in self.sample():
             expected_V = reference_logits(exact, target, said.text, said.drafted, said.first)
             ids = list(range(head.vocab_size)) if head.drafts is None else list(head.drafts)
             error = (said.logits_V[ids] - expected_V).abs().max()

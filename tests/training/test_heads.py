@@ -19,10 +19,11 @@ from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.runner import HeadRunner
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
 from specdec.training.heads import collect
-from specdec.training.heads.blocks import BlockRecipe, BlockTrainer, block_logits, draw_anchors, run_blocks, run_lengths
+from specdec.training.heads.blocks import BlockTrainer, block_logits, draw_anchors, run_blocks, run_lengths
 from specdec.training.heads.collect import Collector, self_generation
 from specdec.training.heads.corpus import Corpus
-from specdec.training.heads.export import save_block_head
+from specdec.training.heads.export import save_head
+from specdec.training.heads.recipes import BlockRecipe
 from specdec.training.heads.run import HeadTraining, Source
 from specdec.tree_model.model import TreeModel
 from tests.support.references import plain_alone, speculate
@@ -151,7 +152,7 @@ class TestExport:
     def test_what_is_written_is_read(self, model: PreTrainedModel, corpus: Corpus, tmp_path: Path) -> None:
         trainer = BlockTrainer(model, corpus, RECIPE)
         trainer.advance()
-        save_block_head(tmp_path / "head", trainer.head, model, "tiny", {"seed": 7})
+        save_head(tmp_path / "head", trainer.head, model, "tiny", {"seed": 7}, 4)
         drafter = DraftHead(tmp_path / "head")
         read, written = drafter.model, trainer.head
         assert (read.head_config.block_size, read.head_config.state_layers) == (4, LAYERS)
@@ -163,7 +164,7 @@ class TestExport:
     def test_its_drafts_are_accepted_and_output_is_the_models(
         self, model: PreTrainedModel, corpus: Corpus, trained: Trained, tmp_path: Path
     ) -> None:
-        save_block_head(tmp_path / "head", trained.trainer.head, model, "tiny", {})
+        save_head(tmp_path / "head", trained.trainer.head, model, "tiny", {}, 4)
         drafter, batch = DraftHead(tmp_path / "head"), corpus.batch(torch.arange(6))
         num_accepted = 0
         for tokens_T, learned_T in zip(batch.tokens_BT, batch.learned_BT, strict=True):

@@ -63,7 +63,3 @@ class DFlash(HeadNetwork):
                 **{CACHE: kwargs[CACHE]},
             )
         return HeadOutput(states_BTC, self.norm(states_BTC))
-
-    def follow(self, logits_BMV: Tensor, normed_BMC: Tensor, tokens_BM: Tensor) -> Tensor:
-        """The logits of slots where a token comes before: of a block's slots they do not depend on it."""
-        return logits_BMV

@@ -26,6 +26,7 @@ from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.network import HeadNetwork
+from specdec.drafters.head.peagle import PEagle
 from specdec.drafters.head.pending import PendingPairs
 from specdec.drafters.head.runner import HeadRunner
 from specdec.drafters.model.growing import GrowingSession
@@ -39,14 +40,15 @@ _logger = logging.getLogger("specdec")
 
 
 class DraftHead(Drafter):
-    """Drafts with a small network that reads the target's hidden states: an EAGLE-3, DFlash or DSpark head of this very
-    target.
+    """Drafts with a small network that reads the target's hidden states: an EAGLE-3, P-EAGLE, DFlash or DSpark head,
+    or an MTP layer, of this very target.
 
     Lossless whatever the head is: one of another model, or one whose layers are misread, is only rarely right.
 
     Args:
         head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3, DFlash or DSpark, of
-            SpecForge or of speculators; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
+            SpecForge or of speculators; the folder of a model that was published with an MTP layer; or a head that has
+            been loaded (`specdec.drafters.head.loading.load_head`).
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
@@ -80,8 +82,7 @@ class DraftHead(Drafter):
             check_layers(run.target.model)
         layers = self.state_layers or self.model.head_config.layers_read(run.target.num_layers)
         check_fit(self.model, run.target, layers)
-        session = _BlockSession if isinstance(self.model, DFlash) else _EagleSession
-        return session(self, run, layers)
+        return _session_of(self.model)(self, run, layers)
 
     def warn_of_length(self, length: int) -> None:
         """Say once that texts have become longer than those that the head was trained on."""
@@ -196,25 +197,43 @@ class _BlockSession(_HeadSession):
     _logits_BTV: Tensor
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
-        _, states_BWX = self._pending.take(sizes)
-        self._runner.read_states(states_BWX, sizes)
         roots_B1 = self._run.sequences.roots_B1
-        self._slots_BTC = self._runner.run_block(roots_B1)
+        self._slots_BTC = self._slots(roots_B1, sizes)
         self._logits_BTV = self._runner.draft_logits(self._slots_BTC)
         return self._after(torch.zeros_like(roots_B1), roots_B1)
+
+    def _slots(self, roots_B1: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What the LM head reads of a block, after so many pending pairs of each row are read."""
+        _, states_BWX = self._pending.take(sizes)
+        self._runner.read_states(states_BWX, sizes)
+        return self._runner.run_block(roots_B1)
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         return self._after(grown.depths_BM, grown.tokens_BM)
 
     def _after(self, depths_BM: Tensor, tokens_BM: Tensor) -> Tensor:
         """Logits [B, M, V] after tokens of these depths."""
-        head = self._runner.head
-        assert isinstance(head, DFlash)
         depths_BM = depths_BM.to(self._logits_BTV.device).clamp(max=self._logits_BTV.shape[1] - 1)
         rows_B1 = torch.arange(len(depths_BM), device=depths_BM.device).unsqueeze(1)
         logits_BMV, slots_BMC = self._logits_BTV[rows_B1, depths_BM], self._slots_BTC[rows_B1, depths_BM]
-        self.confidence_BM = head.confidence(slots_BMC, tokens_BM) if isinstance(head, DSpark) else None
-        return self._runner.widen(head.follow(logits_BMV, slots_BMC, tokens_BM))
+        head = self._runner.head
+        if isinstance(head, DSpark):
+            self.confidence_BM = head.confidence(slots_BMC, tokens_BM)
+            logits_BMV = head.follow(logits_BMV, slots_BMC, tokens_BM)
+        return self._runner.widen(logits_BMV)
 
     def _confidence(self) -> Tensor | None:
         return None if self.confidence_BM is None else self.confidence_BM.float().sigmoid()
+
+
+class _ParallelSession(_BlockSession):
+    """The same forward reads what is pending: a P-EAGLE head."""
+
+    def _slots(self, roots_B1: Tensor, sizes: Sequence[int]) -> Tensor:
+        return self._runner.read_block(*self._pending.take(sizes), sizes)
+
+
+def _session_of(head: HeadNetwork) -> type[_HeadSession]:
+    if isinstance(head, PEagle):
+        return _ParallelSession
+    return _BlockSession if isinstance(head, DFlash) else _EagleSession

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
+from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork
 from specdec.errors import DraftError
 from specdec.kernels import prepare_like, prepared
@@ -38,11 +39,13 @@ def check_fit(head: HeadNetwork, target: TreeModel, layers: Sequence[int]) -> No
             f"the draft head reads states after the layers {tuple(layers)} and the target has {target.num_layers}: it "
             "was trained for another model, or DraftHead(state_layers=) has to say which layers are meant"
         )
-    if len(layers) * config.target_hidden_size != head.fc.in_features:
+    if len(layers) != config.num_states:
         raise DraftError(
-            f"the draft head reads the states of {head.fc.in_features // config.target_hidden_size} layers, and "
-            f"{len(layers)} were named: {tuple(layers)}"
+            f"the draft head reads the states of {config.num_states} layers, and {len(layers)} were named: "
+            f"{tuple(layers)}"
         )
+    if config.kind == MTP and target.views.final_norm is None:
+        raise DraftError("an MTP layer reads normed states, and the target has no final norm under a known name")
     if head.vocab_ids is not None and int(head.vocab_ids.max()) >= target.vocab_size:
         raise DraftError("the draft head can draft tokens that the target does not have: take a head of this target")
     _check_shared(head, target.model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from specdec.errors import DraftError
 
 EAGLE3 = "eagle3"
+PEAGLE = "peagle"
 DFLASH = "dflash"
 DSPARK = "dspark"
+MTP = "mtp"
 
-_LAYOUTS = "EAGLE-3 (as its authors, SpecForge or speculators write it), DFlash and DSpark (their authors, speculators)"
+_LAYOUTS = (
+    "EAGLE-3 (as its authors, SpecForge or speculators write it), P-EAGLE (speculators), DFlash and DSpark (their "
+    "authors, speculators), MTP layers"
+)
 _FROM_SPECULATORS = "speculators_model_type"
 _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
 _MARKOV_RANK = 256
+_PEAGLE_DEPTHS = 8
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -40,7 +46,7 @@ class HeadConfig:
     """One head, whoever has written it.
 
     Args:
-        kind: `EAGLE3`, `DFLASH` or `DSPARK`.
+        kind: `EAGLE3`, `PEAGLE`, `DFLASH`, `DSPARK` or `MTP`.
         layers: of the head's own decoder layers: sizes, rotation, number.
         vocab_size: of the target that it was trained on.
         draft_vocab_size: tokens that it can draft.
@@ -50,7 +56,8 @@ class HeadConfig:
         norm_before_residual: whether the residual stream begins with the normed state.
         norm_before_fc: a norm over all of a position's states; `fc_norm`: one for each of them.
         norm_output: whether what is fed back to draft the next token is normed.
-        block_size: of a DFlash or DSpark head, the newest token included; `mask_token_id` fills it up.
+        hidden_first: whether an MTP layer's projection reads the state before the embedding.
+        block_size: of a head that drafts blocks, the newest token included; `mask_token_id` fills it up.
         is_causal: whether the positions of a block see only those before them.
         drafts_at_root: whether the newest token's own position drafts too.
         markov_rank: of what a DSpark head makes of the token before; 0: it makes nothing of it.
@@ -69,6 +76,7 @@ class HeadConfig:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    hidden_first: bool = False
     block_size: int = 0
     mask_token_id: int = 0
     is_causal: bool = False
@@ -83,19 +91,26 @@ class HeadConfig:
         """Of a position, of so many layers."""
         if self.state_layers is not None:
             return len(self.state_layers)
-        return 3 if self.kind == EAGLE3 else self.layers.num_hidden_layers
+        return {EAGLE3: 3, PEAGLE: 3, MTP: 1}.get(self.kind, self.layers.num_hidden_layers)
+
+    @property
+    def num_inputs(self) -> int:
+        """Channels that its first projection reads: of the states, and beside them of the embedding in an MTP layer."""
+        return self.num_states * self.target_hidden_size + (self.layers.hidden_size if self.kind == MTP else 0)
 
     @property
     def longest_draft(self) -> int | None:
         """Tokens that it can draft in a row; None: any number."""
-        return None if self.kind == EAGLE3 else self.block_size - 1 + self.drafts_at_root
+        return self.block_size - 1 + self.drafts_at_root if self.block_size else None
 
     def layers_read(self, num_layers: int) -> tuple[int, ...]:
         """The target's layers whose states it reads, of a target that has so many."""
         if self.state_layers is not None:
             return self.state_layers
-        if self.kind == EAGLE3:
+        if self.kind in (EAGLE3, PEAGLE):
             return tuple(sorted((2, num_layers // 2, num_layers - 3)))
+        if self.kind == MTP:
+            return (num_layers,)
         gaps = max(self.num_states - 1, 1)
         return tuple(2 + round(index * (num_layers - 4) / gaps) for index in range(self.num_states))
 
@@ -103,7 +118,7 @@ class HeadConfig:
 def is_head(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a head, or what calls itself one, rather than a model."""
     try:
-        fields = _read_fields(folder)
+        fields = read_fields(folder)
     except DraftError:
         return False
     return _FROM_SPECULATORS in fields or _kind(fields) is not None
@@ -115,7 +130,7 @@ def read_config(folder: str | os.PathLike[str]) -> HeadConfig:
     Raises:
         DraftError: there is none, or it is that of a head of another kind, or it lacks something.
     """
-    fields = _read_fields(folder)
+    fields = read_fields(folder)
     kind = fields.get(_FROM_SPECULATORS) or _kind(fields)
     if kind not in _READERS:
         what = "is no draft head" if kind is None else f"is a draft head of the kind {kind!r}"
@@ -150,7 +165,8 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
 
 
-def _read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What config.json says; raises `DraftError` if there is none."""
     try:
         fields = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -167,6 +183,8 @@ def _kind(fields: Mapping[str, Any]) -> str | None:
         return EAGLE3
     if DSPARK in names:
         return DSPARK
+    if "mtpmodel" in names:
+        return MTP
     if _DFLASH_SETTINGS in fields:
         return DFLASH
     return next((kind for kind in ("dflash", "eagle", "medusa") if kind in names), None)
@@ -237,6 +255,18 @@ def _qwen3(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return _layer_config({**fields.get("transformer_layer_config", fields), "model_type": "qwen3"})
 
 
+def _peagle(fields: Mapping[str, Any]) -> HeadConfig:
+    """Of speculators; blocks are as long as those that it proposes to draft."""
+    proposals = (fields.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return replace(
+        _from_speculators(fields),
+        kind=PEAGLE,
+        block_size=int(proposals[0].get("speculative_tokens") or _PEAGLE_DEPTHS),
+        mask_token_id=int(fields["mask_token_id"]),
+        drafts_at_root=True,
+    )
+
+
 def _from_speculators(fields: Mapping[str, Any]) -> HeadConfig:
     """Layer L is the state after L layers; a field that is absent has the default of speculators."""
     layers = _layer_config({"model_type": "qwen3", **fields["transformer_layer_config"]})
@@ -270,7 +300,7 @@ def _from_eagle(fields: Mapping[str, Any]) -> HeadConfig:
     )
 
 
-_READERS = {EAGLE3: _eagle3, DFLASH: _dflash, DSPARK: _dspark}
+_READERS = {EAGLE3: _eagle3, PEAGLE: _peagle, DFLASH: _dflash, DSPARK: _dspark}
 
 
 def _layer_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

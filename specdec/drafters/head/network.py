@@ -50,7 +50,7 @@ class HeadNetwork(PreTrainedModel):
         super().__init__(config)
         self.head_config = head_config
         size = config.hidden_size
-        self.fc = nn.Linear(head_config.num_states * head_config.target_hidden_size, size, bias=False)
+        self.fc = nn.Linear(head_config.num_inputs, size, bias=False)
         self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
         self.embed_tokens = nn.Embedding(head_config.vocab_size, size) if "embed_tokens.weight" in names else None
         has_lm_head = "lm_head.weight" in names
@@ -94,22 +94,27 @@ def load_network(kind: type[Head], config: HeadConfig, folder: str | os.PathLike
     """
     tensors = read_tensors(folder)
     try:
-        return _built(kind, config, tensors)
-    except (RuntimeError, ValueError) as error:  # a tensor is missing, is one too many, or has another shape
+        return built(kind, config, tensors)
+    except (RuntimeError, ValueError) as error:
         raise DraftError(f"the head in {os.fspath(folder)} does not fit its config.json: {error}") from error
 
 
-def _built(kind: type[Head], config: HeadConfig, tensors: Mapping[str, Tensor]) -> Head:
+def built(kind: type[Head], config: HeadConfig, tensors: Mapping[str, Tensor]) -> Head:
+    """A network with these weights, in their dtype.
+
+    Raises:
+        RuntimeError, ValueError: a tensor is missing, is one too many, or has another shape.
+    """
     ids = tensors.get("d2t")
     if ids is None and config.draft_vocab_size != config.vocab_size:
         raise ValueError(f"d2t is missing, which says what the {config.draft_vocab_size} tokens are that it can draft")
     if "lm_head.weight" not in tensors and ids is not None:
         raise ValueError("lm_head.weight is missing")
-    head = kind(config, tensors.keys())
+    head = kind(config, tensors.keys()).to(tensors["fc.weight"].dtype)
     head.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "d2t"})
     if ids is not None:
         assert head.vocab_ids is not None
         if ids.shape != head.vocab_ids.shape:
             raise ValueError(f"d2t has {len(ids)} entries for {config.draft_vocab_size} tokens")
         head.vocab_ids += ids
-    return head.to(tensors["fc.weight"].dtype)
+    return head

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from specdec.drafters.head.dflash import DFlash
+from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
+from specdec.drafters.head.peagle import PEagle
 from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
 
@@ -29,6 +31,7 @@ class HeadRunner(TreeModel):
         self.head = head
         self._target = target.model
         self._target_vocab_size = target.vocab_size
+        self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
         self._view = View(head)
         self.begin()
 
@@ -56,7 +59,7 @@ class HeadRunner(TreeModel):
         seen_BWW = None
         if tokens_BW.shape[1] > 1:
             seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        output = self.run_head(tokens_BW, self.head.fuse(states_BWX), offsets_BW, seen_BWW)
+        output = self.run_head(tokens_BW, self._fused(states_BWX), offsets_BW, seen_BWW)
         self.commit([range(size) for size in sizes])
         last_B = torch.tensor(sizes, device=self.device) - 1
         rows_B = torch.arange(len(sizes), device=self.device)
@@ -67,8 +70,29 @@ class HeadRunner(TreeModel):
         assert isinstance(self.head, DFlash)
         offsets_BW = torch.arange(states_BWX.shape[1], device=self.device).expand(states_BWX.shape[:2])
         positions_BW = self.next_positions_B.unsqueeze(1) + offsets_BW
-        self.head.read(self.head.fuse(states_BWX), positions_BW, self.cache)
+        self.head.read(self._fused(states_BWX), positions_BW, self.cache)
         self.commit([range(size) for size in sizes])
+
+    def read_block(self, tokens_BW: Tensor, states_BWX: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Commit the first `sizes` pairs of each row; what the LM head reads [B, T, C] of the last and of the masks.
+
+        Args:
+            states_BWX: the target's.
+        """
+        assert isinstance(self.head, PEagle)
+        (num_rows, width), sizes_B1 = tokens_BW.shape, torch.tensor(sizes, device=self.device).unsqueeze(1)
+        masks_BMC = self.head.masks(num_rows)
+        num_masks = masks_BMC.shape[1]
+        places_T = torch.arange(width + num_masks, device=self.device)
+        offsets_BT = torch.where(places_T < width, places_T, places_T - width + sizes_B1)
+        is_real_BT = (places_T < sizes_B1) | (places_T >= width)  # the others only make rows as long as each other
+        seen_BTT = (places_T[:, None] >= places_T) & (is_real_BT[:, None] | (places_T[:, None] == places_T))
+        masked_BM = tokens_BW.new_full((num_rows, num_masks), self.head.head_config.mask_token_id)
+        states_BTC = torch.cat([self._fused(states_BWX), masks_BMC], 1)
+        output = self.run_head(torch.cat([tokens_BW, masked_BM], 1), states_BTC, offsets_BT, seen_BTT)
+        self.commit([range(size) for size in sizes])
+        slots_BS = torch.cat([sizes_B1 - 1, places_T[width:].expand(num_rows, -1)], 1)
+        return output.normed_BTC[torch.arange(num_rows, device=self.device).unsqueeze(1), slots_BS]
 
     def run_block(self, roots_B1: Tensor) -> Tensor:
         """What the LM head reads [B, T, C] of the slots after each row's newest token, all at once.
@@ -97,6 +121,12 @@ class HeadRunner(TreeModel):
         self.num_forwards += 1
         output: HeadOutput = self._run(self._view, inputs)
         return output
+
+    def _fused(self, states_BTX: Tensor) -> Tensor:
+        if self._final_norm is not None:
+            weight = next(self._final_norm.parameters(), states_BTX)
+            states_BTX = self._final_norm(states_BTX.to(weight.device)).to(self.device)
+        return self.head.fuse(states_BTX)
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
         """Over the target's vocabulary."""

@@ -12,43 +12,19 @@ tokens, V draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from specdec.drafters.head.dspark import DSpark
-from specdec.drafters.head.formats import DSPARK, HeadConfig
-from specdec.exits.module import final_norm, restricted_head
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
-from specdec.training.heads.trainer import Recipe, Trainer
-from specdec.tree_model.layer_views import LayerViews
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockRecipe(Recipe):
-    """How a DSpark head is trained.
-
-    Args:
-        num_layers: of its own.
-        block_size: S, tokens that it drafts at once.
-        anchors: A, blocks of a row in a step.
-        markov_rank: 0 for no Markov head.
-        decay: a slot weighs exp(-slot / decay).
-        cross_entropy, total_variation: weights of the two parts of the loss.
-    """
-
-    num_layers: int = 2
-    block_size: int = 5
-    anchors: int = 24
-    markov_rank: int = 64
-    decay: float = 4.0
-    cross_entropy: float = 0.1
-    total_variation: float = 0.9
+from specdec.training.heads.initial import initial_block
+from specdec.training.heads.recipes import BlockRecipe
+from specdec.training.heads.trainer import Trainer
 
 
 class _Slots(NamedTuple):
@@ -167,82 +143,3 @@ def run_lengths(right_N: Tensor, blocks_N: Tensor, depths_N: Tensor) -> Tensor:
     table = right_N.new_zeros(int(blocks_N.max()) + 1, int(depths_N.max()) + 1)
     table[blocks_N, depths_N] = right_N
     return table.long().cumprod(1).sum(1)[blocks_N.unique()].float()
-
-
-def initial_block(
-    model: PreTrainedModel, vocab_ids: Tensor, recipe: BlockRecipe, state_layers: tuple[int, ...]
-) -> DSpark:
-    """A head to start from: its layers are the model's last ones as far as they are alike, it reads the last state, and
-    its LM head is the model's."""
-    text = model.config.get_text_config(decoder=True)
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    layers = Qwen3Config(
-        **{name: getattr(text, name) for name in sizes},
-        max_position_embeddings=text.max_position_embeddings,
-        num_hidden_layers=recipe.num_layers,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocab_size=text.vocab_size,
-        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_parameters=getattr(text, "rope_parameters", None),
-        tie_word_embeddings=False,
-    )
-    config = HeadConfig(
-        kind=DSPARK,
-        layers=layers,
-        vocab_size=text.vocab_size,
-        draft_vocab_size=len(vocab_ids),
-        target_hidden_size=text.hidden_size,
-        state_layers=state_layers,
-        block_size=recipe.block_size,
-        mask_token_id=_unused_token(vocab_ids, text.vocab_size),
-        drafts_at_root=True,
-        markov_rank=recipe.markov_rank,
-        has_confidence=True,
-        confidence_reads_token=recipe.markov_rank > 0,
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        head = DSpark(config, {"lm_head.weight", "d2t"})
-        head.vocab_ids = vocab_ids.clone()
-        _start_from(head, model, vocab_ids)
-    return head.to(model.device)
-
-
-def _start_from(head: DSpark, model: PreTrainedModel, vocab_ids: Tensor) -> None:
-    size, count = head.config.hidden_size, head.config.num_hidden_layers
-    head.lm_head = restricted_head(model, vocab_ids).float()
-    head.lm_head.register_parameter("bias", None)
-    _copy(final_norm(model), head.norm)
-    head.fc.weight.normal_(std=0.02 / size**0.5)
-    head.fc.weight[:, -size:] += torch.eye(size)
-    layers: list[Any] = list(head.layers)
-    for mine, theirs in zip(layers, LayerViews(model).layers[-count:], strict=False):
-        _copy(theirs, mine)
-        _scale_queries(mine)
-    _copy(layers[0].input_layernorm, head.hidden_norm)
-    if head.markov_head is not None:
-        head.markov_head.markov_w1.weight.normal_(std=0.1)
-        head.markov_head.markov_w2.weight.normal_(std=0.01)
-    assert head.confidence_head is not None
-    head.confidence_head.proj.weight.zero_()
-
-
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Weights of the same name and shape."""
-    theirs = source.state_dict()
-    for name, weight in target.state_dict().items():
-        if name in theirs and theirs[name].shape == weight.shape:
-            weight.copy_(theirs[name])
-
-
-def _scale_queries(layer: Any) -> None:
-    """Norms of queries and keys that leave them about as large as they are without."""
-    scales, attention = layer.input_layernorm.weight.square(), layer.self_attn
-    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
-        norm.weight.fill_(float((projection.weight.square() @ scales).mean().sqrt()))
-
-
-def _unused_token(vocab_ids: Tensor, vocab_size: int) -> int:
-    """The last token that is not drafted: it stands for those that are to be."""
-    drafted = set(vocab_ids.tolist())
-    return next((token for token in reversed(range(vocab_size)) if token not in drafted), vocab_size - 1)

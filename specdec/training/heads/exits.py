@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.exits.module import Exit, own_weights
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
-from specdec.training.heads.trainer import Recipe, Trainer
+from specdec.training.heads.recipes import Recipe
+from specdec.training.heads.trainer import Trainer
 from specdec.tree_model import masks
 from specdec.tree_model.layer_views import LayerViews
 

@@ -12,29 +12,55 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from specdec.drafters.head.dspark import DSpark
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
+from specdec.drafters.head.mtp import Mtp
 
 _VERSION = "0.9.0"
 """Of speculators, whose fields these are."""
 
 
-def save_block_head(
-    folder: Path, head: DSpark, target: PreTrainedModel, name: str, training: Mapping[str, Any]
+def save_head(
+    folder: Path,
+    head: DSpark | Eagle3 | Mtp,
+    target: PreTrainedModel,
+    name: str,
+    training: Mapping[str, Any],
+    length: int,
 ) -> None:
-    """Write a DSpark head: config.json, model.safetensors in bfloat16, and what was done to train it.
+    """Write a head: config.json, model.safetensors in bfloat16, and what was done to train it.
 
     Args:
         folder: is made.
         name: of the target, a path or hub id.
         training: anything that json takes.
+        length: tokens that it is to draft.
     """
     config = head.head_config
-    layers = config.layers.to_dict()
+    layers = {key: value for key, value in config.layers.to_dict().items() if key not in _NOT_KEPT}
     fields = {
-        "architectures": ["DSparkSpeculator"],
         "speculators_model_type": config.kind,
         "speculators_version": _VERSION,
-        "speculators_config": _proposal(config.kind, config.longest_draft or 1, target, name),
-        "transformer_layer_config": {key: value for key, value in layers.items() if key not in _NOT_KEPT},
+        "speculators_config": _proposal(config.kind, length, target, name),
+        "transformer_layer_config": layers,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        **_FIELDS[config.kind](config, target),
+    }
+    named = {stored_name(part, config.kind): weight for part, weight in head.named_parameters()}
+    tensors = {part: weight.detach().cpu().bfloat16().contiguous() for part, weight in named.items()}
+    if head.vocab_ids is not None and len(ids := head.vocab_ids.cpu()) < config.vocab_size:
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(training, indent=2), encoding="utf-8")
+
+
+def _block_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "architectures": ["DSparkSpeculator"],
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "aux_hidden_state_layer_ids": list(config.state_layers or ()),
@@ -45,19 +71,46 @@ def save_block_head(
         "markov_head_type": "gated" if config.markov_is_gated else "vanilla",
         "enable_confidence_head": config.has_confidence,
         "confidence_head_with_markov": config.confidence_reads_token,
-        "dtype": "bfloat16",
-        "tie_word_embeddings": False,
     }
-    tensors = {name: weight.detach().cpu().bfloat16().contiguous() for name, weight in head.named_parameters()}
-    assert head.vocab_ids is not None
-    ids = head.vocab_ids.cpu()
-    if len(ids) < config.vocab_size:
-        tensors["d2t"] = ids - torch.arange(len(ids))
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    (folder / "training.json").write_text(json.dumps(training, indent=2), encoding="utf-8")
+
+
+def _eagle_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": list(config.state_layers or ()),
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+    }
+
+
+def _mtp_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:
+    """The state that is read is told by the number of the target's layers."""
+    layers = {key: value for key, value in config.layers.to_dict().items() if key not in _NOT_KEPT}
+    num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    layers |= {"num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    return {"architectures": ["MTPDraftModel"], "transformer_layer_config": layers, "num_nextn_predict_layers": 1}
+
+
+_FIELDS = {DSPARK: _block_fields, EAGLE3: _eagle_fields, MTP: _mtp_fields}
+_MTP_PARTS = {
+    "enorm.": "token_layernorm.",
+    "hnorm.": "hidden_layernorm.",
+    "fc.": "input_proj.",
+    "norm.": "final_layernorm.",
+    "block.": "",
+}
+
+
+def stored_name(part: str, kind: str) -> str:
+    """The name of a head's tensor in the file."""
+    if kind != MTP:
+        return part
+    ours = next(ours for ours in _MTP_PARTS if part.startswith(ours))
+    return f"mtp_layers.0.{_MTP_PARTS[ours]}{part.removeprefix(ours)}"
 
 
 _NOT_KEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")

@@ -1,10 +1,13 @@
-"""How well a block head drafts text that it was not trained on, and what that is worth.
+"""How well a head drafts text that it was not trained on, and what that is worth.
 
-Shape legend: B rows, A blocks, S slots.
+Shape legend: B rows, A blocks, P pairs that begin a chain, S slots of a block or steps of a chain, N of all blocks or
+chains.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +16,12 @@ from transformers import PreTrainedModel
 
 from specdec.control.costs import synchroniser
 from specdec.drafters.head.dspark import DSpark
+from specdec.drafters.head.eagle import Eagle3
 from specdec.drafters.head.fitting import fitted
+from specdec.drafters.head.mtp import Mtp
 from specdec.drafters.head.runner import HeadRunner
 from specdec.training.heads.blocks import block_logits, run_blocks
+from specdec.training.heads.chains import ChainHead, by_chain
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.report import measure_verification, median_seconds
 from specdec.tree_model.model import TreeModel
@@ -32,7 +38,7 @@ class HeadReport:
         coverage: share of tokens in the draft vocabulary.
         steps: share of k-th drafted tokens that are right where all before them are.
         length: of the chain that gives most tokens a second.
-        accepted: tokens of a whole block that are accepted, on average.
+        accepted: tokens of a whole block or chain that are accepted, on average.
         tokens_per_round: committed, with a chain of that length.
         speedup: predicted over plain decoding, from costs measured here.
     """
@@ -45,25 +51,24 @@ class HeadReport:
     speedup: float
 
 
-def measure_head(model: PreTrainedModel, fast: PreTrainedModel, head: DSpark, corpus: Corpus) -> HeadReport:
-    """Drafts a block after every token of the corpus's answers, and compares with the target's choices.
+def measure_head(
+    model: PreTrainedModel, fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp, corpus: Corpus, num_tokens: int
+) -> HeadReport:
+    """Drafts after every token of the corpus's answers, and compares with the target's choices.
 
     Args:
         fast: the model as it will be used, for timing.
+        num_tokens: that are drafted, S.
     """
-    embedding_VC = model.get_input_embeddings().weight
-    assert head.vocab_ids is not None
     runs, limits, known = [], [], []
     for rows in torch.arange(corpus.num_rows).split(4):
         batch = corpus.batch(rows)
-        target_BT = batch.best_ids_BTK[..., 0]
-        known.append(torch.isin(target_BT, head.vocab_ids)[batch.learned_BT])
-        last = target_BT.shape[1] - head.head_config.block_size
-        for anchors_A in torch.arange(1, last + 1, device=target_BT.device).split(_ANCHORS):
-            anchors_BA = anchors_A.expand(len(rows), -1)
-            right_BAS, learned_BAS = _right(head, embedding_VC, batch, anchors_BA)
-            runs.append((right_BAS & learned_BAS).long().cumprod(2).flatten(0, 1))
-            limits.append(learned_BAS.long().cumprod(2).flatten(0, 1))
+        choices = batch.best_ids_BTK[..., 0][batch.learned_BT]
+        known.append(torch.ones_like(choices) if head.vocab_ids is None else torch.isin(choices, head.vocab_ids))
+        drafts = _blocks(model, head, batch) if isinstance(head, DSpark) else _chains(model, head, batch, num_tokens)
+        for right_NS, learned_NS in drafts:
+            runs.append((right_NS & learned_NS).long().cumprod(1))
+            limits.append(learned_NS.long().cumprod(1))
     right_NS, learned_NS = torch.cat(runs), torch.cat(limits)
     before_NS = torch.cat([torch.ones_like(right_NS[:, :1]), right_NS[:, :-1]], 1) * learned_NS
     steps = (right_NS.sum(0) / before_NS.sum(0).clamp_min(1)).tolist()
@@ -72,8 +77,8 @@ def measure_head(model: PreTrainedModel, fast: PreTrainedModel, head: DSpark, co
     for share in steps:
         reach *= share
         expected.append(expected[-1] + reach)
-    verify, draft = measure_verification(fast, len(steps) + 1), _draft_seconds(fast, head)
-    speeds = [1.0, *(expected[n] * verify[0] / (verify[n] + draft) for n in range(1, len(steps) + 1))]
+    verify, draft = measure_verification(fast, num_tokens + 1), _draft_seconds(fast, head, num_tokens)
+    speeds = [1.0, *(expected[n] * verify[0] / (verify[n] + draft[n - 1]) for n in range(1, num_tokens + 1))]
     best = max(range(len(speeds)), key=speeds.__getitem__)
     return HeadReport(
         coverage=torch.cat(known).float().mean().item(),
@@ -83,6 +88,30 @@ def measure_head(model: PreTrainedModel, fast: PreTrainedModel, head: DSpark, co
         tokens_per_round=expected[best],
         speedup=speeds[best],
     )
+
+
+@torch.no_grad()
+def _chains(
+    model: PreTrainedModel, head: Eagle3 | Mtp, batch: Batch, num_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """bool [N, S]: whether each step of a chain says the target's choice, and whether it is part of an answer."""
+    chain, choices_BP, learned_BP = ChainHead(head, model), batch.best_ids_BTK[:, 1:, 0], batch.learned_BT[:, 1:]
+    right = [
+        (chain.said(normed_BPC.flatten(0, 1)) == choices_BP.flatten()).view_as(choices_BP)
+        for normed_BPC in chain.steps(batch, num_tokens)
+    ]
+    whole = choices_BP.shape[1] - num_tokens + 1  # others would end before the last token
+    right_BPS, learned_BPS = by_chain(right)[:, :whole], by_chain([learned_BP] * num_tokens)[:, :whole]
+    yield right_BPS.flatten(0, 1), learned_BPS.flatten(0, 1)
+
+
+def _blocks(model: PreTrainedModel, head: DSpark, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of the slots of blocks."""
+    embedding_VC, (num_rows, length) = model.get_input_embeddings().weight, batch.tokens_BT.shape
+    last = length - head.head_config.block_size
+    for anchors_A in torch.arange(1, last + 1, device=batch.tokens_BT.device).split(_ANCHORS):
+        right_BAS, learned_BAS = _right(head, embedding_VC, batch, anchors_A.expand(num_rows, -1))
+        yield right_BAS.flatten(0, 1), learned_BAS.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -99,21 +128,41 @@ def _right(head: DSpark, embedding_VC: Tensor, batch: Batch, anchors_BA: Tensor)
 
 
 @torch.inference_mode()
-def _draft_seconds(fast: PreTrainedModel, head: DSpark) -> float:
-    """Of a whole block: its forward, the LM head, and what the tokens before change."""
-    target = TreeModel(fast)
-    runner = HeadRunner(fitted(head, fast), target)
+def _draft_seconds(fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp, num_tokens: int) -> list[float]:
+    """Of drafting 1, 2, ... tokens: of a block they cost the same."""
+    runner = HeadRunner(fitted(head, fast), TreeModel(fast))
     runner.begin_rows([0])
-    width = runner.head.fc.in_features
-    runner.read_states(torch.zeros(1, _CONTEXT, width, dtype=fast.dtype, device=runner.device), [_CONTEXT])
-    root_11 = torch.zeros(1, 1, dtype=torch.long, device=runner.device)
+    seconds = functools.partial(median_seconds, synchroniser(runner.device))
+    if isinstance(runner.head, DSpark):
+        _read_context(runner, runner.read_states)
+        return [seconds(functools.partial(_draft_block, runner, runner.head))] * num_tokens
+    _read_context(runner, lambda states_BTX, sizes: runner.read_pairs(_zeros(runner, sizes[0]), states_BTX, sizes))
+    return [n * seconds(functools.partial(_draft_token, runner)) for n in range(1, num_tokens + 1)]
 
-    def draft() -> None:
-        slots_BTC = runner.run_block(root_11)
-        logits_BTV = runner.draft_logits(slots_BTC)
-        own = runner.head
-        assert isinstance(own, DSpark)
-        for slot in range(slots_BTC.shape[1]):
-            own.follow(logits_BTV[:, slot : slot + 1], slots_BTC[:, slot : slot + 1], root_11)
 
-    return median_seconds(synchroniser(runner.device), draft)
+def _read_context(runner: HeadRunner, read: Callable[[Tensor, list[int]], object]) -> None:
+    config = runner.head.head_config
+    width = config.num_states * config.target_hidden_size
+    read(torch.zeros(1, _CONTEXT, width, dtype=runner.head.dtype, device=runner.device), [_CONTEXT])
+
+
+def _zeros(runner: HeadRunner, count: int) -> Tensor:
+    return torch.zeros(1, count, dtype=torch.long, device=runner.device)
+
+
+def _draft_block(runner: HeadRunner, head: DSpark) -> None:
+    """Its forward, the LM head, and what the tokens before change."""
+    root_11 = _zeros(runner, 1)
+    slots_BTC = runner.run_block(root_11)
+    logits_BTV = runner.draft_logits(slots_BTC)
+    for slot in range(slots_BTC.shape[1]):
+        head.follow(logits_BTV[:, slot : slot + 1], slots_BTC[:, slot : slot + 1], root_11)
+
+
+def _draft_token(runner: HeadRunner) -> None:
+    """A forward and the LM head."""
+    size = runner.head.config.hidden_size
+    states_11C = torch.zeros(1, 1, size, dtype=runner.head.dtype, device=runner.device)
+    output = runner.run_head(_zeros(runner, 1), states_11C, _zeros(runner, 1), None)
+    runner.draft_logits(output.normed_BTC)
+    runner.forget_tail()

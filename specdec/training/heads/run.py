@@ -20,17 +20,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.drafters.head.formats import DSPARK
+from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP
 from specdec.exits.module import Exit, final_norm, fingerprint, load_exits, save_exits
 from specdec.hf import home_device
 from specdec.kernels import quantized_copy
-from specdec.training.heads.blocks import BlockRecipe, BlockTrainer
+from specdec.training.heads.blocks import BlockTrainer
+from specdec.training.heads.chains import ChainTrainer
 from specdec.training.heads.collect import NUM_ROWS, Collector, Script
 from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.exits import ExitRecipe, ExitTrainer
-from specdec.training.heads.export import save_block_head
+from specdec.training.heads.export import save_head
 from specdec.training.heads.head_report import HeadReport, measure_head
 from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
+from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
 from specdec.training.heads.report import Acceptance, measure_acceptance, measure_costs
 from specdec.training.heads.trainer import Trainer, bfloat16_is_faster
 from specdec.training.heads.work import WorkFolder
@@ -200,7 +202,7 @@ class ExitTraining(_Training):
 
 
 class HeadTraining(_Training):
-    """Trains a DSpark head; the work of `specdec train-head --kind dspark`.
+    """Trains a DSpark or EAGLE-3 head or an MTP layer, as the recipe says; the work of `specdec train-head`.
 
     Args:
         name: of the model, for whoever reads the head.
@@ -216,27 +218,31 @@ class HeadTraining(_Training):
         model: PreTrainedModel,
         name: str,
         source: Source,
-        recipe: BlockRecipe,
+        recipe: BlockRecipe | EagleRecipe,
         out: Path,
         *,
         length: int = 256,
         num_rows: int = NUM_ROWS,
     ):
         _check_new(out)
-        if recipe.block_size >= length:
-            raise ValueError(f"blocks of {recipe.block_size} tokens need conversations of more than {length}")
+        if recipe.reach >= length:
+            raise ValueError(f"to draft {recipe.reach} tokens, conversations of more than {length} are needed")
+        if not isinstance(model.get_input_embeddings(), nn.Embedding):
+            raise ValueError(
+                "no head is trained for embeddings that are a GGUF file's blocks: load the model in float32"
+            )
         final_norm(model)
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._name, self._recipe = name, recipe
-        self._layers = tuple(sorted({min(2, num_layers), num_layers // 2 or 1, max(num_layers - 3, 1), num_layers}))
-        plan = {"kind": DSPARK, "state_layers": self._layers, **dataclasses.asdict(recipe)}
+        self._layers = _state_layers(recipe, num_layers)
+        plan = {"kind": _kind_of(recipe), "state_layers": self._layers, **dataclasses.asdict(recipe)}
         depths = tuple(layer for layer in self._layers if layer < num_layers)
         super().__init__(model, source, out, depths, plan, seed=recipe.seed, length=length, num_rows=num_rows)
 
     def train(self) -> Iterator[Progress]:
-        """Shows how many tokens of a block are accepted; what it has come to is kept with the tokens trained on."""
+        """Shows how many tokens in a row are accepted; what it has come to is kept with the tokens trained on."""
         corpus = self._corpus(range(self._num_shards), self._layers)
-        trainer = self._trainer = BlockTrainer(self._model, corpus, self._recipe)
+        trainer = self._trainer = _trainer_of(self._model, corpus, self._recipe)
         curve, recent = self._work.curve(), []
         for state in self._advance(trainer, trainer.advance, trainer.num_steps):
             recent.append(state.shown[0])
@@ -248,17 +254,38 @@ class HeadTraining(_Training):
 
     def finish(self) -> HeadReport:
         """Measures the head, writes it, and removes the unfinished work."""
-        report = measure_head(
-            self._model, self._fast, self._trainer.head, self._corpus([self._num_shards], self._layers)
-        )
+        held_out, length = self._corpus([self._num_shards], self._layers), self._recipe.reach
+        report = measure_head(self._model, self._fast, self._trainer.head, held_out, length)
         curve = [{"tokens": tokens, "accepted": accepted} for tokens, accepted in self._work.curve().items()]
         training = {**self._plan, "held_out": dataclasses.asdict(report), "curve": curve}
         draft = self._folder / "head"
         shutil.rmtree(draft, ignore_errors=True)
-        save_block_head(draft, self._trainer.head, self._model, self._name, training)
+        save_head(draft, self._trainer.head, self._model, self._name, training, length)
         draft.replace(self._out)
         shutil.rmtree(self._folder)
         return report
+
+
+def _kind_of(recipe: BlockRecipe | EagleRecipe) -> str:
+    if isinstance(recipe, BlockRecipe):
+        return DSPARK
+    return MTP if isinstance(recipe, MtpRecipe) else EAGLE3
+
+
+def _state_layers(recipe: BlockRecipe | EagleRecipe, num_layers: int) -> tuple[int, ...]:
+    """After how many layers of the model a head reads its states: as published ones do, and of DSpark the last."""
+    if isinstance(recipe, MtpRecipe):
+        return (num_layers,)
+    published = {min(2, num_layers), num_layers // 2 or 1, max(num_layers - 3, 1)}
+    return tuple(sorted(published | ({num_layers} if isinstance(recipe, BlockRecipe) else set())))
+
+
+def _trainer_of(
+    model: PreTrainedModel, corpus: Corpus, recipe: BlockRecipe | EagleRecipe
+) -> BlockTrainer | ChainTrainer:
+    return (
+        BlockTrainer(model, corpus, recipe) if isinstance(recipe, BlockRecipe) else ChainTrainer(model, corpus, recipe)
+    )
 
 
 class FullTraining(_Training):

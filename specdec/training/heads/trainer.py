@@ -9,7 +9,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,27 +19,9 @@ from transformers import PreTrainedModel
 
 from specdec.hf import home_device
 from specdec.training.heads.corpus import Batch, Corpus
+from specdec.training.heads.recipes import Recipe
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a head is trained. With data and model it determines the result, up to the machine's rounding.
-
-    Args:
-        epochs: times that every row is trained on.
-        batch_rows: rows in a step.
-        learning_rate: of AdamW, at the top of a short rise and a cosine's fall.
-        vocabulary: V.
-        seed: of the order of rows, and of what is drawn in training.
-    """
-
-    epochs: int = 2
-    batch_rows: int = 4
-    learning_rate: float = 1e-3
-    vocabulary: int = 8192
-    seed: int = 0
 
 
 class Labels(NamedTuple):

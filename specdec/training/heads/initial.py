@@ -1,0 +1,171 @@
+"""What heads start from: weights of the model that they are trained for, as far as these are alike.
+
+Shape legend: V tokens that can be drafted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+
+from specdec.drafters.head.dspark import DSpark
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
+from specdec.drafters.head.mtp import Mtp
+from specdec.exits.module import final_norm, restricted_head
+from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
+from specdec.tree_model.layer_views import LayerViews
+
+
+def initial_block(
+    model: PreTrainedModel, vocab_ids: Tensor, recipe: BlockRecipe, state_layers: tuple[int, ...]
+) -> DSpark:
+    """A head whose layers are the model's last ones, that reads the last state, and whose LM head is the model's."""
+    layers = Qwen3Config(**_sizes(model, recipe.num_layers))
+    config = HeadConfig(
+        kind=DSPARK,
+        layers=layers,
+        vocab_size=layers.vocab_size,
+        draft_vocab_size=len(vocab_ids),
+        target_hidden_size=layers.hidden_size,
+        state_layers=state_layers,
+        block_size=recipe.block_size,
+        mask_token_id=_unused_token(vocab_ids, layers.vocab_size),
+        drafts_at_root=True,
+        markov_rank=recipe.markov_rank,
+        has_confidence=True,
+        confidence_reads_token=recipe.markov_rank > 0,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(recipe.seed)
+        head = DSpark(config, {"lm_head.weight", "d2t"})
+        _share_head(head, model, vocab_ids)
+        _read_last_state(head, model)
+        own: list[Any] = list(head.layers)
+        for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
+            _copy(theirs, mine)
+            _scale_queries(mine)
+        _copy(own[0].input_layernorm, head.hidden_norm)
+        if head.markov_head is not None:
+            head.markov_head.markov_w1.weight.normal_(std=0.1)
+            head.markov_head.markov_w2.weight.normal_(std=0.01)
+        assert head.confidence_head is not None
+        head.confidence_head.proj.weight.zero_()
+    return head.to(model.device)
+
+
+def initial_eagle(
+    model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe, state_layers: tuple[int, ...]
+) -> Eagle3:
+    """A head of Llama layers, the model's last ones; the first attends with the model's own queries, keys and values of
+    the state, and hardly looks at the embedding."""
+    layers = LlamaConfig(**_sizes(model, recipe.num_layers))
+    config = HeadConfig(
+        kind=EAGLE3,
+        layers=layers,
+        vocab_size=layers.vocab_size,
+        draft_vocab_size=len(vocab_ids),
+        target_hidden_size=layers.hidden_size,
+        state_layers=state_layers,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(recipe.seed)
+        head = Eagle3(config, {"lm_head.weight", "d2t"})
+        _share_head(head, model, vocab_ids)
+        _read_last_state(head, model)
+        own: list[Any] = list(head.layers)
+        for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
+            _copy(theirs, mine)
+        _widen(own[0], LayerViews(model).layers[-len(own)])
+    return head.to(model.device)
+
+
+def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
+    """A layer of Qwen3, which speculators reads, like the model's last one; it looks at the state first."""
+    layers = Qwen3Config(**_sizes(model, recipe.num_layers), dtype=torch.float32)
+    config = HeadConfig(
+        kind=MTP,
+        layers=layers,
+        vocab_size=layers.vocab_size,
+        draft_vocab_size=layers.vocab_size,
+        target_hidden_size=layers.hidden_size,
+        state_layers=None,
+        norm_output=True,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(recipe.seed)
+        head = Mtp(config, set())
+        for weight in head.block.parameters():
+            weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
+        _read_last_state(head, model)
+        _copy(LayerViews(model).layers[-1], head.block)
+        _scale_queries(head.block)
+    return head.to(model.device)
+
+
+def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
+    """Of layers like the model's."""
+    text = model.config.get_text_config(decoder=True)
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    return {
+        **{name: getattr(text, name) for name in sizes},
+        "max_position_embeddings": text.max_position_embeddings,
+        "num_hidden_layers": num_layers,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "rope_parameters": getattr(text, "rope_parameters", None),
+        "tie_word_embeddings": False,
+    }
+
+
+def _share_head(head: DSpark | Eagle3, model: PreTrainedModel, vocab_ids: Tensor) -> None:
+    """Rows of the model's LM head."""
+    head.vocab_ids = vocab_ids.clone()
+    rows = restricted_head(model, vocab_ids).float()
+    rows.register_parameter("bias", None)
+    head.lm_head = rows
+
+
+def _read_last_state(head: DSpark | Eagle3 | Mtp, model: PreTrainedModel) -> None:
+    """What is read is the last of the states, but for a little; the norm is the model's."""
+    size = head.config.hidden_size
+    _copy(final_norm(model), head.norm)
+    head.fc.weight.normal_(std=0.02 / size**0.5)
+    head.fc.weight[:, -size:] += torch.eye(size)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Weights of the same name and shape."""
+    theirs = source.state_dict()
+    for name, weight in target.state_dict().items():
+        if name in theirs and theirs[name].shape == weight.shape:
+            weight.copy_(theirs[name])
+
+
+def _scale_queries(layer: Any) -> None:
+    """Norms of queries and keys that leave them about as large as they are without."""
+    scales, attention = layer.input_layernorm.weight.square(), layer.self_attn
+    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
+        norm.weight.fill_(float((projection.weight.square() @ scales).mean().sqrt()))
+
+
+def _widen(layer: Any, theirs: nn.Module) -> None:
+    """The queries, keys and values of a layer's input, of what comes second; the first half says hardly anything."""
+    _copy(layer.input_layernorm, layer.hidden_norm)
+    layer.input_layernorm.weight.fill_(1)
+    weights, size = theirs.state_dict(), layer.hidden_norm.weight.shape[0]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, name).weight
+        weight.normal_(std=0.02 / size**0.5)
+        half = weights.get(f"self_attn.{name}.weight")
+        if half is not None and half.shape == (weight.shape[0], size):
+            weight[:, size:] += half
+
+
+def _unused_token(vocab_ids: Tensor, vocab_size: int) -> int:
+    """The last token that is not drafted: it stands for those that are to be."""
+    drafted = set(vocab_ids.tolist())
+    return next((token for token in reversed(range(vocab_size)) if token not in drafted), vocab_size - 1)

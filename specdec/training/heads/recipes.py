@@ -1,0 +1,79 @@
+"""How heads are trained: with data and model a recipe determines the result, up to the machine's rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What all of them have.
+
+    Args:
+        epochs: times that every row is trained on.
+        batch_rows: rows in a step.
+        learning_rate: of AdamW, at the top of a short rise and a cosine's fall.
+        vocabulary: V.
+        seed: of the order of rows, and of what is drawn in training.
+    """
+
+    epochs: int = 2
+    batch_rows: int = 4
+    learning_rate: float = 1e-3
+    vocabulary: int = 8192
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRecipe(Recipe):
+    """How a DSpark head is trained.
+
+    Args:
+        num_layers: of its own.
+        block_size: S, tokens that it drafts at once.
+        anchors: A, blocks of a row in a step.
+        markov_rank: 0 for no Markov head.
+        decay: a slot weighs exp(-slot / decay).
+        cross_entropy, total_variation: weights of the two parts of the loss.
+    """
+
+    num_layers: int = 2
+    block_size: int = 5
+    anchors: int = 24
+    markov_rank: int = 64
+    decay: float = 4.0
+    cross_entropy: float = 0.1
+    total_variation: float = 0.9
+
+    @property
+    def reach(self) -> int:
+        """Tokens that follow each other in what is trained."""
+        return self.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagleRecipe(Recipe):
+    """How an EAGLE-3 head is trained.
+
+    Args:
+        num_layers: of its own.
+        steps: tokens in a row that it is trained to draft, each from what it has said before.
+        decay: a step weighs decay ** step.
+    """
+
+    num_layers: int = 1
+    steps: int = 5
+    decay: float = 0.8
+
+    @property
+    def reach(self) -> int:
+        """Tokens that follow each other in what is trained."""
+        return self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MtpRecipe(EagleRecipe):
+    """How an MTP layer is trained, as in FastMTP (arXiv 2509.18362). It drafts all tokens, and is one layer."""
+
+    steps: int = 3
+    decay: float = 0.6
