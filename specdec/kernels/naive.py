@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-GROUP = 64
+GROUP, GROUP4 = 64, 32
+"""Inputs that share a scale within a row, by weights of 8 bits with a scale per output, and by all others."""
 
 
 def quantize_weight(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,9 +17,9 @@ def quantize_weight(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (weight_NK * _steps_per_unit(largest_N)[:, None]).round().to(torch.int8), largest_N / 127
 
 
-def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 rows [M, G, 64] in -127..127 and one scale per row and group [M, G]; K is padded with zeros."""
-    groups_MGK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+def quantize_rows(x_MK: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows [M, G, group] in -127..127 and one scale per row and group [M, G]; K is padded with zeros."""
+    groups_MGK = torch.nn.functional.pad(x_MK, (0, -x_MK.shape[1] % group)).unflatten(1, (-1, group))
     largest_MG = groups_MGK.abs().amax(dim=2)
     return (groups_MGK * _steps_per_unit(largest_MG)[..., None]).round().to(torch.int8), largest_MG / 127
 
@@ -43,7 +44,6 @@ def int8_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tenso
 
 # ---- 4 bits ----
 
-GROUP4 = 32
 _PARTS = ((1, 1), (0.9, 1), (1, 0.9), (0.87, 0.87))
 """Of the lowest and the highest weight of a group: where searches begin."""
 
@@ -114,12 +114,12 @@ def dequantize4(group: Group4) -> torch.Tensor:
 def int4_linear(x_MK: torch.Tensor, group: Group4, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     """Both sides quantised, integer sums within 32 inputs, which are added in float32 in order."""
     codes_NGK, scale_NG1, offset_NG1 = group[0].long(), group[1].float(), group[2].float()
-    q_MGK, scale_MG = quantize_rows(x_MK)
-    q_MGK = q_MGK.long().flatten(1).unflatten(1, (-1, GROUP4))
+    q_MGK, scale_MG = quantize_rows(x_MK, GROUP4)
+    q_MGK = q_MGK.long()
     out_MN = torch.zeros(x_MK.shape[0], codes_NGK.shape[0])
     for g in range(codes_NGK.shape[1]):
         sums_MN, totals_M1 = (q_MGK[:, g] @ codes_NGK[:, g].T).float(), q_MGK[:, g].sum(1, keepdim=True).float()
-        scale_M1 = scale_MG[:, g // 2, None]
+        scale_M1 = scale_MG[:, g, None]
         out_MN = out_MN + totals_M1 * scale_M1 * offset_NG1[:, g, 0]
         out_MN = out_MN + sums_MN * scale_NG1[:, g, 0] * scale_M1
     return out_MN if bias_N is None else out_MN + bias_N

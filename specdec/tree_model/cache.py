@@ -3,8 +3,10 @@
 Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
 of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
 commit, at `lengths[row] + 0, + 1, ...`. `commit` keeps a path through the tail and forgets the rest; `rollback`
-forgets it all. Buffers grow by half of their size, so a generation of n tokens copies O(n). Rows join at the end and
-leave anywhere; buffers have room for more rows than there are, so that neither copies more than the rows that move.
+forgets it all. Buffers on a CPU have room for tens of thousands of slots, which take memory as they are written;
+beyond, and elsewhere, buffers grow by half of their size, so a generation of n tokens copies O(n). Rows join at the
+end and leave anywhere; buffers have room for more rows than there are, so that neither copies more than the rows that
+move.
 
 All positions are kept, in sliding-window layers too: there the mask hides what has left the window.
 
@@ -282,8 +284,7 @@ class TreeCache(Cache):
     def clear_row(self, row: int) -> None:
         """Overwrite what a row has left in the buffers: a NaN would leak, through 0 * NaN, into the next."""
         for layer in self.stored.values():
-            for buffer in layer.buffers:
-                buffer[row] = 0
+            layer.clear_row(row)
         if self.states is not None:
             self.states.write_row(row, None)
 

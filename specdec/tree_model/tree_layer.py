@@ -5,6 +5,7 @@ Shape legend: B rows, R rows of the buffers, H heads, S slots, T new slots, D he
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import weakref
@@ -16,9 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 MIN_CAPACITY = 64
-_LAZY_BYTES = 1 << 20
+_FREE_SLOTS, _FREE_BYTES = 1 << 15, 1 << 30
+"""Slots of a row that buffers on a CPU begin with, as far as a buffer is not larger than that: they take memory where
+somebody writes, so such a buffer need not grow by copying."""
+_LAZY_BYTES = 1 << 16
 _MOST_ROOM = 4
-"""Times the rows, or the slots of the longest row: buffers with room for more are replaced when rows leave."""
+"""Times the rows, or the slots of the longest row: buffers in which more was written are replaced when rows leave."""
 _NAMES = ("keys", "values", "index_keys")
 
 
@@ -60,6 +64,7 @@ class TreeLayer(CacheLayerMixin):
         # a cycle would keep the buffers until the next collection
         self._cache = cast(Rows, weakref.proxy(cache))
         self._capacity = max(capacity, MIN_CAPACITY)
+        self._written = 0
         self.tail = 0
         self.index_keys = None
 
@@ -74,9 +79,24 @@ class TreeLayer(CacheLayerMixin):
     def _allocate(self, states: Sequence[Tensor], num_rows: int) -> None:
         """New buffers of zeros for states like these, in the order of `buffers`."""
         self.dtype, self.device = states[0].dtype, states[0].device
-        # zeros, because a masked slot still enters the weighted sum and 0 * NaN is NaN
-        self._set(_zeros((num_rows, part.shape[-3], self._capacity, part.shape[-1]), part) for part in states)
+        self._set(self._zeros(states, num_rows))
         self.is_initialized = True
+
+    def _zeros(self, states: Sequence[Tensor], num_rows: int) -> list[Tensor]:
+        """Buffers for states like these: of the capacity, which becomes larger where that costs nothing."""
+
+        def buffers(capacity: int) -> list[Tensor]:
+            # zeros, because a masked slot still enters the weighted sum and 0 * NaN is NaN
+            return [_zeros((num_rows, part.shape[-3], capacity, part.shape[-1]), part) for part in states]
+
+        slot_bytes = max(num_rows * part.shape[-3] * part.shape[-1] * part.element_size() for part in states)
+        free = min(_FREE_SLOTS, _FREE_BYTES // slot_bytes)
+        if _is_lazy(states[0]) and free > self._capacity:
+            with contextlib.suppress(OSError):  # the process may have few addresses
+                found = buffers(free)
+                self._capacity = free
+                return found
+        return buffers(self._capacity)
 
     def _set(self, buffers: Iterable[Tensor]) -> None:
         for name, buffer in zip(_NAMES, buffers, strict=False):
@@ -96,7 +116,7 @@ class TreeLayer(CacheLayerMixin):
         """Write the indexer's keys [B, T, D] of the slots that `update` has just appended; returns those of all."""
         states = index_states.unsqueeze(1)
         if self.index_keys is None:
-            self._set((self.keys, self.values, states.new_zeros((len(self.keys), 1, self._capacity, states.shape[3]))))
+            self._set((self.keys, self.values, _zeros((len(self.keys), 1, self._capacity, states.shape[3]), states)))
         assert self.index_keys is not None
         return self._write_last(self.index_keys, states)[:, 0]
 
@@ -112,17 +132,17 @@ class TreeLayer(CacheLayerMixin):
         return buffer[:num_rows, :, :stop]
 
     def _reserve(self, num_slots: int) -> None:
+        """For so many slots, which are written next."""
+        self._written = max(self._written, num_slots)
         if num_slots > self._capacity:
             self._resize(len(self.keys), max(num_slots, self._capacity + self._capacity // 2))
 
     def _resize(self, num_rows: int, capacity: int) -> None:
         """Larger buffers, with everything that is in these."""
-        used = self.get_seq_length()
-        larger = []
-        for old in self.buffers:
-            larger.append(_zeros((num_rows, old.shape[1], capacity, old.shape[3]), old))
-            larger[-1][: len(old), :, :used] = old[:, :, :used]
-        self._capacity = capacity
+        used, self._capacity = self.get_seq_length(), capacity
+        larger = self._zeros(self.buffers, num_rows)
+        for old, new in zip(self.buffers, larger, strict=True):
+            new[: len(old), :, :used] = old[:, :, :used]
         self._set(larger)
 
     def make_room(self, num_rows: int) -> None:
@@ -156,6 +176,7 @@ class TreeLayer(CacheLayerMixin):
         """Begin with these rows of another layer, with room for so many slots more."""
         self._capacity = max(self._cache.lengths) + room
         self._allocate(other.buffers, len(rows))
+        self._reserve(max(self._cache.lengths))
         for own, buffer in zip(self.buffers, other.buffers, strict=True):
             for place, (row, length) in enumerate(zip(rows, self._cache.lengths, strict=True)):
                 own[place, :, :length] = buffer[row, :, :length]
@@ -175,6 +196,10 @@ class TreeLayer(CacheLayerMixin):
         for buffer in self.buffers:
             buffer[rows, :, targets] = buffer[rows, :, sources]
 
+    def clear_row(self, row: int) -> None:
+        for buffer in self.buffers:
+            buffer[row, :, : self._written] = 0
+
     def select_rows(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Keep these rows, of these lengths."""
         if not self.is_initialized:
@@ -184,11 +209,11 @@ class TreeLayer(CacheLayerMixin):
         # a row may be moved in place if its old place is not taken before its turn
         is_safe = all(old > new or old not in overwritten for old, new in moves)
         longest = max(lengths, default=0)
-        has_much_room = self._capacity > _MOST_ROOM * max(longest, MIN_CAPACITY)
+        has_much_room = self._written > _MOST_ROOM * max(longest, MIN_CAPACITY)
         if not rows:
             self.keys = self.values = None  # type: ignore[assignment]  # as before the first update
             self.index_keys = None
-            self._capacity, self.is_initialized = MIN_CAPACITY, False
+            self._capacity, self._written, self.is_initialized = MIN_CAPACITY, 0, False
             self._cache.buffers_change()
         elif is_safe and len(self.keys) <= _MOST_ROOM * len(rows) and not has_much_room:
             for old, new in moves:
@@ -197,7 +222,11 @@ class TreeLayer(CacheLayerMixin):
         else:
             self._capacity = 2 * max(longest, MIN_CAPACITY) if has_much_room else self._capacity
             rows_B = torch.tensor(rows, device=self.keys.device)
-            self._set([buffer[:, :, : self._capacity].index_select(0, rows_B) for buffer in self.buffers])
+            fewer = self._zeros(self.buffers, len(rows))
+            for buffer, part in zip(self.buffers, fewer, strict=True):
+                part[:, :, :longest] = buffer[:, :, :longest].index_select(0, rows_B)
+            self._written = longest
+            self._set(fewer)
 
     def get_seq_length(self) -> int:
         return max(self._cache.lengths, default=0) + self.tail
@@ -209,13 +238,26 @@ class TreeLayer(CacheLayerMixin):
         return -1
 
 
+def _is_lazy(like: Tensor) -> bool:
+    """Whether zeros of a tensor's kind take no memory where nobody writes: not on Windows, which sets it aside."""
+    return like.device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS")
+
+
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of another tensor's kind.
 
     Large ones on the CPU take no memory where nobody writes: short rows beside a long one have much of that, and to
     clear it took as long as many rounds.
+
+    Raises:
+        OSError: the process may have no more addresses.
     """
     num_bytes = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or num_bytes < _LAZY_BYTES:
+    if not _is_lazy(like) or num_bytes < _LAZY_BYTES:
         return like.new_zeros(shape)
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=like.dtype).view(shape)
+    # private: a process that is forked off must not write into these
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # no huge pages here; one would be taken for the first slot of a head
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)

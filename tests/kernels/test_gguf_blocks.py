@@ -52,7 +52,7 @@ def test_products_are_right_and_the_same_bits_in_every_batch(library, name, weig
     weight_NK = library.linear(linear.matrix(), torch.eye(k), weight_only=True).T - bias_N[:, None]
     rows_MK = x_MK
     if not weight_only:
-        q_MGK, scale_MG = naive.quantize_rows(x_MK)
+        q_MGK, scale_MG = naive.quantize_rows(x_MK, naive.GROUP4)
         rows_MK = (q_MGK * scale_MG[..., None]).flatten(1)[:, :k]
     whole_MN = library.linear(linear.matrix(), x_MK, weight_only=weight_only)
     torch.testing.assert_close(whole_MN, rows_MK @ weight_NK.T + bias_N, rtol=1e-4, atol=1e-4)

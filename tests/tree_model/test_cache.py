@@ -1,5 +1,8 @@
 """The cache after any rounds holds what a forward from scratch would have computed."""
 
+import mmap
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +145,46 @@ def test_cache_grows_past_its_capacity(ragged: bool) -> None:
         ((keys, values),) = cache.row_states(row).slots
         assert torch.equal(keys, torch.cat(pieces, 1))
         assert torch.equal(values, -keys)
+
+
+@pytest.mark.parametrize("has_addresses", [True, False])
+def test_long_texts_are_not_copied(monkeypatch: pytest.MonkeyPatch, has_addresses: bool) -> None:
+    """Buffers began with what a prompt needs, and every growth left a hole of their size in the allocator."""
+    if not has_addresses:
+        monkeypatch.setattr(mmap, "mmap", refused_beyond_a_megabyte(mmap.mmap))
+    cache = TreeCache(num_layers=1, num_rows=1)
+    states = torch.randn(1, 2, 3000, 16)
+    first = None
+    for start in range(0, 3000, 600):
+        part = states[:, :, start : start + 600]
+        keys, _ = cache.update(part, -part, 0)
+        first = first or keys.data_ptr()
+        cache.commit([range(600)])
+    assert (keys.data_ptr() == first) is has_addresses
+    assert torch.equal(cache.row_states(0).slots[0][0], states[0])
+
+
+def refused_beyond_a_megabyte(real: Callable[..., object]) -> Callable[..., object]:
+    def limited(number: int, size: int, **options: int) -> object:
+        if size > 1 << 20:
+            raise OSError("Cannot allocate memory")
+        return real(number, size, **options)
+
+    return limited
+
+
+def test_rows_that_stay_keep_theirs_when_a_long_one_leaves() -> None:
+    cache = TreeCache(num_layers=1, num_rows=3)
+    states = random_states(3, 2000)
+    cache.update(states, -states, 0)
+    cache.commit([range(2000), range(5), range(9)])
+    cache.clear_row(1)
+    cache.select_rows([2, 1])
+    cache.check_integrity()
+    assert torch.equal(cache.row_states(0).slots[0][0], states[2, :, :9])
+    assert not cache.row_states(1).slots[0][0].any()
+    keys, _ = cache.update(states[:2, :, :7], states[:2, :, :7], 0)
+    assert not keys[1, :, 12:].any(), "what was never written is zero"
 
 
 def test_update_returns_the_committed_slots_and_the_tail() -> None:

@@ -27,7 +27,8 @@ class QuantizedLinear(nn.Module):
         bits: of a weight.
         weights: what `prepare` calls a model of these.
 
-    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs), or stay float32 where `weight_only`.
+    Natively, rows are quantised as they come (8 bits with a scale per 64 inputs, or per 32 where groups of weights have
+    scales too), or stay float32 where `weight_only`.
     A quantised row jumps by a whole step when a rounding before it moves a value over the edge of one, so rows may be
     quantised only where nothing before them rounds differently in another company: `prepare` decides.
     """

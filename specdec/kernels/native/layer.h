@@ -117,10 +117,11 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
         quantized->rows = rows;
         quantized->tile = tile_of(w, rows);
         quantized->k = w->k;
+        quantized->scales_per_group = w->bits == 8 ? 1 : 2;
         quantized->groups = (w->k + GROUP - 1) / GROUP;
         const int64_t room = quantized->tile == TILE ? rows : (rows + WIDE_TILE - 1) / WIDE_TILE * WIDE_TILE;
         quantized->q = take((size_t)(room * quantized->groups * GROUP));
-        quantized->scales = take((size_t)(room * quantized->groups) * sizeof(float));
+        quantized->scales = take((size_t)(quantized->scales_per_group * room * quantized->groups) * sizeof(float));
         quantized->totals = take((size_t)(room * quantized->groups) * sizeof(int32_t));
         quantized->shares = take((size_t)(2 * room * quantized->groups) * sizeof(float));
         quantized->quarters = take((size_t)(4 * room * quantized->groups) * sizeof(int32_t));

@@ -9,7 +9,7 @@
  * int8 weights are packed in blocks of 16 outputs, [n/16][k/4][16][4], n and k padded with zeros to multiples of 64;
  * one float scale per output. int8 rows come in tiles of up to 8, interleaved as [k/4][rows][4], or in wide ones of
  * always 16 (rows that are not there have scale 0), as [k/64][16][64]; with a float scale and an integer sum per (group,
- * row). Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way.
+ * row), where weights have scales of their own a scale per half a group. Sums are exact integers within a group; groups are added in float32, in order: the same bits by either way.
  * 4-bit weights are codes of 0..15 with a scale and an offset for every 32 inputs of an output: weight = code * scale +
  * offset. They are packed in blocks of 16 outputs too, [n/16][k/64] of GROUP4_BYTES: scales [2][16] and offsets [2][16],
  * both float16, then [2][4][16][4] bytes. Byte [half][j][output][i] holds input 32 * half + 4 * j + i in its low four
@@ -24,7 +24,7 @@
 
 /* Where rows go after they are quantised: tiles of TILE or WIDE_TILE rows, each with room for `groups` groups. */
 typedef struct {
-    int64_t rows, k, groups, tile;
+    int64_t rows, k, groups, tile, scales_per_group; /* these: 1 or 2 */
     int8_t *q;
     float *scales;
     int32_t *totals; /* of each group, its sum */
@@ -55,8 +55,8 @@ INLINE void quantize_one(const Quantized *to, const float *x, int64_t row) {
     const int64_t first = row / to->tile * to->tile, left = to->tile == TILE ? to->rows - first : WIDE_TILE;
     const int rows = (int)(left < to->tile ? left : to->tile), m = (int)(row - first);
     const int step = to->tile == TILE ? 4 * rows : 4, place = to->tile == TILE ? 4 * m : GROUP * m;
-    quantize_row(x, to->k, to->groups, rows, step, to->q + first * to->groups * GROUP + place,
-                 to->scales + first * to->groups + m, to->totals + first * to->groups + m,
+    quantize_row(x, to->k, to->groups, to->scales_per_group, rows, step, to->q + first * to->groups * GROUP + place,
+                 to->scales + to->scales_per_group * first * to->groups + m, to->totals + first * to->groups + m,
                  to->shares + 2 * first * to->groups + m, to->quarters + 4 * first * to->groups + m);
 }
 
@@ -78,7 +78,7 @@ INLINE void packed_tile(const int bits, const int blocks, const int rows, const 
     const int64_t groups = p->quantized->groups, block_bytes = groups * group_bytes(bits);
     const int8_t *w = (const int8_t *)p->matrix->data + block * block_bytes;
     const int8_t *x = p->quantized->q + tile * groups * GROUP + 4 * first;
-    const float *scales = p->quantized->scales + tile * groups + first;
+    const float *scales = p->quantized->scales + p->quantized->scales_per_group * tile * groups + first;
     const int32_t *totals = p->quantized->totals + tile * groups + first;
     const float *shares = p->quantized->shares + 2 * tile * groups + first;
     float sums[4 * TILE * 16] __attribute__((aligned(64)));

@@ -45,11 +45,11 @@ INLINE void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
     }
 }
 
-/* Symmetric quantisation of one row, 64 inputs at a time: x[64g + i] ~ scales[g] * q[64g + i], q in -127..127. Writes
- * the row's place in a tile of `rows` rows (see product.h), every four inputs `step` bytes after the last four of their
- * group; inputs from k up to `groups` * 64 are zero. */
-INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, int step, int8_t *q, float *scales,
-                         int32_t *totals, float *shares, int32_t *quarters) {
+/* Symmetric quantisation of one row, 64 inputs at a time, or 32 where a group has two scales: x ~ scale * q, q in
+ * -127..127. Writes the row's place in a tile of `rows` rows (see product.h), every four inputs `step` bytes after the
+ * last four of their group; inputs from k up to `groups` * 64 are zero. */
+INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int64_t scales_per_group, int rows, int step,
+                         int8_t *q, float *scales, int32_t *totals, float *shares, int32_t *quarters) {
     for (int64_t g = 0; g < groups; g++) {
         float padded[GROUP];
         const float *part = x + g * GROUP;
@@ -57,14 +57,19 @@ INLINE void quantize_row(const float *x, int64_t k, int64_t groups, int rows, in
             memset(padded, 0, sizeof padded);
             part = memcpy(padded, part, (size_t)(k - g * GROUP) * sizeof(float));
         }
-        VF peak = vf_zero();
-        for (int i = 0; i < GROUP; i += VL) peak = vf_max(peak, vf_abs(vf_load(part + i)));
-        const float largest = vf_peak(peak);
-        const VF inverse = vf_set1(largest > 0 ? 127.0f / largest : 0.0f);
+        float largest[2];
+        for (int half = 0; half < 2; half++) {
+            VF peak = vf_zero();
+            for (int i = 0; i < GROUP / 2; i += VL) peak = vf_max(peak, vf_abs(vf_load(part + GROUP / 2 * half + i)));
+            largest[half] = vf_peak(peak);
+        }
+        if (scales_per_group == 1) largest[0] = largest[1] = largest[0] > largest[1] ? largest[0] : largest[1];
         int8_t bytes[GROUP];
-        const float scale = scales[g * rows] = largest / 127.0f;
         totals[g * rows] = 0;
         for (int half = 0; half < 2; half++) {
+            const VF inverse = vf_set1(largest[half] > 0 ? 127.0f / largest[half] : 0.0f);
+            const float scale = largest[half] / 127.0f;
+            if (half < scales_per_group) scales[(scales_per_group * g + half) * rows] = scale;
             int32_t sum = 0;
             for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
                 VI total = vi_zero();

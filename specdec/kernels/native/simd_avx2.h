@@ -229,7 +229,7 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                         int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
     const VI low_bits = _mm256_set1_epi8(15);
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
-    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += 2 * stride, shares += 2 * stride)
         for (int part = 0; part < 4; part++) {
             const int half = part / 2, side = part % 2;
             const int8_t *codes = w + 128 + 256 * half + 32 * side;
@@ -257,7 +257,7 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                     float *sum = sums + (b * rows + m) * 16 + 8 * side;
                     const VF product = vf_mul(vf_from_int(vi_lanes(dot[b][m])), scale);
                     const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), vf_load(sum));
-                    vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
+                    vf_store(sum, vf_fma(product, vf_set1(scales[half * stride + m]), share));
                 }
             }
         }
@@ -270,7 +270,7 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                       const int32_t *quarters, float *sums) {
     const int parts = bits == BYTES5 ? 2 : 4, steps = 16 / parts;
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
-    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride) {
         for (int part = 0; part < parts; part++)
             for (int side = 0; side < 2; side++) {
                 const int8_t *codes = w + 128 + 64 * steps * part + 32 * side, *row = x + 4 * steps * stride * part;
@@ -300,11 +300,12 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                         float *sum = sums + (b * rows + m) * 16 + 8 * side;
                         VF so_far = vf_load(sum);
                         if (bits == BYTES5) so_far = vf_fma(offset, vf_set1(shares[part * stride + m]), so_far);
-                        vf_store(sum, vf_fma(vf_mul(vf_from_int(dot[b][m]), scale), vf_set1(scales[m]), so_far));
+                        const VF row_scale = vf_set1(scales[2 * part / parts * stride + m]);
+                        vf_store(sum, vf_fma(vf_mul(vf_from_int(dot[b][m]), scale), row_scale, so_far));
                     }
                 }
             }
-        shares += 2 * stride, quarters += 4 * stride;
+        scales += 2 * stride, shares += 2 * stride, quarters += 4 * stride;
     }
 }
 

@@ -124,7 +124,7 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
     VF sum[4][TILE];
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) sum[b][m] = vf_zero();
-    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += 2 * stride, shares += 2 * stride)
         for (int b = 0; b < blocks; b++) {
             const int8_t *group = w + b * block_bytes;
             VI dot[2][TILE];
@@ -149,7 +149,7 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                 for (int m = 0; m < rows; m++) {
                     const VF product = vf_mul(vf_from_int(dot[half][m]), scale);
                     const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), sum[b][m]);
-                    sum[b][m] = vf_fma(product, vf_set1(scales[m]), share);
+                    sum[b][m] = vf_fma(product, vf_set1(scales[half * stride + m]), share);
                 }
             }
         }
@@ -165,7 +165,7 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
     VF sum[4][TILE];
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) sum[b][m] = vf_zero();
-    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride) {
         for (int b = 0; b < blocks; b++) {
             const int8_t *group = w + b * block_bytes, *row = x, *next = group + 4 * block_bytes;
             on_its_own(next);
@@ -191,11 +191,12 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                 for (int m = 0; m < rows; m++) {
                     if (bits == BYTES5)
                         sum[b][m] = vf_fma(vf_load_half(group + 64 + 32 * part), vf_set1(shares[part * stride + m]), sum[b][m]);
-                    sum[b][m] = vf_fma(vf_mul(vf_from_int(dot[m]), scale), vf_set1(scales[m]), sum[b][m]);
+                    const VF row_scale = vf_set1(scales[2 * part / parts * stride + m]);
+                    sum[b][m] = vf_fma(vf_mul(vf_from_int(dot[m]), scale), row_scale, sum[b][m]);
                 }
             }
         }
-        shares += 2 * stride, quarters += 4 * stride;
+        scales += 2 * stride, shares += 2 * stride, quarters += 4 * stride;
     }
     for (int b = 0; b < blocks; b++)
         for (int m = 0; m < rows; m++) vf_store(sums + (b * rows + m) * 16, sum[b][m]);

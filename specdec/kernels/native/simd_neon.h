@@ -182,7 +182,7 @@ INLINE void dot_group(const int blocks, const int rows, const int stride, const 
 /* The whole product of 4-bit weights. */
 INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
                         int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
-    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += stride, shares += 2 * stride)
+    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += 2 * stride, shares += 2 * stride)
         for (int b = 0; b < blocks; b++)
             for (int half = 0; half < 2; half++) {
                 const int8_t *group = w + b * block_bytes, *codes = group + 128 + 256 * half;
@@ -210,7 +210,7 @@ INLINE void dot_groups4(const int blocks, const int rows, const int stride, cons
                         float *sum = sums + (b * rows + m) * 16 + 4 * part;
                         const VF product = vf_mul(vf_from_int(dot[m][part]), scale);
                         const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), vf_load(sum));
-                        vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
+                        vf_store(sum, vf_fma(product, vf_set1(scales[half * stride + m]), share));
                     }
             }
 }
@@ -222,7 +222,7 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
     const int parts = bits == BYTES5 ? 2 : 4, steps = 16 / parts;
     const int8x16_t flip = vdupq_n_s8(bits == BYTES8 ? -128 : 0); /* codes of 8 bits are weights + 128 */
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
-    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride, scales += stride) {
+    for (int64_t g = 0; g < groups; g++, w += GROUPED_BYTES, x += GROUP * stride) {
         for (int b = 0; b < blocks; b++)
             for (int part = 0; part < parts; part++) {
                 const int8_t *group = w + b * block_bytes, *codes = group + 128 + 64 * steps * part;
@@ -245,9 +245,9 @@ INLINE void dot_bytes(const int bits, const int blocks, const int rows, const in
                         if (bits == BYTES5)
                             so_far = vf_fma(vf_load_half(numbers + 64), vf_set1(shares[part * stride + m]), so_far);
                         const VF product = vf_mul(vf_from_int(dot[m][i]), vf_load_half(numbers));
-                        vf_store(sum, vf_fma(product, vf_set1(scales[m]), so_far));
+                        vf_store(sum, vf_fma(product, vf_set1(scales[2 * part / parts * stride + m]), so_far));
                     }
             }
-        shares += 2 * stride, quarters += 4 * stride;
+        scales += 2 * stride, shares += 2 * stride, quarters += 4 * stride;
     }
 }
