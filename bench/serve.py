@@ -26,7 +26,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 
 import specdec
@@ -100,27 +99,19 @@ def judge(answer: Answer, alone: dict[str, Alone], loaded: LoadedModel) -> str:
     return verdict
 
 
-def memory_mib(process: psutil.Process) -> dict[str, float]:
-    """Resident now, and at most so far (Linux)."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"now": process.memory_info().rss / 2**20, "peak": peak / 2**10}
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     options = ModelOptions(device="cpu", threads=arguments.threads, weights=arguments.weights)
     loaded = load_target(arguments.model, options)
     log("asking alone")
     alone = ask_alone(loaded, arguments.max_new_tokens)
     with server(arguments) as served:
-        assert served.process is not None
         asyncio.run(load(served.url, 4, 1, arguments.max_new_tokens))
-        before = memory_mib(served.process)
+        before = served.memory_mib()
         log("load")
         answers, seconds, told_by_server = asyncio.run(
             load(served.url, arguments.clients, arguments.seconds, arguments.max_new_tokens)
         )
-        after = memory_mib(served.process)
+        memory = {"before": before, "after": served.memory_mib(), "peak": served.peak_memory_mib()}
     verdicts = Counter(judge(answer, alone, loaded) for answer in answers)
     return {
         "command": command("serve"),
@@ -140,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "drafted": sum(answer.num_drafted for answer in answers),
         "first_token_s": percentiles([answer.first for answer in answers if answer.first is not None], SHARES),
         "total_s": percentiles([answer.total for answer in answers], SHARES),
-        "memory_mib": {"before": before["now"], "after": after["now"], "peak": after["peak"]},
+        "memory_mib": memory,
         "gauges": told_by_server,
     }
 
@@ -176,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of the server")
     parser.add_argument("--output", type=Path, required=True, help="of the reports, without a suffix")
-    parser.set_defaults(url=None, max_cached_tokens=None)
+    parser.set_defaults(url=None, max_cached_tokens=None, instructions=None)
     return parser.parse_args()
 
 

@@ -364,6 +364,7 @@ def parse_arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--memory-share", type=float, default=0.1, help="that the server may grow by")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(instructions=None)
     return parser.parse_args(args)
 
 

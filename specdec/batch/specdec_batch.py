@@ -30,6 +30,7 @@ class SpecdecBatch:
         weights: "float", "stock", "int8" or "int4".
         dtype, device, threads, trust_remote_code: as in `specdec.models.load`.
         max_rows: rows that are decoded at once; None chooses by what forwards cost.
+        reuses_replies: draft from earlier answers too, each instance from its own.
         settings: the defaults of every row, by name.
 
     Raises:
@@ -48,6 +49,7 @@ class SpecdecBatch:
         threads: int | None = None,
         trust_remote_code: bool = False,
         max_rows: int | None = None,
+        reuses_replies: bool = False,
         settings: Mapping[str, Any] | None = None,
     ):
         from specdec.models.pair import load_pair
@@ -59,7 +61,13 @@ class SpecdecBatch:
             dtype=dtype, device=device, threads=threads, weights=weights, trust_remote_code=trust_remote_code
         )
         pair = load_pair(model, draft, options, translates=spec.translates)
-        self.worker = Worker(pair.target.model, pair.target.tokenizer, drafter=pair.build(spec), max_rows=max_rows)
+        self.worker = Worker(
+            pair.target.model,
+            pair.target.tokenizer,
+            drafter=pair.build(spec),
+            max_rows=max_rows,
+            reuses_replies=reuses_replies,
+        )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of columns, as `map_batches` gives it with its default `batch_format`."""

@@ -68,6 +68,8 @@ class Worker:
         model, tokenizer: the target, and what makes its prompts.
         drafter: as in `specdec.generate`.
         max_rows: jobs that are decoded at once; None chooses by what forwards of so many rows cost on this machine.
+        reuses_replies: whether drafts are also copied from earlier answers, which suits jobs whose answers are alike.
+            Answers stay the same.
     """
 
     def __init__(
@@ -77,11 +79,13 @@ class Worker:
         *,
         drafter: Drafter | PreTrainedModel | str | None = None,
         max_rows: int | None = None,
+        reuses_replies: bool = False,
     ):
         self.max_rows = best_rows(RowTimer(model).seconds) if max_rows is None else max_rows
         self.window = _WINDOW * self.max_rows
         self._tokenizer = tokenizer
         self._num_positions = position_limit(model)
+        self._kind = "job" if reuses_replies else ""
         self._news = threading.Event()
         self._failure: Exception | None = None
         engine = Engine(
@@ -101,6 +105,7 @@ class Worker:
                 prompt=self._encode(job),
                 config=GenerationConfig(**job.settings.generation_kwargs),
                 seed=job.settings.seed,
+                kind=self._kind,
                 on_finish=lambda generation: self._finish(pending, generation),
             )
             self._engine.submit(request)

@@ -53,6 +53,14 @@ _MaxRowsOption = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+_ReuseOption = Annotated[
+    bool,
+    typer.Option(
+        "--reuse-replies",
+        help="Draft from the answers to earlier lines too: quicker where answers are alike. They stay the same.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 _RayOption = Annotated[
     str | None,
     typer.Option(
@@ -112,6 +120,7 @@ def batch(
     ] = False,
     stop: StopOption = None,
     max_rows: _MaxRowsOption = None,
+    reuse_replies: _ReuseOption = False,
     loading: LoadingOptions = LOADING,
     ray: _RayOption = None,
     workers: _WorkersOption = None,
@@ -135,6 +144,7 @@ def batch(
         **sampling.generation_kwargs,
     )
     worker = {"model": model, "draft": draft, "drafter": drafter, "max_rows": max_rows, **asdict(loading)}
+    worker["reuses_replies"] = reuse_replies
     made_with = (model, loading.weights, loading.dtype)
     done = _run(source, output, lambda: _pool(worker, ray, workers, settings), settings, made_with)
     _summarise(done, output)

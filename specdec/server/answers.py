@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from specdec.server.errors import ApiError
 from specdec.server.jobs import Job, Part
 from specdec.server.protocol.answers import CompletionDetails, PromptDetails, SpeculationStats, Usage
+from specdec.server.replies.parser import ReplyParser
 
 if TYPE_CHECKING:
     from specdec.engine import Generation, TokenLogprobs
@@ -43,6 +44,12 @@ class Summary:
 
     usage: Usage
     speculation: SpeculationStats
+
+    def with_reasoning(self, parsers: Sequence[ReplyParser]) -> Summary:
+        """What the parsers have counted is told too."""
+        num_tokens = sum(parser.num_reasoning_tokens for parser in parsers)
+        details = self.usage.completion_tokens_details.model_copy(update={"reasoning_tokens": num_tokens})
+        return replace(self, usage=self.usage.model_copy(update={"completion_tokens_details": details}))
 
 
 class Form(Protocol):

@@ -132,9 +132,9 @@ class ChatForm(_Form):
 
     def whole(self, choices: Sequence[WholeChoice], summary: Summary) -> ChatCompletion:
         answers = []
-        for index, choice in enumerate(choices):
-            parser = self._make_parser()
-            message = self._message([*parser.add(choice.text), *parser.finish()])
+        self._parsers = [self._make_parser() for _ in choices]
+        for index, (choice, parser) in enumerate(zip(choices, self._parsers, strict=True)):
+            message = self._message([*parser.add(choice.text, choice.offsets), *parser.finish()])
             answers.append(
                 ChatChoice(
                     index=index,
@@ -143,7 +143,11 @@ class ChatForm(_Form):
                     finish_reason=_reason(choice.reason, parser),
                 )
             )
-        return ChatCompletion(**self._head, choices=answers, usage=summary.usage, speculation=summary.speculation)
+        usage = summary.with_reasoning(self._parsers).usage
+        return ChatCompletion(**self._head, choices=answers, usage=usage, speculation=summary.speculation)
+
+    def closing(self, summary: Summary) -> list[bytes]:
+        return super().closing(summary.with_reasoning(self._parsers))
 
     def opening(self, num_choices: int) -> list[bytes]:
         self._parsers = [self._make_parser() for _ in range(num_choices)]
@@ -152,7 +156,7 @@ class ChatForm(_Form):
     def chunk(self, part: Part) -> list[bytes]:
         parser = self._parsers[part.index]
         num_calls = parser.num_calls
-        pieces = parser.add(part.text)
+        pieces = parser.add(part.text, part.offsets)
         if part.finish_reason is not None:
             pieces += parser.finish()
         events = []

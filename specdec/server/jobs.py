@@ -188,6 +188,7 @@ class Job:
                 num_logprobs=plan.num_logprobs,
                 max_drafted=plan.max_drafted,
                 keeps_rounds=plan.keeps_rounds,
+                kind=f"{self._client} {plan.kind}" if plan.kind else "",  # of no other client's replies
                 on_tokens=self._teller(index),
                 on_finish=self._teller(index),
             )

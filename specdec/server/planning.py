@@ -68,6 +68,7 @@ class ChoicePlan:
     num_logprobs: int | None
     max_drafted: int | None
     keeps_rounds: bool
+    kind: str
 
 
 class Planner:
@@ -173,6 +174,7 @@ class Planner:
                 num_logprobs=body.num_logprobs,
                 max_drafted=body.max_drafted,
                 keeps_rounds=body.includes_speculation,
+                kind=body.prompt_cache_key or "",
             )
             for prompt in prompts
             for index in range(body.n or 1)

@@ -72,7 +72,7 @@ class ResponsesForm:
 
     def whole(self, choices: Sequence[WholeChoice], summary: Summary) -> Response:
         (choice,) = choices
-        self._take([*self._parser.add(choice.text), *self._parser.finish()])
+        self._take([*self._parser.add(choice.text, choice.offsets), *self._parser.finish()])
         self._reason = choice.reason
         self._close()
         return self._response(summary)
@@ -82,7 +82,7 @@ class ResponsesForm:
         return [self._event(f"response.{name}", response=begun) for name in ("created", "in_progress")]
 
     def chunk(self, part: Part) -> list[bytes]:
-        events = self._take(self._parser.add(part.text))
+        events = self._take(self._parser.add(part.text, part.offsets))
         if part.finish_reason is not None:
             self._reason = part.finish_reason
             events += self._take(self._parser.finish())
@@ -188,7 +188,7 @@ class ResponsesForm:
             tool_choice=_told_choice(body),
             tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             top_p=body.top_p,
-            usage=None if summary is None else _usage(summary),
+            usage=None if summary is None else _usage(summary.with_reasoning([self._parser])),
             speculation=None if summary is None else summary.speculation,
         )
 
@@ -212,6 +212,6 @@ def _usage(summary: Summary) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.completion_tokens_details.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from specdec.batch import Journal, Settings, SpecdecBatch, Worker, run_batch
 from specdec.batch.lines import Line, parse, read_lines
 from specdec.cli.app import app
+from specdec.drafters import PromptLookup
 from specdec.errors import BatchError, WorkerError
 from specdec.testing import ByteTokenizer, tiny_model
 from specdec.text.prompting import encode_chats, user_turn
@@ -394,6 +395,20 @@ def test_columns_of_a_data_set(tiny: str) -> None:
     answer.worker.close()
 
 
+def test_answers_that_are_alike_draft_each_other() -> None:
+    """Where that is asked for, and they stay the same."""
+    jobs = [parse(line_of({"prompt": "to be or not"}, number), Settings(max_new_tokens=24)) for number in range(4)]
+    counts = []
+    for reuses in (False, True):
+        model, tokenizer = tiny_model("llama"), ByteTokenizer()
+        worker = Worker(model, tokenizer, drafter=PromptLookup(min_match=4), max_rows=1, reuses_replies=reuses)
+        answers = worker.answer(jobs)
+        worker.close()
+        assert len({answer.text for answer in answers}) == 1
+        counts.append([answer.num_accepted for answer in answers])
+    assert min(counts[1][1:]) > max(counts[0]) >= counts[1][0]
+
+
 def test_the_number_of_rows_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.batch.worker.RowTimer.seconds", lambda timer, rows: max(1.0, rows / 4))
     worker = Worker(tiny_model("llama"), ByteTokenizer())
@@ -418,6 +433,7 @@ def test_the_command(source: Path, tiny: str, tmp_path: Path) -> None:
         "prompt-lookup",
         "--max-rows",
         "2",
+        "--reuse-replies",
     ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output

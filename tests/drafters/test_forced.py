@@ -13,7 +13,7 @@ from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.drafters.composite.forced import Forced
 from specdec.engine import Engine
 from specdec.testing import ByteTokenizer, tiny_model
-from tests.support.engine_requests import alone, request_of
+from tests.support.engine_requests import alone, request_of, sampled_by_hand
 from tests.support.references import with_noise
 
 TOKENIZER = ByteTokenizer()
@@ -129,3 +129,20 @@ def test_an_engine_drafts_what_each_request_forces(name: str):
     assert [generation.tokens for generation in generations] == [alone(MODEL, request) for request in requests]
     for index in (0, 2, 3):
         assert generations[index].stats.accepted >= 12
+
+
+@pytest.mark.parametrize("name", ["plain", "lookup", "small"])
+def test_what_an_engine_samples_is_a_function_of_the_seed_whatever_is_forced(name: str):
+    """Token by token what one forward each and the seed's noise make of it; rows with a grammar beside rows without."""
+    prompts = [list(b"a"), list(b"hello there"), list(b"hm hm"), list(b"no")]
+    frames = [[Frame(len(prompt), lies=index == 2)] if index != 1 else [] for index, prompt in enumerate(prompts)]
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": 20, "eos_token_id": EOS}
+    engine = Engine(MODEL, drafter=drafters()[name], max_rows=3)
+    generations = [
+        engine.submit(request_of(prompt, processors=frame, seed=seed, **options))
+        for seed, (prompt, frame) in enumerate(zip(prompts, frames, strict=True))
+    ]
+    engine.run()
+    for seed, (prompt, frame, generation) in enumerate(zip(prompts, frames, generations, strict=True)):
+        assert generation.tokens == sampled_by_hand(MODEL, prompt, LogitsProcessorList(frame), seed, 20)
+    assert all(generations[index].stats.accepted >= 10 for index in (0, 3))

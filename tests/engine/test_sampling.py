@@ -19,6 +19,7 @@ from specdec.drafters import Auto, Plain, PromptLookup, QuantizedSelf, SmallMode
 from specdec.engine import Engine, Request
 from specdec.engine.noise import GumbelNoise, gumbel
 from specdec.testing import tiny_model
+from tests.support.engine_requests import sampled_by_hand
 from tests.support.goodness import assert_drawn_from
 
 SEEDS = 2000
@@ -72,17 +73,6 @@ CONFIG = GenerationConfig(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, 
 PROMPTS = [[1, 2, 3], [4] * 20, [5, 6, 5, 6, 5, 6, 5], [9], list(range(40))]
 
 
-@torch.no_grad()
-def by_hand(model, prompt: Sequence[int], seed: int, count: int) -> list[int]:
-    """One forward of the model for each token, and the noise as `gumbel` defines it."""
-    text = list(prompt)
-    for _ in range(count):
-        scores_1V = WARPERS(None, model(torch.tensor([text])).logits[:, -1].float())
-        noise_V = gumbel(seed, len(text), torch.arange(scores_1V.shape[1]))
-        text.append(int((scores_1V[0].double().log_softmax(-1) + noise_V).argmax()))
-    return text[len(prompt) :]
-
-
 @pytest.mark.parametrize("max_rows", [1, 4])
 @pytest.mark.parametrize("name", ["plain", "lookup", "small", "self", "auto"])
 def test_output_is_a_function_of_prompt_and_seed(name: str, max_rows: int):
@@ -97,7 +87,9 @@ def test_output_is_a_function_of_prompt_and_seed(name: str, max_rows: int):
     engine = Engine(model, drafter=drafter, max_rows=max_rows)
     generations = [engine.submit(Request(prompt=p, config=CONFIG, seed=seed)) for seed, p in enumerate(PROMPTS)]
     engine.run()
-    assert [g.tokens for g in generations] == [by_hand(model, p, seed, 10) for seed, p in enumerate(PROMPTS)]
+    assert [g.tokens for g in generations] == [
+        sampled_by_hand(model, p, WARPERS, seed, 10) for seed, p in enumerate(PROMPTS)
+    ]
     if name == "self":  # the noise couples: a draft that scores alike draws alike
         assert sum(g.stats.accepted for g in generations) > 0.8 * sum(g.stats.drafted for g in generations)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -98,8 +98,46 @@ def test_langchain(served: Running):
     bound = model.bind_tools(TOOLS, tool_choice="required").bind(max_tokens=400, temperature=1, seed=3)
     reply = bound.invoke("hello")
     jsonschema.validate(reply.tool_calls[0]["args"], SCHEMA)
-    structured = model.with_structured_output(SCHEMA | {"title": "Animal"}, method="json_schema")
+    free = langchain.ChatOpenAI(model=NAME, base_url=f"{served.url}/v1", api_key="none", max_tokens=400, seed=4)
+    structured = free.with_structured_output(SCHEMA | {"title": "Animal"}, method="json_schema")
     jsonschema.validate(structured.invoke("hello"), SCHEMA)
+
+
+def test_a_langchain_agent_with_two_tools(served: Running):
+    """LangChain's own loop: it calls the tools, sends results back, and ends where a tool's result is the answer."""
+    langchain = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
+    agents = pytest.importorskip("langchain.agents", reason="pip install langchain")
+    from langchain.agents.middleware import wrap_model_call
+    from langchain_core.tools import tool
+
+    done: list[str] = []
+
+    @tool
+    def look(animal: Literal["cat", "dog"]) -> str:
+        """Look at one."""
+        done.append(f"look {animal}")
+        return f"a {animal}"
+
+    @tool(return_direct=True)
+    def take(animal: Literal["cat", "dog"], number: Literal[1, 2]) -> str:
+        """Take some, and go."""
+        done.append(f"take {number} {animal}")
+        return "taken"
+
+    @wrap_model_call
+    def has_to_call(request: Any, handler: Any) -> Any:
+        """The tiny model would not by itself."""
+        return handler(request.override(tool_choice="required", model_settings={"parallel_tool_calls": False}))
+
+    model = langchain.ChatOpenAI(model=NAME, base_url=f"{served.url}/v1", api_key="none", max_tokens=400, seed=1)
+    agent = agents.create_agent(model, [look, take], middleware=[has_to_call])
+    state = agent.invoke({"messages": [("user", "which one?")]}, {"recursion_limit": 100})
+    messages = state["messages"]
+    results = [message for message in messages if message.type == "tool"]
+    assert len(done) == len(results) == (len(messages) - 1) / 2
+    assert all(message.status == "success" for message in results)
+    assert {text.split()[0] for text in done} == {"look", "take"}
+    assert results[-1].content == "taken"
 
 
 def test_litellm(served: Running):

@@ -14,11 +14,11 @@ import pytest
 for extra in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
     pytest.importorskip(extra, reason=f"{extra} is not installed: pip install -e .[serve,dev]")
 
-from specdec.drafters import SmallModel
+from specdec.drafters import PromptLookup, SmallModel
 from specdec.engine import RoundReport
 from specdec.server.options import ServerOptions
 from specdec.server.origins import Origins
-from tests.support.serving import Running, chat_prompt, plain_ids, running, served_model, text_of, wait_until
+from tests.support.serving import NAME, Running, chat_prompt, plain_ids, running, served_model, text_of, wait_until
 from trees import TokenTree
 
 MODEL = served_model(max_position_embeddings=512)
@@ -53,6 +53,24 @@ def test_a_request_says_how_far_is_drafted(served: Running, speculation: Any, mo
     assert told["mean_acceptance_length"] == pytest.approx(30 / told["num_rounds"])
     assert details["accepted_prediction_tokens"] == told["num_accepted_tokens"]
     assert told["draft_acceptance_rate"] == (1 if most else None)
+
+
+def test_the_other_api_says_so_too(served: Running):
+    body = {"model": NAME, "input": "hello", "max_output_tokens": 30, "temperature": 0, "speculation": False}
+    answer = served.http.post("/v1/responses", json=body).json()
+    assert answer["output"][0]["content"][0]["text"] == EXPECTED
+    assert answer["speculation"]["num_draft_tokens"] == 0
+
+
+def test_requests_of_one_key_draft_from_earlier_replies():
+    """And those of another key do not, nor those without."""
+    with running(MODEL, engine_options={"drafter": PromptLookup(min_match=4)}) as served:
+        accepted = []
+        for key in ("a", "a", "b", None, "a"):
+            document = served.chat(**SHORT, prompt_cache_key=key).json()
+            assert document["choices"][0]["message"]["content"] == EXPECTED
+            accepted.append(document["speculation"]["num_accepted_tokens"])
+    assert accepted[0] == accepted[2] == accepted[3] < accepted[1] == accepted[4]
 
 
 def events(served: Running, **options: Any) -> list[dict[str, Any]]:

@@ -125,6 +125,24 @@ def test_reasoning_that_is_cut_off():
             assert parsed(ReplyParser(None, (), THOUGHTS), parts) == expected
 
 
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_tokens_of_reasoning_are_counted_with_their_tags(is_thinking: bool):
+    thought = "hm <" if is_thinking else " <think>hm <"
+    for text, num_tokens in (
+        (f"{thought}</think> yes", len(f"{thought}</think>")),
+        (f"{thought}</think>", len(f"{thought}</think>")),
+        (f"{thought}</th", len(f"{thought}</th")),
+        ("" if is_thinking else "no <think>", 0),
+    ):
+        for parts in cuts(text):
+            parser = ReplyParser(None, (), THOUGHTS, is_thinking=is_thinking)
+            offsets = iter(range(len(text)))
+            for part in parts:
+                parser.add(part, [next(offsets) for _ in part])
+            parser.finish()
+            assert parser.num_reasoning_tokens == num_tokens, parts
+
+
 def special_tokenizer() -> ByteTokenizer:
     """With the tags as tokens, some special, as models have them."""
     tokenizer = ByteTokenizer()
@@ -247,3 +265,22 @@ def test_what_cannot_be_called_is_refused(client: openai.OpenAI):
     ):
         with pytest.raises(openai.BadRequestError, match=reason):
             call_of(client, **options)
+
+
+def test_a_reply_that_goes_on_thinking_is_reasoning_token_by_token():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = f"{tokenizer.chat_template}<think>\n"
+    with (
+        running(served_model(), tokenizer=tokenizer) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        messages: Any = [{"role": "user", "content": "hello"}]
+        options: dict[str, Any] = {"model": NAME, "messages": messages, "max_tokens": 9, "temperature": 0, "n": 2}
+        reply = client.chat.completions.create(**options)
+        *_, last = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        for usage in (reply.usage, last.usage):
+            assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens == 18
+        response = client.responses.create(model=NAME, input="hello", max_output_tokens=9, temperature=0)
+        assert response.usage.output_tokens_details.reasoning_tokens == 9
+        text = client.completions.create(model=NAME, prompt="hello", max_tokens=9, temperature=0)
+        assert text.usage.completion_tokens_details.reasoning_tokens == 0

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from specdec.engine import Request
+from specdec.engine.noise import gumbel
 from specdec.testing import ByteTokenizer, tiny_model
 
 TOKENIZER = ByteTokenizer()
@@ -69,6 +70,20 @@ def alone(model: PreTrainedModel, request: Request) -> list[int]:
         pad_token_id=TOKENIZER.pad_token_id,
     )
     return out[0, len(request.prompt) :].tolist()
+
+
+@torch.no_grad()
+def sampled_by_hand(
+    model: PreTrainedModel, prompt: Sequence[int], processors: LogitsProcessorList, seed: int, count: int
+) -> list[int]:
+    """One forward of the model for each token, and the noise as `gumbel` defines it."""
+    text = list(prompt)
+    for _ in range(count):
+        text_1L = torch.tensor([text])
+        scores_1V = processors(text_1L, model(text_1L).logits[:, -1].float())
+        noise_V = gumbel(seed, len(text), torch.arange(scores_1V.shape[1]))
+        text.append(int((scores_1V[0].double().log_softmax(-1) + noise_V).argmax()))
+    return text[len(prompt) :]
 
 
 def random_prompt(length: int, seed: int = 0, vocab_size: int = 6) -> list[int]:

@@ -10,10 +10,15 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionDetails(BaseModel):
-    """Of drafted tokens, how many were kept and how many refused. Both were verified; only the kept ones count."""
+    """Of drafted tokens, how many were kept and how many refused. Both were verified; only the kept ones count.
+
+    Args:
+        reasoning_tokens: of the completion, tags included; 0 where reasoning is not told apart.
+    """
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
 
 
 class PromptDetails(BaseModel):

@@ -149,7 +149,11 @@ class Sampling(Asked):
     )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
-    prompt_cache_key: Text | None = Effectless
+    prompt_cache_key: Text | None = Field(
+        None,
+        description="Of a client's requests with one key, drafts are also copied from earlier replies; what is said "
+        "stays the same.",
+    )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(
         None, description=f"{Beyond}divides the scores of tokens of prompt and reply (negative ones are multiplied)."
     )

@@ -136,7 +136,7 @@ class ResponsesRequest(Asked):
     metadata: Metadata | None = Effectless
     min_p: Annotated[float, Field(ge=0, le=1)] | None = AsOfChat
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: Text | None = Effectless
+    prompt_cache_key: Text | None = AsOfChat
     reasoning: ReasoningOptions | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = AsOfChat
     safety_identifier: Text | None = Effectless
@@ -154,10 +154,13 @@ class ResponsesRequest(Asked):
     def as_chat(self) -> ChatRequest:
         """The conversation that is asked for. Raises `ValidationError` where parameters do not go together."""
         shared = (
+            "chat_template_kwargs",
             "min_p",
             "parallel_tool_calls",
+            "prompt_cache_key",
             "repetition_penalty",
             "seed",
+            "speculation",
             "stream",
             "temperature",
             "top_k",

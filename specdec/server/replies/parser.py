@@ -47,10 +47,25 @@ class ReplyParser:
         """Not told yet: it may begin a tag, or it is what a call has had so far."""
         self._is_past_reasoning = False
         self._has_told = False
+        self._num_added = self._reasoning_end = 0
+        """Characters: all so far, and those up to the end of the tag that closes the reasoning."""
+        self._offsets: list[int] = []
         self.num_calls = 0
 
-    def add(self, text: str) -> list[Piece]:
-        """What can be told now."""
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of the reasoning so far, its tags included."""
+        end = self._num_added if self._mode is _Mode.REASONING else self._reasoning_end
+        return sum(offset < end for offset in self._offsets)
+
+    def add(self, text: str, offsets: Sequence[int] = ()) -> list[Piece]:
+        """What can be told now.
+
+        Args:
+            offsets: where each new token starts, in characters of the whole reply.
+        """
+        self._num_added += len(text)
+        self._offsets += offsets
         pieces: list[Piece] = []
         while text:
             text = self._step(text, pieces)
@@ -101,6 +116,7 @@ class ReplyParser:
         before, tag, after = self._held.partition(self._thoughts[1])
         if tag:
             self._held, self._is_past_reasoning = "", True
+            self._reasoning_end = self._num_added - len(after)
             self._mode = _Mode.BEGINNING if self._has_bare_calls else _Mode.TEXT
             pieces.append(Reasoning(before.rstrip()))
             return after
