@@ -12,7 +12,11 @@ from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWar
 
 import specdec
 from specdec import DraftError
-from specdec.drafters import Mixed, Plain, PromptLookup, SparseSelf
+from specdec.control import ForwardCosts
+from specdec.control import costs as costs_module
+from specdec.drafters import Auto, Mixed, Plain, PromptLookup, SparseSelf
+from specdec.drafters.auto import drafter as auto
+from specdec.drafters.auto import sources
 from specdec.engine import Engine
 from specdec.kernels import native
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
@@ -142,6 +146,27 @@ def test_it_takes_its_turn_with_others() -> None:
     mixed = Mixed([PromptLookup(min_match=1), SparseSelf(budget=8, num_tokens=3)])
     out = speculate(model, PROMPTS, mixed, max_new_tokens=NUM_NEW)
     assert_same_tokens(model, reference, out.sequences, PROMPTS["attention_mask"])
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("named", [False, True])
+def test_auto_drafts_with_it_from_some_length_on(named: bool, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are priced as forwards of a short past: the price of a plain round is that of the whole text."""
+    model = specdec.prepare(tiny_model("llama", **NATIVE), weights=weights)
+    prompts = random_prompts([20, 30, 25], vocab_size=60)
+    costs = ForwardCosts({1: 1e-3, 64: 2e-3}, slopes=lambda: dict.fromkeys((1, 64), 1.0))
+    for module in (auto, sources):
+        monkeypatch.setattr(module, "costs_of", lambda model, num_rows=1: costs)
+    monkeypatch.setattr(auto, "_own_drafters", lambda run, auto: [])
+    monkeypatch.setattr(auto, "_sparse_self", SparseSelf(budget=16))
+    monkeypatch.setattr(auto, "_LONG", 40)
+    monkeypatch.setattr(costs_module, "_SHORT", 35)
+    reference = plain_alone(model, prompts, NUM_NEW)
+    drafter = Auto(SparseSelf(budget=16)) if named else Auto()
+    out = speculate(model, prompts, drafter, max_new_tokens=NUM_NEW)
+    assert_same_tokens(model, reference, out.sequences, prompts["attention_mask"])
+    assert "SparseSelf" in {round_["drafter"] for round_ in out.stats.trace}
+    assert speculate(model, rows_of(prompts, [0]), Auto(), max_new_tokens=4).stats.draft_forwards == 0
 
 
 # The model with a part of the past

@@ -55,6 +55,12 @@ class SparseSelf(Drafter):
         self.select: Selection = select
         self.policy: GrowthPolicy = Chain(num_tokens)
 
+    def fits(self, run: Run) -> bool:
+        """Whether a run's target can draft this way, and a long text is dear for it."""
+        kinds = run.target.kinds
+        is_dear = any(kind is not None and kind.sees_all for kind in kinds)
+        return is_dear and num_processes(run.target.model) == 1 and all(map(_has_a_past, kinds))
+
     def start(self, run: Run) -> DraftSession:
         if num_processes(run.target.model) > 1:
             raise DraftError("SparseSelf: the target is split over processes, and only the first one drafts")
@@ -62,8 +68,8 @@ class SparseSelf(Drafter):
         if kind is not None:
             name = run.target.model.config.model_type
             raise DraftError(
-                f"SparseSelf: a layer of this {name!r} model is of the kind {kind.name!r}, of whose past no part can be "
-                "taken: draft with specdec.drafters.PromptLookup()"
+                f"SparseSelf: a layer of this {name!r} model is of the kind {kind.name!r}, of whose past no part can "
+                "be taken: draft with specdec.drafters.PromptLookup()"
             )
         return _SparseSelfSession(run, self)
 
@@ -81,6 +87,10 @@ class _SparseSelfSession(SelfSession):
         self._budget = drafter.budget
         self._model = SparseModel(run.target.model, drafter.budget, by_attention=drafter.select == "attention")
         self._model.begin(len(run.sequences))
+
+    @property
+    def attended(self) -> int:
+        return self._budget
 
     def join(self) -> None:
         self._model.join()
