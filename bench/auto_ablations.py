@@ -29,7 +29,7 @@ def _unchanged(values: Iterable[float], _: object) -> list[float]:
 
 
 def _seconds_of_own_width(own: costs.ForwardCosts, num_tokens: int) -> float:
-    return own.drift * own.measured(num_tokens) * own._corrections.get(costs._octave(num_tokens), 1.0)
+    return own.drift * own.measured(num_tokens) * own._learned.corrections.get(costs._octave(num_tokens), 1.0)
 
 
 ABLATIONS: dict[str, list[Replacement]] = {

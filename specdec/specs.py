@@ -28,6 +28,7 @@ AUTO = "auto"
 PROMPT_LOOKUP = "prompt-lookup"
 SMALL_MODEL = "small-model"
 QUANTIZED_SELF = "quantized-self"
+SPARSE_SELF = "sparse-self"
 FOREIGN_MODEL = "foreign-model"
 DRAFT_HEAD = "draft-head"
 CHAIN = "chain"
@@ -168,6 +169,7 @@ _DRAFTERS = {
     SMALL_MODEL: _Drafter("SmallModel", trees=_ALL, uses_draft="always", made_of=lambda draft, _: [draft]),
     DRAFT_HEAD: _Drafter("DraftHead", trees=_ALL, uses_draft="always", made_of=lambda draft, _: [draft]),
     QUANTIZED_SELF: _Drafter("QuantizedSelf", trees=_ALL),
+    SPARSE_SELF: _Drafter("SparseSelf", trees=_ALL),
     "early-exit": _Drafter("EarlyExit", trees=_ALL, is_joined=False),
     FOREIGN_MODEL: _Drafter(
         "ForeignModel",

@@ -9,12 +9,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate
 from math import inf
 from statistics import median
 from threading import Lock, RLock
 from time import perf_counter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from specdec.kernels.model.origin import files_of
 from specdec.kernels.model.profile import profile_of
 from specdec.kernels.native import identity
 from specdec.stages import stage
+from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
 from specdec.tree_model.model import TreeModel
 
@@ -41,6 +45,10 @@ _TIME_LIMIT_S = 1.0
 _FAR_AWAY_S = 5.0
 """A short prompt that takes so long waits for weights that are not in memory, and so does every forward."""
 _CONTEXT = 32
+_LONG_CONTEXT = 2048
+"""Slots of the past of the forwards that say what each of them adds; timed when a run is first past `_SHORT`."""
+_SHORT = 1024
+"""Slots of a past of which it is not asked what they add: rounds show it."""
 _SCATTER = 7919
 """A prime: its multiples do not come again within a vocabulary."""
 _MEMORY = 9
@@ -48,6 +56,18 @@ _MEMORY = 9
 _MIN_OWN = 3
 """Rounds of a width before its own correction counts."""
 _noting = Lock()
+
+
+@dataclass(slots=True, eq=False)
+class _Learned:
+    """What rounds have shown of forwards that were measured."""
+
+    drifts: deque[float] = field(default_factory=lambda: deque([1.0, 1.0], maxlen=_MEMORY))
+    """The measurement is two of them: a first slow round does not outvote it."""
+    drift: float = 1.0
+    own: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_MEMORY)))
+    corrections: dict[int, float] = field(default_factory=dict)
+    """Of octaves of widths, beside the drift. A new dictionary each time: another thread may be reading the old one."""
 
 
 class ForwardCosts:
@@ -60,22 +80,42 @@ class ForwardCosts:
             the last slope goes on.
         plain: number of tokens of a plain round. What these rounds take says how the machine is doing; other widths
             have corrections of their own on top.
+        slopes: asked once for the seconds that each further slot of the past adds to a forward, by number of tokens;
+            None where that is not known. It may take its time.
     """
 
-    def __init__(self, seconds: Mapping[int, float], plain: int = 1):
+    def __init__(
+        self,
+        seconds: Mapping[int, float],
+        plain: int = 1,
+        slopes: Callable[[], Mapping[int, float] | None] = lambda: None,
+    ):
         self._plain = _octave(plain)
         self._widths = sorted(seconds)
         # a wider forward is not cheaper: the narrower one was disturbed
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
         self._seconds = least[::-1]
         self._table: dict[int, float] = {}
-        self._drifts = deque([1.0, 1.0], maxlen=_MEMORY)  # the measurement: a first slow round does not outvote it
-        self._own: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_MEMORY))
-        self.drift = 1.0
+        self._learned = _Learned()
+        self._slopes = cache(slopes)
+        self._short = self
+        """The same where the past is short."""
+
+    def at(self, length: int) -> ForwardCosts:
+        """The same where rows have a past of so many slots; what rounds show is learned for all lengths together."""
+        short = self._short
+        slopes = short._slopes() if length > _SHORT else None
+        if slopes is None:
+            return short
+        added = length - _CONTEXT
+        longer = ForwardCosts({width: short.measured(width) + slope * added for width, slope in slopes.items()})
+        longer._short, longer._plain, longer._learned = short, short._plain, short._learned
+        return longer
+
+    @property
+    def drift(self) -> float:
         """How much longer rounds take now than was measured."""
-        self._corrections: dict[int, float] = {}
-        self._ceilings: dict[int, float] = {}
-        """What the widest rounds of these octaves take, before the drift."""
+        return self._learned.drift
 
     def measured(self, num_tokens: int) -> float:
         """As measured at the start."""
@@ -85,9 +125,9 @@ class ForwardCosts:
 
     def seconds(self, num_tokens: int) -> float:
         """As expected now: no more than wider rounds have taken."""
-        octave = _octave(num_tokens)
-        own = self.measured(num_tokens) * self._corrections.get(octave, 1.0)
-        wider = (seconds for other, seconds in self._ceilings.items() if other > octave)
+        octave, corrections = _octave(num_tokens), self._learned.corrections
+        own = self.measured(num_tokens) * corrections.get(octave, 1.0)
+        wider = (self.measured(1 << other) * share for other, share in corrections.items() if other > octave)
         return self.drift * min([own, *wider])
 
     def update(self, num_tokens: int, seconds: float) -> None:
@@ -96,16 +136,15 @@ class ForwardCosts:
             self._update(seconds / self.measured(num_tokens), _octave(num_tokens))
 
     def _update(self, ratio: float, octave: int) -> None:
-        if octave == self._plain or octave in self._corrections:
-            self._drifts.append(ratio / self._corrections.get(octave, 1.0))
-            self.drift = median(self._drifts)
+        learned = self._learned
+        if octave == self._plain or octave in learned.corrections:
+            learned.drifts.append(ratio / learned.corrections.get(octave, 1.0))
+            learned.drift = median(learned.drifts)
         if octave != self._plain:
-            own = self._own[octave]
-            own.append(ratio / self.drift)
+            own = learned.own[octave]
+            own.append(ratio / learned.drift)
             if len(own) >= _MIN_OWN:
-                self._corrections[octave] = median(own)
-                ceiling = self.measured(1 << octave) * self._corrections[octave]
-                self._ceilings = {**self._ceilings, octave: ceiling}  # another thread may be reading the old ones
+                learned.corrections = {**learned.corrections, octave: median(own)}
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
@@ -139,16 +178,40 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
     with measuring:
         key, known = _state(model), profile_of(model).part(_Known)
         if key not in known:
-            known[key] = ForwardCosts(_recalled(model) or _measured(model))
+            seconds = _known_seconds(model, _CONTEXT)
+            known[key] = ForwardCosts(seconds, slopes=partial(_slopes, ref(model), seconds))
         sized = (*key, _octave(num_rows))
         if sized not in known:
-            known[sized] = ForwardCosts({width: known[key].measured(width) for width in WIDTHS}, plain=num_rows)
+            measured = {width: known[key].measured(width) for width in WIDTHS}
+            known[sized] = ForwardCosts(measured, plain=num_rows, slopes=known[key]._slopes)
         return known[sized]
 
 
-def _recalled(model: PreTrainedModel) -> dict[int, float] | None:
+def _slopes(model: ref[PreTrainedModel], short: Mapping[int, float]) -> dict[int, float] | None:
+    """Seconds that each further slot of the past adds to a forward, from forwards with a short and with a long one.
+
+    Args:
+        short: forwards with a short one.
+    """
+    found = model()
+    if found is None or len(short) == 1:
+        return None
+    length = min(_LONG_CONTEXT, position_limit(found) - 1)
+    if length <= _SHORT:
+        return None
+    with measuring:
+        long, near = ForwardCosts(_known_seconds(found, length)), ForwardCosts(short)
+    added = [max(long.measured(width) - near.measured(width), 0.0) / (length - _CONTEXT) for width in WIDTHS]
+    return dict(zip(WIDTHS, accumulate(added, max), strict=True))
+
+
+def _known_seconds(model: PreTrainedModel, context: int) -> dict[int, float]:
+    return _recalled(model, context) or _measured(model, context)
+
+
+def _recalled(model: PreTrainedModel, context: int) -> dict[int, float] | None:
     """What an earlier process has measured for the same files."""
-    key = _key_on_disk(model)
+    key = _key_on_disk(model, context)
     try:
         kept: Any = {} if key is None else recall(key) or {}
         seconds = {int(width): float(value) for width, value in kept.items()}
@@ -157,19 +220,19 @@ def _recalled(model: PreTrainedModel) -> dict[int, float] | None:
         return None
 
 
-def _measured(model: PreTrainedModel) -> dict[int, float]:
-    seconds = measure_forwards(model)
-    if (key := _key_on_disk(model)) is not None:
+def _measured(model: PreTrainedModel, context: int) -> dict[int, float]:
+    seconds = measure_forwards(model, context=context)
+    if (key := _key_on_disk(model, context)) is not None:
         keep(key, seconds)
     return seconds
 
 
-def _key_on_disk(model: PreTrainedModel) -> tuple[object, ...] | None:
+def _key_on_disk(model: PreTrainedModel, context: int) -> tuple[object, ...] | None:
     """None for a model that does not come from files, or has been changed since."""
     files = files_of(model)
     if files is None or model.device.type != "cpu":
         return None
-    return "forwards", files, structure_name(model), model.dtype, torch.get_num_threads(), identity()
+    return "forwards", context, files, structure_name(model), model.dtype, torch.get_num_threads(), identity()
 
 
 def costs_are_known(model: PreTrainedModel) -> bool:
@@ -189,25 +252,37 @@ def _state(model: PreTrainedModel) -> tuple[object, ...]:
 
 @stage("timing forwards")
 @torch.no_grad()
-def measure_forwards(model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMIT_S) -> dict[int, float]:
+def measure_forwards(
+    model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMIT_S, context: int = _CONTEXT
+) -> dict[int, float]:
     """Number of tokens -> seconds of a forward of the model: the shortest of a few interleaved ones.
 
     Args:
+        context: slots of the past. Only a short part of a long one is read; the rest is zeros, which cost as much.
         time_limit_s: after this no more is measured than the five forwards that are always timed (one, where a prompt
             takes seconds).
     """
     scratch = TreeModel(model)
     started = perf_counter()
-    context = max(min(_CONTEXT, position_limit(model) - 1), 1)
-    scratch.prefill(varied_tokens(scratch, 1, context))
+    num_read = max(min(_CONTEXT, position_limit(model) - 1), 1)
+    scratch.prefill(varied_tokens(scratch, 1, num_read))
     if perf_counter() - started > _FAR_AWAY_S:
         return {1: _time(scratch, 1)}
+    _lengthen(scratch, context - _CONTEXT)
     seconds: dict[int, float] = {}
     for num_timed, width in enumerate(_ORDER):
         if num_timed >= _LEAST_TIMED and perf_counter() - started > time_limit_s:
             break
         seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
     return seconds
+
+
+def _lengthen(scratch: TreeModel, count: int) -> None:
+    """So many slots more, of zeros."""
+    if count > 0:
+        layers = scratch.cache.row_views(0).slots
+        slots = [tuple(part.new_zeros(1).expand(len(part), count, part.shape[2]) for part in layer) for layer in layers]
+        scratch.cache.append_row(0, RowStates(length=count, slots=slots, recurrent=[]))
 
 
 def _time(scratch: TreeModel, width: int) -> float:

@@ -122,6 +122,11 @@ class DraftSession(ABC):
         """The model whose forwards draft, if there is one that is not a part of the target."""
         return None
 
+    @property
+    def attended(self) -> int | None:
+        """Slots of each row that a step attends to, where the whole target drafts on a part of its past."""
+        return None
+
     def explain(self) -> dict[str, Any]:
         """Why the last proposal was made as it was, for the trace: names and numbers."""
         return {}

@@ -10,6 +10,7 @@ from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.foreign_model import ForeignModel
 from specdec.drafters.model.quantized_self import QuantizedSelf
 from specdec.drafters.model.small_model import SmallModel
+from specdec.drafters.model.sparse_self import SparseSelf
 from specdec.drafters.plain import Plain
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "QuantizedSelf",
     "Run",
     "SmallModel",
+    "SparseSelf",
 ]

@@ -51,6 +51,10 @@ class RowStates:
     slots: list[tuple[Tensor, ...]]
     recurrent: list[States]
 
+    def layer(self, index: int, start: int = 0) -> tuple[Tensor, ...]:
+        """What a layer holds of the slots from `start` on, each [H, S, D]; the layers that store some are counted."""
+        return tuple(part[:, start:] for part in self.slots[index])
+
     def part(self, start: int, stop: int) -> RowStates:
         """Those of some slots, without recurrent states; copied."""
         slots = [tuple(kept[:, start:stop].clone() for kept in layer) for layer in self.slots]
@@ -273,12 +277,17 @@ class TreeCache(Cache):
 
     def write_row(self, row: int, states: RowStates) -> None:
         """Make these a row's committed states (copied); it has none yet."""
-        assert self.tail == self.lengths[row] == 0, "the row is empty"
-        for layer, slots in zip(self.stored.values(), states.slots, strict=True):
-            layer.write_row(row, slots)
+        assert self.lengths[row] == 0, "the row is empty"
+        self.append_row(row, states)
         if self.states is not None:
             self.states.write_row(row, states.recurrent)
-        self.lengths[row] = states.length
+
+    def append_row(self, row: int, states: RowStates) -> None:
+        """Commit these slots (copied) after those that a row has; states of recurrences stay as they are."""
+        assert self.tail == 0, "slots are appended between rounds"
+        for layer, slots in zip(self.stored.values(), states.slots, strict=True):
+            layer.write_row(row, slots, self.lengths[row])
+        self.lengths[row] += states.length
         self._slots_memo = None
 
     def clear_row(self, row: int) -> None:

@@ -370,6 +370,14 @@ class TreeModel:
         self.num_forwards += 1
         return outputs.logits
 
+    def visible_slots(self, row: int) -> Tensor:
+        """int64 [S] the committed slots of a row that are no padding, in order."""
+        slots_S = torch.arange(self.cache.lengths[row], device=self.device)
+        if self._prompt_BP is None:
+            return slots_S
+        prompt_P = self._prompt_BP[row, : len(slots_S)]
+        return torch.cat([prompt_P.nonzero()[:, 0], slots_S[len(prompt_P) :]])
+
     @property
     def next_positions_AB(self) -> Tensor:
         """int64 positions of every row's next token."""

@@ -59,6 +59,12 @@ class RowPages(RowStates):
 
     pages: Sequence[Page]
 
+    def layer(self, index: int, start: int = 0) -> tuple[torch.Tensor, ...]:
+        """As of a `RowStates`; copied from the pages of these slots."""
+        first = start // PAGE
+        whole = torch.cat([page.states[index] for page in self.pages[first:]], 2)
+        return tuple(whole[:, :, start - first * PAGE : self.length - first * PAGE])
+
     def part(self, start: int, stop: int) -> RowPages:
         """Those of some full pages; nothing is copied."""
         assert start % PAGE == stop % PAGE == 0

@@ -158,19 +158,19 @@ class TreeLayer(CacheLayerMixin):
             room = len(self.keys) if num_rows <= len(self.keys) else max(num_rows, 2 * len(self.keys))
             self._resize(room, capacity)
 
-    def write_row(self, row: int, states: Sequence[Tensor]) -> None:
-        """Fill a row from its first slot on.
+    def write_row(self, row: int, states: Sequence[Tensor], start: int = 0) -> None:
+        """Fill a row from the slot `start` on.
 
         Args:
             states: [H, S, D] of each of the buffers.
         """
-        num_slots = states[0].shape[1]
+        stop = start + states[0].shape[1]
         if not self.is_initialized:
-            self._capacity = max(self._capacity, num_slots)
+            self._capacity = max(self._capacity, stop)
             self._allocate(states, self._cache.num_rows)
-        self._reserve(num_slots)
+        self._reserve(stop)
         for buffer, part in zip(self.buffers, states, strict=True):
-            buffer[row, :, :num_slots] = part
+            buffer[row, :, start:stop] = part
 
     def copy_rows(self, other: TreeLayer, rows: Sequence[int], room: int) -> None:
         """Begin with these rows of another layer, with room for so many slots more."""

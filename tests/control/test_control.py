@@ -84,6 +84,37 @@ class TestForwardCosts:
         assert costs_of(model, 3) is costs_of(model, 4)
         assert costs.seconds(1) > 0
 
+    def test_a_longer_past_adds_what_each_slot_of_it_adds(self) -> None:
+        asked = []
+        costs = ForwardCosts({1: 1.0, 8: 2.0}, slopes=lambda: asked.append(1) or {1: 0.001, 8: 0.002})
+        assert costs.at(100) is costs
+        assert not asked, "short runs need not know"
+        longer = costs.at(2032)
+        assert [longer.seconds(width) for width in (1, 8)] == pytest.approx([3.0, 6.0])
+        assert longer.at(4032).seconds(1) == pytest.approx(5.0)
+        assert longer.at(100) is costs
+        assert len(asked) == 1
+
+    def test_rounds_of_any_length_correct_the_costs_of_all(self) -> None:
+        costs = ForwardCosts({1: 1.0, 8: 2.0}, slopes=lambda: {1: 0.001, 8: 0.002})
+        for _ in range(20):
+            costs.at(2032).update(1, 6.0)
+            costs.at(4032).update(8, 40.0)
+        assert costs.at(3032).seconds(1) == pytest.approx(2 * 4.0)
+        assert costs.seconds(8) == pytest.approx(2 * 2 * 2.0)
+
+    def test_forwards_with_a_long_past_are_timed_without_reading_it(self) -> None:
+        for model in (
+            tiny_model("gemma2", max_position_embeddings=4096),
+            tiny_model("gpt2", max_position_embeddings=2400),
+        ):
+            assert set(measure_forwards(model, context=2048)) == {1, 2, 4, 8, 16, 32, 64}
+            wanted = costs_of(model)
+            assert wanted.at(2200).measured(8) > 0
+            assert wanted.at(2200) is not wanted
+        short = costs_of(tiny_model("gpt2", max_position_embeddings=256))
+        assert short.at(2200) is short
+
     def test_a_slow_model_is_timed_at_both_ends_of_what_rounds_are_made_of(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -7,27 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-import trees.layered
-import trees.token_source
-from specdec.decoding.drafter import Run
-from specdec.decoding.sampling import Sampler
-from specdec.decoding.sequences import Sequences
-from specdec.drafters import Drafter, DraftHead, Outcome, Plain
-from specdec.drafters.model import growing
+from specdec.drafters import DraftHead, Plain
 from specdec.engine import Engine
 from specdec.testing import tiny_model
-from specdec.tree_model.model import TreeModel
 from tests.support.block_heads import TinyBlockHead, save_authors
 from tests.support.engine_requests import BanAfter, alone, random_prompt, request_of
-from tests.support.enumeration import MAX_DEPTH, Script, ToyModel
+from tests.support.enumeration import ToyModel
 from tests.support.exact_rounds import CAUGHT, VERIFIERS, total_variation
 from tests.support.heads import Listener, TinyHead, save_speculators, small_vocab_model
 from tests.support.mtp_heads import TinyMtp
 from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact
-from trees import Chain, Draft, DySpec, Fixed, GrowthPolicy
-from trees.token_source import TorchSource
+from tests.support.session_drafts import every_draft
+from trees import Chain, DySpec, Fixed, GrowthPolicy
 
 TREES: dict[str, GrowthPolicy] = {"chain": Chain(3), "fixed": Fixed((2, 1)), "dyspec": DySpec(3, max_depth=2)}
 ROUNDING = 1e-5
@@ -58,36 +51,6 @@ def test_q_is_what_tokens_are_drawn_from(
     error, num_accepted = total_variation(drafts, target, verify, monkeypatch)
     assert error < ROUNDING < CAUGHT
     assert num_accepted > 0.5
-
-
-@torch.no_grad()
-def every_draft(
-    model: Any, drafter: Drafter, tree: GrowthPolicy, warpers: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[float, Draft]]:
-    script, drafts = Script(), []
-    monkeypatch.setattr(trees.layered, "batch_size", lambda batch, num_slots: 1)
-    monkeypatch.setattr(trees.token_source, "draw_index", script.draw_index)
-    monkeypatch.setattr(growing, "open_token_source", TorchSource)
-    prompt_1P = torch.tensor([[1, 3, 0, 2, 2]])
-    while script.advance():
-        target, sequences = TreeModel(model), Sequences(prompt_1P, None, 16)
-        run = Run(
-            target=target,
-            vocab_size=target.vocab_size,
-            sequences=sequences,
-            sampler=Sampler(LogitsProcessorList(warpers), do_sample=True),
-            tree=tree,
-            input_ids=prompt_1P,
-            attention_mask=None,
-        )
-        session = drafter.start(run)
-        target.prefill(prompt_1P)
-        sequences.put(0, [1])
-        sequences.commit(0, [1])
-        session.observe(Outcome(paths=[[]], tokens=[[1]]))
-        draft = session.propose([MAX_DEPTH])  # before the probability is read
-        drafts.append((script.prob, draft))
-    return drafts
 
 
 @pytest.mark.parametrize("verify", VERIFIERS)

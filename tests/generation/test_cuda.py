@@ -28,6 +28,7 @@ from specdec.drafters import (
     PromptLookup,
     QuantizedSelf,
     SmallModel,
+    SparseSelf,
 )
 from specdec.exits.module import Exit, load_exits, save_exits
 from specdec.hf import CACHE
@@ -91,6 +92,7 @@ DRAFTERS: dict[str, Callable[[torch.dtype], Drafter]] = {
     "mixed, with an exit": lambda _: Mixed([PromptLookup(), EarlyExit(2)]),
     "auto": lambda _: Auto(),
     "auto, with a draft model": lambda dtype: Auto(SmallModel(draft(dtype))),
+    "sparse self": lambda _: SparseSelf(budget=8),
     "foreign model": lambda dtype: ForeignModel(draft(dtype), ByteTokenizer(), ByteTokenizer()),
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import UnsupportedModelError
-from specdec.drafters import Plain, PromptLookup, SmallModel
+from specdec.drafters import Plain, PromptLookup, SmallModel, SparseSelf
 from specdec.testing import FAMILIES, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.tree_model.compatibility import VERIFIED_FAMILIES, check_model
 from tests.support.families import REFUSED, UNLISTED
@@ -39,6 +39,7 @@ DRAFTERS = {
     "stranger": lambda model, reference: SmallModel(tiny_model("llama", seed=1, hidden_size=16), num_tokens=2),
     "relative": lambda model, reference: SmallModel(with_noise(model)),
     "itself": lambda model, reference: SmallModel(model, num_tokens=5),
+    "sparse": lambda model, reference: SparseSelf(budget=8),
 }
 
 

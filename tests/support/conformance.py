@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec.drafters import Auto, Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import Auto, Drafter, EarlyExit, Plain, PromptLookup, QuantizedSelf, SmallModel, SparseSelf
 from specdec.hf import CACHE
 from specdec.testing import ByteTokenizer, ScriptedDrafter, tiny_model
 from tests.support.conformance_cases import (
@@ -70,6 +70,7 @@ def drafter_of(name: str, family: str, attention: str | None) -> Drafter:
         "early-exit": EarlyExit,
         "exit-1": lambda: EarlyExit(1, num_tokens=3),
         "quantized-self": lambda: QuantizedSelf(num_tokens=4),
+        "sparse-self": lambda: SparseSelf(budget=6, num_tokens=4),
     }[name]()
 
 

@@ -274,7 +274,7 @@ TREES = st.one_of(
     st.builds(trees.Sequoia, st.integers(2, 9), st.just((0.6, 0.2, 0.1))),
 )
 DRAFTERS_FOR = {
-    "chains": ("plain", "auto", "lookup", "oracle", "early-exit", "exit-1", "quantized-self"),
+    "chains": ("plain", "auto", "lookup", "oracle", "early-exit", "exit-1", "quantized-self", "sparse-self"),
     "trees": ("itself", "relative", "stranger"),
 }
 

@@ -33,7 +33,9 @@ from specdec.drafters.auto.sources import (
 )
 from specdec.drafters.composite.cascade import Cascade
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
+from specdec.drafters.model.quantized_copy import original_of
 from specdec.drafters.model.quantized_self import QuantizedSelf
+from specdec.drafters.model.sparse_self import SparseSelf
 from specdec.errors import SpecdecError, UnsupportedOptionError
 from specdec.hf import num_processes
 from specdec.kernels import native, prepared
@@ -46,7 +48,11 @@ _MIN_COPY_TOKENS = 32
 _REMAKING_SHARE = 0.2
 """Of the time of a run may go into making the copy again, of a model that has changed since the last one."""
 
+_LONG = 2048
+"""Slots of a text from where on a part of them may be worth drafting with."""
+
 _quantized_self = QuantizedSelf()
+_sparse_self = SparseSelf()
 
 
 class Auto(Drafter):
@@ -59,7 +65,7 @@ class Auto(Drafter):
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
             float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
-            they draft too (`Cascade`).
+            they draft too (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`).
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
@@ -78,7 +84,7 @@ class Auto(Drafter):
 
     def reset(self) -> None:
         """Take drafters back that were dropped because they had raised."""
-        for drafter in (*self.drafters, _quantized_self):
+        for drafter in (*self.drafters, _quantized_self, _sparse_self):
             take_back(drafter)
 
     def models(self) -> Iterator[PreTrainedModel]:
@@ -144,6 +150,8 @@ class _AutoSession(DraftSession):
         self._clock = clock
         self._auto = auto
         """Until the target has been asked for the drafters that it brings along."""
+        self._is_short = auto is not None and not any(isinstance(each, SparseSelf) for each in auto.drafters)
+        """Until the text is so long that the target may draft with a part of it."""
         self._round: _Round | None = None
         self._control_seconds = 0.0
         # what they depend on does not change in a run, and takes long to look up
@@ -212,7 +220,7 @@ class _AutoSession(DraftSession):
 
     def _context(self, max_depths: Sequence[int]) -> RoundContext:
         num_rows = len(max_depths)
-        costs = self._costs_of(num_rows)
+        costs = self._costs_of(num_rows).at(self._length)
         plain: Plan[Source] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
         throughput = self._control(num_rows).throughput.now(plain)
         return RoundContext(
@@ -223,17 +231,28 @@ class _AutoSession(DraftSession):
             is_packed=self._run.target.is_packed,
         )
 
+    @property
+    def _length(self) -> int:
+        """Tokens that a row's next one attends to: of rows in pages on average, of others those of the longest."""
+        lengths = self._run.sequences.lengths
+        return sum(lengths) // len(lengths) if self._run.target.is_packed else max(lengths)
+
     def _control(self, num_rows: int) -> RoundControl[Source]:
         return self._controls[(num_rows - 1).bit_length()]
 
     def _add_own_drafters(self, context: RoundContext) -> None:
-        """What the target brings along joins in the first round, if the run may become long enough."""
+        """What the target brings along joins in the first round, if the run may become long enough; what drafts with a
+        part of the text when there is more of it."""
         longest = max(context.max_depths)
         if self._auto is not None and longest >= _MIN_COPY_TOKENS:
             if _pays(self._run.target.model, longest * context.plain.seconds):
                 for drafter in _own_drafters(self._run, self._auto):
                     self._add(drafter, _quantized_self)
             self._auto = None
+        if self._is_short and self._length >= _LONG:
+            self._is_short, model = False, self._run.target.model
+            if original_of(model) is model and _sparse_self.fits(self._run):  # no copy that drafts for its original
+                self._add(_sparse_self, _sparse_self)
 
     def _choose(self, context: RoundContext, offer: Plan[Source] | None) -> Plan[Source]:
         """The plan that is worth most, or a trial; `offer` is that of prompt lookup."""

@@ -62,7 +62,7 @@ class RoundContext:
 
     Args:
         max_depths: of each row's draft.
-        costs: of the target's forwards.
+        costs: of the target's forwards, at the length of the rows.
         plain: a round without a draft.
         throughput: of the run, in tokens per second.
         is_packed: whether a round verifies as many tokens as its rows have; else as many as the longest, in each.
@@ -370,7 +370,11 @@ class ModelSource(Source):
         num_rows = context.num_rows
         costs = self._costs_of(num_rows) or self._known.steps.get(num_rows)
         if costs is None:  # a guess to start from, since the first drafts load, read and measure what they need
-            guess = {num_rows: _UNKNOWN_STEP * context.plain.seconds}
+            attended = self.session.attended
+            seconds = _UNKNOWN_STEP * context.plain.seconds
+            if attended is not None:
+                seconds = context.costs.at(attended).seconds(num_rows)
+            guess = {num_rows: seconds}
             costs = self._known.steps.setdefault(num_rows, ForwardCosts(guess, plain=num_rows))
         return costs
 

@@ -74,16 +74,29 @@ class QuantizedSelf(Drafter):
         return _QuantizedSelfSession(run, copy, run.tree or self.policy)
 
 
-class _QuantizedSelfSession(GrowingSession):
-    takes_rows = True
+class SelfSession(GrowingSession):
+    """Drafts with a model that holds what the target has committed, when it is asked."""
 
-    def __init__(self, run: Run, copy: PreTrainedModel, policy: GrowthPolicy):
-        super().__init__(run, policy)
-        self._model = TreeModel(copy)
+    takes_rows = True
+    _model: TreeModel
 
     @property
     def num_forwards(self) -> int:
         return self._model.num_forwards
+
+    def _score_root(self) -> Tensor:
+        roots_B1 = self._run.sequences.roots_B1
+        return self._model.forward(roots_B1, torch.zeros_like(roots_B1), None)
+
+    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        seen_BMT = None if grown.is_chain else grown.seen_BMT
+        return self._model.forward(grown.tokens_BM, grown.depths_BM, seen_BMT)
+
+
+class _QuantizedSelfSession(SelfSession):
+    def __init__(self, run: Run, copy: PreTrainedModel, policy: GrowthPolicy):
+        super().__init__(run, policy)
+        self._model = TreeModel(copy)
 
     @property
     def draft_model(self) -> PreTrainedModel:
@@ -100,11 +113,3 @@ class _QuantizedSelfSession(GrowingSession):
             return self._grow(max_depths)
         finally:
             self._run.target.forget_tail()
-
-    def _score_root(self) -> Tensor:
-        roots_B1 = self._run.sequences.roots_B1
-        return self._model.forward(roots_B1, torch.zeros_like(roots_B1), None)
-
-    def _score_nodes(self, grown: GrowingTrees) -> Tensor:
-        seen_BMT = None if grown.is_chain else grown.seen_BMT
-        return self._model.forward(grown.tokens_BM, grown.depths_BM, seen_BMT)

@@ -173,6 +173,8 @@ class FusedLayer:
         query_BTHD, key_BTKD, value_BTKD = self._attention_inputs(constants, x_BTC, position_embeddings)
         key_BKSD, value_BKSD = key_BTKD.transpose(1, 2), value_BTKD.transpose(1, 2)
         if cache is not None:
+            if (watch := getattr(cache, "watch", None)) is not None:  # see `tree_model/selection.py`
+                watch(constants.layer_idx, query_BTHD.transpose(1, 2), constants.scale)
             key_BKSD, value_BKSD = cache.update(key_BKSD, value_BKSD, constants.layer_idx)
         T = x_BTC.shape[1]
         if attention_mask is None and 1 < T < key_BKSD.shape[2]:  # transformers' sign for a prefill of a static cache
