@@ -3,9 +3,11 @@
     pip install "specdec-runtime[peers]"
     python -m bench.peers MODEL --draft SMALL --float --max-new-tokens 128 --output bench/results/peers.json
     python -m bench.peers MODEL --draft SMALL --int8 "" --llama "" --float auto --transformers prompt-lookup,assistant
+    python -m bench.peers MODEL --gguf-blocks plain,auto --int8 "" --instructions avx2
 
 MODEL and SMALL are folders or `.gguf` files. llama.cpp (through the wheel `xllamacpp`) reads MODEL itself or the file
 `MODEL.gguf` beside the folder, or what --gguf and --draft-gguf name: without one it is reported as not available.
+With --gguf-blocks specdec executes the blocks of that very file.
 
 Every configuration gets the same token ids and the same limit, and stops at the end-of-sequence token, which counts on
 all sides. Two rates: `end to end` is new tokens over wall time, prefill included; `decode` is the tokens after the
@@ -29,15 +31,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bench._script import log, parser_of, write_json
+from bench._script import add_instructions, log, parser_of, select_instructions, write_json
 from bench.peers.configurations import drafted_by, llama_configurations, prepared_copy, transformers_modes
-from bench.peers.contest import FLOAT, INT8, Configuration, Task, measure, warm_up
+from bench.peers.contest import FLOAT, GGUF, INT8, Configuration, Task, measure, warm_up
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
 from specdec.errors import SpecdecError
 from specdec.model_options import ModelOptions
+from specdec.models import load
 from specdec.models.pair import load_pair
 from specdec.specs import PLAIN, TRANSFORMERS, DrafterSpec
 from specdec.suites import ALL, load_suite
@@ -58,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft-gguf", type=Path, help="what llama.cpp drafts with")
     parser.add_argument("--int8", metavar="METHODS", default=INT8_METHODS, help="%(default)s")
     parser.add_argument("--float", metavar="METHODS", nargs="?", const=FLOAT_METHODS, help="%(const)s")
+    parser.add_argument("--gguf-blocks", metavar="METHODS", default="", help="what llama.cpp reads, executed as it is")
     parser.add_argument("--transformers", metavar="METHODS", default=PLAIN, help="plain is always among them")
     parser.add_argument("--llama", metavar="METHODS", default=LLAMA_METHODS, help="%(default)s")
     parser.add_argument("--prompts", type=Path, help="JSON lines; the built-in suite if absent")
@@ -66,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_instructions(parser)
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of the tables")
     parser.add_argument("--output", type=Path, help="write the JSON document to this file too")
     return parser.parse_args()
@@ -73,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_methods(arguments: argparse.Namespace) -> None:
     """A typo is found before a model is loaded."""
-    for method in _listed(arguments.int8) + _listed(arguments.float):
+    for method in _listed(arguments.int8) + _listed(arguments.float) + _listed(arguments.gguf_blocks):
         DrafterSpec.parse(method)
     for family, methods in ((LLAMA_CPP, arguments.llama), (TRANSFORMERS, arguments.transformers)):
         for method in _listed(methods):
@@ -93,6 +98,7 @@ def pure_greedy(model: PreTrainedModel) -> PreTrainedModel:
 def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task], dict[str, Any], bool]:
     """The configurations, the tasks, what the numbers depend on, and whether the model is a small one."""
     check_methods(arguments)
+    select_instructions(arguments.instructions)
     options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads)
     (model, tokenizer, name), small = load_pair(arguments.model, arguments.draft, options)
     draft = None if small is None else small.model
@@ -110,6 +116,11 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
         configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
     if arguments.float:
         configurations += drafted_by(FLOAT, arguments.float, prepared_copy(model), tokenizer, draft)
+    if arguments.gguf_blocks:
+        if files.target is None:
+            raise ValueError("--gguf-blocks needs MODEL.gguf beside the folder, or --gguf")
+        executed = pure_greedy(load(files.target, threads=arguments.threads, weights="gguf").model)
+        configurations += drafted_by(GGUF, arguments.gguf_blocks, executed, tokenizer, draft)
     longest = max(len(task.ids) for task in tasks) + arguments.max_new_tokens
     room = {"num_threads": arguments.threads, "context_length": longest}
     if arguments.llama:

@@ -14,7 +14,7 @@ from specdec.bench.running import Run
 from specdec.suites import Prompt
 from specdec.testing.equality import Verdict
 
-INT8, FLOAT = "int8", "float32"
+INT8, FLOAT, GGUF = "int8", "float32", "gguf"
 METRICS = {"decode": "decode tok/s", "end_to_end": "end-to-end"}
 PAUSE_S = 0.05
 """Between two calls, so that one side's idle workers do not spin into the other's time."""

@@ -19,11 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import specdec
-from bench.peers.contest import FLOAT, INT8, METRICS, Configuration, Sample, Task
+from bench.peers.contest import FLOAT, GGUF, INT8, METRICS, Configuration, Sample, Task
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe
-from specdec.specs import PLAIN, QUANTIZED_SELF, TRANSFORMERS
+from specdec.specs import AUTO, PLAIN, QUANTIZED_SELF, TRANSFORMERS
 from specdec.suites import ALL
 from specdec.testing.equality import Verdict
 
@@ -162,6 +162,9 @@ def category_ratios(rows: list[Row], category: str, metric: str, is_small: bool)
         ("int8 plain / transformers", int8_plain, stock, stock_bar),
         ("int8 plain / llama.cpp plain", int8_plain, best(LLAMA_CPP, method=PLAIN), llama_bar),
         ("best int8 / best llama.cpp", best(INT8), best(LLAMA_CPP), {"edit": 1.4, "code": 1.0}.get(category)),
+        ("gguf plain / llama.cpp plain", best(GGUF, method=PLAIN), best(LLAMA_CPP, method=PLAIN), 1.5),
+        ("gguf auto / best llama.cpp", best(GGUF, method=AUTO), best(LLAMA_CPP), {"edit": 2.5}.get(category, 1.5)),
+        ("gguf auto / gguf plain", best(GGUF, method=AUTO), best(GGUF, method=PLAIN), 0.97),
         ("quantized-self / transformers", quantized, stock, 2.2),
         ("quantized-self / float32 plain", quantized, best(FLOAT, method=PLAIN), None),
         ("best int8 / transformers", best(INT8), stock, None),
