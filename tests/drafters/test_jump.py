@@ -93,11 +93,10 @@ def test_heads_compute_what_the_layers_between_do(
     assert 0 < out.stats.num_accepted < out.stats.num_drafted
 
 
-@pytest.mark.parametrize(("tree", "verify"), [(Chain(3), "topdown"), (DySpec(3), "traversal")], ids=["chain", "tree"])
-def test_sampled_rows_follow_the_target(tree: GrowthPolicy, verify: str, tmp_path: Path) -> None:
+def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:
     model = tiny_model("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=3, initializer_range=0.3)
     folder, _ = saved(tmp_path, model, landing=1, start=2)
-    assert_ragged_rows_are_exact(model, DraftHead(folder), tree=tree, verify=verify)
+    assert_ragged_rows_are_exact(model, DraftHead(folder), tree=Chain(3), verify="topdown")
 
 
 def test_requests_that_join_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def _widen(layer: Any, theirs: nn.Module) -> None:
         weight.normal_(std=0.02 / size**0.5)
         half = weights.get(f"self_attn.{name}.weight")
         if half is not None and half.shape == (weight.shape[0], size):
-            weight[:, size:] += half
+            weight[:, size:] += half.to(weight.device)
 
 
 def _unused_token(vocab_ids: Tensor, vocab_size: int) -> int:
