@@ -29,7 +29,7 @@ from specdec.drafters.head.mtp import Mtp
 from specdec.testing import tiny_model
 from specdec.training.heads.blocks import block_logits, run_blocks
 from specdec.training.heads.chains import ChainHead
-from specdec.training.heads.corpus import Batch
+from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.export import save_head, stored_name
 from specdec.training.heads.initial import initial_block, initial_eagle, initial_mtp
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
@@ -51,7 +51,12 @@ def main() -> None:
             "DSpark",
             blocks,
         ),
-        (initial_eagle(target, VOCAB_IDS, EagleRecipe(num_layers=2), LAYERS), STEPS, "Eagle3", chains),
+        (
+            initial_eagle(target, VOCAB_IDS, EagleRecipe(num_layers=2), Corpus(target, [], LAYERS)),
+            STEPS,
+            "Eagle3",
+            chains,
+        ),
         (initial_mtp(target, MtpRecipe()), STEPS, "MTP", first_steps),
     ]
     is_wrong = False

@@ -33,6 +33,7 @@ class Kind(StrEnum):
     DSPARK = "dspark"
     EAGLE3 = "eagle3"
     MTP = "mtp"
+    JUMP = "jump"
     EXIT = "exit"
     LAYERSKIP = "layerskip"
 
@@ -41,6 +42,7 @@ _OF_MOST = ("vocabulary", "batch_rows", "learning_rate")
 _OF_KIND = {
     Kind.DSPARK: (*_OF_MOST, "head_layers", "block", "anchors", "markov_rank"),
     Kind.EAGLE3: (*_OF_MOST, "head_layers", "steps"),
+    Kind.JUMP: (*_OF_MOST, "head_layers", "steps"),
     Kind.MTP: ("batch_rows", "learning_rate", "steps"),
     Kind.EXIT: (*_OF_MOST, "exits", "passes"),
     Kind.LAYERSKIP: (),
@@ -84,12 +86,12 @@ _RECIPE: FieldOptions = {
     "batch_rows": typer.Option("--batch-rows", min=1, help="Conversations in a step of training; 4 if absent."),
     "learning_rate": typer.Option("--learning-rate", help="At the top of its rise and fall; 0.001 if absent."),
     "head_layers": typer.Option(
-        "--head-layers", min=1, max=16, help="Layers of the head; if absent 2 (dspark) or 1 (eagle3)."
+        "--head-layers", min=1, max=16, help="Layers of the head; 2 if absent for dspark, else 1."
     ),
     "block": typer.Option("--block", min=2, help="dspark: tokens that are drafted at once; 5 if absent."),
     "anchors": typer.Option("--anchors", min=1, help="dspark: blocks of a conversation in a step; 24 if absent."),
     "markov_rank": typer.Option("--markov-rank", min=0, help="dspark: of the Markov head; 64 if absent, 0: none."),
-    "steps": typer.Option("--steps", min=1, help="Tokens in a row to train for; if absent 5 (eagle3) or 3 (mtp)."),
+    "steps": typer.Option("--steps", min=1, help="Tokens in a row to train for; 5 if absent, for mtp 3."),
     "exits": typer.Option(
         "--exits", help="exit: exit layers, separated by commas; 2 if absent; 0: after the embeddings."
     ),
@@ -110,8 +112,8 @@ def train_head(
         Kind,
         typer.Option(
             "--kind",
-            help="dspark: a network that drafts a block of tokens; eagle3, mtp: one that drafts a token after the "
-            "other; exit: exits after a few layers; layerskip: the whole model, to exit early.",
+            help="dspark: a network that drafts a block of tokens; eagle3, mtp, jump: one that drafts a token "
+            "after the other; exit: exits after a few layers; layerskip: the whole model, to exit early.",
         ),
     ],
     out: Annotated[
@@ -190,10 +192,10 @@ def _train_model(
 def _train_network(
     kind: Kind, target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
 ) -> None:
-    from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
+    from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
     from specdec.training.heads.run import HeadTraining
 
-    recipes = {Kind.DSPARK: BlockRecipe, Kind.EAGLE3: EagleRecipe, Kind.MTP: MtpRecipe}
+    recipes = {Kind.DSPARK: BlockRecipe, Kind.EAGLE3: EagleRecipe, Kind.MTP: MtpRecipe, Kind.JUMP: JumpRecipe}
     training = HeadTraining(target.model, target.name, source, recipes[kind](**settings), out, **collecting)
     with naming(out):
         _show(training, ["accepted {:.2f}"])

@@ -43,7 +43,6 @@ TREES: dict[str, GrowthPolicy] = {"chain": Chain(4), "fixed": Fixed((3, 2, 1)), 
         ("deepseek", "glm4_moe", "fixed"),
         ("deepseek", "deepseek_v3", "dyspec"),
         ("transformers", "llama", "dyspec"),
-        ("transformers", "glm4_moe", "chain"),
     ],
 )
 def test_layers_compute_what_transformers_does(
@@ -60,11 +59,10 @@ def test_layers_compute_what_transformers_does(
     assert {len(said.drafted) for said in listener.said} >= {0, 1, 2}
 
 
-@pytest.mark.parametrize(("tree", "verify"), [("chain", "traversal"), ("dyspec", "topdown")])
-def test_sampled_rows_follow_the_target(tree: str, verify: str, tmp_path: Path) -> None:
+def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:
     tiny = TinyMtp("deepseek", "llama", torch.float32, vocab_size=VOCAB_SIZE, initializer_range=0.6)
-    trees = {"chain": Chain(3), "dyspec": DySpec(3, max_depth=2)}
-    assert_ragged_rows_are_exact(tiny.target, DraftHead(tiny.save(tmp_path)), tree=trees[tree], verify=verify)
+    head = DraftHead(tiny.save(tmp_path))
+    assert_ragged_rows_are_exact(tiny.target, head, tree=DySpec(3, max_depth=2), verify="topdown")
 
 
 def test_requests_that_join_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,18 @@ from specdec.training.heads.collect import Collector, self_generation
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.export import save_head
 from specdec.training.heads.head_report import measure_head
-from specdec.training.heads.recipes import EagleRecipe, MtpRecipe
+from specdec.training.heads.recipes import EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.run import HeadTraining, Source
 from specdec.tree_model.model import TreeModel
 from tests.support.references import plain_alone, speculate
 
 LENGTH, ROWS, NUM_LAYERS = 48, 4, 3
-LAYERS = {"eagle3": (1, 2, 3), "mtp": (NUM_LAYERS,)}
-RECIPES = {"eagle3": EagleRecipe(vocabulary=60, steps=3, num_layers=2), "mtp": MtpRecipe(steps=3)}
+LAYERS = {"eagle3": (1, 2, 3), "mtp": (NUM_LAYERS,), "jump": (1, 2)}
+RECIPES = {
+    "eagle3": EagleRecipe(vocabulary=60, steps=3, num_layers=2),
+    "mtp": MtpRecipe(steps=3),
+    "jump": JumpRecipe(vocabulary=60, steps=3),
+}
 KINDS = tuple(RECIPES)
 
 
@@ -74,18 +78,18 @@ def test_what_is_trained_is_what_is_drafted(kind: str, model: PreTrainedModel, c
     with torch.inference_mode():
         steps = list(trainer._chain.steps(batch, 3))
         for row, last in ((0, 5), (1, 0), (1, 30)):
-            for step, drafted_C in enumerate(drafted(trainer, model, batch, LAYERS[kind], row, last)):
+            for step, drafted_C in enumerate(drafted(trainer, model, batch, row, last)):
                 torch.testing.assert_close(steps[step][row, last + step], drafted_C, atol=1e-5, rtol=1e-4)
 
 
-def drafted(
-    trainer: ChainTrainer, model: PreTrainedModel, batch: Batch, layers: tuple[int, ...], row: int, last: int
-) -> list[Tensor]:
+def drafted(trainer: ChainTrainer, model: PreTrainedModel, batch: Batch, row: int, last: int) -> list[Tensor]:
     """What the drafter's own network says after the pairs up to this, and after two more tokens."""
     runner = HeadRunner(trainer.head, TreeModel(model))
     runner.begin_rows([0])
     tokens_1T, count = batch.tokens_BT[row : row + 1], last + 1
-    states_1TX = torch.cat([batch.hidden[layer] for layer in layers], -1)[row : row + 1, :count]
+    states_1TX = torch.cat([batch.hidden[layer] for layer in trainer.head.head_config.layers_read(NUM_LAYERS)], -1)[
+        row : row + 1, :count
+    ]
     outputs = [runner.read_pairs(tokens_1T[:, 1 : count + 1], states_1TX, [count])]
     for step in range(2):
         token_11, offset_11 = tokens_1T[:, count + 1 + step :][:, :1], torch.full((1, 1), step)
@@ -109,7 +113,7 @@ def test_what_is_written_is_read_and_accepted(
     drafter = DraftHead(tmp_path / "head", num_tokens=3)
     for name, weight in written.named_parameters():
         assert torch.equal(drafter.model.get_parameter(name), weight.bfloat16()), name
-    assert drafter.model.head_config.layers_read(NUM_LAYERS) == LAYERS[kind]
+    assert drafter.model.head_config.layers_read(NUM_LAYERS) == written.head_config.layers_read(NUM_LAYERS)
     batch, num_accepted = corpora[kind].batch(torch.arange(6)), 0
     for tokens_T, learned_T in zip(batch.tokens_BT, batch.learned_BT, strict=True):
         answer = int(learned_T.long().argmax()) + 1
@@ -160,12 +164,15 @@ def test_the_command_from_end_to_end(kind: str, model: PreTrainedModel, tmp_path
     model.save_pretrained(folder)
     ByteTokenizer().save_pretrained(folder)
     size: tuple[Any, ...] = ("--length", LENGTH, "--rows", 2, "--epochs", 1, "--batch-rows", 2, "--steps", 2)
-    size += ("--vocabulary", 40) if kind == "eagle3" else ()
+    size += ("--vocabulary", 40) if kind != "mtp" else ()
     arguments = ("--kind", kind, "--model", folder, "--self-generate", 100, "--out", out, *size)
     result = CliRunner().invoke(app, ["train-head", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "speed-up" in result.stdout
     config = json.loads((out / "config.json").read_text())
-    assert config["speculators_model_type"] == kind
-    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 2
+    if kind == "jump":
+        assert "speculators_model_type" not in config
+    else:
+        assert config["speculators_model_type"] == kind
+        assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 2
     assert DraftHead(out).model.head_config.kind == kind

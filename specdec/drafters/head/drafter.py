@@ -47,8 +47,8 @@ class DraftHead(Drafter):
 
     Args:
         head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3, DFlash or DSpark, of
-            SpecForge or of speculators; the folder of a model that was published with an MTP layer; or a head that has
-            been loaded (`specdec.drafters.head.loading.load_head`).
+            SpecForge or of speculators, or written by `specdec train-head`; the folder of a model that was published
+            with an MTP layer; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and

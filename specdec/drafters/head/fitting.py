@@ -44,11 +44,21 @@ def check_fit(head: HeadNetwork, target: TreeModel, layers: Sequence[int]) -> No
             f"the draft head reads the states of {config.num_states} layers, and {len(layers)} were named: "
             f"{tuple(layers)}"
         )
-    if config.kind == MTP and target.views.final_norm is None:
-        raise DraftError("an MTP layer reads normed states, and the target has no final norm under a known name")
+    if config.kind == MTP:
+        _check_norm(target)
     if head.vocab_ids is not None and int(head.vocab_ids.max()) >= target.vocab_size:
         raise DraftError("the draft head can draft tokens that the target does not have: take a head of this target")
     _check_shared(head, target.model)
+
+
+def _check_norm(target: TreeModel) -> None:
+    """An MTP layer reads normed states."""
+    norm = target.views.final_norm
+    if norm is None or any(weights.is_meta for weights in norm.parameters()):
+        raise DraftError(
+            "an MTP layer reads the target's last states, normed, and the target has no final norm under a known name, "
+            "or accelerate has offloaded it: keep it in memory (device_map=), or take another drafter"
+        )
 
 
 def _check_shared(head: HeadNetwork, model: PreTrainedModel) -> None:

@@ -25,12 +25,14 @@ PEAGLE = "peagle"
 DFLASH = "dflash"
 DSPARK = "dspark"
 MTP = "mtp"
+JUMP = "jump"
 
 _LAYOUTS = (
     "EAGLE-3 (as its authors, SpecForge or speculators write it), P-EAGLE (speculators), DFlash and DSpark (their "
-    "authors, speculators), MTP layers"
+    "authors, speculators), MTP layers, jump heads of specdec"
 )
 _FROM_SPECULATORS = "speculators_model_type"
+FROM_SPECDEC = "specdec_head"
 _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
 _MARKOV_RANK = 256
@@ -46,7 +48,7 @@ class HeadConfig:
     """One head, whoever has written it.
 
     Args:
-        kind: `EAGLE3`, `PEAGLE`, `DFLASH`, `DSPARK` or `MTP`.
+        kind: `EAGLE3`, `PEAGLE`, `DFLASH`, `DSPARK`, `MTP` or `JUMP`.
         layers: of the head's own decoder layers: sizes, rotation, number.
         vocab_size: of the target that it was trained on.
         draft_vocab_size: tokens that it can draft.
@@ -95,8 +97,8 @@ class HeadConfig:
 
     @property
     def num_inputs(self) -> int:
-        """Channels that its first projection reads: of the states, and beside them of the embedding in an MTP layer."""
-        return self.num_states * self.target_hidden_size + (self.layers.hidden_size if self.kind == MTP else 0)
+        """Channels that its first projection reads: of the states, and beside them of the embedding in some."""
+        return self.num_states * self.target_hidden_size + (self.layers.hidden_size if self.kind in (MTP, JUMP) else 0)
 
     @property
     def longest_draft(self) -> int | None:
@@ -178,6 +180,8 @@ def read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _kind(fields: Mapping[str, Any]) -> str | None:
     """Of a head that another project than speculators has written."""
+    if FROM_SPECDEC in fields:
+        return str(fields[FROM_SPECDEC])
     names = " ".join(map(str, fields.get("architectures") or ())).lower()
     if "eagle3" in names or _FROM_SPECFORGE in fields:
         return EAGLE3
@@ -300,7 +304,12 @@ def _from_eagle(fields: Mapping[str, Any]) -> HeadConfig:
     )
 
 
-_READERS = {EAGLE3: _eagle3, PEAGLE: _peagle, DFLASH: _dflash, DSPARK: _dspark}
+def _jump(fields: Mapping[str, Any]) -> HeadConfig:
+    layers = _layer_config(fields["transformer_layer_config"])
+    return HeadConfig(**_sizes(JUMP, fields, layers), state_layers=_increasing([fields["state_layer"]], 0))
+
+
+_READERS = {EAGLE3: _eagle3, PEAGLE: _peagle, DFLASH: _dflash, DSPARK: _dspark, JUMP: _jump}
 
 
 def _layer_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

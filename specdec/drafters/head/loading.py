@@ -8,13 +8,14 @@ from pathlib import Path
 from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DFLASH, DSPARK, EAGLE3, PEAGLE, is_head, read_config
+from specdec.drafters.head.formats import DFLASH, DSPARK, EAGLE3, JUMP, PEAGLE, is_head, read_config
+from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import load_mtp
 from specdec.drafters.head.mtp_files import holds_mtp
 from specdec.drafters.head.network import HeadNetwork, load_network
 from specdec.drafters.head.peagle import PEagle
 
-_NETWORKS: dict[str, type[HeadNetwork]] = {EAGLE3: Eagle3, PEAGLE: PEagle, DFLASH: DFlash, DSPARK: DSpark}
+_NETWORKS: dict[str, type[HeadNetwork]] = {EAGLE3: Eagle3, PEAGLE: PEagle, DFLASH: DFlash, DSPARK: DSpark, JUMP: Jump}
 
 
 def drafts_as_head(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> bool:

@@ -8,7 +8,7 @@ initial.py       what heads start from
 trainer.py       what trainers share: steps that can be interrupted
 exits.py         early exits
 blocks.py        DSpark heads
-chains.py        EAGLE-3 heads and MTP layers
+chains.py        EAGLE-3 and jump heads and MTP layers
 layerskip.py     another way: a whole model is trained to exit early
 report.py        exits on held-out text, and what they are worth; head_report.py: heads
 export.py        a head in the format of speculators

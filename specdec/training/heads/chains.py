@@ -1,4 +1,4 @@
-"""Trains heads that draft a token after the other: EAGLE-3 heads and MTP layers.
+"""Trains heads that draft a token after the other: EAGLE-3 and jump heads, and MTP layers.
 
 In drafting they read their own output where the target has no state yet; so they do in training ("training-time test",
 Li et al. 2025, section 3.1). A chain begins at every position: its k-th step reads the true next token beside what the
@@ -22,20 +22,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
 from specdec.exits.module import final_norm
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.exits import pass_mask
-from specdec.training.heads.initial import initial_eagle, initial_mtp
-from specdec.training.heads.recipes import EagleRecipe, MtpRecipe
+from specdec.training.heads.initial import initial_eagle, initial_jump, initial_mtp
+from specdec.training.heads.recipes import EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.trainer import Trainer
 
 
 class ChainHead:
     """A head in training, with what it shares with its target."""
 
-    def __init__(self, head: Eagle3 | Mtp, model: PreTrainedModel):
+    def __init__(self, head: Eagle3 | Mtp | Jump, model: PreTrainedModel):
         self.head = head
         self._embedding_VC = model.get_input_embeddings().weight
         self._lm_head: Callable[[Tensor], Tensor] = head.lm_head or model.get_output_embeddings()
@@ -79,8 +80,8 @@ def by_chain(parts: Sequence[Tensor]) -> Tensor:
 
 
 class ChainTrainer(Trainer):
-    """Trains an EAGLE-3 head or an MTP layer; shows how many tokens of a chain are the target's choices, on average, up
-    to the first that is not.
+    """Trains an EAGLE-3 or jump head or an MTP layer; shows how many tokens of a chain are the target's choices, on
+    average, up to the first that is not.
 
     Attributes:
         head: what is trained.
@@ -88,13 +89,16 @@ class ChainTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, corpus: Corpus, recipe: EagleRecipe):
         self._recipe = recipe
-        self.head: Eagle3 | Mtp
+        self.head: Eagle3 | Mtp | Jump
         if isinstance(recipe, MtpRecipe):
             vocab_ids = torch.arange(corpus.vocab_size, device=model.device)
             self.head = initial_mtp(model, recipe)
         else:
             vocab_ids = corpus.frequent_ids(recipe.vocabulary)
-            self.head = initial_eagle(model, vocab_ids, recipe, corpus.layers)
+            if isinstance(recipe, JumpRecipe):
+                self.head = initial_jump(model, vocab_ids, recipe, corpus)
+            else:
+                self.head = initial_eagle(model, vocab_ids, recipe, corpus)
         self._chain = ChainHead(self.head, model)
         weights = {name: weight for name, weight in self.head.named_parameters() if not name.startswith("lm_head")}
         super().__init__(model, corpus, recipe, weights, vocab_ids)

@@ -23,12 +23,11 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.exits.module import Exit, own_weights
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
+from specdec.training.heads.initial import NUM_FIT_ROWS, linear_fit
 from specdec.training.heads.recipes import Recipe
 from specdec.training.heads.trainer import Trainer
 from specdec.tree_model import masks
 from specdec.tree_model.layer_views import LayerViews
-
-_NUM_FIT_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +90,10 @@ def initial_exit(model: PreTrainedModel, layer: int, vocab_ids: Tensor, corpus: 
     exit_ = Exit(model, layer, vocab_ids, window=corpus.length)
     last = LayerViews(model).layers[-1]
     exit_.block.load_state_dict(last.state_dict())
-    batch = corpus.batch(torch.arange(min(_NUM_FIT_ROWS, corpus.num_rows)))
+    batch = corpus.batch(torch.arange(min(NUM_FIT_ROWS, corpus.num_rows)))
     before_BTC = F.pad(batch.final_BTC[:, :-1], (0, 0, 1, 0))
-    inputs_ND = torch.cat([batch.hidden[layer], before_BTC], -1).flatten(0, 1)
-    gram_DD = inputs_ND.T @ inputs_ND
-    gram_DD += torch.eye(len(gram_DD), device=gram_DD.device) * gram_DD.diagonal().mean() * 1e-4
-    moment_DC = inputs_ND.T @ batch.final_BTC.flatten(0, 1)
     with torch.no_grad():
-        exit_.fuse.weight.copy_(torch.linalg.solve(gram_DD, moment_DC).T)
+        exit_.fuse.weight.copy_(linear_fit(torch.cat([batch.hidden[layer], before_BTC], -1), batch.final_BTC))
     return exit_
 
 

@@ -1,4 +1,4 @@
-"""Writes a trained head in the format of speculators, which vLLM reads and `DraftHead` too."""
+"""Writes a trained head in the format of speculators, where it has one, which vLLM reads and `DraftHead` too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
+from specdec.drafters.head.formats import DSPARK, EAGLE3, FROM_SPECDEC, JUMP, MTP, HeadConfig
+from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
 
 _VERSION = "0.9.0"
@@ -22,7 +23,7 @@ _VERSION = "0.9.0"
 
 def save_head(
     folder: Path,
-    head: DSpark | Eagle3 | Mtp,
+    head: DSpark | Eagle3 | Mtp | Jump,
     target: PreTrainedModel,
     name: str,
     training: Mapping[str, Any],
@@ -39,9 +40,7 @@ def save_head(
     config = head.head_config
     layers = {key: value for key, value in config.layers.to_dict().items() if key not in _NOT_KEPT}
     fields = {
-        "speculators_model_type": config.kind,
-        "speculators_version": _VERSION,
-        "speculators_config": _proposal(config.kind, length, target, name),
+        **_proposal(config.kind, length, target, name),
         "transformer_layer_config": layers,
         "dtype": "bfloat16",
         "tie_word_embeddings": False,
@@ -95,7 +94,17 @@ def _mtp_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:
     return {"architectures": ["MTPDraftModel"], "transformer_layer_config": layers, "num_nextn_predict_layers": 1}
 
 
-_FIELDS = {DSPARK: _block_fields, EAGLE3: _eagle_fields, MTP: _mtp_fields}
+def _jump_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:
+    (layer,) = config.state_layers or ()
+    return {
+        "architectures": ["JumpHead"],
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "state_layer": layer,
+    }
+
+
+_FIELDS = {DSPARK: _block_fields, EAGLE3: _eagle_fields, MTP: _mtp_fields, JUMP: _jump_fields}
 _MTP_PARTS = {
     "enorm.": "token_layernorm.",
     "hnorm.": "hidden_layernorm.",
@@ -117,9 +126,13 @@ _NOT_KEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")
 
 
 def _proposal(kind: str, length: int, target: PreTrainedModel, name: str) -> dict[str, Any]:
-    return {
+    """What speculators says of every head; it has no jump heads."""
+    if kind == JUMP:
+        return {FROM_SPECDEC: kind, "target": name}
+    proposal = {
         "algorithm": kind,
         "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": length}],
         "default_proposal_method": "greedy",
         "verifier": {"name_or_path": name, "architectures": list(target.config.architectures or ())},
     }
+    return {"speculators_model_type": kind, "speculators_version": _VERSION, "speculators_config": proposal}

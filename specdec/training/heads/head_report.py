@@ -18,6 +18,7 @@ from specdec.control.costs import synchroniser
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
 from specdec.drafters.head.fitting import fitted
+from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
 from specdec.drafters.head.runner import HeadRunner
 from specdec.training.heads.blocks import block_logits, run_blocks
@@ -52,7 +53,7 @@ class HeadReport:
 
 
 def measure_head(
-    model: PreTrainedModel, fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp, corpus: Corpus, num_tokens: int
+    model: PreTrainedModel, fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp | Jump, corpus: Corpus, num_tokens: int
 ) -> HeadReport:
     """Drafts after every token of the corpus's answers, and compares with the target's choices.
 
@@ -92,7 +93,7 @@ def measure_head(
 
 @torch.no_grad()
 def _chains(
-    model: PreTrainedModel, head: Eagle3 | Mtp, batch: Batch, num_tokens: int
+    model: PreTrainedModel, head: Eagle3 | Mtp | Jump, batch: Batch, num_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """bool [N, S]: whether each step of a chain says the target's choice, and whether it is part of an answer."""
     chain, choices_BP, learned_BP = ChainHead(head, model), batch.best_ids_BTK[:, 1:, 0], batch.learned_BT[:, 1:]
@@ -128,7 +129,7 @@ def _right(head: DSpark, embedding_VC: Tensor, batch: Batch, anchors_BA: Tensor)
 
 
 @torch.inference_mode()
-def _draft_seconds(fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp, num_tokens: int) -> list[float]:
+def _draft_seconds(fast: PreTrainedModel, head: DSpark | Eagle3 | Mtp | Jump, num_tokens: int) -> list[float]:
     """Of drafting 1, 2, ... tokens: of a block they cost the same."""
     runner = HeadRunner(fitted(head, fast), TreeModel(fast))
     runner.begin_rows([0])

@@ -5,19 +5,26 @@ Shape legend: V tokens that can be drafted.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
+from specdec.drafters.head.formats import DSPARK, EAGLE3, JUMP, MTP, HeadConfig
+from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
+from specdec.errors import UnsupportedModelError
 from specdec.exits.module import final_norm, restricted_head
-from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
+from specdec.training.heads.corpus import Corpus
+from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.tree_model.layer_views import LayerViews
+
+NUM_FIT_ROWS = 64
 
 
 def initial_block(
@@ -57,9 +64,7 @@ def initial_block(
     return head.to(model.device)
 
 
-def initial_eagle(
-    model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe, state_layers: tuple[int, ...]
-) -> Eagle3:
+def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe, corpus: Corpus) -> Eagle3:
     """A head of Llama layers, the model's last ones; the first attends with the model's own queries, keys and values of
     the state, and hardly looks at the embedding."""
     layers = LlamaConfig(**_sizes(model, recipe.num_layers))
@@ -69,7 +74,7 @@ def initial_eagle(
         vocab_size=layers.vocab_size,
         draft_vocab_size=len(vocab_ids),
         target_hidden_size=layers.hidden_size,
-        state_layers=state_layers,
+        state_layers=corpus.layers,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(recipe.seed)
@@ -106,6 +111,71 @@ def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
     return head.to(model.device)
 
 
+def jump_layers(recipe: JumpRecipe, num_layers: int) -> tuple[int, int]:
+    """After how many layers a jump lands, and after how many the state is taken: at 0.7 of the model, as was best for
+    Qwen2.5-0.5B with economize.
+
+    Raises:
+        ValueError: the model has too few layers.
+    """
+    start = max(round(0.7 * num_layers), recipe.num_layers + 1)
+    if start > num_layers:
+        raise ValueError(
+            f"a model of {num_layers} layers takes no jump of {recipe.num_layers}: give fewer --head-layers"
+        )
+    return start - recipe.num_layers, start
+
+
+def initial_jump(model: PreTrainedModel, vocab_ids: Tensor, recipe: JumpRecipe, corpus: Corpus) -> Jump:
+    """A head that has the model's layers, and the best linear maps before and after them.
+
+    Raises:
+        UnsupportedModelError: a model whose layers cannot be called alone, or see no more than a window.
+    """
+    text = copy.deepcopy(model.config.get_text_config(decoder=True))
+    landing, start = corpus.layers
+    kinds = getattr(text, "layer_types", None)
+    if set((kinds or ["full_attention"])[landing:start] or ["full_attention"]) != {"full_attention"}:
+        raise UnsupportedModelError("a jump head has layers that attend to all that came before: train another kind")
+    text.num_hidden_layers, text.tie_word_embeddings, text.dtype = recipe.num_layers, False, torch.float32
+    if kinds:
+        text.layer_types = kinds[landing:start]
+    config = HeadConfig(
+        kind=JUMP,
+        layers=text,
+        vocab_size=text.vocab_size,
+        draft_vocab_size=len(vocab_ids),
+        target_hidden_size=text.hidden_size,
+        state_layers=(start,),
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(recipe.seed)
+        try:
+            head = Jump(config, {"lm_head.weight", "d2t"})
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"the layers of {type(model).__name__} cannot be called alone ({error}): train a head of another kind"
+            ) from error
+        _share_head(head, model, vocab_ids)
+        _copy(final_norm(model), head.norm)
+        for mine, theirs in zip(head.layers, LayerViews(model).layers[landing:start], strict=True):
+            _copy(theirs, mine)
+        batch = corpus.batch(torch.arange(min(NUM_FIT_ROWS, corpus.num_rows)))
+        embeds_BTC = F.embedding(batch.tokens_BT, model.get_input_embeddings().weight).float()
+        before_BTD = torch.cat([embeds_BTC[:, 1:], batch.hidden[start][:, :-1]], -1)
+        head.fc.weight.copy_(linear_fit(before_BTD, batch.hidden[landing][:, 1:]))
+        head.readout.weight.copy_(linear_fit(batch.hidden[start], batch.final_BTC))
+    return head.to(model.device)
+
+
+def linear_fit(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The weights of the best linear map, by least squares."""
+    inputs_ND, outputs_NC = inputs.flatten(0, 1), outputs.flatten(0, 1)
+    gram_DD = inputs_ND.T @ inputs_ND
+    gram_DD += torch.eye(len(gram_DD), device=gram_DD.device) * gram_DD.diagonal().mean() * 1e-4
+    return torch.linalg.solve(gram_DD, inputs_ND.T @ outputs_NC).T
+
+
 def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
     """Of layers like the model's."""
     text = model.config.get_text_config(decoder=True)
@@ -121,7 +191,7 @@ def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _share_head(head: DSpark | Eagle3, model: PreTrainedModel, vocab_ids: Tensor) -> None:
+def _share_head(head: DSpark | Eagle3 | Jump, model: PreTrainedModel, vocab_ids: Tensor) -> None:
     """Rows of the model's LM head."""
     head.vocab_ids = vocab_ids.clone()
     rows = restricted_head(model, vocab_ids).float()
@@ -162,7 +232,7 @@ def _widen(layer: Any, theirs: nn.Module) -> None:
         weight.normal_(std=0.02 / size**0.5)
         half = weights.get(f"self_attn.{name}.weight")
         if half is not None and half.shape == (weight.shape[0], size):
-            weight[:, size:] += half
+            weight[:, size:] += half.to(weight.device)
 
 
 def _unused_token(vocab_ids: Tensor, vocab_size: int) -> int:

@@ -72,6 +72,11 @@ class EagleRecipe(Recipe):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JumpRecipe(EagleRecipe):
+    """How a jump head is trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MtpRecipe(EagleRecipe):
     """How an MTP layer is trained, as in FastMTP (arXiv 2509.18362). It drafts all tokens, and is one layer."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP
+from specdec.drafters.head.formats import DSPARK, EAGLE3, JUMP, MTP
 from specdec.exits.module import Exit, final_norm, fingerprint, load_exits, save_exits
 from specdec.hf import home_device
 from specdec.kernels import quantized_copy
@@ -31,8 +31,9 @@ from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.exits import ExitRecipe, ExitTrainer
 from specdec.training.heads.export import save_head
 from specdec.training.heads.head_report import HeadReport, measure_head
+from specdec.training.heads.initial import jump_layers
 from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
-from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
+from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.report import Acceptance, measure_acceptance, measure_costs
 from specdec.training.heads.trainer import Trainer, bfloat16_is_faster
 from specdec.training.heads.work import WorkFolder
@@ -202,7 +203,7 @@ class ExitTraining(_Training):
 
 
 class HeadTraining(_Training):
-    """Trains a DSpark or EAGLE-3 head or an MTP layer, as the recipe says; the work of `specdec train-head`.
+    """Trains a DSpark, EAGLE-3 or jump head or an MTP layer, as the recipe says; the work of `specdec train-head`.
 
     Args:
         name: of the model, for whoever reads the head.
@@ -269,13 +270,15 @@ class HeadTraining(_Training):
 def _kind_of(recipe: BlockRecipe | EagleRecipe) -> str:
     if isinstance(recipe, BlockRecipe):
         return DSPARK
-    return MTP if isinstance(recipe, MtpRecipe) else EAGLE3
+    return {MtpRecipe: MTP, JumpRecipe: JUMP}.get(type(recipe), EAGLE3)
 
 
 def _state_layers(recipe: BlockRecipe | EagleRecipe, num_layers: int) -> tuple[int, ...]:
     """After how many layers of the model a head reads its states: as published ones do, and of DSpark the last."""
     if isinstance(recipe, MtpRecipe):
         return (num_layers,)
+    if isinstance(recipe, JumpRecipe):
+        return jump_layers(recipe, num_layers)
     published = {min(2, num_layers), num_layers // 2 or 1, max(num_layers - 3, 1)}
     return tuple(sorted(published | ({num_layers} if isinstance(recipe, BlockRecipe) else set())))
 

@@ -1,0 +1,128 @@
+"""Jump heads: they compute what the target's layers compute of a predicted state, and output is the target's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec import DraftError
+from specdec.drafters import DraftHead
+from specdec.drafters.head.formats import JUMP, HeadConfig
+from specdec.drafters.head.jump import Jump
+from specdec.engine import Engine
+from specdec.testing import assert_same_tokens, random_prompts, tiny_model
+from specdec.training.heads.export import save_head
+from tests.support.engine_requests import alone, random_prompt, request_of
+from tests.support.heads import Listener, hidden_states, small_vocab_model
+from tests.support.references import plain_alone, speculate
+from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact
+from trees import Chain, DySpec, Fixed, GrowthPolicy
+
+NUM_NEW, LANDING, START = 20, 2, 4
+PROMPTS = random_prompts([5, 12, 2, 9])
+DRAFTS = (0, 2, 3, 4)
+TREES: dict[str, GrowthPolicy] = {"chain": Chain(4), "fixed": Fixed((3, 2, 1)), "dyspec": DySpec(9, max_depth=4)}
+
+
+def saved(folder: Path, target: PreTrainedModel, *, landing: int = LANDING, start: int = START) -> tuple[Path, Jump]:
+    """A head with the target's layers between, and random maps that leave it often right."""
+    config = deepcopy(target.config)
+    config.num_hidden_layers, config.dtype = start - landing, torch.float32
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[landing:start]
+    sizes = {"vocab_size": config.vocab_size, "target_hidden_size": config.hidden_size}
+    head_config = HeadConfig(kind=JUMP, layers=config, draft_vocab_size=len(DRAFTS), state_layers=(start,), **sizes)
+    head = Jump(head_config, {"lm_head.weight", "d2t"})
+    generator = torch.Generator().manual_seed(3)
+    head.vocab_ids = torch.tensor(DRAFTS)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.dim() == 1))
+            weight.copy_(weight.bfloat16())
+    save_head(folder / "head", head, target, "tiny", {}, 3)
+    return folder / "head", head
+
+
+def check(listener: Listener, head: Jump, target: PreTrainedModel) -> None:
+    exact = deepcopy(head).to(target.dtype)
+    config = deepcopy(target.config)
+    config.num_hidden_layers = len(head.layers)
+    inside: Any = type(target)(config).to(target.dtype).eval().model
+    inside.layers, inside.norm = exact.layers, nn.Identity()
+    assert listener.said
+    for said in listener.sample():
+        expected_V = reference_logits(exact, inside, target, said.text, said.drafted, said.first)
+        error = (said.logits_V[list(DRAFTS)] - expected_V).abs().max()
+        assert error <= 1e-5 * (1 + expected_V.abs().max()), f"{error:.2e} after {said.text}, {said.drafted}"
+
+
+@torch.no_grad()
+def reference_logits(
+    head: Jump, inside: Any, target: PreTrainedModel, text: Sequence[int], drafted: Sequence[int], first: int
+) -> Tensor:
+    """Logits [V] over what can be drafted, all computed again by a model of the layers between, without a cache."""
+    states_1TC, tokens = hidden_states(target, tuple(text[:-1]))[START][:, first:], list(text[first + 1 :])
+    for token in (*drafted, None):
+        embeds_1TC = target.get_input_embeddings().weight[torch.tensor([tokens])]
+        landed_1TC = torch.cat([embeds_1TC, states_1TC], -1) @ head.fc.weight.T
+        output_1TC = inside(inputs_embeds=landed_1TC, use_cache=False).last_hidden_state
+        states_1TC = torch.cat([states_1TC, output_1TC[:, -1:]], 1)
+        tokens.append(token)
+    assert head.lm_head is not None
+    return (head.norm(output_1TC @ head.readout.weight.T) @ head.lm_head.weight.T)[0, -1]
+
+
+@pytest.mark.parametrize(("family", "tree"), [("llama", "chain"), ("qwen2", "fixed"), ("qwen3", "dyspec")])
+def test_heads_compute_what_the_layers_between_do(
+    family: str, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = small_vocab_model(family, dtype=torch.float64)
+    folder, head = saved(tmp_path, target)
+    listener = Listener(monkeypatch)
+    out = speculate(target, PROMPTS, DraftHead(folder), tree=TREES[tree], max_new_tokens=NUM_NEW)
+    assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
+    check(listener, head, target)
+    assert 0 < out.stats.num_accepted < out.stats.num_drafted
+
+
+def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=3, initializer_range=0.3)
+    folder, _ = saved(tmp_path, model, landing=1, start=2)
+    assert_ragged_rows_are_exact(model, DraftHead(folder), tree=Chain(3), verify="topdown")
+
+
+def test_requests_that_join_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = small_vocab_model(dtype=torch.float64)
+    requests = [request_of(random_prompt(length, length), max_new_tokens=15) for length in (9, 1, 41, 17, 5)]
+    folder, head = saved(tmp_path, target)
+    listener = Listener(monkeypatch)
+    engine = Engine(target, drafter=DraftHead(folder), max_rows=3, prefill_chunk=7)
+    generations = [engine.submit(request) for request in requests]
+    engine.run()
+    assert [generation.tokens for generation in generations] == [alone(target, request) for request in requests]
+    check(listener, head, target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state_layer": 0}, "states after the layers"),
+        ({"state_layer": None}, "cannot be used"),
+        ({"specdec_head": "leap"}, "of the kind 'leap'"),
+        ({"draft_vocab_size": 5}, "does not fit"),
+    ],
+)
+def test_heads_that_cannot_be_read_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, small_vocab_model(dtype=torch.float64))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changes}))
+    with pytest.raises(DraftError, match=message):
+        DraftHead(folder)
