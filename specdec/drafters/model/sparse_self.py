@@ -44,7 +44,7 @@ class SparseSelf(Drafter):
             themselves what to attend to, or attend within chunks.
     """
 
-    prior_acceptance = 0.9
+    prior_acceptance = 0.85
 
     def __init__(self, budget: int = 512, select: Selection = "attention", num_tokens: int = 5):
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
