@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from specdec import UnsupportedModelError
 from specdec.cli.app import app
 from specdec.drafters import DraftHead
 from specdec.drafters.head.runner import HeadRunner
@@ -97,6 +98,14 @@ def drafted(trainer: ChainTrainer, model: PreTrainedModel, batch: Batch, row: in
     return [output.normed_BTC[0, 0] for output in outputs]
 
 
+def test_rows_without_answers_teach_nothing(model: PreTrainedModel, corpora: dict[str, Corpus]) -> None:
+    """The mean of nothing was shown, which is no number."""
+    trainer, batch = ChainTrainer(model, corpora["eagle3"], RECIPES["eagle3"]), corpora["eagle3"].batch(torch.arange(2))
+    batch.learned_BT[:] = False
+    ((loss, shown),) = trainer._losses(batch)
+    assert (loss.item(), shown.item()) == (0, 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_tokens_are_right(kind: str, model: PreTrainedModel, trained: dict[str, Any]) -> None:
     _, accepted = trained[kind]
@@ -156,6 +165,16 @@ def test_a_model_without_weights_to_read_is_refused(model: PreTrainedModel, tmp_
     with pytest.raises(ValueError, match="load the model in float32"):
         HeadTraining(packed, "tiny", Source("", self_generation(ByteTokenizer()), 99), RECIPES["mtp"], tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi", "gemma3_text", "mistral"])
+def test_models_whose_layers_take_no_jump_are_refused(family: str, tmp_path: Path) -> None:
+    source = Source("", self_generation(ByteTokenizer()), 99)
+    with pytest.raises(UnsupportedModelError, match=r"the layers 2 to 2 of .* train a head of another kind"):
+        HeadTraining(tiny_model(family), "tiny", source, RECIPES["jump"], tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="fewer --head-layers"):
+        HeadTraining(tiny_model("llama"), "tiny", source, JumpRecipe(num_layers=2), tmp_path / "a")
 
 
 @pytest.mark.parametrize("kind", KINDS)

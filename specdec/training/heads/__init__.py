@@ -4,7 +4,7 @@ collect.py       the model writes what is trained on
 openings.py      how its questions begin
 corpus.py        batches of that text, with the model's states
 recipes.py       how each kind is trained
-initial.py       what heads start from
+initial.py       what heads start from; jumps.py: jump heads
 trainer.py       what trainers share: steps that can be interrupted
 exits.py         early exits
 blocks.py        DSpark heads

@@ -28,7 +28,8 @@ from specdec.exits.module import final_norm
 from specdec.hf import CACHE
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.exits import pass_mask
-from specdec.training.heads.initial import initial_eagle, initial_jump, initial_mtp
+from specdec.training.heads.initial import initial_eagle, initial_mtp
+from specdec.training.heads.jumps import initial_jump
 from specdec.training.heads.recipes import EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.trainer import Trainer
 
@@ -121,7 +122,7 @@ class ChainTrainer(Trainer):
             right.append(torch.zeros_like(has_loss_BP).masked_scatter(has_loss_BP, right_N))
         runs_BPS = by_chain(right).long().cumprod(2)
         total = torch.stack(losses).sum() / sum(recipe.decay**step for step in range(recipe.steps))
-        yield total, runs_BPS.sum(2)[learned_BP].float().mean()
+        yield total, (runs_BPS.sum(2) * learned_BP).sum() / learned_BP.sum().clamp_min(1)
 
     def _loss(self, normed_NC: Tensor, targets_NK: Tensor, p_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the losses; bool [N]: whether the target's choice is the likeliest."""

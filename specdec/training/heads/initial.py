@@ -5,23 +5,20 @@ Shape legend: V tokens that can be drafted.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DSPARK, EAGLE3, JUMP, MTP, HeadConfig
+from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
 from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
-from specdec.errors import UnsupportedModelError
 from specdec.exits.module import final_norm, restricted_head
 from specdec.training.heads.corpus import Corpus
-from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
+from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
 from specdec.tree_model.layer_views import LayerViews
 
 NUM_FIT_ROWS = 64
@@ -49,13 +46,13 @@ def initial_block(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(recipe.seed)
         head = DSpark(config, {"lm_head.weight", "d2t"})
-        _share_head(head, model, vocab_ids)
+        share_head(head, model, vocab_ids)
         _read_last_state(head, model)
         own: list[Any] = list(head.layers)
         for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
-            _copy(theirs, mine)
+            copy_alike(theirs, mine)
             _scale_queries(mine)
-        _copy(own[0].input_layernorm, head.hidden_norm)
+        copy_alike(own[0].input_layernorm, head.hidden_norm)
         if head.markov_head is not None:
             head.markov_head.markov_w1.weight.normal_(std=0.1)
             head.markov_head.markov_w2.weight.normal_(std=0.01)
@@ -79,11 +76,11 @@ def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(recipe.seed)
         head = Eagle3(config, {"lm_head.weight", "d2t"})
-        _share_head(head, model, vocab_ids)
+        share_head(head, model, vocab_ids)
         _read_last_state(head, model)
         own: list[Any] = list(head.layers)
         for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
-            _copy(theirs, mine)
+            copy_alike(theirs, mine)
         _widen(own[0], LayerViews(model).layers[-len(own)])
     return head.to(model.device)
 
@@ -106,65 +103,8 @@ def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
         for weight in head.block.parameters():
             weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
         _read_last_state(head, model)
-        _copy(LayerViews(model).layers[-1], head.block)
+        copy_alike(LayerViews(model).layers[-1], head.block)
         _scale_queries(head.block)
-    return head.to(model.device)
-
-
-def jump_layers(recipe: JumpRecipe, num_layers: int) -> tuple[int, int]:
-    """After how many layers a jump lands, and after how many the state is taken: at 0.7 of the model, as was best for
-    Qwen2.5-0.5B with economize.
-
-    Raises:
-        ValueError: the model has too few layers.
-    """
-    start = max(round(0.7 * num_layers), recipe.num_layers + 1)
-    if start > num_layers:
-        raise ValueError(
-            f"a model of {num_layers} layers takes no jump of {recipe.num_layers}: give fewer --head-layers"
-        )
-    return start - recipe.num_layers, start
-
-
-def initial_jump(model: PreTrainedModel, vocab_ids: Tensor, recipe: JumpRecipe, corpus: Corpus) -> Jump:
-    """A head that has the model's layers, and the best linear maps before and after them.
-
-    Raises:
-        UnsupportedModelError: a model whose layers cannot be called alone, or see no more than a window.
-    """
-    text = copy.deepcopy(model.config.get_text_config(decoder=True))
-    landing, start = corpus.layers
-    kinds = getattr(text, "layer_types", None)
-    if set((kinds or ["full_attention"])[landing:start] or ["full_attention"]) != {"full_attention"}:
-        raise UnsupportedModelError("a jump head has layers that attend to all that came before: train another kind")
-    text.num_hidden_layers, text.tie_word_embeddings, text.dtype = recipe.num_layers, False, torch.float32
-    if kinds:
-        text.layer_types = kinds[landing:start]
-    config = HeadConfig(
-        kind=JUMP,
-        layers=text,
-        vocab_size=text.vocab_size,
-        draft_vocab_size=len(vocab_ids),
-        target_hidden_size=text.hidden_size,
-        state_layers=(start,),
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        try:
-            head = Jump(config, {"lm_head.weight", "d2t"})
-        except AttributeError as error:
-            raise UnsupportedModelError(
-                f"the layers of {type(model).__name__} cannot be called alone ({error}): train a head of another kind"
-            ) from error
-        _share_head(head, model, vocab_ids)
-        _copy(final_norm(model), head.norm)
-        for mine, theirs in zip(head.layers, LayerViews(model).layers[landing:start], strict=True):
-            _copy(theirs, mine)
-        batch = corpus.batch(torch.arange(min(NUM_FIT_ROWS, corpus.num_rows)))
-        embeds_BTC = F.embedding(batch.tokens_BT, model.get_input_embeddings().weight).float()
-        before_BTD = torch.cat([embeds_BTC[:, 1:], batch.hidden[start][:, :-1]], -1)
-        head.fc.weight.copy_(linear_fit(before_BTD, batch.hidden[landing][:, 1:]))
-        head.readout.weight.copy_(linear_fit(batch.hidden[start], batch.final_BTC))
     return head.to(model.device)
 
 
@@ -191,7 +131,7 @@ def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _share_head(head: DSpark | Eagle3 | Jump, model: PreTrainedModel, vocab_ids: Tensor) -> None:
+def share_head(head: DSpark | Eagle3 | Jump, model: PreTrainedModel, vocab_ids: Tensor) -> None:
     """Rows of the model's LM head."""
     head.vocab_ids = vocab_ids.clone()
     rows = restricted_head(model, vocab_ids).float()
@@ -202,12 +142,12 @@ def _share_head(head: DSpark | Eagle3 | Jump, model: PreTrainedModel, vocab_ids:
 def _read_last_state(head: DSpark | Eagle3 | Mtp, model: PreTrainedModel) -> None:
     """What is read is the last of the states, but for a little; the norm is the model's."""
     size = head.config.hidden_size
-    _copy(final_norm(model), head.norm)
+    copy_alike(final_norm(model), head.norm)
     head.fc.weight.normal_(std=0.02 / size**0.5)
     head.fc.weight[:, -size:] += torch.eye(size)
 
 
-def _copy(source: nn.Module, target: nn.Module) -> None:
+def copy_alike(source: nn.Module, target: nn.Module) -> None:
     """Weights of the same name and shape."""
     theirs = source.state_dict()
     for name, weight in target.state_dict().items():
@@ -224,7 +164,7 @@ def _scale_queries(layer: Any) -> None:
 
 def _widen(layer: Any, theirs: nn.Module) -> None:
     """The queries, keys and values of a layer's input, of what comes second; the first half says hardly anything."""
-    _copy(layer.input_layernorm, layer.hidden_norm)
+    copy_alike(layer.input_layernorm, layer.hidden_norm)
     layer.input_layernorm.weight.fill_(1)
     weights, size = theirs.state_dict(), layer.hidden_norm.weight.shape[0]
     for name in ("q_proj", "k_proj", "v_proj"):

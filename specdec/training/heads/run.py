@@ -31,7 +31,7 @@ from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.exits import ExitRecipe, ExitTrainer
 from specdec.training.heads.export import save_head
 from specdec.training.heads.head_report import HeadReport, measure_head
-from specdec.training.heads.initial import jump_layers
+from specdec.training.heads.jumps import check_jump, jump_layers
 from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.report import Acceptance, measure_acceptance, measure_costs
@@ -236,6 +236,8 @@ class HeadTraining(_Training):
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._name, self._recipe = name, recipe
         self._layers = _state_layers(recipe, num_layers)
+        if isinstance(recipe, JumpRecipe):
+            check_jump(model, jump_layers(recipe, num_layers))
         plan = {"kind": _kind_of(recipe), "state_layers": self._layers, **dataclasses.asdict(recipe)}
         depths = tuple(layer for layer in self._layers if layer < num_layers)
         super().__init__(model, source, out, depths, plan, seed=recipe.seed, length=length, num_rows=num_rows)
