@@ -23,8 +23,8 @@ _SINKS = 4
 """First tokens, which take the attention that is of no use elsewhere (Xiao et al. 2023)."""
 _SINK_SHARE = _RECENT_SHARE = 4
 """Of a budget a fourth at most is sinks, and a fourth is the newest slots whatever their scores."""
-_MOST_FORWARDS = 4
-"""Whose queries are asked."""
+_MOST_FORWARDS = 2
+"""Whose queries are asked: those of the root, and of the tokens after it."""
 
 
 class Queries(TorchFunctionMode):

@@ -10,7 +10,7 @@ Shape legend: B rows, K heads of keys, S slots, N chosen slots, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class SparseModel(TreeModel):
         assert isinstance(self.cache, _WatchedCache)
         queries = self._queries = self.cache.queries = Queries()
         try:
-            with queries:
+            with nullcontext() if self._is_fused else queries:  # fused layers tell theirs, and the mode takes time
                 yield
         finally:
             self.cache.queries = None
@@ -153,4 +153,4 @@ def _gather(part_KSD: Tensor, chosen: Tensor) -> Tensor:
     """[K, N, D] the chosen slots, [N] or [K, N]."""
     if chosen.dim() == 1:
         return part_KSD[:, chosen]
-    return part_KSD.gather(1, chosen.unsqueeze(2).expand(-1, -1, part_KSD.shape[2]))
+    return torch.stack([part_SD.index_select(0, chosen_N) for part_SD, chosen_N in zip(part_KSD, chosen, strict=True)])
