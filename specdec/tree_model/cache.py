@@ -216,7 +216,7 @@ class TreeCache(Cache):
         self._mover = None
         self._addresses.clear()
 
-    def append(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None:
+    def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None:
         """More slots at the end of the tail of some layers, which the caller writes.
 
         Returns:

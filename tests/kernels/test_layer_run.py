@@ -105,24 +105,24 @@ def test_layers_with_hooks_are_called_one_by_one(calls):
 def test_caches_of_other_kinds_are_left_to_single_layers():
     """What is no float32 on the CPU, or not alike in all layers, has no addresses to write to."""
     cache = TreeCache(num_layers=2, num_rows=1)
-    assert cache.append((0, 1), 1) is None, "nothing has been written yet"
+    assert cache.append_slots((0, 1), 1) is None, "nothing has been written yet"
     for index, dtype in enumerate((torch.float32, torch.bfloat16)):
         states = torch.zeros(1, 2, 3, 4, dtype=dtype)
         cache.update(states, states, index)
-    assert cache.append((0, 1), 1) is None
-    assert cache.append((0,), 2) is not None
+    assert cache.append_slots((0, 1), 1) is None
+    assert cache.append_slots((0,), 2) is not None
     assert [layer.tail for layer in cache.stored.values()] == [5, 3]
-    assert cache.append((0, 1), 1) is None, "layers of different tails"
+    assert cache.append_slots((0, 1), 1) is None, "layers of different tails"
 
 
 def test_new_buffers_have_new_addresses():
     cache = TreeCache(num_layers=1, num_rows=1)
     states = torch.zeros(1, 1, 3, 4)
     cache.update(states, states, 0)
-    first = cache.append((0,), 1)
+    first = cache.append_slots((0,), 1)
     cache.commit([range(4)])
     cache.join()
-    second = cache.append((0,), 1)
+    second = cache.append_slots((0,), 1)
     assert first is not None
     assert second is not None
     assert second.keys[0] == cache.stored[0].keys.data_ptr() != first.keys[0]

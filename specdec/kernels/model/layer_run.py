@@ -44,7 +44,7 @@ class SlotCache(Protocol):
     @property
     def num_rows(self) -> int: ...
 
-    def append(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None: ...
+    def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None: ...
 
 
 class LayerRun:
@@ -76,7 +76,7 @@ class LayerRun:
             return None
         if not self._covers(hidden_BTC, mask, rotation) or not self._are_current(rotation, is_checked=is_checked):
             return None
-        slots = cache.append(tuple([constants.layer_idx for constants in self._constants]), T)
+        slots = cache.append_slots(tuple([constants.layer_idx for constants in self._constants]), T)
         if slots is None:
             return None
         first = self._constants[0]
@@ -104,7 +104,7 @@ class LayerRun:
         return (
             B * T <= native.BLOCK_ROWS
             and hidden_BTC.dtype is torch.float32
-            and all(layer.covers(hidden_BTC, mask, rotation, {}) for layer in self._fused[:1])
+            and self._fused[0].covers(hidden_BTC, mask, rotation, {})
             and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers)
         )
 

@@ -55,15 +55,17 @@ class Rotations:
         self._is_static = rope.get("rope_type", "default") in _STATIC
         self._tables: tuple[Tensor, ...] = ()
 
-    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [B, T, head size]."""
         if not self._is_static:
-            return self._rotate(hidden_BTC, position_ids)
+            cos, sin = self._rotate(hidden_BTC, position_ids)
+            return cos, sin
         num_needed = int(position_ids.max()) + 1
         if not self._tables or len(self._tables[0]) < num_needed:
             positions = torch.arange(num_needed + max(256, num_needed // 2), device=position_ids.device)
             self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
-        return tuple(table[position_ids] for table in self._tables)
+        cos, sin = self._tables
+        return cos[position_ids], sin[position_ids]
 
 
 class FusedStack:
