@@ -16,6 +16,7 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, groupby
@@ -32,6 +33,7 @@ from transformers.cache_utils import (
 )
 
 from specdec.errors import UnsupportedOptionError
+from specdec.kernels.model.layer_run import NewSlots
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
 from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
@@ -95,6 +97,7 @@ class TreeCache(Cache):
         self.lengths = [0] * num_rows
         self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self._mover: SlotMover | None = None
+        self._addresses: dict[tuple[int, ...], _Addresses | None] = {}
         self.without, self.recurrent = frozenset(without), recurrent or {}
         layers = [self._new_layer(index, capacity) for index in range(num_layers)]
         super().__init__(layers=layers)
@@ -215,6 +218,28 @@ class TreeCache(Cache):
     def buffers_change(self) -> None:
         """To be called when a layer gets other buffers."""
         self._mover = None
+        self._addresses.clear()
+
+    def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None:
+        """More slots at the end of the tail of some layers, which the caller writes.
+
+        Returns:
+            None where the layers' buffers are not alike, or no float32 on the CPU; nothing has changed then.
+        """
+        if self._addresses_of(layers) is None or len({self.stored[index].tail for index in layers}) > 1:
+            return None
+        for index in layers:
+            self.stored[index].append(num_new)
+        found = self._addresses_of(layers)  # there may be other buffers now
+        assert found is not None, "layers that are alike grow alike"
+        first = self.stored[layers[0]]
+        firsts = (ctypes.c_int64 * self.num_rows)(*[length + first.tail - num_new for length in self.lengths])
+        return NewSlots(found.keys, found.values, found.strides, firsts, first.get_seq_length())
+
+    def _addresses_of(self, layers: tuple[int, ...]) -> _Addresses | None:
+        if layers not in self._addresses:
+            self._addresses[layers] = _addresses([self.stored.get(index) for index in layers])
+        return self._addresses[layers]
 
     def rollback(self) -> None:
         """Forget the tail; also repairs a forward that broke off between two layers."""
@@ -348,6 +373,30 @@ class TreeCache(Cache):
             rows_BT = torch.arange(self.num_rows).unsqueeze(1).expand_as(slots_BT)
             self._slots_memo = (key, (rows_BT, slots_BT))
         return self._slots_memo[1]
+
+
+class _Addresses(NamedTuple):
+    """Of the buffers of some layers, which have the same strides."""
+
+    keys: ctypes.Array[ctypes.c_void_p]
+    values: ctypes.Array[ctypes.c_void_p]
+    strides: tuple[int, int, int]
+
+
+def _addresses(layers: Sequence[TreeLayer | None]) -> _Addresses | None:
+    """None where they are not alike, or no float32 on the CPU."""
+    buffers: list[Tensor] = []
+    for layer in layers:
+        if type(layer) is not TreeLayer or not layer.is_initialized or layer.index_keys is not None:
+            return None
+        buffers += layer.buffers
+    kinds = {(buffer.dtype, buffer.device.type, buffer.shape, buffer.stride()) for buffer in buffers}
+    if len(kinds) != 1 or not {torch.float32, "cpu"} <= set(next(iter(kinds))):
+        return None
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    pointers = ctypes.c_void_p * len(layers)
+    row, head, slot, _ = buffers[0].stride()
+    return _Addresses(pointers(*addresses[::2]), pointers(*addresses[1::2]), (row, head, slot))
 
 
 def _move(layers: Sequence[TreeLayer], places: Sequence[Tensor]) -> None:

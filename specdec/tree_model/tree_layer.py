@@ -107,10 +107,13 @@ class TreeLayer(CacheLayerMixin):
         """Append T slots to the tail; returns views of everything written so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        num_new = key_states.shape[2]
+        self.append(key_states.shape[2])
+        return self._write_last(self.keys, key_states), self._write_last(self.values, value_states)
+
+    def append(self, num_new: int) -> None:
+        """More slots at the end of the tail, which the caller writes."""
         self._reserve(self.get_seq_length() + num_new)
         self.tail += num_new
-        return self._write_last(self.keys, key_states), self._write_last(self.values, value_states)
 
     def update_indexer(self, index_states: Tensor) -> Tensor:
         """Write the indexer's keys [B, T, D] of the slots that `update` has just appended; returns those of all."""

@@ -163,7 +163,7 @@ class FusedLayer:
         """
         cache = past_key_values if cache is None else cache
         constants = None
-        if position_embeddings is not None and self._covers(hidden_states, attention_mask, position_embeddings, kwargs):
+        if position_embeddings is not None and self.covers(hidden_states, attention_mask, position_embeddings, kwargs):
             constants = (is_checked and self._checked) or self._prepare(position_embeddings)
         if constants is None or position_embeddings is None:
             kwargs |= {"position_ids": position_ids, CACHE: cache, "use_cache": use_cache}
@@ -193,15 +193,19 @@ class FusedLayer:
         key_BTKD = torch.empty(B, T, constants.num_kv_heads, constants.head_dim)
         by_row = [x_BTC, query_BTHD, key_BTKD, torch.empty_like(key_BTKD)]
         if constants.rotates:
-            cos, sin = self._rotation(rotation)
-            if cos.shape[0] != B:
-                cos, sin = cos.expand(B, -1, -1).contiguous(), sin.expand(B, -1, -1).contiguous()
-            by_row += [cos, sin]
+            by_row += self.angles(rotation, B)
         for first in range(0, B * T, native.BLOCK_ROWS):
             count = min(native.BLOCK_ROWS, B * T - first)
             x, query, key, value, *angles = [_address(part, first) for part in by_row]
             library.attention_inputs(constants.layer, x, count, *(angles or (0, 0)), query, key, value, num_threads)
         return query_BTHD, key_BTKD, by_row[3]
+
+    def angles(self, rotation: Rotation, num_rows: int) -> Rotation:
+        """cos and sin, each [B, T, D], contiguous."""
+        cos, sin = self._rotation(rotation)
+        if cos.shape[0] != num_rows:
+            cos, sin = cos.expand(num_rows, -1, -1).contiguous(), sin.expand(num_rows, -1, -1).contiguous()
+        return cos, sin
 
     def _attention_and_mlp(self, constants: _Constants, x_BTC: torch.Tensor, attended: Attended) -> torch.Tensor:
         library, num_threads = native.library(), torch.get_num_threads()
@@ -213,9 +217,13 @@ class FusedLayer:
             library.attention_and_mlp(constants.layer, attention, x, out, num_threads)
         return out_BTC
 
-    def constants(self) -> _Constants | None:
-        """What native calls of this layer need, now; None where the layer has to be the model's own."""
-        return self._prepare(None)
+    def constants(self, rotation: Rotation | None = None) -> _Constants | None:
+        """What native calls of this layer need, now; None where the layer has to be the model's own.
+
+        Args:
+            rotation: of the forward that asks: the model is looked at once for all of its layers.
+        """
+        return self._prepare(rotation)
 
     @property
     def checked(self) -> _Constants | None:
@@ -232,7 +240,7 @@ class FusedLayer:
         """Whether the model's layers are native now."""
         return self._model is None or self._model.is_native(None)
 
-    def _covers(
+    def covers(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation, kwargs: dict[str, Any]
     ) -> bool:
         shape = hidden.shape

@@ -11,8 +11,9 @@ Shape legend: B rows, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.hf import CACHE
 from specdec.kernels.model.layer import FusedLayer
+from specdec.kernels.model.layer_run import LayerRun
 from specdec.kernels.model.prepared import prepared
 from specdec.kernels.model.profile import profile_of
 
 _STATIC = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding whose angles depend on nothing but the position."""
+
+
+Layer: TypeAlias = Callable[..., Tensor]
 
 
 class _Tried(dict[object, bool]):
@@ -50,15 +55,17 @@ class Rotations:
         self._is_static = rope.get("rope_type", "default") in _STATIC
         self._tables: tuple[Tensor, ...] = ()
 
-    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [B, T, head size]."""
         if not self._is_static:
-            return self._rotate(hidden_BTC, position_ids)
+            cos, sin = self._rotate(hidden_BTC, position_ids)
+            return cos, sin
         num_needed = int(position_ids.max()) + 1
         if not self._tables or len(self._tables[0]) < num_needed:
             positions = torch.arange(num_needed + max(256, num_needed // 2), device=position_ids.device)
             self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
-        return tuple(table[position_ids] for table in self._tables)
+        cos, sin = self._tables
+        return cos[position_ids], sin[position_ids]
 
 
 class FusedStack:
@@ -77,7 +84,7 @@ class FusedStack:
         self,
         model: PreTrainedModel,
         rotations: Rotations,
-        layers: Sequence[Callable[..., Tensor]],
+        layers: Sequence[Layer],
         norm: nn.Module | None,
         *,
         has_head: bool,
@@ -85,7 +92,7 @@ class FusedStack:
     ):
         self._embed = model.get_decoder().embed_tokens
         self._rotations = rotations
-        self._layers = layers
+        self._parts = list(_parts(layers))
         self._norm = norm
         self._head = model.get_output_embeddings() if has_head else None
         self._given = given
@@ -104,25 +111,38 @@ class FusedStack:
     ) -> Outputs:
         cache = past_key_values if cache is None else cache
         hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
-        rotation = self._rotations(hidden_BTC, position_ids) if self._layers else None
-        for layer in self._layers:
-            hidden_BTC = layer(
-                hidden_BTC,
-                attention_mask=attention_mask,
-                **{CACHE: cache},
-                use_cache=use_cache,
-                position_embeddings=rotation,
-                is_checked=self._is_checked,
-            )
+        rotation = self._rotations(hidden_BTC, position_ids) if self._parts else None
+        for run, layers in self._parts:
+            if run is not None and rotation is not None:
+                done_BTC = run(hidden_BTC, attention_mask, cache, rotation, is_checked=self._is_checked)
+                if done_BTC is not None:
+                    hidden_BTC = done_BTC
+                    continue
+            for layer in layers:
+                hidden_BTC = layer(
+                    hidden_BTC,
+                    attention_mask=attention_mask,
+                    **{CACHE: cache},
+                    use_cache=use_cache,
+                    position_embeddings=rotation,
+                    is_checked=self._is_checked,
+                )
         self._is_checked = True  # until the next run, which has a stack of its own: looking takes a tenth of a forward
         if self._norm is not None:
             hidden_BTC = self._norm(hidden_BTC)
         return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
 
 
-def is_fused(layer: nn.Module) -> bool:
+def is_fused(layer: object) -> bool:
     """Whether `prepare` has fused the layer."""
-    return isinstance(layer.__dict__.get("forward"), FusedLayer)
+    return isinstance(layer, nn.Module) and isinstance(layer.__dict__.get("forward"), FusedLayer)
+
+
+def _parts(layers: Sequence[Layer]) -> Iterator[tuple[LayerRun | None, Sequence[Layer]]]:
+    """Fused layers that follow one another, and all others."""
+    for fused, group in groupby(layers, is_fused):
+        own = list(group)
+        yield LayerRun([layer for layer in own if isinstance(layer, nn.Module)]) if fused else None, own
 
 
 def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module | None) -> bool:

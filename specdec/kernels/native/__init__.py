@@ -29,6 +29,7 @@ from specdec.kernels.native.structs import (
     Matrix,
     PackedForward,
     Pointer,
+    StackForward,
     Taken,
     Verification,
     Visibility,
@@ -46,7 +47,7 @@ _OUT_OF_MEMORY = -2  # see common.h
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(Matrix, Layer, Attention, PackedForward, Candidates, Taken, Visibility, Verification),
+    *(Matrix, Layer, Attention, PackedForward, StackForward, Candidates, Taken, Visibility, Verification),
 )
 PAGE_SLOTS = 16  # mirrors common.h
 
@@ -80,6 +81,7 @@ _FUNCTIONS = {
         (ctypes.POINTER(Layer), ctypes.POINTER(Attention), Pointer, Pointer, _Threads), Int, True
     ),
     "packed_forward": _Function((ctypes.POINTER(PackedForward), _Threads), Int, True),
+    "stack_forward": _Function((ctypes.POINTER(StackForward), _Threads), Int, True),
     "take": _Function(
         (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
     ),
@@ -143,6 +145,7 @@ class Library:
     attention_inputs: Callable[..., int]
     attention_and_mlp: Callable[..., int]
     packed_forward: Callable[..., int]
+    stack_forward: Callable[..., int]
     take: Callable[..., int]
     verify: Callable[..., int]
     write_mask: Callable[..., None]
@@ -244,15 +247,27 @@ def attention(
     K, S = key_BKSD.shape[1], key_BKSD.shape[2]
     key, value = plain(key_BKSD), plain(value_BKSD)
     addresses = query_BTHD.data_ptr(), key.data_ptr(), value.data_ptr()
-    visibility: tuple[int | None, bool, tuple[int, ...]] = (None, False, (0, 0, 0))
-    if mask is not None:
-        mask = mask if mask.dtype is torch.bool else plain(mask)
-        mask = mask if mask.stride(3) == 1 else mask.contiguous()
-        strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
-        visibility = (mask.data_ptr(), mask.dtype is torch.bool, strides[:3])
-    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], None, *visibility, scale)
-    a.alive = (query_BTHD, key, value, mask)
+    visible = visibility(mask)
+    a = Attention(B, T, S, H, K, D, *addresses, key.stride()[:3], value.stride()[:3], None, *visible.fields, scale)
+    a.alive = (query_BTHD, key, value, visible.mask)
     return a
+
+
+class MaskFields(NamedTuple):
+    """A mask as attention takes it, and the fields `mask`, `mask_is_bool`, `mask_strides` of that."""
+
+    mask: torch.Tensor | None
+    fields: tuple[int | None, bool, tuple[int, ...]]
+
+
+def visibility(mask: torch.Tensor | None) -> MaskFields:
+    """Of a mask as `attention` has it."""
+    if mask is None:
+        return MaskFields(None, (None, False, (0, 0, 0)))
+    mask = mask if mask.dtype is torch.bool else plain(mask)
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    strides = tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
+    return MaskFields(mask, (mask.data_ptr(), mask.dtype is torch.bool, strides[:3]))
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

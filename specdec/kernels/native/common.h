@@ -76,6 +76,18 @@ typedef struct {
     float *const *kept;
 } PackedForward;
 
+/* The tokens of a cache's rows that go through layers together: T of each of B rows, whose keys and values are stored
+ * from slot firsts[row] on. keys and values are a layer's in the cache, with the strides of `attention`. */
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers;
+    const float *x, *cos, *sin; /* [B][T][channels], [B][T][head_dim]; cos may be NULL */
+    Attention *attention;       /* k, v and q are filled in, layer by layer */
+    float *const *keys, *const *values;
+    const int64_t *firsts;
+    float *q, *k, *v, *hidden, *out; /* scratch [B][T][heads][head_dim] and [B][T][channels]; out is the result */
+} StackForward;
+
 /* Rows of scores whose tokens are taken out. What a scan of a row finds is kept; a norm is NaN before it. Blocks are
  * draws.h's, padded. */
 typedef struct {
@@ -125,6 +137,7 @@ typedef struct {
                              float *k, float *v);
     void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
     void (*packed_layer)(const PackedForward *f, int64_t layer, const float *x, float *out);
+    void (*stack_layer)(const StackForward *f, int64_t layer, const float *x, float *out);
     void (*take_from)(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     void (*verify)(Verification *v, int rule);

@@ -99,14 +99,21 @@ typedef struct {
     Quantized *quantized; /* NULL when the next product takes float32 */
 } Rows;
 
-TARGET static void row_chunk(void *context, int row) {
+/* Rows that one thread works on: those of a tile lie in the same cache lines, for which two threads would wait in turn. */
+#define NUM_TILES(rows) ((int)(((rows) + WIDE_TILE - 1) / WIDE_TILE))
+#define EACH_ROW(row, tile, rows) \
+    for (int64_t row = (int64_t)(tile) * WIDE_TILE; row < (rows) && row < ((int64_t)(tile) + 1) * WIDE_TILE; row++)
+
+TARGET static void rows_chunk(void *context, int tile) {
     const Rows *r = context;
-    const float *x = r->x + row * r->k;
-    if (r->weight) {
-        rms_norm(x, r->weight, r->eps, r->k, r->normed + row * r->k);
-        x = r->normed + row * r->k;
+    EACH_ROW(row, tile, r->rows) {
+        const float *x = r->x + row * r->k;
+        if (r->weight) {
+            rms_norm(x, r->weight, r->eps, r->k, r->normed + row * r->k);
+            x = r->normed + row * r->k;
+        }
+        if (r->quantized) quantize_one(r->quantized, x, row);
     }
-    if (r->quantized) quantize_one(r->quantized, x, row);
 }
 
 /* Gets rows ready for products with matrices like `w`; returns the rows that a float32 product reads. */
@@ -128,7 +135,7 @@ static const float *ready_rows(const Matrix *w, const float *x, const float *nor
         if (room > rows) memset(quantized->scales, 0, (size_t)(room * quantized->groups) * sizeof(float));
         r.quantized = quantized;
     }
-    if (norm || w->bits < 16) parallel_for(row_chunk, &r, (int)rows);
+    if (norm || w->bits < 16) parallel_for(rows_chunk, &r, NUM_TILES(rows));
     return norm ? r.normed : x;
 }
 
@@ -151,12 +158,14 @@ static void linear(const Matrix *w, const float *x, int64_t rows, int weight_onl
 typedef struct {
     const Layer *layer;
     const float *cos, *sin;
+    int64_t rows;
     float *q, *k;
 } Rotation;
 
-TARGET static void rotate_chunk(void *context, int row) {
+TARGET static void rotate_chunk(void *context, int tile) {
     const Rotation *r = context;
     const Layer *l = r->layer;
+    EACH_ROW(row, tile, r->rows)
     for (int64_t h = 0; h < l->num_heads + l->num_kv_heads; h++) {
         const int is_query = h < l->num_heads;
         float *head = is_query ? r->q + (row * l->num_heads + h) * l->head_dim
@@ -176,8 +185,8 @@ static void attention_inputs(const Layer *l, const float *x, int64_t rows, const
     all.products[1] = (Product){&l->k, ready, &quantized, rows, k, NULL};
     all.products[2] = (Product){&l->v, ready, &quantized, rows, v, NULL};
     multiply(&all);
-    Rotation r = {l, cos, sin, q, k};
-    parallel_for(rotate_chunk, &r, (int)rows);
+    Rotation r = {l, cos, sin, rows, q, k};
+    parallel_for(rotate_chunk, &r, NUM_TILES(rows));
 }
 
 /* What comes after attention. mixed: [rows][heads][head_dim]; x: what came into the layer. */
@@ -231,5 +240,24 @@ static void packed_layer(const PackedForward *f, int64_t layer, const float *x, 
     finish_layer(l, f->rows, mixed, x, out);
 }
 
+/* A layer for the tokens of a cache's rows. */
+static void stack_layer(const StackForward *f, int64_t layer, const float *x, float *out) {
+    const Layer *l = f->layers + layer;
+    Attention *a = f->attention;
+    attention_inputs(l, x, a->B * a->T, f->cos, f->sin, f->q, f->k, f->v);
+    for (int64_t b = 0; b < a->B; b++)
+        for (int64_t t = 0; t < a->T; t++)
+            for (int64_t head = 0; head < a->K; head++) {
+                const int64_t source = ((b * a->T + t) * a->K + head) * a->D, slot = f->firsts[b] + t;
+                const size_t bytes = (size_t)a->D * sizeof(float);
+                memcpy(f->keys[layer] + b * a->k_strides[0] + head * a->k_strides[1] + slot * a->k_strides[2],
+                       f->k + source, bytes);
+                memcpy(f->values[layer] + b * a->v_strides[0] + head * a->v_strides[1] + slot * a->v_strides[2],
+                       f->v + source, bytes);
+            }
+    a->q = f->q, a->k = f->keys[layer], a->v = f->values[layer];
+    attention_and_mlp(l, a, x, out);
+}
+
 const Kernels KERNELS = {INSTRUCTION_SET, pack, repack, linear, attend, attention_inputs, attention_and_mlp,
-                         packed_layer, take_from, verify};
+                         packed_layer, stack_layer, take_from, verify};

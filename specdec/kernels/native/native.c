@@ -113,6 +113,21 @@ EXPORT int64_t specdec_packed_forward(const PackedForward *f, int num_threads) {
     return 0;
 }
 
+static int64_t stack_layer(const StackForward *f, int64_t layer, const float *x, float *out, int num_threads) {
+    CALL(num_threads, stack_layer(f, layer, x, out));
+}
+
+/* The same for rows of a cache. */
+EXPORT int64_t specdec_stack_forward(const StackForward *f, int num_threads) {
+    const float *x = f->x;
+    for (int64_t layer = 0; layer < f->num_layers; layer++) {
+        float *out = (f->num_layers - layer) % 2 ? f->out : f->hidden;
+        if (stack_layer(f, layer, x, out, num_threads)) return OUT_OF_MEMORY;
+        x = out;
+    }
+    return 0;
+}
+
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
 EXPORT int64_t specdec_take(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                          const double *coins, int64_t *tokens, double *probs) {

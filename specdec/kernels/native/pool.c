@@ -32,7 +32,8 @@ static struct {
     void *context;
     _Atomic int num_active, num_sleeping; /* threads allowed to work, the caller included; workers asleep */
     int num_workers;
-    int64_t alone_ns, alone_until, together_since; /* set by stalls */
+    int64_t alone_ns, alone_until; /* set by stalls */
+    int64_t together_ns;           /* of jobs since the last stall; what lies between jobs says nothing */
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
 } pool = {.num_active = 1, .sleep_lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -188,14 +189,14 @@ static void wait_for_workers(int num_chunks, int64_t patience_ns) {
     }
     if (!stalled) return;
     const int64_t now = now_ns();
-    if (start - pool.together_since >= RARE * (now - start)) {
+    if (pool.together_ns >= RARE * (now - start)) {
         pool.alone_ns /= 2;
     } else {
         pool.alone_ns = pool.alone_ns * 2 < MIN_ALONE_NS ? MIN_ALONE_NS : pool.alone_ns * 2;
         if (pool.alone_ns > MAX_ALONE_NS) pool.alone_ns = MAX_ALONE_NS;
         pool.alone_until = now + pool.alone_ns;
     }
-    pool.together_since = now > pool.alone_until ? now : pool.alone_until;
+    pool.together_ns = 0;
 }
 
 void parallel_for(chunk_fn fn, void *context, int num_chunks) {
@@ -217,7 +218,10 @@ void parallel_for(chunk_fn fn, void *context, int num_chunks) {
     int mine = 0;
     while (run_one_chunk()) mine++;
     if (atomic_load(&pool.num_done) < num_chunks) {
-        const int64_t chunk_ns = mine ? (now_ns() - start) / mine : STALL_NS;
+        const int64_t ready = now_ns(), chunk_ns = mine ? (ready - start) / mine : STALL_NS;
+        pool.together_ns += ready - start;
         wait_for_workers(num_chunks, STALL_NS + 4 * chunk_ns);
+    } else {
+        pool.together_ns += now_ns() - start;
     }
 }

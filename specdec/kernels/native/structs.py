@@ -55,6 +55,18 @@ class PackedForward(ctypes.Structure):
     )
 
 
+class StackForward(ctypes.Structure):
+    """Tokens of a cache's rows in a forward of several layers; mirrors common.h."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        ("layers", Pointer),
+        ("num_layers", Int),
+        *((name, Pointer) for name in ("x", "cos", "sin", "attention", "keys", "values", "firsts")),
+        *((name, Pointer) for name in ("q", "k", "v", "hidden", "out")),
+    )
+
+
 class Candidates(ctypes.Structure):
     """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
 
