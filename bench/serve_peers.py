@@ -11,6 +11,7 @@ these weights, all of one file, which llama.cpp reads as it is. A warm-up of a f
     tokens/s           of all clients, over the whole time, the last answers included
     first token        milliseconds from a request to its first token, waiting included
     between tokens     of an answer: its time after the first token, for each further token
+    others             cores that other programs kept busy meanwhile: a cell is worth something where that is near 0
     between parts      from one part of a stream to the next: with speculation a part has several tokens
 
 What was measured is merged into OUTPUT.json by server and number of clients, and OUTPUT.md written anew: a machine that
@@ -21,14 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import httpx2
+import psutil
 
 from bench._script import add_instructions, command, log, parser_of, pipe_table, write_report
 from bench.served import Served, server, started
@@ -85,10 +89,20 @@ def load(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(name: str, file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with serving(name, file, arguments) as served:
         log(f"{name}, {arguments.clients} clients")
+        before, started_at = others_seconds(served), perf_counter()
         found = load(served, arguments)
+        others = (others_seconds(served) - before) / (perf_counter() - started_at)
         memory = served.peak_memory_mib()
     row = {f"{metric} {share}": found[metric][share] for _, metric, share in COLUMNS if found.get(metric)}
-    return {**row, "memory_mib": memory, "aiperf": found["aiperf_version"], "seconds": arguments.seconds}
+    return {**row, "memory_mib": memory, "others": others, "aiperf": found["aiperf_version"]}
+
+
+def others_seconds(served: Served) -> float:
+    """Processor time of all programs so far but the server and those that this process has waited for."""
+    assert served.process is not None
+    everybody, own, server_times = psutil.cpu_times(), os.times(), served.process.cpu_times()
+    ours = own.user + own.system + own.children_user + own.children_system + server_times.user + server_times.system
+    return everybody.user + everybody.nice + everybody.system - ours
 
 
 def merged(output: Path, rows: dict[str, Any], file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -112,8 +126,8 @@ def report(document: dict[str, Any]) -> tuple[str, ...]:
                 f"{row.get(f'{metric} {share}', 0):.{int(share == 'avg' and metric.endswith('throughput'))}f}"
                 for _, metric, share in COLUMNS
             ]
-            lines.append((clients, name, *figures, f"{row['memory_mib']:.0f}"))
-    headings = ("clients", "server", *(heading for heading, _, _ in COLUMNS), "peak, MiB")
+            lines.append((clients, name, *figures, f"{row['memory_mib']:.0f}", f"{row['others']:.2f}"))
+    headings = ("clients", "server", *(heading for heading, _, _ in COLUMNS), "peak, MiB", "others")
     commands = "\n".join(f"    {each}" for each in document["commands"])
     machine = ", ".join(f"{name} {value}" for name, value in document["machine"].items() if value)
     return "# specdec serve beside llama.cpp's server", commands, machine, pipe_table(headings, lines)

@@ -23,7 +23,7 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
-from trees import Draft, GrowthPolicy
+from trees import Draft, GrowthPolicy, TreeBatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,12 +65,14 @@ class Outcome:
             where drafts are merged.
         own: where drafts are merged, the nodes of this session's own trees on each row's path, from the root down
             and in its own numbers.
+        verified: where drafts are merged, the trees that were verified.
     """
 
     paths: Sequence[Sequence[int]]
     tokens: Sequence[Sequence[int]]
     is_own: bool = True
     own: Sequence[Sequence[int]] | None = None
+    verified: TreeBatch | None = None
 
     @property
     def own_paths(self) -> Sequence[Sequence[int]]:
@@ -81,7 +83,7 @@ class Outcome:
 
     def as_foreign(self) -> Outcome:
         """What it is to a session that has not drafted the round."""
-        return replace(self, is_own=False, own=None)
+        return replace(self, is_own=False, own=None, verified=None)
 
 
 class DraftSession(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import specdec
-from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
+from specdec.control import ForwardCosts
+from specdec.drafters import Auto, Drafter, EarlyExit, Plain, PromptLookup, SmallModel
+from specdec.drafters.auto import drafter as auto
 from specdec.drafters.composite.forced import Forced
 from specdec.engine import Engine
 from specdec.testing import ByteTokenizer, tiny_model
@@ -44,6 +47,16 @@ class Frame(LogitsProcessor):
         if not rest:
             return scores
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor(rest[:1]), 0.0)
+
+
+class Silent(LogitsProcessor):
+    """A grammar that tells nothing: what it leaves is a text over and over, which prompt lookup finds."""
+
+    def __init__(self, prompt_length: int):
+        self._frame = Frame(prompt_length, text=b"<a fixed text>")
+
+    def __call__(self, input_ids, scores):
+        return self._frame(input_ids, scores)
 
 
 def drafters() -> dict[str, Drafter]:
@@ -129,6 +142,34 @@ def test_an_engine_drafts_what_each_request_forces(name: str):
     assert [generation.tokens for generation in generations] == [alone(MODEL, request) for request in requests]
     for index in (0, 2, 3):
         assert generations[index].stats.accepted >= 12
+
+
+def test_what_forced_tokens_cost_is_known_to_be_theirs(monkeypatch: pytest.MonkeyPatch):
+    """Rows without a choice make a forward wider than what Auto has drafted for the others."""
+    widths, noted = [0], []
+
+    class Noting(ForwardCosts):
+        def update(self, num_tokens: int, seconds: float) -> None:
+            noted.append((num_tokens, widths[-1]))
+
+    monkeypatch.setattr(auto, "costs_of", lambda model, num_rows=1: Noting({1: 1.0}))
+    monkeypatch.setattr(auto, "_own_drafters", lambda run, auto: [])
+    prompts = [list(b"hello there"), list(b"ab ab ab ab"), list(b"hm hm"), list(b"no")]
+    frames = [[cls(len(prompt))] for cls, prompt in zip((Silent, Silent, Frame, Frame), prompts, strict=True)]
+    requests = [
+        request_of(prompt, processors=frame, max_new_tokens=60) for prompt, frame in zip(prompts, frames, strict=True)
+    ]
+    engine = Engine(MODEL, drafter=Auto(), max_rows=4)
+    requests = [replace(request, max_drafted=1 if index < 2 else None) for index, request in enumerate(requests)]
+    generations = [engine.submit(request) for request in requests]
+    hook = MODEL.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    engine.run()
+    hook.remove()
+    assert [generation.tokens for generation in generations] == [alone(MODEL, request) for request in requests]
+    assert len({width for _, width in noted}) > 2
+    assert all(num_tokens == width for num_tokens, width in noted)
 
 
 @pytest.mark.parametrize("name", ["plain", "lookup", "small"])

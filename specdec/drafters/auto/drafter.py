@@ -294,17 +294,16 @@ class _AutoSession(DraftSession):
         source, seconds = round_.plan.source, now - round_.decided  # measuring costs comes before, and is done once
         if source is not None:
             seconds = source.round_seconds(round_.plan, seconds)
-        seconds -= self._update_costs(round_, now)
+        seconds -= self._update_costs(round_, round_.draft.trees if outcome.verified is None else outcome.verified, now)
         self._update_sources(round_, outcome)
         num_tokens = sum(map(len, outcome.tokens))
         self._control(round_.context.num_rows).update(round_.plan, num_tokens, max(seconds, 0.0))
 
-    def _update_costs(self, round_: _Round, now: float) -> float:
-        """What the target's forward took, unless a part of it was drafting; returns what it took to read a prompt
-        along, which is no part of the round."""
+    def _update_costs(self, round_: _Round, trees: TreeBatch, now: float) -> float:
+        """What the target's forward over these trees took, unless a part of it was drafting; returns what it took to
+        read a prompt along, which is no part of the round."""
         context, source, num_along = round_.context, round_.plan.source, self._run.target.num_read_along
         if source is None or not source.session.runs_target:
-            trees = round_.draft.trees
             num_padded = context.num_rows * trees.num_slots
             num_tokens = context.num_rows + sum(trees.sizes) if context.is_packed else num_padded
             context.costs.update(num_tokens + num_along, now - round_.drafted)

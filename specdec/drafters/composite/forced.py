@@ -111,7 +111,8 @@ class _ForcedSession(DraftSession):
         elif not any(map(len, merged.nodes[0])):
             self._session.observe(outcome.as_foreign())
         else:
-            self._session.observe(replace(outcome, is_own=False, own=merged.own_paths(0, outcome.own_paths)))
+            own, verified = merged.own_paths(0, outcome.own_paths), merged.draft.trees
+            self._session.observe(replace(outcome, is_own=False, own=own, verified=verified))
 
     def rollback(self) -> None:
         self._session.rollback()

@@ -97,9 +97,10 @@ class _MixedSession(DraftSession):
             for session in self._sessions:
                 session.observe(outcome)
             return
+        verified = self._merged.draft.trees if outcome.verified is None else outcome.verified
         for source, session in enumerate(self._sessions):
             own = self._merged.own_paths(source, outcome.own_paths)
-            session.observe(replace(outcome, is_own=False, own=own))
+            session.observe(replace(outcome, is_own=False, own=own, verified=verified))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for session in self._sessions:
