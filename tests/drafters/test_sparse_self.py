@@ -202,9 +202,12 @@ def test_with_all_slots_it_is_the_model_itself(family: str, by_attention: bool) 
 
 @torch.no_grad()
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_it_sees_the_chosen_slots_and_those_since(select: str) -> None:
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_it_sees_the_chosen_slots_and_those_since(weights: Any, select: str) -> None:
     """Beside a mask that shows just these: sinks and the newest, or what is attended to most."""
-    model = tiny_model("llama", num_hidden_layers=1)
+    model = tiny_model("llama", num_hidden_layers=1, hidden_size=64, head_dim=32)
+    if weights is not None:
+        specdec.prepare(model, weights=weights)
     prompt_1P = random_prompts([40])["input_ids"]
     target = TreeModel(model)
     target.prefill(prompt_1P)
