@@ -155,7 +155,7 @@ def test_early_exits_in_ragged_batches(drafter: str, tree: GrowthPolicy | None, 
     assert_ragged_rows_are_exact(target, EARLY_EXITS[drafter](), tree=tree, verify=verify)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_trained_exits_in_ragged_batches(layer: int):
     target = tiny_model(
         "llama", seed=1, vocab_size=VOCAB_SIZE, num_hidden_layers=3, hidden_size=16, initializer_range=0.6
