@@ -47,8 +47,6 @@ _FAR_AWAY_S = 5.0
 _CONTEXT = 32
 _LONG_CONTEXT = 2048
 """Slots of the past of the forwards that say what each of them adds; timed when a run is first past `_SHORT`."""
-_LENGTH_STEP = 64
-"""Slots of a past more, of which prices take no notice: a table is not made anew in every round."""
 _SHORT = 1024
 """Slots of a past of which it is not asked what they add: rounds show it."""
 _SCATTER = 7919
@@ -102,8 +100,6 @@ class ForwardCosts:
         self._slopes = cache(slopes)
         self._short = self
         """The same where the past is short."""
-        self._longer: tuple[int, ForwardCosts] | None = None
-        """The same at the length that was asked for last."""
 
     def at(self, length: int) -> ForwardCosts:
         """The same where rows have a past of so many slots; what rounds show is learned for all lengths together."""
@@ -111,13 +107,10 @@ class ForwardCosts:
         slopes = short._slopes() if length > _SHORT else None
         if slopes is None:
             return short
-        length -= length % _LENGTH_STEP
-        if short._longer is None or short._longer[0] != length:
-            added = length - _CONTEXT
-            longer = ForwardCosts({width: short.measured(width) + slope * added for width, slope in slopes.items()})
-            longer._short, longer._plain, longer._learned = short, short._plain, short._learned
-            short._longer = length, longer
-        return short._longer[1]
+        added = length - _CONTEXT
+        longer = ForwardCosts({width: short.measured(width) + slope * added for width, slope in slopes.items()})
+        longer._short, longer._plain, longer._learned = short, short._plain, short._learned
+        return longer
 
     @property
     def drift(self) -> float:
