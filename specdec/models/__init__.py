@@ -174,10 +174,12 @@ def _folder_checkpoint(path: Path) -> Checkpoint:
 
 
 def _hub_checkpoint(hub_id: str) -> Checkpoint:
+    with stage(f"looking for the hub of {hub_id}"):  # a name server that does not answer takes its time
+        is_offline = not is_hub_reachable()
     return Checkpoint(
         name=hub_id,
         location=hub_id,
-        is_offline=not is_hub_reachable(),
+        is_offline=is_offline,
         remedy=f"There is no such folder here either: check the name and the network, or give another of {_SOURCES}.",
     )
 

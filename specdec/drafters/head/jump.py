@@ -33,9 +33,6 @@ class Jump(HeadNetwork):
         self.layers.to(self.config.dtype or torch.float32).to_empty(device="cpu")
         self.readout = nn.Linear(size, size, bias=False)
 
-    def fuse(self, states_BTX: Tensor) -> Tensor:
-        return states_BTX
-
     def forward(
         self,
         embeds_BTC: Tensor,

@@ -33,9 +33,6 @@ class Mtp(HeadNetwork):
         self.block = decoder.layers[0]
         self.block.to(self.config.dtype or torch.float32).to_empty(device="cpu")
 
-    def fuse(self, states_BTX: Tensor) -> Tensor:
-        return states_BTX
-
     def forward(
         self,
         embeds_BTC: Tensor,

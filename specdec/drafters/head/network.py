@@ -72,9 +72,9 @@ class HeadNetwork(PreTrainedModel):
     def _build_layers(self) -> None:
         """Make what is the network's own."""
 
-    @abstractmethod
     def fuse(self, states_BTX: Tensor) -> Tensor:
-        """The target's states side by side, as one vector a position, [B, T, C]."""
+        """The target's states side by side, as one vector a position, [B, T, C]; those of one layer are one."""
+        return states_BTX
 
     @abstractmethod
     def forward(self, embeds_BTC: Tensor, states_BTC: Tensor | None, *args: Any, **kwargs: Any) -> HeadOutput:
