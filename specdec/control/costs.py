@@ -96,6 +96,8 @@ class ForwardCosts:
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
         self._seconds = least[::-1]
         self._table: dict[int, float] = {}
+        self._expected: tuple[dict[int, float], dict[int, float]] = {}, {}
+        """What is expected where the machine does as it did, by number of tokens, and the corrections of which."""
         self._learned = _Learned()
         self._slopes = cache(slopes)
         self._short = self
@@ -125,10 +127,17 @@ class ForwardCosts:
 
     def seconds(self, num_tokens: int) -> float:
         """As expected now: no more than wider rounds have taken."""
-        octave, corrections = _octave(num_tokens), self._learned.corrections
-        own = self.measured(num_tokens) * corrections.get(octave, 1.0)
-        wider = (self.measured(1 << other) * share for other, share in corrections.items() if other > octave)
-        return self.drift * min([own, *wider])
+        learned, (corrections, expected) = self._learned, self._expected
+        if corrections is not learned.corrections:
+            corrections, expected = self._expected = learned.corrections, {}
+        if num_tokens not in expected:
+            octave = _octave(num_tokens)
+            seconds = self.measured(num_tokens) * corrections.get(octave, 1.0)
+            for other, share in corrections.items():
+                if other > octave:
+                    seconds = min(seconds, self.measured(1 << other) * share)
+            expected[num_tokens] = seconds
+        return learned.drift * expected[num_tokens]
 
     def update(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
@@ -143,8 +152,8 @@ class ForwardCosts:
         if octave != self._plain:
             own = learned.own[octave]
             own.append(ratio / learned.drift)
-            if len(own) >= _MIN_OWN:
-                learned.corrections = {**learned.corrections, octave: median(own)}
+            if len(own) >= _MIN_OWN and (correction := median(own)) != learned.corrections.get(octave):
+                learned.corrections = {**learned.corrections, octave: correction}
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
