@@ -87,6 +87,8 @@ class Accepted(NamedTuple):
 
 def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
     """The outcome of a verification on the host, in one copy at most."""
+    if isinstance(acceptance, HostAcceptance) and not trees.width:
+        return Accepted(acceptance.paths, [[token] for token in acceptance.following])
     if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
         found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
         candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]

@@ -83,11 +83,11 @@ class RoundContext:
         """Of a round that verifies so many drafted tokens in its longest row; if packed, for a row on average."""
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
-    def prices(self, step_seconds: float) -> list[float]:
+    def prices(self, step_seconds: float, leaf_prices: Sequence[float]) -> list[float]:
         """Of the tokens of a chain, see `GainLimitedChain`."""
         longest = min(LONGEST_DRAFT, max(self.max_depths))
         drafting = self.throughput * step_seconds
-        return [drafting + (0.0 if self.is_packed else price) for price in self.leaf_prices()[1:longest]]
+        return [drafting + (0.0 if self.is_packed else price) for price in leaf_prices[1:longest]]
 
     def leaf_prices(self) -> list[float]:
         """The price of each node of a tree, if packed of all trees (see `GainLimitedChain`): an isotonic regression of
@@ -297,11 +297,12 @@ class ModelSource(Source):
         self._steps = self.session.num_steps
         self._reading = self._reading_seconds(context)
         if self.session.grows_trees:
+            leaf_prices = context.leaf_prices()
             self.session.policy = GainLimitedChain(
-                prices=context.prices(self._step_seconds(context)),
+                prices=context.prices(self._step_seconds(context), leaf_prices),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
-                leaf_prices=context.leaf_prices(),
+                leaf_prices=leaf_prices,
                 leaf_chance=self.leaves.chance,
                 shares_budget=context.is_packed,
             )
