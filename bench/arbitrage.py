@@ -2,10 +2,10 @@
 
     python -m bench.arbitrage TARGET [DRAFT] --problems gsm8k_test.jsonl --limit 50 --router router/ --output OUTPUT
 
-Without DRAFT the target's own copy of `--copy` bits writes the steps. A method and its knob are written `name@value`,
-with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look at a step every N tokens while it
-is written, and `/N` for steps of N tokens at most; of `--live` methods also `+onecache` (`Router.shares_cache`) and
-`+aheadN` (`Router.lookahead`):
+Without DRAFT the target's own copy of `--copy` bits writes the steps; DRAFT may also be a copy, as a file. A method and
+its knob are written `name@value`, with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look
+at a step every N tokens while it is written, and `/N` for steps of N tokens at most; of `--live` methods also
+`+onecache` (`Router.shares_cache`) and `+aheadN` (`Router.lookahead`):
 
     speculative   draft   random@RATE   confidence@RATE   entropy@RATE   arbitrage@RATE (needs --router)
     likelihood@RATE   regret@RATE   grade@RATE   oracle
@@ -32,6 +32,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -48,7 +49,7 @@ from bench.step_replay import CachedStep, Replayed, Request, StepCache, StepSour
 from routers import Router
 from specdec.drafters import Auto, QuantizedSelf, SmallModel
 from specdec.model_options import ModelOptions
-from specdec.models.pair import load_pair
+from specdec.models.pair import load_draft, load_target
 from specdec.routing.options import check_shared_cache
 from specdec.training.routers.collect import INSTRUCTION, Problem, encode_problems, final_answer, read_problems
 
@@ -152,9 +153,10 @@ def _router(
 
 def load(arguments: argparse.Namespace) -> Pair:
     options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads, weights=arguments.weights)
-    target, draft = load_pair(arguments.target, arguments.draft, options)
-    if draft is None:
+    target = load_target(arguments.target, options)
+    if arguments.draft is None:
         return Pair(target.model, QuantizedSelf(weights=arguments.copy, num_tokens=4))
+    draft = load_draft(arguments.draft, target, replace(options, weights=arguments.draft_weights))
     return Pair(target.model, SmallModel(draft.model, num_tokens=4))
 
 
@@ -228,7 +230,8 @@ class Run:
         """Every method on every problem, a batch of problems after the other."""
         arguments = self.arguments
         plan = {name: Path(value).name for name in ("target", "draft") if (value := getattr(arguments, name))}
-        plan |= {"weights": arguments.weights, "copy": arguments.copy, "instruction": INSTRUCTION}
+        plan |= {"weights": arguments.weights, "instruction": INSTRUCTION}
+        plan |= {"draft_weights": arguments.draft_weights} if arguments.draft else {"copy": arguments.copy}
         plan |= {"max_new_tokens": arguments.max_new_tokens, "max_step": self.steps.max_tokens}
         cached, routers_of = StepCache(self.path("steps.jsonl"), plan), self._routers(methods)
         found: dict[str, list[Outcome]] = {method: [] for method in methods}
@@ -355,7 +358,8 @@ def main() -> None:
     parser.add_argument("--copy", default="int4", help="weights of the target's own copy: int8 or int4")
     parser.add_argument("--max-new-tokens", type=int, default=448)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--weights", default="float", help="of the target, and of a DRAFT")
+    parser.add_argument("--weights", default="float", help="of the target")
+    parser.add_argument("--draft-weights", default="float", help="of a DRAFT; gguf for a file as it is")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many")
@@ -373,6 +377,7 @@ def main() -> None:
         parser.error(f"live runs are compared with {BASELINE}: name it in --live too")
     for method in (*arguments.methods, *arguments.live):
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(arguments, problems)
     if arguments.draft and any(f"+{ONE_CACHE}" in method for method in arguments.live):
         target, drafter = run.pair()

@@ -168,7 +168,7 @@ def _live_row(method: str, live: Sequence[Mapping[str, Any]], baseline: str) -> 
         f"{np.mean([result['correct'] for result in results]):.1%}",
         "" if method == baseline else _points(_solved(by_problem, both) - _solved(base, both)),
         *_compared(_solved(by_problem, beside), _solved(control, beside) if beside else None),
-        f"{sum(r['num_escalated'] for r in results) / max(1, num_steps):.1%}",
+        f"{sum(r['num_escalated'] for r in results) / num_steps:.1%}" if num_steps else "",
         f"{theirs.sum() / seconds.sum():.2f} ({low:.2f} .. {high:.2f})",
         f"{np.median(seconds):.1f}",
         f"{np.mean([result['num_tokens'] for result in results]):.0f}",

@@ -27,6 +27,7 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import num_shared
 from specdec.routing import RoutedCall, Routing, StepLoop
 from specdec.routing.view import log_probs_of, regrets_of
+from specdec.routing.writer import READ_AT_ONCE
 from specdec.training.routers.collect import Problem, encode_problems
 
 DRAFT, TARGET, SCORE = "draft", "target", "score"
@@ -333,7 +334,7 @@ def replay(
                 written = yield Request(TARGET, problem, text, drafted)
             if drafted and score is None:
                 done.num_verifications += 1
-                done.num_verified += num_drafted
+                done.num_verified += _num_read(num_drafted, num_shared(drafted, written.tokens))
             done.num_written += len(written.tokens)
             done.num_caught_up, num_unread = done.num_caught_up + num_unread, 0
             if node is not None:
@@ -352,6 +353,18 @@ def replay(
         done.writers.append("target" if decision.escalate else "draft")
         if chosen.is_last:
             return done
+
+
+def _num_read(num_drafted: int, num_agreed: int) -> int:
+    """Tokens of a rejected step that the target reads: part by part, as long as it agrees with all of them."""
+    num_read = 0
+    while num_drafted > 0:
+        part = min(READ_AT_ONCE, num_drafted)
+        num_read += part
+        num_drafted, num_agreed = num_drafted - part - 1, num_agreed - part - 1
+        if num_agreed < 0:
+            break
+    return num_read
 
 
 def _looks(router: Router, length: int) -> Iterator[int]:

@@ -32,6 +32,8 @@ from trees import Draft, TokenTree, TreeBatch
 
 _LONGEST_LEAD = 256
 """Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
+READ_AT_ONCE = 16
+"""Tokens of a rejected step that a CPU reads at once: most of it does not agree, and every token is paid for."""
 _CHEAP_WIDTH = 16
 """A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
 token that is dropped again: copying the states of those that write costs more."""
@@ -102,10 +104,21 @@ class StepWriter(DecodingLoop):
 
     def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Commit of these drafts what the model would have written, and its own token after that."""
-        chains = {row: tokens[: self._room(row)] for row, tokens in drafts.items()}
-        if chains := {row: tokens for row, tokens in chains.items() if tokens or self._must_read(row)}:
-            self.score_drafts(chains)
+        rest = {row: tokens for row, tokens in drafts.items() if tokens or self._must_read(row)}
+        most = READ_AT_ONCE if self.target.device.type == "cpu" else sys.maxsize
+        while rest:
+            before = {row: len(self.sequences.tokens[row]) for row in rest}
+            parts = {row: list(tokens[: min(most, self._room(row))]) for row, tokens in rest.items()}
+            self.score_drafts(parts)
             self.commit_scored({})
+            rest = {row: self._left_of(tokens, row, before[row]) for row, tokens in rest.items()}
+            rest = {row: tokens for row, tokens in rest.items() if tokens and self._room(row)}
+
+    def _left_of(self, tokens: Sequence[int], row: int, start: int) -> Sequence[int]:
+        """What of these tokens may still follow in a row, whose own begin at `start`."""
+        written = self.sequences.tokens[row][start:]
+        agrees = list(tokens[: len(written)]) == written
+        return tokens[len(written) :] if agrees and not self.stop.steps[row].is_over else ()
 
     def write(self, limits: Mapping[int, int]) -> None:
         """Go on with these rows' steps until each is over or has the given number of tokens. Other rows that are

@@ -13,7 +13,7 @@ import pytest
 
 import routers
 import specdec
-from bench import arbitrage
+from bench import arbitrage, step_replay
 from bench.arbitrage_report import Costs, sign_test
 from bench.step_replay import CachedStep, Replayed, Request, StepCache, replay_all, with_source
 from routers import FirstTokenEntropy, OwnDoubt
@@ -166,7 +166,7 @@ def bench(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(*options: str) -> None:
         common = ("--problems", str(problems), "--max-new-tokens", "24", "--batch-size", "1")
-        arguments = [tiny, *common, "--output", str(tmp_path / "found"), *options]
+        arguments = [tiny, *common, "--output", str(tmp_path / "new" / "found"), *options]
         monkeypatch.setattr(sys, "argv", ["arbitrage", *arguments])
         arbitrage.main()
 
@@ -174,7 +174,7 @@ def bench(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_curve_goes_on_where_it_was_stopped(bench, tmp_path, capsys):
-    files = [tmp_path / f"found.{kind}.jsonl" for kind in ("steps", "costs", "live")]
+    files = [tmp_path / "new" / f"found.{kind}.jsonl" for kind in ("steps", "costs", "live")]
     live = ("--live", "speculative", "confidence@0.5+onecache+ahead2", "--live-limit", "2")
     bench("--methods", *METHODS, *live, "--alone", "1", "--limit", "1")
     first = [path.read_text() for path in files]
@@ -185,7 +185,7 @@ def test_the_curve_goes_on_where_it_was_stopped(bench, tmp_path, capsys):
     assert second[2].count("\n") == 4
     bench("--methods", *METHODS, *live, "--alone", "1", "--minutes", "0")
     assert [path.read_text() for path in files] == second, "nothing is done twice"
-    report = (tmp_path / "found.md").read_text()
+    report = (tmp_path / "new" / "found.md").read_text()
     assert "Replayed on cached greedy steps, 2 problems" in report
     assert "Live, one problem at a time, 2 problems" in report
     assert report.count("LOSSY") == 2
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_said_before_any_work(bench, tmp_path, capsys, options
     with pytest.raises((ValueError, SystemExit)) as refused:
         bench(*options)
     assert message in f"{refused.value} {capsys.readouterr().err}"
-    assert not (tmp_path / "found.live.jsonl").exists()
+    assert not (tmp_path / "new" / "found.live.jsonl").exists()
 
 
 def test_a_rate_is_held_over_an_interruption():
@@ -214,3 +214,12 @@ def test_a_rate_is_held_over_an_interruption():
     decided = [whole.gate.decide(score).escalate for score in scores]
     arbitrage.recall(later, list(zip(scores[:20], decided[:20], strict=True)))
     assert [later.gate.decide(score).escalate for score in scores[20:]] == decided[20:]
+
+
+@pytest.mark.parametrize(
+    ("num_drafted", "num_agreed", "num_read"),
+    [(5, 0, 5), (16, 16, 16), (40, 0, 16), (40, 16, 16), (40, 17, 32), (40, 40, 38), (17, 17, 16), (0, 0, 0)],
+)
+def test_tokens_that_are_read_of_a_rejected_step(num_drafted: int, num_agreed: int, num_read: int):
+    """17 at a time are known of one that agrees: the sixteen, and the one that the target says after them."""
+    assert step_replay._num_read(num_drafted, num_agreed) == num_read

@@ -14,6 +14,8 @@ import routers
 import specdec
 from routers import Decision, DraftedStep, TargetView
 from specdec.drafters import Auto, Drafter, PromptLookup, QuantizedSelf, SmallModel
+from specdec.kernels import prepare
+from specdec.routing import writer
 from specdec.routing.writer import StepWriter
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
 from tests.support.references import plain_alone, with_noise
@@ -334,3 +336,40 @@ def test_what_cannot_share_a_cache_is_refused(model, draft):
         routed(tiny_model("llama").bfloat16(), QuantizedSelf(), sharing(routers.AlwaysDraft()))
     with pytest.raises(ValueError, match="an endpoint shares no cache"):
         routed(model, specdec.Endpoint("http://localhost:1/v1"), sharing(routers.AlwaysDraft()))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("option", [{}, {"repetition_penalty": 1.3}])
+def test_a_rejected_step_is_read_in_parts_as_long_as_it_agrees(model, draft, monkeypatch, shares: bool, option: dict):
+    """The text does not depend on the length of the parts, and after the first difference nothing is read."""
+    expected = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **option)
+    scored: list[dict[int, int]] = []
+    score_drafts = StepWriter.score_drafts
+
+    def spy(self, chains):
+        scored.append({row: len(tokens) for row, tokens in chains.items()})
+        return score_drafts(self, chains)
+
+    monkeypatch.setattr(StepWriter, "score_drafts", spy)
+    counts = []
+    for most in (1, 3, 100):
+        monkeypatch.setattr(writer, "READ_AT_ONCE", most)
+        scored.clear()
+        router = Scripted(lambda row, index: True)
+        router.shares_cache = shares
+        out = routed(model, SmallModel(draft, num_tokens=3), router, **option)
+        assert torch.equal(out.sequences, expected)
+        assert max(length for chains in scored for length in chains.values()) <= min(most, STEPS.max_tokens)
+        counts.append(sum(length for chains in scored for length in chains.values()))
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_one_cache_of_prepared_models(model):
+    """The layers of both are fused, and write keys and values by address."""
+    prepared = prepare(tiny_model("llama"))
+    copy = QuantizedSelf(weights="int4", num_tokens=3)
+    expected = plain_alone(prepared, PROMPTS, NUM_NEW)
+    out = routed(prepared, copy, sharing(Scripted(lambda row, index: True)))
+    assert_same_tokens(prepared, expected, out.sequences, PROMPTS["attention_mask"])
+    out = routed(prepared, copy, sharing(Scripted(alternating)))
+    check_one_cache(model, copy.copy_of(prepared), out)
