@@ -3,9 +3,10 @@
     python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees
     python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees-time --time --limit 1
 
-TARGET and DRAFT are folders or hub ids; both become int8 models. The prompts are Spec-Bench's, in its six tasks. Those
-whose question id is divisible by 3 are reported; what is measured beforehand (Sequoia's acceptance vector, DySpec's
-calibration) comes from the others. Policies share prompts and random seeds. Sampling is by temperature alone.
+TARGET and DRAFT are folders or hub ids, DRAFT of a draft head, too; both become int8 models. The prompts are
+Spec-Bench's, in its six tasks. Those whose question id is divisible by 3 are reported; what is measured beforehand
+(Sequoia's acceptance vector, DySpec's calibration) comes from the others. Policies share prompts and random seeds.
+Sampling is by temperature alone.
 
 Tokens per target forward are committed tokens over rounds (neither counts the prefill and its token). A task's figure
 is that of its prompts together, `mean` is the geometric mean of the tasks, brackets hold a 95% bootstrap interval
@@ -57,7 +58,8 @@ from specdec import kernels
 from specdec.bench import harness
 from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
-from specdec.drafters import Plain, SmallModel
+from specdec.drafters import DraftHead, Plain, SmallModel
+from specdec.drafters.head.network import HeadNetwork
 from specdec.hf import CACHE
 from specdec.model_options import ModelOptions
 from specdec.models.pair import load_pair
@@ -129,7 +131,7 @@ class Pair:
         self, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_new: int
     ):
         self.target = target
-        self.drafter = SmallModel(draft)
+        self.drafter = DraftHead(draft) if isinstance(draft, HeadNetwork) else SmallModel(draft)
         self.tokenizer = tokenizer
         self.num_new = num_new
         self._read: tuple[int, DynamicCache] | None = None
@@ -149,11 +151,12 @@ class Pair:
     def decode(self, question: Question, way: Way, tree: GrowthPolicy, seed: int) -> dict[str, Any]:
         """The new tokens, and what the rounds after the first token came to."""
         inputs = self._inputs(question)
+        cache = self._cache(question.id, inputs["input_ids"])
         out = specdec.generate(
             self.target,
             **inputs,
             **self._options(way.temperature),
-            past_key_values=self._cache(question.id, inputs["input_ids"]),
+            past_key_values=None if isinstance(self.drafter, DraftHead) else cache,  # a head reads the prompt's states
             drafter=self.drafter,
             tree=tree,
             verify=TOPDOWN if way.verify == WALK else way.verify,

@@ -77,7 +77,13 @@ class _Recipe:
             raise ValueError(f"--kind {kind} has no use for {options}: leave it out")
         if "exits" in values:
             values["exits"] = _parse_layers(values["exits"])
-        names = {"head_layers": "num_layers", "block": "block_size", "exits": "layers", "passes": "num_passes"}
+        names = {
+            "head_layers": "num_layers",
+            "block": "reach",
+            "steps": "reach",
+            "exits": "layers",
+            "passes": "num_passes",
+        }
         return {names.get(name, name): value for name, value in values.items()}
 
 

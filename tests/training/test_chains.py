@@ -31,9 +31,9 @@ from tests.support.references import plain_alone, speculate
 LENGTH, ROWS, NUM_LAYERS = 48, 4, 3
 LAYERS = {"eagle3": (1, 2, 3), "mtp": (NUM_LAYERS,), "jump": (1, 2)}
 RECIPES = {
-    "eagle3": EagleRecipe(vocabulary=60, steps=3, num_layers=2),
-    "mtp": MtpRecipe(steps=3),
-    "jump": JumpRecipe(vocabulary=60, steps=3),
+    "eagle3": EagleRecipe(vocabulary=60, reach=3, num_layers=2),
+    "mtp": MtpRecipe(reach=3),
+    "jump": JumpRecipe(vocabulary=60, reach=3),
 }
 KINDS = tuple(RECIPES)
 

@@ -30,7 +30,7 @@ from specdec.training.heads.collect import NUM_ROWS, Collector, Script
 from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.exits import ExitRecipe, ExitTrainer
 from specdec.training.heads.export import save_head
-from specdec.training.heads.head_report import HeadReport, measure_head
+from specdec.training.heads.head_report import HeadReport, expected_tokens, measure_head, share_right
 from specdec.training.heads.jumps import check_jump, jump_layers
 from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
@@ -41,7 +41,7 @@ from specdec.training.heads.work import WorkFolder
 Module = TypeVar("Module", bound=nn.Module)
 
 _SAVE_EVERY_S = 60
-_CURVE_POINTS = 50
+_CURVE_POINTS, _CURVE_ROWS = 10, 16  # tokens double from point to point
 _FULL_BATCH_ROWS, _FULL_LEARNING_RATE = 8, 1e-4  # of a model that has been trained before
 
 
@@ -243,16 +243,18 @@ class HeadTraining(_Training):
         super().__init__(model, source, out, depths, plan, seed=recipe.seed, length=length, num_rows=num_rows)
 
     def train(self) -> Iterator[Progress]:
-        """Shows how many tokens in a row are accepted; what it has come to is kept with the tokens trained on."""
-        corpus = self._corpus(range(self._num_shards), self._layers)
+        """Shows how many tokens in a row are accepted; keeps the learning curve, on held-out text."""
+        corpus, held_out = (
+            self._corpus(shards, self._layers) for shards in (range(self._num_shards), [self._num_shards])
+        )
         trainer = self._trainer = _trainer_of(self._model, corpus, self._recipe)
-        curve, recent = self._work.curve(), []
+        curve, marks = self._work.curve(), {trainer.num_steps >> halvings for halvings in range(_CURVE_POINTS)}
         for state in self._advance(trainer, trainer.advance, trainer.num_steps):
-            recent.append(state.shown[0])
-            if state.done % max(trainer.num_steps // _CURVE_POINTS, 1) == 0:
-                curve[state.done * self._recipe.batch_rows * self._length] = round(statistics.mean(recent), 3)
+            if state.done in marks:
+                _, steps = share_right(self._model, trainer.head, held_out, self._recipe.reach, _CURVE_ROWS)
+                tokens = state.done * self._recipe.batch_rows * self._length
+                curve[tokens] = round(expected_tokens(steps)[-1] - 1, 3)
                 self._work.write_curve(curve)
-                recent = []
             yield state
 
     def finish(self) -> HeadReport:
