@@ -48,6 +48,7 @@ def saved(folder: Path, target: PreTrainedModel, *, landing: int = LANDING, star
         for weight in head.parameters():
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.dim() == 1))
             weight.copy_(weight.bfloat16())
+        head.lm_head.weight.copy_(target.get_output_embeddings().weight[head.vocab_ids])  # type: ignore[union-attr]
     save_head(folder / "head", head, target, "tiny", {}, 3)
     return folder / "head", head
 

@@ -15,10 +15,11 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Co
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.fitting import rows_of
 from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
 from specdec.drafters.head.mtp import Mtp
 from specdec.drafters.head.network import Head
-from specdec.exits.module import final_norm, restricted_head
+from specdec.exits.module import final_norm
 from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
 from specdec.tree_model.layer_views import LayerViews
@@ -141,9 +142,7 @@ def new_head(
         return network(config, ())
     head = network(config, ("lm_head.weight", "d2t"))
     head.vocab_ids = vocab_ids.clone()
-    rows = restricted_head(model, vocab_ids).float()
-    rows.register_parameter("bias", None)
-    head.lm_head = rows
+    head.lm_head = rows_of(model, vocab_ids).float()
     return head
 
 
