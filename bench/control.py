@@ -134,7 +134,7 @@ def report(results: Sequence[Measured], clock: str) -> tuple[list[str], dict[str
     for result in results:
         by_category[result.category].append(result.speedups(clock))
     names = list(results[0].wall)
-    fixed = [name for name in names if name != AUTO]
+    fixed = [name for name in names if name not in (AUTO, AUTO_ALONE)]
     means = {
         category: {name: geometric_mean(one[name] for one in each) for name in names}
         for category, each in by_category.items()

@@ -226,6 +226,7 @@ def test_the_command_from_end_to_end(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train-head", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "speed-up" in result.stdout
+    assert "learning curve" in result.stdout
     config = json.loads((out / "config.json").read_text())
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     assert DraftHead(out).model.head_config.markov_rank == 0
