@@ -61,7 +61,8 @@ clean:
 $(OTHER):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==$(OTHER_TRANSFORMERS)
 
+# Not --quiet: this takes minutes.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,serve]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,serve]"
 	touch $@
