@@ -108,13 +108,14 @@ def starting() -> Iterator[None]:
 
     Nor does anybody afterwards: modules stay, and each look through their objects takes a tenth of a second or more.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, num_before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         with stage("importing torch and transformers"):
             yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > num_before:  # a caller who has imported all of it may hold garbage that is to go
+            gc.freeze()
         if was_enabled:
             gc.enable()
 
