@@ -11,11 +11,8 @@
 #define SCORED_KEYS (2 * VL) /* whose scores are summed at once */
 #define MIXED_KEYS 64        /* whose values stay in the cache until all queries have had them */
 #define MAX_QUERIES 6        /* that one inner loop serves */
-#define WEIGHED_QUERIES 4
 #define MAX_HEAD_DIM 256
-#ifndef MANY_QUERIES
-#define MANY_QUERIES 64 /* from here on, of a key/value head, queries are better off in lanes than keys */
-#endif
+#define MANY_QUERIES 48 /* from here on, of a key/value head, queries are better off in lanes than keys */
 
 /* The number of bytes up to the last that is not zero. */
 static int64_t without_zeros_at_end(const uint8_t *bytes, int64_t count) {
@@ -101,17 +98,13 @@ INLINE int64_t next_part(int64_t left, int64_t most) {
         default: function(6, __VA_ARGS__); break;  \
     }
 
-/* Dot products of `count` queries with SCORED_KEYS transposed keys. */
-INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_t head, int64_t first, int64_t s,
-                          const float *keys) {
-    const float *query[MAX_QUERIES];
+/* Dot products of `count` queries with SCORED_KEYS transposed keys; each query's scores are `apart` from the last one's. */
+INLINE void score_queries(const int count, const float *const *query, int64_t D, const float *keys, float *scores,
+                          int64_t apart) {
     VF acc[MAX_QUERIES][2];
-    for (int i = 0; i < count; i++) {
-        query[i] = query_row((float *)a->q, a, b, head, first + i);
-        acc[i][0] = acc[i][1] = vf_zero();
-    }
-    for (int64_t d = 0; d < a->D; d++) {
-        const VF low = vf_load(keys + d * SCORED_KEYS), high = vf_load(keys + d * SCORED_KEYS + VL);
+    for (int i = 0; i < count; i++) acc[i][0] = acc[i][1] = vf_zero();
+    for (int64_t d = 0; d < D; d++) {
+        const VF low = vf_load(keys + d * VL), high = vf_load(keys + (D + d) * VL);
         for (int i = 0; i < count; i++) {
             const VF value = vf_set1(query[i][d]);
             acc[i][0] = vf_fma(value, low, acc[i][0]);
@@ -119,12 +112,11 @@ INLINE void score_queries(const int count, const Attention *a, int64_t b, int64_
         }
     }
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < 2; j++) vf_store(scores_of(a, b, head, first + i) + s + j * VL, acc[i][j]);
+        for (int j = 0; j < 2; j++) vf_store(scores + i * apart + j * VL, acc[i][j]);
 }
 
-/* out[d][key] of SCORED_KEYS keys; asks for those that come KEY_BLOCK later. */
+/* out[half][d][key] of SCORED_KEYS keys; asks for those that come KEY_BLOCK later. */
 INLINE void transpose_keys(const Attention *a, const Slots *slots, int64_t s, float *out) {
-    float part[4 * VL] __attribute__((aligned(64)));
     for (int j = 0; j < 2; j++) {
         const float *rows[VL];
         for (int r = 0; r < VL; r++) {
@@ -133,10 +125,7 @@ INLINE void transpose_keys(const Attention *a, const Slots *slots, int64_t s, fl
             if (later < a->S)
                 for (int64_t d = 0; d < a->D; d += 16) prefetch_l2(slot_at(slots, later) + d);
         }
-        for (int64_t d = 0; d < a->D; d += 4) {
-            transpose4(rows, d, part);
-            for (int i = 0; i < 4; i++) vf_store(out + (d + i) * SCORED_KEYS + j * VL, vf_load(part + i * VL));
-        }
+        for (int64_t d = 0; d < a->D; d += 4) transpose4(rows, d, out + (j * a->D + d) * VL);
     }
 }
 
@@ -148,12 +137,14 @@ TARGET static void score_chunk(void *context, int chunk) {
     const int64_t block = chunk % blocks, head = chunk / blocks % a->K, b = chunk / blocks / a->K;
     const Slots slots = keys_of(a, b, head);
     const int64_t end = (block + 1) * KEY_BLOCK < few->seen[b] ? (block + 1) * KEY_BLOCK : few->seen[b];
-    float keys[MAX_HEAD_DIM * SCORED_KEYS] __attribute__((aligned(64)));
+    float keys[MAX_HEAD_DIM * SCORED_KEYS] __attribute__((aligned(64))), *scores = scores_of(a, b, head, 0);
+    const float *rows[MANY_QUERIES];
+    for (int64_t i = 0; i < queries; i++) rows[i] = query_row((float *)a->q, a, b, head, i);
     for (int64_t s = block * KEY_BLOCK; s < end; s += SCORED_KEYS) {
         transpose_keys(a, &slots, s, keys);
         for (int64_t i = 0, count; i < queries; i += count) {
             count = next_part(queries - i, MAX_QUERIES);
-            WITH_COUNT(count, score_queries, a, b, head, i, s, keys)
+            WITH_COUNT(count, score_queries, rows + i, a->D, keys, scores + i * a->padded_keys + s, a->padded_keys)
         }
     }
 }
@@ -188,57 +179,57 @@ INLINE float mask_scores(const Attention *a, int64_t seen, int64_t b, int64_t h,
     return vf_peak(highest);
 }
 
-/* One chunk: the scores of up to WEIGHED_QUERIES of a key/value head -> exp(score - maximum), and their sums. Side by
- * side, because a sum in the order of keys waits for each addition. */
+/* One chunk: the scores of up to VL queries of a key/value head -> exp(score - maximum), and their sums. Queries are in
+ * the lanes of those, because a sum in the order of keys waits for each addition. */
 TARGET static void weigh_chunk(void *context, int chunk) {
     const FewQueries *few = context;
     const Attention *a = few->a;
-    const int64_t group = a->H / a->K, queries = group * a->T, parts = (queries + WEIGHED_QUERIES - 1) / WEIGHED_QUERIES;
-    const int64_t first = chunk % parts * WEIGHED_QUERIES, head = chunk / parts % a->K, b = chunk / parts / a->K;
-    const int count = (int)(queries - first < WEIGHED_QUERIES ? queries - first : WEIGHED_QUERIES);
-    const int64_t seen = few->seen[b];
-    float *scores[WEIGHED_QUERIES], maxima[WEIGHED_QUERIES], sums[WEIGHED_QUERIES] = {0};
-    for (int i = 0; i < count; i++) {
-        scores[i] = scores_of(a, b, head, first + i);
-        maxima[i] = mask_scores(a, seen, b, head * group + (first + i) / a->T, (first + i) % a->T, scores[i]);
+    const int64_t group = a->H / a->K, queries = group * a->T, parts = (queries + VL - 1) / VL;
+    const int64_t first = chunk % parts * VL, head = chunk / parts % a->K, b = chunk / parts / a->K;
+    const int count = (int)(queries - first < VL ? queries - first : VL);
+    const int64_t seen = few->seen[b], end = (seen + VL - 1) / VL * VL;
+    float *scores[VL], maxima[VL], lanes[4 * VL] __attribute__((aligned(64)));
+    for (int i = 0; i < VL; i++) {
+        const int64_t own = first + (i < count ? i : count - 1);
+        scores[i] = scores_of(a, b, head, own);
+        if (i < count) maxima[i] = mask_scores(a, seen, b, head * group + own / a->T, own % a->T, scores[i]);
         if (maxima[i] == -INFINITY) maxima[i] = 0; /* a padding row: sees nothing, and gets zeros for weights */
     }
-    for (int64_t s = 0; s < seen; s += VL) {
-        const int64_t last = seen - s < VL ? seen - s : VL;
+    VF sums = vf_zero();
+    for (int64_t s = 0; s < end; s += VL) {
         for (int i = 0; i < count; i++)
             vf_store(scores[i] + s, vf_exp(vf_sub(vf_load(scores[i] + s), vf_set1(maxima[i]))));
-        for (int64_t r = 0; r < last; r++)
-            for (int i = 0; i < WEIGHED_QUERIES; i++)
-                if (i < count) sums[i] += scores[i][s + r];
+        for (int64_t part = s; part < s + VL; part += 4) {
+            transpose4((const float *const *)scores, part, lanes);
+            for (int r = 0; r < 4; r++) sums = vf_add(sums, vf_load(lanes + r * VL));
+        }
     }
-    for (int i = 0; i < count; i++) few->totals[(b * a->K + head) * queries + first + i] = sums[i];
+    vf_store(lanes, sums);
+    memcpy(few->totals + (b * a->K + head) * queries + first, lanes, (size_t)count * sizeof(float));
 }
 
-/* out += weights @ values over the keys [s, end), for `count` queries of a key/value head and `width` vectors of d. */
-INLINE void mix_queries(const int count, const int width, const Attention *a, int64_t b, int64_t head, int64_t first,
-                        const Slots *slots, int64_t s, int64_t end, int64_t d) {
-    const float *weights[MAX_QUERIES];
-    float *out[MAX_QUERIES];
+/* out += weights @ values over the keys [s, end), for `count` queries of a key/value head and `width` vectors of d. Asks
+ * for the values that come `ahead` of each. */
+INLINE void mix_queries(const int count, const int width, const float *weights, int64_t apart, float *const *out,
+                        const Slots *slots, int64_t s, int64_t end, int64_t ahead, int64_t d) {
     VF acc[MAX_QUERIES][4];
-    for (int i = 0; i < count; i++) {
-        weights[i] = scores_of(a, b, head, first + i);
-        out[i] = query_row(a->out, a, b, head, first + i) + d;
-        for (int j = 0; j < width; j++) acc[i][j] = vf_load(out[i] + j * VL);
-    }
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < width; j++) acc[i][j] = vf_load(out[i] + d + j * VL);
     for (int64_t stop; s < end;) {
-        const float *v = slot_at(slots, s) + d;
+        const float *v = slot_at(slots, s) + d, *later = slot_at(slots, s + ahead) + d;
         stop = run_end(slots, s, end);
-        for (; s < stop; s++, v += slots->stride) {
+        for (; s < stop; s++, v += slots->stride, later += slots->stride) {
             VF value[4];
             for (int j = 0; j < width; j++) value[j] = vf_load(v + j * VL);
+            for (int j = 0; j < width; j += 16 / VL) prefetch_l2(later + j * VL);
             for (int i = 0; i < count; i++) {
-                const VF weight = vf_set1(weights[i][s]);
+                const VF weight = vf_set1(weights[i * apart + s]);
                 for (int j = 0; j < width; j++) acc[i][j] = vf_fma(weight, value[j], acc[i][j]);
             }
         }
     }
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < width; j++) vf_store(out[i] + j * VL, acc[i][j]);
+        for (int j = 0; j < width; j++) vf_store(out[i] + d + j * VL, acc[i][j]);
 }
 
 #define MIX_WIDE(count, ...) mix_queries(count, 4, __VA_ARGS__)
@@ -254,26 +245,30 @@ TARGET static void mix_chunk(void *context, int chunk) {
     const int64_t first = queries * part / few->parts, last = queries * (part + 1) / few->parts, seen = few->seen[b];
     const int64_t begin = a->D / VL * slice / few->slices * VL, end = a->D / VL * (slice + 1) / few->slices * VL;
     const Slots slots = values_of(a, b, head);
-    for (int64_t i = first; i < last; i++)
-        memset(query_row(a->out, a, b, head, i) + begin, 0, (size_t)(end - begin) * sizeof(float));
+    const float *scores = scores_of(a, b, head, 0);
+    float *rows[MANY_QUERIES];
+    for (int64_t i = first; i < last; i++) {
+        rows[i] = query_row(a->out, a, b, head, i);
+        memset(rows[i] + begin, 0, (size_t)(end - begin) * sizeof(float));
+    }
     for (int64_t s = 0; s < seen; s += MIXED_KEYS) {
         const int64_t stop = s + MIXED_KEYS < seen ? s + MIXED_KEYS : seen;
-        for (int64_t later = stop; later < stop + MIXED_KEYS && later < seen; later++)
-            for (int64_t d = begin; d < end; d += 16) prefetch_l2(slot_at(&slots, later) + d);
         for (int64_t i = first, count; i < last; i += count) {
             const int fits_wide = REGISTERS == 32 || last - first <= 3; /* more sums than that are not in registers */
+            const int64_t ahead = i == first && stop + MIXED_KEYS <= seen ? MIXED_KEYS : 0, apart = a->padded_keys;
+            const float *weights = scores + i * apart;
             count = next_part(last - i, MAX_QUERIES);
             int64_t d = begin;
             for (; fits_wide && d + 4 * VL <= end; d += 4 * VL)
-                WITH_COUNT(count, MIX_WIDE, a, b, head, i, &slots, s, stop, d)
-            for (; d + 2 * VL <= end; d += 2 * VL) WITH_COUNT(count, MIX_NARROW, a, b, head, i, &slots, s, stop, d)
-            for (; d < end; d += VL) WITH_COUNT(count, MIX_ONE, a, b, head, i, &slots, s, stop, d)
+                WITH_COUNT(count, MIX_WIDE, weights, apart, rows + i, &slots, s, stop, ahead, d)
+            for (; d + 2 * VL <= end; d += 2 * VL)
+                WITH_COUNT(count, MIX_NARROW, weights, apart, rows + i, &slots, s, stop, ahead, d)
+            for (; d < end; d += VL) WITH_COUNT(count, MIX_ONE, weights, apart, rows + i, &slots, s, stop, ahead, d)
         }
     }
     for (int64_t i = first; i < last; i++) {
-        float *out = query_row(a->out, a, b, head, i);
         const VF total = vf_max(vf_set1(few->totals[(b * a->K + head) * queries + i]), vf_set1(1e-30f));
-        for (int64_t d = begin; d < end; d += VL) vf_store(out + d, vf_div(vf_load(out + d), total));
+        for (int64_t d = begin; d < end; d += VL) vf_store(rows[i] + d, vf_div(vf_load(rows[i] + d), total));
     }
 }
 
@@ -338,7 +333,7 @@ static void add_text(FewOfMany *texts, Attention *a) {
     *few = (FewQueries){.a = a, .seen = seen, .totals = take((size_t)(heads * queries) * sizeof(float))};
     divide(few);
     const int64_t counts[STAGES] = {heads * ((a->S + KEY_BLOCK - 1) / KEY_BLOCK),
-                                    heads * ((queries + WEIGHED_QUERIES - 1) / WEIGHED_QUERIES),
+                                    heads * ((queries + VL - 1) / VL),
                                     heads * few->slices * few->parts};
     for (int stage = 0; stage < STAGES; stage++)
         texts->firsts[stage][texts->count + 1] = texts->firsts[stage][texts->count] + counts[stage];
