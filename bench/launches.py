@@ -1,19 +1,19 @@
 """What a round asks of a GPU: kernels launched, copies queued, and how often the host waits. Needs none.
 
-    python -m bench.launches [--layers 4] [--sites] [--json]
+    python -m bench.launches [--layers 4] [--graphs] [--sites] [--json]
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
-are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits. A
-greedy output that is not the CPU's fails the run.
+are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
+With `--graphs` forwards that come again are replayed, each as one launch. A greedy output that is not the CPU's fails
+the run, and so does a forward that would wait while it is captured.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -22,7 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 import specdec
-from bench._script import parser_of, pipe_table
+from bench._script import log, parser_of, pipe_table
+from specdec.cuda import graphs
 from specdec.decoding.loop import DecodingLoop
 from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.testing import random_prompts, tiny_model
@@ -109,6 +110,23 @@ def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
 
 
 @contextmanager
+def _graphs(gpu: FakeGpu) -> Iterator[None]:
+    """Replays are one launch, whatever the stand-in does."""
+    replay = graphs._StandIn.replay
+
+    def counted(graph: graphs._StandIn) -> torch.Tensor:
+        before, copies, waits = Counter(gpu.launches), gpu.num_queued_copies, gpu.num_syncs
+        output = replay(graph)
+        if (gpu.num_queued_copies, gpu.num_syncs) != (copies, waits):
+            raise SystemExit(f"a captured forward copies or waits: {gpu.syncs}")
+        gpu.launches = before + Counter({"graph": 1})
+        return output
+
+    with graphs.standing_in(), mock.patch.object(graphs._StandIn, "replay", counted):
+        yield
+
+
+@contextmanager
 def _counting(gpu: FakeGpu, rounds: list[Counts]) -> Iterator[None]:
     round_ = DecodingLoop.round
 
@@ -125,14 +143,16 @@ def _counting(gpu: FakeGpu, rounds: list[Counts]) -> Iterator[None]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="of target and draft")
+    parser.add_argument("--graphs", action="store_true", help="replay forwards that come again")
     parser.add_argument("--sites", action="store_true", help="name where the host waits")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     arguments = parser.parse_args()
     gpu = FakeGpu()
     models, found = Models(arguments.layers, gpu), {}
     for kind in KINDS:
-        found[kind.name] = count(kind, models, gpu)
-        print(kind.name, file=sys.stderr, flush=True)
+        with _graphs(gpu) if arguments.graphs else nullcontext():
+            found[kind.name] = count(kind, models, gpu)
+        log(kind.name)
     if arguments.json:
         print(json.dumps({name: asdict(counts) for name, counts in found.items()}))
         return
