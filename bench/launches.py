@@ -1,6 +1,6 @@
 """What a round asks of a GPU: kernels launched, copies queued, and how often the host waits. Needs none.
 
-    python -m bench.launches [--layers 4] [--graphs] [--sites] [--json]
+    python -m bench.launches [--layers 4] [--graphs] [--only KIND] [--sites] [--json]
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
@@ -144,12 +144,15 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="of target and draft")
     parser.add_argument("--graphs", action="store_true", help="replay forwards that come again")
+    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="this kind of round")
     parser.add_argument("--sites", action="store_true", help="name where the host waits")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     arguments = parser.parse_args()
     gpu = FakeGpu()
     models, found = Models(arguments.layers, gpu), {}
     for kind in KINDS:
+        if arguments.only not in (None, kind.name):
+            continue
         with _graphs(gpu) if arguments.graphs else nullcontext():
             found[kind.name] = count(kind, models, gpu)
         log(kind.name)

@@ -58,7 +58,7 @@ class Arena:
     def __init__(self) -> None:
         self.refusal: str | None = None
         self.num_replays = 0
-        self._owner: Callable[[], object] = lambda: None
+        self._owner: Callable[[], StaticTreeCache | None] = lambda: None
         self._captured: tuple[object, ...] = ()
         self._lock = Lock()
         self._buffers: dict[int, list[Tensor]] = {}
@@ -70,9 +70,10 @@ class Arena:
         self._uses: Counter[Shape] = Counter()
 
     def lease(self, cache: StaticTreeCache, model: PreTrainedModel) -> bool:
-        """Give the buffers to a new cache; False if another run has them."""
+        """Give the buffers to a new cache; False if another run has them, that is, has rows."""
         with self._lock:
-            if self._owner() is not None:
+            owner = self._owner()
+            if owner is not None and owner.num_rows:
                 return False
             self._owner = weakref.ref(cache)
         captured = _what_is_captured(model)
@@ -145,14 +146,16 @@ class _ArenaLayer(TreeLayer):
     def __init__(self, cache: StaticTreeCache, index: int, capacity: int):
         super().__init__(cache, capacity)
         self._index = index
-        self._static = weakref.proxy(cache)
+        self._static = weakref.ref(cache)
 
     def _zeros(self, states: Sequence[Tensor], num_rows: int) -> list[Tensor]:
-        arena = self._static.arena
-        if arena is None:
+        cache = self._static()
+        assert cache is not None, "a layer is used by its cache"
+        arena = cache.arena
+        if arena is None or not arena.is_owner(cache):
             return super()._zeros(states, num_rows)
         self._capacity = 1 << (self._capacity - 1).bit_length()
-        buffers: list[Tensor] = arena.zeros(self._index, states, num_rows, self._capacity)
+        buffers = arena.zeros(self._index, states, num_rows, self._capacity)
         self._capacity = buffers[0].shape[2]
         return buffers
 
@@ -164,15 +167,15 @@ class _WrittenCache(Cache):
         rows_B1 = torch.arange(shape.num_rows, device=inputs.slots_BW.device).unsqueeze(1)
         rows_BW = rows_B1.expand_as(inputs.slots_BW)
         places = (rows_BW, inputs.slots_BW)
-        super().__init__(layers=[_WrittenLayer(*buffers[index], places, shape) for index in sorted(buffers)])
+        super().__init__(layers=[_WrittenLayer(buffers[index], places, shape) for index in sorted(buffers)])
 
 
 class _WrittenLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, places: tuple[Tensor, Tensor], shape: Shape):
+    def __init__(self, buffers: Sequence[Tensor], places: tuple[Tensor, Tensor], shape: Shape):
         super().__init__()
-        self.keys, self.values, self._places, self._shape = keys, values, places, shape
+        (self.keys, self.values), self._places, self._shape = buffers, places, shape
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class CudaGraphPool:
 
 
 class _CudaGraph:
-    def __init__(self, run: Callable[[], Tensor], expected: Tensor, pool: tuple[int, int]):
+    def __init__(self, run: Callable[[], Tensor], expected: Tensor, pool: Any):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = run()

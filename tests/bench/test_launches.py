@@ -26,13 +26,17 @@ def in_a_process(function: Callable[[], None]) -> None:
         pool.submit(function).result()
 
 
-@pytest.fixture(scope="module")
-def counts() -> dict[str, dict[str, int]]:
+def run_script(*options: str) -> dict[str, dict[str, int]]:
     """Greedy outputs are compared with the CPU's there."""
-    command = [sys.executable, "-m", "bench.launches", "--json", "--layers", "3"]
+    command = [sys.executable, "-m", "bench.launches", "--json", *options]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, dict[str, int]]:
+    return run_script("--layers", "3")
 
 
 def test_a_round_waits_once(counts: dict[str, dict[str, int]]) -> None:
@@ -46,6 +50,13 @@ def test_a_round_waits_once(counts: dict[str, dict[str, int]]) -> None:
 
 def test_what_is_uploaded_is_queued(counts: dict[str, dict[str, int]]) -> None:
     assert all(0 < each["queued_copies"] < each["launches"] for each in counts.values())
+
+
+def test_a_replayed_round_is_as_long_for_any_number_of_layers() -> None:
+    few, many = (run_script("--graphs", "--only", "prompt lookup", "--layers", layers) for layers in "26")
+    assert few == many
+    assert few["prompt lookup"]["launches"] < 60
+    assert few["prompt lookup"]["syncs"] == 1
 
 
 def _check_what_waits() -> None:

@@ -78,6 +78,12 @@ def test_the_next_call_has_the_graphs_of_the_last() -> None:
     first = check(model, Plain(), ONE)
     assert check(model, Plain(), ONE) == first + 1  # the forward that came before the capture
     assert check(model, PromptLookup(), RAGGED) > 3
+    check(model, Plain(), ONE)  # in other buffers, of four rows
+    with pytest.MonkeyPatch.context() as patch:  # what is left of a run may be kept: it has no rows
+        kept: list[object] = []
+        patch.setattr(Arena, "lease", lambda *args, lease=Arena.lease: kept.append(args[1]) or lease(*args))
+        assert check(model, Plain(), ONE) == check(model, Plain(), ONE) == first + 1
+        assert len(kept) == 2
 
 
 def test_buffers_that_grow_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
