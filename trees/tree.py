@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trees.uploads import upload
+
 if TYPE_CHECKING:
     from rich.tree import Tree as RichTree
 
@@ -190,7 +192,7 @@ class TreeBatch:
         tokens = [[*row.tokens, *[0] * (width - len(row))] for row in rows]
         parents = [[*row.parents, *[ROOT] * (width - len(row))] for row in rows]
         numbers_2BN = np.array([tokens, parents], np.int64).reshape(2, len(rows), width)
-        tokens_BN, parents_BN = (torch.from_numpy(numbers_BN).to(device) for numbers_BN in numbers_2BN)
+        tokens_BN, parents_BN = upload(numbers_2BN, device).unbind()
         return cls(
             tokens_BN=tokens_BN,
             parents_BN=parents_BN,
@@ -254,14 +256,14 @@ class TreeBatch:
         if self.is_chain:
             causal = torch.ones((self.num_slots, self.num_slots), dtype=torch.bool, device=self.device).tril()
             return causal.expand(self.num_rows, -1, -1)
-        return torch.from_numpy(self.host_ancestors_BTT).to(self.device)
+        return upload(self.host_ancestors_BTT, self.device)
 
     @cached_property
     def depths_BT(self) -> Tensor:
         """int64 depth of every slot; 0 for the root."""
         if self.is_chain:
             return torch.arange(self.num_slots, device=self.device).expand(self.num_rows, self.num_slots)
-        return torch.from_numpy(self.host_depths_BT).to(self.device)
+        return upload(self.host_depths_BT, self.device)
 
     @cached_property
     def host_ancestors_BTT(self) -> np.ndarray:
@@ -301,8 +303,14 @@ class TreeBatch:
     @cached_property
     def real_BN(self) -> Tensor:
         """bool: node, not padding."""
-        sizes_B = torch.tensor(self.sizes, device=self.device)
-        return torch.arange(self.width, device=self.device) < sizes_B.unsqueeze(1)
+        if self.width == min(self.sizes, default=0):
+            return torch.ones_like(self.tokens_BN, dtype=torch.bool)
+        return torch.arange(self.width, device=self.device) < self.sizes_B.unsqueeze(1)
+
+    @cached_property
+    def sizes_B(self) -> Tensor:
+        """int64 `sizes`, on the device."""
+        return upload(self.sizes, self.device)
 
     @property
     def real_BT(self) -> Tensor:
