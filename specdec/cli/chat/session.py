@@ -19,6 +19,7 @@ from specdec.cli.chat.settings import Settings
 from specdec.cli.chat.speakers import Speaker
 from specdec.cli.chat.transcript import Transcript
 from specdec.cli.common import Terminated, err_console
+from specdec.cli.status import await_output, make_way
 from specdec.errors import SpecdecError
 
 _RECOVERABLE = (SpecdecError, ValueError, RuntimeError, OSError)
@@ -225,6 +226,7 @@ class ChatSession:
     def _reply(self, say: Callable[..., Reply], message: str) -> bool:
         """Show a reply as it comes; whether there was one before Ctrl-C."""
         view = make_view(self._console, tinted=self._is_tinted)
+        await_output("reading the prompt")
         try:
             with unseen_keys(), stoppable(lambda: view.has_begun) as is_stopped, view:
                 reply = say(message, show=view.show, stop=is_stopped, **self._decoding)
@@ -233,6 +235,8 @@ class ChatSession:
         except KeyboardInterrupt:
             self.notify("stopped before the first token: the message is taken back")
             return False
+        finally:
+            make_way()
         self._note(reply)
         return True
 

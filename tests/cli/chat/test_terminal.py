@@ -102,6 +102,7 @@ def test_a_conversation(chat: Chat, home: Path) -> None:
     assert "max_new_tokens 12" in chat.say("/set max_new_tokens 12")
     first = chat.say("ba be")
     assert "12 tokens, " in first
+    assert "reading the prompt ..." in first
     again = chat.say("/regen")
     chat.send("/edit")
     chat.wait()
