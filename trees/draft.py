@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trees.tree import TreeBatch
+from trees.uploads import upload
 
 LEFT_OUT = -2
 """In a merged draft stands for a node of a source that there was no room for."""
@@ -110,4 +111,4 @@ class LayeredDistributions:
     @cached_property
     def _places_BT(self) -> Tensor:
         starts = np.cumsum([0, *(layer.shape[1] for layer in self.layers_BMV)])
-        return torch.from_numpy(starts[self.layer_BT] + self.column_BT).to(self.layers_BMV[0].device)
+        return upload(starts[self.layer_BT] + self.column_BT, self.layers_BMV[0].device)

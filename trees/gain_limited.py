@@ -12,7 +12,6 @@ from math import prod
 from operator import itemgetter
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trees.draft import Draft, LayeredDistributions
@@ -20,6 +19,7 @@ from trees.policy import Grower, GrowthPolicy, Layer, Round
 from trees.side_leaves import Leaf, chain_grown_indices, chain_with_leaves
 from trees.token_source import TokenSource
 from trees.tree import ROOT, TreeBatch
+from trees.uploads import upload
 
 MAX_LEAVES = 3
 """Of a slot."""
@@ -147,7 +147,7 @@ class _GainLimitedGrower(Grower):
         if self.needs_scores and self._going_on() < policy.prices[slot]:
             for row in self._rows:
                 row.limit = min(row.limit, slot + 1)
-        newest_B1 = torch.tensor([tokens[:1] for tokens in found[0]], device=scores_BMV.device)
+        newest_B1 = upload([tokens[:1] for tokens in found[0]], scores_BMV.device)
         return Layer(tokens_BM=newest_B1, parents_BM=np.full(newest_B1.shape, slot + ROOT))
 
     def finish(self) -> Draft:

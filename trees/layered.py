@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from trees.draft import Draft, LayeredDistributions
 from trees.policy import Grower, Layer, Round
 from trees.token_source import TokenSource
 from trees.tree import ROOT, TokenTree, TreeBatch
+from trees.uploads import upload
 
 
 @dataclass(slots=True, eq=False)
@@ -212,7 +212,7 @@ class LayeredGrower(Grower):
             for column, node in enumerate(nodes):
                 node.column, node.grown_index = column, self._num_grown + column
         self._num_grown += width
-        tokens_BM = torch.tensor(tokens, dtype=torch.long, device=self._device)
+        tokens_BM = upload(tokens, self._device)
         return Layer(tokens_BM=tokens_BM, parents_BM=np.array(parents, np.int64))
 
     def _find_padding_tokens(self, scores_BMV: Tensor) -> list[int]:

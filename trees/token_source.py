@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trees.blocks import block_width, read_blocks, reduce_blocks
+from trees.uploads import upload
 
 
 class TokenSource(ABC):
@@ -108,8 +109,11 @@ class TorchSource(TokenSource):
         self._sampler = CandidateSampler(scores_MV.softmax(-1), sample=sample, generator=generator)
 
     def take(self, slots: Sequence[int], count: int) -> tuple[list[list[int]], list[list[float]]]:
-        tokens_NK, probs_NK = self._sampler.take(torch.tensor(slots, device=self._sampler.device), count)
-        return tokens_NK.tolist(), probs_NK.tolist()
+        tokens_NK, probs_NK = self._sampler.take(upload(slots, self._sampler.device), count)
+        # one copy for both: their bits, as float64 holds every float32
+        bits_NK = probs_NK.double().view(torch.int64)
+        told_2NK = torch.stack([tokens_NK, bits_NK]).cpu()
+        return told_2NK[0].tolist(), told_2NK[1].view(torch.float64).tolist()
 
 
 def draw_index(weights_NW: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

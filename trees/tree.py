@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trees.uploads import upload
+
 if TYPE_CHECKING:
     from rich.tree import Tree as RichTree
 
@@ -48,7 +50,7 @@ class TokenTree:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.tokens):
                 raise ValueError(f"a tree of {len(self.tokens)} tokens needs as many {name}, got {len(column)}")
-        for node, parent in enumerate(self.parents):
+        for node, parent in enumerate(() if self.is_chain else self.parents):
             if not ROOT <= parent < node:
                 raise ValueError(
                     f"node {node} names parent {parent}: parents stand before their children, "
@@ -63,9 +65,17 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node hangs on the one before it."""
+        chained, parents = range(ROOT, len(self.tokens) - 1), self.parents
+        return parents == chained if isinstance(parents, range) else list(parents) == list(chained)
+
     @cached_property
     def depths(self) -> list[int]:
         """N depths; children of the root have depth 1."""
+        if self.is_chain:
+            return list(range(1, len(self) + 1))
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -182,13 +192,13 @@ class TreeBatch:
         tokens = [[*row.tokens, *[0] * (width - len(row))] for row in rows]
         parents = [[*row.parents, *[ROOT] * (width - len(row))] for row in rows]
         numbers_2BN = np.array([tokens, parents], np.int64).reshape(2, len(rows), width)
-        tokens_BN, parents_BN = (torch.from_numpy(numbers_BN).to(device) for numbers_BN in numbers_2BN)
+        tokens_BN, parents_BN = upload(numbers_2BN, device).unbind()
         return cls(
             tokens_BN=tokens_BN,
             parents_BN=parents_BN,
             sizes=tuple(len(row) for row in rows),
             depth=max((max(row.depths, default=0) for row in rows), default=0),
-            is_chain=all(list(row.parents) == list(range(ROOT, len(row) - 1)) for row in rows),
+            is_chain=all(row.is_chain for row in rows),
             rows=tuple(rows),
         )
 
@@ -246,14 +256,14 @@ class TreeBatch:
         if self.is_chain:
             causal = torch.ones((self.num_slots, self.num_slots), dtype=torch.bool, device=self.device).tril()
             return causal.expand(self.num_rows, -1, -1)
-        return torch.from_numpy(self.host_ancestors_BTT).to(self.device)
+        return upload(self.host_ancestors_BTT, self.device)
 
     @cached_property
     def depths_BT(self) -> Tensor:
         """int64 depth of every slot; 0 for the root."""
         if self.is_chain:
             return torch.arange(self.num_slots, device=self.device).expand(self.num_rows, self.num_slots)
-        return torch.from_numpy(self.host_depths_BT).to(self.device)
+        return upload(self.host_depths_BT, self.device)
 
     @cached_property
     def host_ancestors_BTT(self) -> np.ndarray:
@@ -293,8 +303,14 @@ class TreeBatch:
     @cached_property
     def real_BN(self) -> Tensor:
         """bool: node, not padding."""
-        sizes_B = torch.tensor(self.sizes, device=self.device)
-        return torch.arange(self.width, device=self.device) < sizes_B.unsqueeze(1)
+        if self.width == min(self.sizes, default=0):
+            return torch.ones_like(self.tokens_BN, dtype=torch.bool)
+        return torch.arange(self.width, device=self.device) < self.sizes_B.unsqueeze(1)
+
+    @cached_property
+    def sizes_B(self) -> Tensor:
+        """int64 `sizes`, on the device."""
+        return upload(self.sizes, self.device)
 
     @property
     def real_BT(self) -> Tensor:

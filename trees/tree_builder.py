@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trees.policy import Layer
 from trees.tree import TreeBatch
+from trees.uploads import upload
 
 _CAPACITY = 128
 
@@ -119,8 +120,7 @@ class GrowingTrees:
         return self._seen_BCC[:, self.newest.start : self.num_slots, : self.num_slots]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(numbers)
-        return tensor if self._is_host else tensor.to(self.device)
+        return torch.from_numpy(numbers) if self._is_host else upload(numbers, self.device)
 
     def _work_out(self) -> None:
         """Bring what is derived up to date; what is known of a slot never changes."""

@@ -22,8 +22,11 @@ def sample(weights_BV: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def draw(p_BTV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from every distribution: int64 [B, T]. With T = 1 the same draw as in `transformers`."""
-    flat = torch.multinomial(p_BTV.flatten(0, 1), 1, generator=generator)
-    return flat.view(p_BTV.shape[:2])
+    p_FV = p_BTV.flatten(0, 1)
+    if p_FV.device.type == "cpu":
+        return torch.multinomial(p_FV, 1, generator=generator).view(p_BTV.shape[:2])
+    # what `torch.multinomial` does, without its two checks, for which the host would wait
+    return (p_FV / torch.empty_like(p_FV).exponential_(generator=generator)).argmax(-1).view(p_BTV.shape[:2])
 
 
 def or_else(left_BV: Tensor, p_BV: Tensor) -> Tensor:

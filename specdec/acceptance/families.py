@@ -23,6 +23,7 @@ from torch import Tensor
 from trees import Draft
 from trees.draft import LEFT_OUT
 from trees.merging import flattened
+from trees.uploads import upload
 
 
 class Family(NamedTuple):
@@ -107,7 +108,7 @@ def links_of(draft: Draft) -> list[Links]:
             links[2, row, children[:-1]] = children[1:]
             depth = depths[row, slot]
             most_siblings[depth] = max(most_siblings[depth], len(children))
-        own_BT, first_child_BT, next_sibling_BT = torch.from_numpy(links).to(trees.device)
+        own_BT, first_child_BT, next_sibling_BT = upload(links, trees.device)
         found.append(Links(Source(source, own_BT), first_child_BT, next_sibling_BT, most_siblings))
     return found
 
@@ -145,7 +146,7 @@ def contests_of(draft: Draft) -> list[Contest]:
             heads.append((depth, sources[number], rank, len(pairs)))
     if not tests:
         return []
-    columns = torch.tensor(tests, device=trees.device).T.contiguous()  # one upload for all contests
+    columns = upload(tests, trees.device).T.contiguous()  # one upload for all contests
     parts = columns.split([count for *_, count in heads], 1)
     return [
         Contest(depth, source, rank, parents_N, children_N, is_first_N.bool())

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specdec.errors import NumericalError
 from trees import TreeBatch
 
 
@@ -86,7 +87,23 @@ class Accepted(NamedTuple):
 
 
 def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
-    """The outcome of a verification on the host, in one copy at most."""
+    """The outcome of a verification on the host, in one copy at most.
+
+    Raises:
+        NumericalError: there is no token after a path.
+    """
+    found = _to_host(trees, acceptance)
+    if min(candidates[-1] for candidates in found.candidates) < 0:
+        raise NumericalError(
+            "the target's scores are not numbers (NaN, or infinite everywhere): check the weights and the dtype "
+            "(float16 overflows on CPU), or pass remove_invalid_values=True"
+        )
+    return found
+
+
+def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
+    if isinstance(acceptance, HostAcceptance) and not trees.width:
+        return Accepted(acceptance.paths, [[token] for token in acceptance.following])
     if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
         found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
         candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]

@@ -215,7 +215,7 @@ def _topdown_chain(draft: Draft, scores_BTV: Tensor, generator: torch.Generator 
     p_BN, q_BN = (x.gather(2, drafted_BN1).squeeze(-1) for x in (p_BTV[:, :-1], q_BNV))
     path_BD, counts_B, _ = _descend(trees, coins.bernoulli(p_BN / q_BN, generator))
     final_BV = p_BTV[rows_B, counts_B]
-    refused_B = counts_B < torch.tensor(trees.sizes, device=trees.device)
+    refused_B = counts_B < trees.sizes_B
     left_BV = (final_BV - q_BNV[rows_B, counts_B.clamp_max(trees.width - 1)]).clamp_min(0)
     final_BV = torch.where(refused_B[:, None], coins.or_else(left_BV, final_BV), final_BV)
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=coins.sample(final_BV, generator))

@@ -63,6 +63,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "devices": devices,
         "kernels": _kernels(),
+        "cuda_graphs": _cuda_graphs(),
         "threads": threads,
         "forward_ms": measured.get("forward_ms"),
         "advice": _advice(devices, threads),
@@ -99,6 +100,12 @@ def _kernels() -> str:
     from specdec.kernels import describe
 
     return describe()
+
+
+def _cuda_graphs() -> str:
+    from specdec import cuda
+
+    return cuda.describe()
 
 
 def _threads() -> dict[str, int | None]:
@@ -182,6 +189,7 @@ def _table(report: dict[str, Any]) -> Table:
         memory = f", {device['memory_mib']} MiB" if "memory_mib" in device else ""
         table.add_row(device["device"], f"{device['name']}{memory}")
     table.add_row("kernels", report["kernels"])
+    table.add_row("CUDA graphs", report["cuda_graphs"])
     threads = report["threads"]
     table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
     if report["forward_ms"]:

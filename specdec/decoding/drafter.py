@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.cuda import tree_model_of
 from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.tree_model.early_exit import EarlyExitModel
@@ -206,7 +207,7 @@ class Drafter(ABC):
 
     def make_target(self, model: PreTrainedModel) -> TreeModel:
         """The tree model that verifies what this drafter proposes."""
-        return EarlyExitModel(model) if self.needs_exits else TreeModel(model)
+        return EarlyExitModel(model) if self.needs_exits else tree_model_of(model)
 
     @abstractmethod
     def start(self, run: Run) -> DraftSession:

@@ -123,8 +123,7 @@ class DecodingLoop:
     def commit(self, draft: Draft, accepted: Accepted) -> None:
         """Cut at the stop, and bring everything that follows the sequences up to date."""
         paths, candidates = accepted.paths, accepted.candidates
-        for row, row_candidates in enumerate(candidates):
-            self.sequences.put(row, row_candidates)
+        self.sequences.put_all(candidates)
         counts, stopped = self.ranks.cut(lambda: self.stop.cut(self.sequences, candidates, self.recorder.scores))
         tokens = [row_candidates[:count] for row_candidates, count in zip(candidates, counts, strict=True)]
         self._commit_cache(paths, counts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,8 +16,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
 from specdec.acceptance import Acceptance, HostAcceptance, draw, follow, topdown, traversal, walk
+from specdec.acceptance.coins import none
 from specdec.decoding.sequences import Sequences
-from specdec.errors import NumericalError
 from trees import Draft, GrowingTrees, TreeBatch
 
 _POINTWISE = (
@@ -178,22 +178,27 @@ class Sampler:
         return []
 
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
-        """Verify a draft against the processed scores of its slots."""
+        """Verify a draft against the processed scores of its slots.
+
+        Where the target's scores are no numbers on the way, `next_B` is -1, which `to_host` refuses.
+        """
         if not self.do_sample:
-            accepted = follow(draft.trees, scores_BTV)
-            _refuse_unless(accepted.has_next)
-            return accepted
+            return follow(draft.trees, scores_BTV)
         if not draft.is_drawn:
-            _refuse_unless(bool(scores_BTV.amax(-1).isfinite().all()))
-            return walk(draft.trees, draw(scores_BTV.softmax(-1), self.generator))
+            return walk(draft.trees, self._choose(scores_BTV))
         accepted = self._verify(draft, scores_BTV, self.generator)
         if isinstance(accepted, HostAcceptance):
-            _refuse_unless(accepted.has_next)
             return accepted
         # where p is no distribution no child is accepted, so that only the last slot can be such a one
         last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
-        _refuse_unless(bool(last_BV.amax(-1).isfinite().all()))
-        return accepted
+        return replace(accepted, next_B=torch.where(last_BV.amax(-1).isfinite(), accepted.next_B, -1))
+
+    def _choose(self, scores_BTV: Tensor) -> Tensor:
+        """int64 [B, T] one token from every distribution; -1 where scores make none."""
+        usable_BT, p_BTV = scores_BTV.amax(-1).isfinite(), scores_BTV.softmax(-1)
+        if not none(~usable_BT):
+            p_BTV = p_BTV.nan_to_num(1.0)
+        return torch.where(usable_BT, draw(p_BTV, self.generator), -1)
 
     def _process_in_place(
         self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]], sequences: Sequences
@@ -215,15 +220,6 @@ class Sampler:
             processed = self.processors(input_ids, scores)
             for row, index, slot, _ in present:
                 scores_BTV[row, slot] = processed[index]
-
-
-def _refuse_unless(usable: bool) -> None:
-    """Raise if scores make no distribution, as their greatest one tells: it is NaN if any is, or infinite."""
-    if not usable:
-        raise NumericalError(
-            "the target's scores are not numbers (NaN, or infinite everywhere): check the weights and the dtype "
-            "(float16 overflows on CPU), or pass remove_invalid_values=True"
-        )
 
 
 def _is_one_of(kinds: Sequence[type], processor: lp.LogitsProcessor) -> bool:

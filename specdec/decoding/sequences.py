@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.decoding.earlier import EarlierTexts
+from trees.uploads import upload
 
 
 class Sequences:
@@ -52,7 +53,7 @@ class Sequences:
     @property
     def roots_B1(self) -> Tensor:
         """int64 the last committed token of every row."""
-        last_B = torch.tensor(self.lengths, device=self.device) - 1
+        last_B = upload(self.lengths, self.device) - 1
         return self._ids_BL.gather(1, last_B.unsqueeze(1))
 
     def prefix(self, row: int, length: int | None = None) -> Tensor:
@@ -109,9 +110,22 @@ class Sequences:
     def put(self, row: int, tokens: Sequence[int]) -> None:
         """Write candidates after a row's committed tokens, without committing them."""
         start = self.lengths[row]
-        if start + len(tokens) > self._ids_BL.shape[1]:
-            self._ids_BL = torch.nn.functional.pad(self._ids_BL, (0, start + len(tokens)))
-        self._ids_BL[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.device)
+        self._reserve(start + len(tokens))
+        self._ids_BL[row, start : start + len(tokens)] = upload(list(tokens), self.device)
+
+    def put_all(self, candidates: Sequence[Sequence[int]]) -> None:
+        """`put` for every row, in one copy."""
+        if len(candidates) == 1:
+            return self.put(0, candidates[0])
+        rows = enumerate(zip(self.lengths, candidates, strict=True))
+        places = [(row, slot, token) for row, (start, tokens) in rows for slot, token in enumerate(tokens, start)]
+        self._reserve(max(slot for _, slot, _ in places) + 1)
+        rows_N, slots_N, tokens_N = upload(places, self.device).unbind(1)
+        self._ids_BL[rows_N, slots_N] = tokens_N
+
+    def _reserve(self, length: int) -> None:
+        if length > self._ids_BL.shape[1]:
+            self._ids_BL = torch.nn.functional.pad(self._ids_BL, (0, length))
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
         """Commit the first of the candidates written by `put`."""
@@ -139,10 +153,12 @@ class Sequences:
         )
         self.tokens = [self.tokens[row] for row in rows]
         self.earlier = [self.earlier[row] for row in rows]
-        self._ids_BL = self._ids_BL[list(rows)]
+        self._ids_BL = self._ids_BL.index_select(0, upload(list(rows), self.device))
 
 
 def num_shared(mine: Sequence[int], text: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     shortest = min(len(mine), len(text))
+    if mine[:shortest] == text[:shortest]:  # compared at once, if both are lists
+        return shortest
     return next((index for index in range(shortest) if mine[index] != text[index]), shortest)

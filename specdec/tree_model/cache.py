@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from specdec.kernels.model.layer_run import NewSlots
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
 from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
+from trees.uploads import upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,7 +96,8 @@ class TreeCache(Cache):
         recurrent: Mapping[int, int] | None = None,
     ):
         self.lengths = [0] * num_rows
-        self._slots_memo: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._lengths_memo: dict[torch.device, tuple[tuple[int, ...], Tensor]] = {}
+        self._slots_memo: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._mover: SlotMover | None = None
         self._addresses: dict[tuple[int, ...], _Addresses | None] = {}
         self.without, self.recurrent = frozenset(without), recurrent or {}
@@ -111,32 +113,21 @@ class TreeCache(Cache):
             return StateLayer(num_states) if num_states else DummyLayer()
         return StateTreeLayer(self, capacity, num_states) if num_states else TreeLayer(self, capacity)
 
-    @classmethod
-    def adopt(
-        cls,
-        cache: DynamicCache,
-        num_layers: int,
-        num_rows: int,
-        capacity: int,
-        *,
-        without: Collection[int] = frozenset(),
-        recurrent: Mapping[int, int] | None = None,
-    ) -> TreeCache:
-        """A tree cache that starts with a copy of a `DynamicCache` (which stays as it is).
+    def filled_from(self, cache: DynamicCache) -> Self:
+        """This cache, which is empty, with a copy of what a `DynamicCache` holds (that stays as it is).
 
         Raises:
             UnsupportedOptionError: the cache has another batch size.
         """
-        adopted = cls(num_layers, num_rows, capacity, without=without, recurrent=recurrent)
-        length = cache.get_seq_length() if adopted.states is None else adopted.states.adopt(cache)
+        length = cache.get_seq_length() if self.states is None else self.states.adopt(cache)
         if length == 0:
-            return adopted
-        for index, layer in adopted.stored.items():
+            return self
+        for index, layer in self.stored.items():
             source = cache.layers[index]
             keys, values = source.keys, source.values
-            if keys.shape[0] != num_rows:
+            if keys.shape[0] != self.num_rows:
                 raise UnsupportedOptionError(
-                    f"the cache holds {keys.shape[0]} rows but the input has {num_rows}: "
+                    f"the cache holds {keys.shape[0]} rows but the input has {self.num_rows}: "
                     "pass a cache of the same batch size, or none"
                 )
             # a window that has already forgotten its first slots never shows them again
@@ -144,8 +135,8 @@ class TreeCache(Cache):
             layer.update(torch.nn.functional.pad(keys, forgotten), torch.nn.functional.pad(values, forgotten))
             if getattr(source, "indexer_keys", None) is not None:
                 layer.update_indexer(source.indexer_keys)
-        adopted.commit([range(length)] * num_rows)
-        return adopted
+        self.commit([range(length)] * self.num_rows)
+        return self
 
     @property
     def num_rows(self) -> int:
@@ -188,7 +179,7 @@ class TreeCache(Cache):
                 _, old, new = zip(*own, strict=True)
                 self._mover.move(row, old, new)
         elif moves:
-            _move(layers, torch.tensor(moves).unbind(1))
+            _move(layers, upload(moves, layers[0].keys.device).unbind(1))
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
         if self.states is not None:
             self.states.commit(kept)
@@ -201,7 +192,7 @@ class TreeCache(Cache):
             sources_BK: int64 tail indices.
         """
         num_kept = sources_BK.shape[1]
-        starts_B1 = torch.tensor(self.lengths, device=sources_BK.device).unsqueeze(1)
+        starts_B1 = self.lengths_on(sources_BK.device).unsqueeze(1)
         rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
         targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
         _move(self._first(num_layers), (rows_B1, starts_B1 + sources_BK, targets_BK))
@@ -243,7 +234,7 @@ class TreeCache(Cache):
 
     def rollback(self) -> None:
         """Forget the tail; also repairs a forward that broke off between two layers."""
-        self._slots_memo = None
+        self._slots_memo.clear()
         for layer in self.stored.values():
             layer.tail = 0
         if self.states is not None:
@@ -277,7 +268,7 @@ class TreeCache(Cache):
         if self.states is not None:
             self.states.select_rows(rows)
         self.lengths = lengths
-        self._slots_memo = None
+        self._slots_memo.clear()
 
     def join(self, states: RowStates | None = None) -> None:
         """A row more, at the end.
@@ -287,7 +278,7 @@ class TreeCache(Cache):
         """
         assert self.tail == 0, "rows join between rounds"
         self.lengths.append(0)
-        self._slots_memo = None
+        self._slots_memo.clear()
         for layer in self.stored.values():
             layer.make_room(self.num_rows)
         if self.states is not None:
@@ -313,7 +304,7 @@ class TreeCache(Cache):
         for layer, slots in zip(self.stored.values(), states.slots, strict=True):
             layer.write_row(row, slots, self.lengths[row])
         self.lengths[row] += states.length
-        self._slots_memo = None
+        self._slots_memo.clear()
 
     def clear_row(self, row: int) -> None:
         """Overwrite what a row has left in the buffers: a NaN would leak, through 0 * NaN, into the next."""
@@ -364,15 +355,21 @@ class TreeCache(Cache):
         if self.states is not None:
             self.states.check_integrity(self.num_rows)
 
-    def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def lengths_on(self, device: torch.device) -> Tensor:
+        """int64 [B] `lengths` on a device, where they are copied once after every change."""
+        now, known = tuple(self.lengths), self._lengths_memo.get(device)
+        if known is None or known[0] != now:
+            known = self._lengths_memo[device] = now, upload(now, device)
+        return known[1]
+
+    def slots(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row and slot indices, each [B, T], of the tail slots start .. start + count - 1 (ragged rows)."""
-        key = (start, count)
-        if self._slots_memo is None or self._slots_memo[0] != key:
-            first_B1 = torch.tensor(self.lengths).unsqueeze(1) + start
-            slots_BT = first_B1 + torch.arange(count)
-            rows_BT = torch.arange(self.num_rows).unsqueeze(1).expand_as(slots_BT)
-            self._slots_memo = (key, (rows_BT, slots_BT))
-        return self._slots_memo[1]
+        key = (start, count, device)
+        if key not in self._slots_memo:
+            slots_BT = self.lengths_on(device).unsqueeze(1) + torch.arange(start, start + count, device=device)
+            rows_BT = torch.arange(self.num_rows, device=device).unsqueeze(1).expand_as(slots_BT)
+            self._slots_memo[key] = (rows_BT, slots_BT)
+        return self._slots_memo[key]
 
 
 class _Addresses(NamedTuple):

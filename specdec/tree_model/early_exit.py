@@ -70,7 +70,9 @@ class EarlyExitModel(TreeModel):
         head = self.views.head()
         head.set_input_states(hidden_BTC)
         unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
-        return head.model(input_ids=unread, position_ids=unread, use_cache=False).logits
+        # no layer attends; without a mask transformers would look whether the positions are those of several texts
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+        return head.model(input_ids=unread, attention_mask=mask, position_ids=unread, use_cache=False).logits
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         if self._order is not None and not self._order.is_plain:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.kernels.trees import masks
 from specdec.tree_model.layer_kinds import LayerKind
+from trees.uploads import upload
 
 _INDEXED = "indexed_attention"
 """Layers of this kind select by their mask what to attend to, and need one where all is visible."""
@@ -106,7 +107,7 @@ def within_chunk(
 
     Args: as of `within_window` and `visible_slots`.
     """
-    starts_B = torch.tensor(lengths, device=offsets_BT.device)
+    starts_B = upload(lengths, offsets_BT.device)
     if prompt_BP is not None:
         starts_B = starts_B - (~prompt_BP).sum(1)
     chunks_BT, chunks_BS = (
@@ -130,4 +131,4 @@ def _slot_offsets(offsets_BK: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _tail_index(lengths: Sequence[int], num_slots: int, device: torch.device) -> Tensor:
     """int64 [B, S]: index of each slot in its row's tail, negative for committed slots."""
-    return torch.arange(num_slots, device=device) - torch.tensor(lengths, device=device).unsqueeze(1)
+    return torch.arange(num_slots, device=device) - upload(lengths, device).unsqueeze(1)

@@ -33,6 +33,7 @@ from specdec.tree_model.positions import next_positions, positions_read
 from specdec.tree_model.state_owners import reads_on
 from specdec.tree_model.walking import walking
 from trees import Ragged, TreeBatch
+from trees.uploads import upload
 
 
 @dataclass(slots=True, eq=False)
@@ -161,7 +162,7 @@ class TreeModel:
         past = past_key_values
         if past is None:
             past = DynamicCache(config=self.model.config) if self.keeps_states else DynamicCache()
-        self.cache = TreeCache.adopt(past, self.num_layers, num_rows, capacity, **self._layers)
+        self.cache = self._new_cache(num_rows, capacity).filled_from(past)
         if attention_mask is not None and model_inputs.get("position_ids") is None:
             model_inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         if self.model._supports_logits_to_keep():
@@ -193,10 +194,13 @@ class TreeModel:
         if pool is not None and self.can_pack:
             self.cache = PagedCache(pool, num_rows)
         else:
-            self.cache = TreeCache(self.num_layers, num_rows, capacity, **self._layers)
+            self.cache = self._new_cache(num_rows, capacity)
         self.states = {}
         self._prompt_BP = None
         self._lag_AB = torch.zeros(1, num_rows, dtype=torch.long, device=self.device)
+
+    def _new_cache(self, num_rows: int, capacity: int) -> TreeCache:
+        return TreeCache(self.num_layers, num_rows, capacity, **self._layers)
 
     def join(self, states: RowStates | None = None, hidden: dict[int, Tensor] | None = None) -> None:
         """A row more, at the end, without padding.
@@ -381,7 +385,7 @@ class TreeModel:
     @property
     def next_positions_AB(self) -> Tensor:
         """int64 positions of every row's next token."""
-        return torch.tensor(self.cache.lengths, device=self.device) - self._lag_AB
+        return self.cache.lengths_on(self.device) - self._lag_AB
 
     @property
     def next_positions_B(self) -> Tensor:
@@ -399,10 +403,11 @@ class TreeModel:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self.cache.select_rows(rows)
-        self.states = {depth: states[list(rows)] for depth, states in self.states.items()}
-        self._lag_AB = self._lag_AB[:, list(rows)]
+        rows_B = upload(list(rows), self.device)
+        self.states = {depth: states.index_select(0, rows_B) for depth, states in self.states.items()}
+        self._lag_AB = self._lag_AB.index_select(1, rows_B)
         if self._prompt_BP is not None:
-            self._prompt_BP = self._prompt_BP[list(rows)]
+            self._prompt_BP = self._prompt_BP.index_select(0, rows_B)
 
     def _at_home(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
         """The states of layers on several devices, on one."""
@@ -455,7 +460,7 @@ class TreeModel:
 
     def _start_masks(self, attention_mask: Tensor | None, next_AB: Tensor | None) -> None:
         self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
-        lengths_B = torch.tensor(self.cache.lengths, device=self.device)
+        lengths_B = self.cache.lengths_on(self.device)
         self._lag_AB = torch.zeros_like(lengths_B[None]) if next_AB is None else lengths_B - next_AB.to(self.device)
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:

@@ -82,7 +82,7 @@ class SparseModel(TreeModel):
         for row, length in enumerate(other.cache.lengths):
             if length:
                 self._follow_row(row, other, length)
-        self._lag_AB = torch.tensor(self.cache.lengths, device=self.device) - other.next_positions_AB
+        self._lag_AB = self.cache.lengths_on(self.device) - other.next_positions_AB
         self._queries = None
 
     @contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trees import TreeBatch
+from trees.uploads import upload
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +120,7 @@ def tail_order(trees: TreeBatch, grown_indices: Sequence[Sequence[int]] | None, 
         slots[row, : len(known_slots)], sources[row, : len(known_slots)] = zip(*known_slots, strict=True)
         slots[row, num_known : num_known + len(new_slots)] = new_slots
         real[row, : len(known_slots)] = real[row, num_known : num_known + len(new_slots)] = True
-    slots_BS, real_BS, sources_BK = (torch.from_numpy(x).to(device) for x in (slots, real, sources))
+    slots_BS, real_BS, sources_BK = (upload(x, device) for x in (slots, real, sources))
     return TailOrder(slots_BS=slots_BS, real_BS=real_BS, sources_BK=sources_BK, is_plain=False)
 
 

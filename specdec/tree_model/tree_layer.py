@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from trees.uploads import upload
+
 MIN_CAPACITY = 64
 _FREE_SLOTS, _FREE_BYTES = 1 << 15, 1 << 30
 """Slots of a row that buffers on a CPU begin with, as far as a buffer is not larger than that: they take memory where
@@ -37,7 +39,7 @@ class Rows(Protocol):
     @property
     def is_uniform(self) -> bool: ...
 
-    def slots(self, start: int, count: int) -> tuple[Tensor, Tensor]: ...
+    def slots(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
     def buffers_change(self) -> None: ...
 
@@ -130,7 +132,7 @@ class TreeLayer(CacheLayerMixin):
         if self._cache.is_uniform:
             buffer[:num_rows, :, stop - num_new : stop] = states
         else:
-            rows_BT, slots_BT = self._cache.slots(self.tail - num_new, num_new)
+            rows_BT, slots_BT = self._cache.slots(self.tail - num_new, num_new, buffer.device)
             buffer[rows_BT, :, slots_BT] = states.transpose(1, 2)
         return buffer[:num_rows, :, :stop]
 
@@ -224,7 +226,7 @@ class TreeLayer(CacheLayerMixin):
                     buffer[new, :, : lengths[new]] = buffer[old, :, : lengths[new]]
         else:
             self._capacity = 2 * max(longest, MIN_CAPACITY) if has_much_room else self._capacity
-            rows_B = torch.tensor(rows, device=self.keys.device)
+            rows_B = upload(rows, self.keys.device)
             fewer = self._zeros(self.buffers, len(rows))
             for buffer, part in zip(self.buffers, fewer, strict=True):
                 part[:, :, :longest] = buffer[:, :, :longest].index_select(0, rows_B)

@@ -18,6 +18,8 @@ import routers
 import specdec
 from specdec import UnsupportedModelError
 from specdec.control.costs import measure_forwards
+from specdec.cuda.arena import Arena
+from specdec.cuda.model import why_not
 from specdec.drafters import (
     Auto,
     Drafter,
@@ -32,6 +34,7 @@ from specdec.drafters import (
 )
 from specdec.exits.module import Exit, load_exits, save_exits
 from specdec.hf import CACHE
+from specdec.kernels.model.profile import profile_of
 from specdec.testing import ByteTokenizer, ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
 from specdec.testing.equality import TIE_BOUND
 from specdec.training.heads.collect import self_generation
@@ -123,6 +126,15 @@ def test_families(family: str) -> None:
     out = check(model, ScriptedDrafter(script))
     assert out.stats.num_accepted == script.num_true > 0
     check(model, PromptLookup(), ONE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forwards_are_replayed(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype).cuda()
+    for prompts in (ONE, RAGGED, ONE):
+        check(model, PromptLookup(), prompts)
+    assert why_not(model) is None
+    assert profile_of(model).part(Arena).num_replays > 3
 
 
 def test_eager_attention() -> None:

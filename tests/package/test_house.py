@@ -11,7 +11,7 @@ ORDER = re.findall(
     """trees routers
 specdec.errors specdec.stages specdec.hf specdec.model_options specdec.suites specdec.disk_cache specdec.kernels
 specdec.text
-specdec.streaming specdec.tree_model specdec.acceptance specdec.decoding specdec.options
+specdec.streaming specdec.tree_model specdec.cuda specdec.acceptance specdec.decoding specdec.options
 specdec.control specdec.exits specdec.drafters specdec.routing specdec.specs specdec.models specdec.generation specdec
 specdec.testing specdec.training specdec.bench specdec.engine specdec.server specdec.audit specdec.batch specdec.cli
 bench""",

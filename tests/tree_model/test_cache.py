@@ -203,7 +203,7 @@ def test_adopted_cache_is_a_copy() -> None:
     source = DynamicCache()
     states = random_states(2, 3)
     source.update(states.clone(), states.clone(), 0)
-    adopted = TreeCache.adopt(source, num_layers=1, num_rows=2, capacity=8)
+    adopted = TreeCache(1, 2, 8).filled_from(source)
     adopted.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4), 0)
     adopted.commit([[0], [0]])
     assert adopted.lengths == [4, 4]
@@ -217,7 +217,7 @@ def test_adopted_window_keeps_its_place() -> None:
     source = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([tokens]), **{CACHE: source}, use_cache=True)
-    adopted = TreeCache.adopt(source, num_layers=2, num_rows=1, capacity=0)
+    adopted = TreeCache(2, 1, 0).filled_from(source)
     assert adopted.lengths == [19]
     in_window = source.layers[0].keys.shape[2]
     assert in_window < 19
@@ -229,7 +229,7 @@ def test_cache_of_another_batch_size_is_refused() -> None:
     source = DynamicCache()
     source.update(random_states(2, 3), random_states(2, 3), 0)
     with pytest.raises(UnsupportedOptionError, match="2 rows but the input has 3"):
-        TreeCache.adopt(source, num_layers=1, num_rows=3, capacity=0)
+        TreeCache(1, 3, 0).filled_from(source)
 
 
 def test_refilled_cache_holds_all_rows() -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.cuda import tree_model_of
 from specdec.decoding.drafter import Run
 from specdec.tree_model.model import TreeModel
+from trees.uploads import upload
 
 _CHUNK = 256
 """Tokens of prompts that are read in a round."""
@@ -26,7 +28,7 @@ class DraftModelRunner:
 
     def __init__(self, model: PreTrainedModel, run: Run):
         self._run = run
-        self._model = TreeModel(model)
+        self._model = tree_model_of(model)
         self._cached: list[int] | None = None
         """Committed tokens (padding included) that each row's cache holds; None before the prefill."""
         self._reader: TreeModel | None = None
@@ -95,12 +97,13 @@ class DraftModelRunner:
             self.prefill_chunk()
         assert self._cached is not None
         sequences = self._run.sequences
-        rows = zip(sequences.lengths, self._cached, strict=True)
+        texts, rows = sequences.tokens, zip(sequences.lengths, self._cached, strict=True)
         sizes = [length - seen if seen or length == 1 else 0 for length, seen in rows]
-        tokens_BW = torch.zeros((len(sizes), max(sizes)), dtype=torch.long, device=self.device)
-        for row, (seen, size) in enumerate(zip(self._cached, sizes, strict=True)):
-            tokens_BW[row, :size] = sequences.prefix(row)[seen : seen + size]
-        return tokens_BW, sizes
+        width = max(sizes)  # what is not in the cache is no padding, which is read with the prompt
+        pending = [
+            [*tokens[len(tokens) - size :], *[0] * (width - size)] for tokens, size in zip(texts, sizes, strict=True)
+        ]
+        return upload(pending, self.device), sizes
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
         """Append slots to the tail (see `TreeModel.forward`): logits [B, T, V]."""
@@ -181,5 +184,7 @@ def read_ragged(model: TreeModel, tokens_BW: Tensor, sizes: Sequence[int]) -> Te
     seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
     logits_BWV = model.forward(tokens_BW, offsets_BW, seen_BWW)
     model.commit([range(size) for size in sizes])
-    last_B = torch.tensor(sizes, device=logits_BWV.device) - 1
-    return logits_BWV[torch.arange(len(sizes)), last_B].unsqueeze(1)
+    if min(sizes) == max(sizes):
+        return logits_BWV[:, sizes[0] - 1 : sizes[0]]
+    last_B = upload(sizes, logits_BWV.device) - 1
+    return logits_BWV[torch.arange(len(sizes), device=last_B.device), last_B].unsqueeze(1)

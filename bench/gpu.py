@@ -1,0 +1,303 @@
+"""Ten minutes on one GPU: plain decoding against the memory's bandwidth, and speculation against transformers' best.
+
+    python -m bench.gpu [--shape 8b] [--device cuda] [--parts memory,plain,lookup,assisted,batch] [--seconds 600]
+        [--tokens 128] [--prompt 512] [--repetitions 3] [--no-compile] [--output PATH]
+
+Models have the shape of a Llama of that size, random weights, and are built on the device: nothing is downloaded. The
+target's upper layers add little, so that its first layers are a draft that often agrees. Parts print when they are
+done and can be run alone; one that begins after the budget is left out. Peers are in the same run: transformers eager,
+its static cache with `torch.compile`, its assisted generation and its prompt lookup. Every figure is the median of
+interleaved repetitions. A greedy output that differs from transformers' at more than a numerical tie fails the run.
+On a CPU (`--device cpu --shape tiny`) it shows that the script works, and nothing else. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import specdec
+from bench._script import log, parser_of, pipe_table, write_json
+from specdec import cuda
+from specdec.cuda.arena import Arena
+from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
+from specdec.kernels.model.profile import profile_of
+from specdec.testing.equality import TIE_BOUND, Verdict, compare
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden": 64, "layers": 4, "heads": 4, "kv": 2, "inner": 128, "vocab": 512, "draft": 1},
+    "1b": {"hidden": 2048, "layers": 16, "heads": 32, "kv": 8, "inner": 8192, "vocab": 128256, "draft": 2},
+    "3b": {"hidden": 3072, "layers": 28, "heads": 24, "kv": 8, "inner": 8192, "vocab": 128256, "draft": 3},
+    "8b": {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "inner": 14336, "vocab": 128256, "draft": 4},
+}
+UPPER_SCALE = 0.02
+"""Of what the layers above the draft's add: the smaller, the more often the draft agrees."""
+TIE_STEPS, BFLOAT16_STEP = 2, 0.125
+"""Logits of 16 and more, as the greatest of these are, lie so far apart in bfloat16."""
+COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
+
+
+@dataclass
+class Session:
+    """What the parts share, and what they have found."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    device: torch.device
+    num_tokens: int
+    prompt_length: int
+    repetitions: int
+    compiles: bool
+    bandwidth: float | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """That a plain step reads: all but the embedding, of which it reads a row."""
+        embedding = self.target.get_input_embeddings().weight
+        return sum(w.numel() * w.element_size() for w in self.target.parameters() if w is not embedding)
+
+    def prompts(self, num_rows: int, *, repeats: bool = False) -> dict[str, Tensor]:
+        """Of random tokens; with `repeats` the same few again and again."""
+        generator = torch.Generator().manual_seed(num_rows)
+        length = min(32, self.prompt_length) if repeats else self.prompt_length
+        ids = torch.randint(10, self.target.config.vocab_size, (num_rows, length), generator=generator)
+        ids = ids.repeat(1, -(-self.prompt_length // length))[:, : self.prompt_length].to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def build(shape: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target, and a draft of its first layers."""
+    sizes = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=sizes["hidden"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv"],
+        intermediate_size=sizes["inner"],
+        vocab_size=sizes["vocab"],
+        max_position_embeddings=1 << 16,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        target = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for weight in target.lm_head.parameters():
+            weight.mul_(4 / (weight.std() * sizes["hidden"] ** 0.5))  # logits that differ by more than rounding
+        for layer in target.model.layers[sizes["draft"] :]:
+            layer.self_attn.o_proj.weight.mul_(UPPER_SCALE)
+            layer.mlp.down_proj.weight.mul_(UPPER_SCALE)
+    small = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": sizes["draft"]})
+    with torch.device("meta"):
+        draft = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
+    draft.model.embed_tokens, draft.model.norm, draft.lm_head = (
+        target.model.embed_tokens,
+        target.model.norm,
+        target.lm_head,
+    )
+    draft.model.layers, draft.model.rotary_emb = target.model.layers[: sizes["draft"]], target.model.rotary_emb
+    return target, draft
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(device: torch.device, run: Callable[[], Any]) -> float:
+    synchronise(device)
+    started = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def memory(session: Session) -> None:
+    """Bytes read and written a second by a copy: the floor that plain decoding is held against."""
+    source = torch.empty(COPIED_BYTES[session.device.type], dtype=torch.uint8, device=session.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    fastest = min(seconds_of(session.device, lambda: target.copy_(source)) for _ in range(10))
+    session.bandwidth = 2 * source.numel() / fastest
+    session.found["memory"] = {"copy_bytes_per_second": session.bandwidth}
+    log(f"memory: a copy moves {session.bandwidth / 1e9:.0f} GB/s; weights {session.weight_bytes / 1e9:.2f} GB")
+
+
+def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor]) -> Callable[[], Tensor]:
+    return lambda: specdec.generate(
+        session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False
+    )
+
+
+def theirs(session: Session, prompts: dict[str, Tensor], **options: Any) -> Callable[[], Tensor]:
+    return lambda: session.target.generate(
+        **prompts, max_new_tokens=session.num_tokens, do_sample=False, pad_token_id=0, **options
+    )
+
+
+def race(session: Session, part: str, prompts: dict[str, Tensor], runs: dict[str, Callable[[], Tensor]]) -> None:
+    """Take turns; the first is the reference of what is said. The first call of each is its warm-up, told apart."""
+    outputs, first, times = {}, {}, {name: list[float]() for name in runs}
+    for name, run in runs.items():
+        first[name] = seconds_of(session.device, lambda name=name, run=run: outputs.update({name: run()}))
+        run()  # what is captured is captured when it comes again
+    for _ in range(session.repetitions):
+        for name, run in runs.items():
+            times[name].append(seconds_of(session.device, run))
+    reference = next(iter(runs))
+    rows, found = [], {}
+    for name, taken in times.items():
+        ms = 1000 * statistics.median(taken) / session.num_tokens
+        found[name] = {
+            "ms_per_token": ms,
+            "all_seconds": taken,
+            "first_call_seconds": first[name],
+            "verdict": judge(session, prompts, outputs[reference], outputs[name]),
+        }
+        if session.bandwidth and part == "plain":
+            found[name]["share_of_copy_bandwidth"] = session.weight_bytes / (ms / 1000) / session.bandwidth
+        rows.append(
+            (name, f"{ms:.2f}", *(str(found[name].get(key, "")) for key in ("share_of_copy_bandwidth", "verdict")))
+        )
+    session.found[part] = found
+    log(f"{part}\n{pipe_table(('what', 'ms a token', 'share of copy bandwidth', 'output'), rows)}")
+
+
+def judge(session: Session, prompts: dict[str, Tensor], expected: Tensor, actual: Tensor) -> str:
+    """The worst of the rows."""
+    start, worst = prompts["input_ids"].shape[1], Verdict.IDENTICAL
+    for prompt, *row in zip(prompts["input_ids"], expected, actual, strict=True):
+        reference, output = (tokens[start:].tolist() for tokens in row)
+        worst = max(worst, compare(session.target, prompt, reference, output, {"do_sample": False}).verdict)
+    return worst.name.lower()
+
+
+def plain(session: Session) -> None:
+    prompts = session.prompts(1)
+    runs = {
+        "transformers, eager": theirs(session, prompts),
+        "specdec, plain": ours(session, Plain(), prompts),
+        "specdec, auto": ours(session, Auto(), prompts),
+    }
+    if session.compiles:
+        runs["transformers, static cache and compile"] = theirs(session, prompts, cache_implementation="static")
+    race(session, "plain", prompts, runs)
+    arena = profile_of(session.target).part(Arena)
+    session.found["graphs"] = {"replays": arena.num_replays, "refused": cuda.why_not(session.target)}
+    log(f"graphs: {session.found['graphs']}")
+
+
+def lookup(session: Session) -> None:
+    prompts = session.prompts(1, repeats=True)
+    runs = {
+        "transformers, eager": theirs(session, prompts),
+        "transformers, prompt lookup": theirs(session, prompts, prompt_lookup_num_tokens=10),
+        "specdec, prompt lookup": ours(session, PromptLookup(), prompts),
+    }
+    race(session, "lookup", prompts, runs)
+
+
+def assisted(session: Session) -> None:
+    prompts = session.prompts(1)
+    runs = {
+        "transformers, eager": theirs(session, prompts),
+        "transformers, assisted": theirs(session, prompts, assistant_model=session.draft),
+        "specdec, small model": ours(session, SmallModel(session.draft), prompts),
+    }
+    race(session, "assisted", prompts, runs)
+
+
+def batch(session: Session) -> None:
+    for num_rows in (4, 16):
+        prompts = session.prompts(num_rows)
+        runs = {
+            "transformers, eager": theirs(session, prompts),
+            "specdec, plain": ours(session, Plain(), prompts),
+            "specdec, prompt lookup": ours(session, PromptLookup(), prompts),
+            "specdec, small model": ours(session, SmallModel(session.draft), prompts),
+        }
+        race(session, f"batch of {num_rows}", prompts, runs)
+
+
+PARTS: dict[str, Callable[[Session], None]] = {
+    "memory": memory,
+    "plain": plain,
+    "lookup": lookup,
+    "assisted": assisted,
+    "batch": batch,
+}
+
+
+def run_parts(session: Session, names: Sequence[str], seconds: float) -> None:
+    started = time.perf_counter()
+    for name in names:
+        spent = time.perf_counter() - started
+        if spent > seconds:
+            session.found.setdefault("left_out", []).append(name)
+            log(f"{name}: left out, {spent:.0f} s are spent")
+            continue
+        PARTS[name](session)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", default=",".join(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=540, help="after which no part begins")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--no-compile", action="store_true", help="leave out transformers' static cache and compile")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"--parts {','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; to see whether the script works: --device cpu --shape tiny")
+    TIE_BOUND[torch.bfloat16] = TIE_STEPS * BFLOAT16_STEP
+    target, draft = build(arguments.shape, device)
+    session = Session(
+        target=target,
+        draft=draft,
+        device=device,
+        num_tokens=arguments.tokens,
+        prompt_length=arguments.prompt,
+        repetitions=arguments.repetitions,
+        compiles=device.type == "cuda" and not arguments.no_compile,
+    )
+    run_parts(session, parts, arguments.seconds)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: these are no measurements of one"
+    document = {"device": name, "shape": arguments.shape, "torch": torch.__version__, **session.found}
+    if arguments.output:
+        write_json(arguments.output, document)
+    print(json.dumps(document))
+    verdicts = [
+        run["verdict"]
+        for part in session.found.values()
+        if isinstance(part, dict)
+        for run in part.values()
+        if isinstance(run, dict)
+    ]
+    if "different" in verdicts:
+        sys.exit("an output differs from transformers' at more than a tie")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What a round asks of a GPU: kernels launched, copies queued, and how often the host waits. Needs none.
+
+    python -m bench.launches [--layers 4] [--graphs] [--only KIND] [--sites] [--json]
+
+Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
+are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
+With `--graphs` forwards that come again are replayed, each as one launch. A greedy output that is not the CPU's fails
+the run, and so does a forward that would wait while it is captured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import PreTrainedModel
+
+import specdec
+from bench._script import log, parser_of, pipe_table
+from specdec.cuda import graphs
+from specdec.decoding.loop import DecodingLoop
+from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
+from specdec.testing import random_prompts, tiny_model
+from specdec.testing.fake_gpu import FakeGpu
+from trees import DySpec, Sequoia
+
+NUM_NEW = 30
+ONE, FOUR = random_prompts([12]), random_prompts([5, 12, 9, 18])
+SAMPLED = {"do_sample": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of a round."""
+
+    launches: int
+    queued_copies: int
+    syncs: int
+    sites: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of round."""
+
+    name: str
+    make: Callable[[PreTrainedModel], Drafter]
+    prompts: dict[str, torch.Tensor]
+    options: dict[str, Any]
+
+
+KINDS = [
+    Kind("plain", lambda _: Plain(), ONE, {}),
+    Kind("plain, sampled", lambda _: Plain(), ONE, SAMPLED),
+    Kind("prompt lookup", lambda _: PromptLookup(), ONE, {}),
+    Kind("early exit", lambda _: EarlyExit(2), ONE, {}),
+    Kind("chain of 5", SmallModel, ONE, {}),
+    Kind("chain of 5, sampled", SmallModel, ONE, SAMPLED),
+    Kind("DySpec(16)", SmallModel, ONE, {"tree": DySpec(16)}),
+    Kind("DySpec(16), sampled", SmallModel, ONE, {"tree": DySpec(16), **SAMPLED}),
+    Kind(
+        "Sequoia(16), traversal",
+        SmallModel,
+        ONE,
+        {"tree": Sequoia(16, (0.5, 0.2)), "verify": "traversal", **SAMPLED},
+    ),
+    Kind("4 ragged rows, plain", lambda _: Plain(), FOUR, {}),
+    Kind("4 ragged rows, prompt lookup", lambda _: PromptLookup(min_match=1), FOUR, {}),
+    Kind("4 ragged rows, chain of 5", SmallModel, FOUR, {}),
+]
+
+
+class Models:
+    """A target and a draft that agrees with it now and then, on the host and on the GPU."""
+
+    def __init__(self, num_layers: int, gpu: FakeGpu) -> None:
+        self.host = tiny_model("llama", num_hidden_layers=num_layers)
+        self.target = tiny_model("llama", num_hidden_layers=num_layers)
+        self.draft = tiny_model("llama", num_hidden_layers=num_layers)
+        generator = torch.Generator().manual_seed(0)
+        for weight in self.draft.parameters():
+            weight.data += 0.05 * weight.data.std() * torch.randn(weight.shape, generator=generator)
+        with gpu:
+            gpu.take(self.target)
+            gpu.take(self.draft)
+
+
+def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
+    """Of the median round, by launches.
+
+    Raises `SystemExit` if a greedy output is not the CPU's.
+    """
+    rounds: list[Counts] = []
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": False, **kind.options}
+    with gpu, _counting(gpu, rounds):
+        prompts = {name: tensor.to(gpu.device()) for name, tensor in kind.prompts.items()}
+        torch.manual_seed(0)
+        tokens = specdec.generate(models.target, **prompts, drafter=kind.make(models.draft), **settings).cpu()
+    if not settings["do_sample"]:
+        expected = specdec.generate(models.host, **kind.prompts, drafter=Plain(), max_new_tokens=NUM_NEW)
+        if not torch.equal(tokens, expected):
+            raise SystemExit(f"{kind.name}: another output than on the CPU")
+    return sorted(rounds, key=lambda each: each.launches)[len(rounds) // 2]
+
+
+@contextmanager
+def _graphs(gpu: FakeGpu) -> Iterator[None]:
+    """Replays are one launch, whatever the stand-in does."""
+    replay = graphs._StandIn.replay
+
+    def counted(graph: graphs._StandIn) -> torch.Tensor:
+        before, copies, waits = Counter(gpu.launches), gpu.num_queued_copies, gpu.num_syncs
+        output = replay(graph)
+        if (gpu.num_queued_copies, gpu.num_syncs) != (copies, waits):
+            raise SystemExit(f"a captured forward copies or waits: {gpu.syncs}")
+        gpu.launches = before + Counter({"graph": 1})
+        return output
+
+    with graphs.standing_in(), mock.patch.object(graphs._StandIn, "replay", counted):
+        yield
+
+
+@contextmanager
+def _counting(gpu: FakeGpu, rounds: list[Counts]) -> Iterator[None]:
+    round_ = DecodingLoop.round
+
+    def counted(loop: DecodingLoop) -> None:
+        gpu.forget()
+        round_(loop)
+        if len(loop.sequences) == loop.sequences.num_all_rows:  # a row that leaves is no ordinary round
+            rounds.append(Counts(gpu.num_launches, gpu.num_queued_copies, gpu.num_syncs, dict(Counter(gpu.syncs))))
+
+    with mock.patch.object(DecodingLoop, "round", counted):
+        yield
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--layers", type=int, default=4, help="of target and draft")
+    parser.add_argument("--graphs", action="store_true", help="replay forwards that come again")
+    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="this kind of round")
+    parser.add_argument("--sites", action="store_true", help="name where the host waits")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    arguments = parser.parse_args()
+    gpu = FakeGpu()
+    models, found = Models(arguments.layers, gpu), {}
+    for kind in KINDS:
+        if arguments.only not in (None, kind.name):
+            continue
+        with _graphs(gpu) if arguments.graphs else nullcontext():
+            found[kind.name] = count(kind, models, gpu)
+        log(kind.name)
+    if arguments.json:
+        print(json.dumps({name: asdict(counts) for name, counts in found.items()}))
+        return
+    rows = [(name, each.launches, each.queued_copies, each.syncs) for name, each in found.items()]
+    print(pipe_table(("round", "launches", "copies queued", "waits of the host"), rows))
+    for name, each in found.items() if arguments.sites else ():
+        for site, times in each.sites.items():
+            print(f"{name}: {times} x {site}")
+
+
+if __name__ == "__main__":
+    main()

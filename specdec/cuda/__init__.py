@@ -1,0 +1,28 @@
+"""CUDA graphs of a model's forwards: one launch in the place of a thousand. Not measured on a GPU yet.
+
+`model.py` decides and fills the inputs, `arena.py` keeps the buffers that graphs read and write, `graphs.py` captures
+and replays, with a stand-in for machines without a GPU. Whatever does not fit is forwarded as everywhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.cuda.graphs import graphs_for
+from specdec.cuda.model import GraphedTreeModel, why_not
+from specdec.tree_model.model import TreeModel
+
+__all__ = ["GraphedTreeModel", "describe", "tree_model_of"]
+
+
+def tree_model_of(model: PreTrainedModel) -> TreeModel:
+    """The tree model of a causal LM: with CUDA graphs where the model is on a GPU and they can be had."""
+    return TreeModel(model) if why_not(model) else GraphedTreeModel(model)
+
+
+def describe() -> str:
+    """A line for people."""
+    if graphs_for(torch.device("cuda")) is None:
+        return "none: PyTorch sees no CUDA device"
+    return "of forwards that come again in one shape, for models whose layers all see the whole text (not measured)"

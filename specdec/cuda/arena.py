@@ -1,0 +1,204 @@
+"""What graphs read and write: the buffers of a model's cache, which outlive a call, and its graphs.
+
+Graphs hold addresses. So the cache of the next run gets the buffers of the last one, as long as they are large enough;
+if they are not, or the weights have moved, the graphs are dropped and captured again. One run at a time has them.
+
+Shape legend: B rows, R rows of the buffers, H heads, S slots, W new slots, D head size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+
+from specdec.cuda.graphs import Graph, GraphPool
+from specdec.tree_model.cache import TreeCache
+from specdec.tree_model.recurrent import StateLayer
+from specdec.tree_model.tree_layer import TreeLayer
+
+_USES = 2
+"""The forward of a shape that captures it: most shapes of a short run come once."""
+_MOST_GRAPHS = 64
+
+
+class Shape(NamedTuple):
+    """Of a graph: rows, new slots and slots that it attends to."""
+
+    num_rows: int
+    width: int
+    num_slots: int
+
+
+class Inputs(NamedTuple):
+    """Of a graph: int64 [B, W], and a bias [B, 1, W, S] in the model's dtype. `slots` are written."""
+
+    tokens_BW: Tensor
+    positions_BW: Tensor
+    slots_BW: Tensor
+    bias_B1WS: Tensor
+
+
+class Arena:
+    """Of one model.
+
+    Attributes:
+        refusal: why the model is not captured, once that is known.
+        num_replays: of all graphs so far.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        self.num_replays = 0
+        self._owner: Callable[[], StaticTreeCache | None] = lambda: None
+        self._captured: tuple[object, ...] = ()
+        self._lock = Lock()
+        self._buffers: dict[int, list[Tensor]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pool: GraphPool | None = None
+        self._graphs: dict[Shape, tuple[Graph, Inputs, _WrittenCache]] = {}
+        self._uses: Counter[Shape] = Counter()
+
+    def lease(self, cache: StaticTreeCache, model: PreTrainedModel) -> bool:
+        """Give the buffers to a new cache; False if another run has them, that is, has rows."""
+        with self._lock:
+            owner = self._owner()
+            if owner is not None and owner.num_rows:
+                return False
+            self._owner = weakref.ref(cache)
+        captured = _what_is_captured(model)
+        if captured != self._captured:
+            self._captured = captured
+            self._forget()
+        return True
+
+    def is_owner(self, cache: object) -> bool:
+        return self._owner() is cache
+
+    def zeros(self, index: int, states: Sequence[Tensor], num_rows: int, capacity: int) -> list[Tensor]:
+        """Buffers of a layer, of so many rows and slots at least; those of the last run if they are large enough."""
+        kept = self._buffers.get(index, [])
+        fits = len(kept) == len(states) and all(
+            (buffer.dtype, buffer.device) == (part.dtype, part.device)
+            and (buffer.shape[1], buffer.shape[3]) == (part.shape[-3], part.shape[-1])
+            and buffer.shape[0] >= num_rows
+            and buffer.shape[2] >= capacity
+            for buffer, part in zip(kept, states, strict=True)
+        )
+        in_use = any(buffer.data_ptr() == part.data_ptr() for buffer in kept for part in states)
+        if fits and not in_use:
+            return [buffer.zero_() for buffer in kept]
+        self._forget()
+        self._buffers.pop(index, None)  # the old ones make room
+        del kept
+        self._buffers[index] = [part.new_zeros((num_rows, part.shape[-3], capacity, part.shape[-1])) for part in states]
+        return self._buffers[index]
+
+    def graph(
+        self, shape: Shape, make: Callable[[], Inputs], run: Callable[[Inputs, Cache], Tensor], pool: type[GraphPool]
+    ) -> tuple[Graph, Inputs] | None:
+        """The graph of a shape and its inputs; None as long as it is not worth one.
+
+        Args:
+            make: new inputs, with which the forward may be tried.
+            run: the forward, given its inputs and a cache that writes to the buffers.
+        """
+        self._uses[shape] += 1
+        if shape not in self._graphs:
+            if self._uses[shape] < _USES or len(self._graphs) >= _MOST_GRAPHS:
+                return None
+            self._pool = self._pool or pool()
+            inputs = make()
+            cache = _WrittenCache(self._buffers, inputs, shape)
+            buffers = [buffer for layer in self._buffers.values() for buffer in layer]
+            graph = self._pool.capture(lambda: run(inputs, cache), [*inputs, *buffers])
+            self._graphs[shape] = graph, inputs, cache
+        self.num_replays += 1
+        return self._graphs[shape][:2]
+
+
+class StaticTreeCache(TreeCache):
+    """A `TreeCache` whose buffers are those of an arena, if it has got them (see `Arena.lease`)."""
+
+    arena: Arena | None = None
+
+    def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
+        layer = super()._new_layer(index, capacity)
+        return _ArenaLayer(self, index, capacity) if type(layer) is TreeLayer else layer
+
+    def make_room(self, num_slots: int) -> None:
+        """For so many slots of the longest row, tail included."""
+        for layer in self.stored.values():
+            layer._reserve(num_slots)
+
+
+class _ArenaLayer(TreeLayer):
+    def __init__(self, cache: StaticTreeCache, index: int, capacity: int):
+        super().__init__(cache, capacity)
+        self._index = index
+        self._static = weakref.ref(cache)
+
+    def _zeros(self, states: Sequence[Tensor], num_rows: int) -> list[Tensor]:
+        cache = self._static()
+        assert cache is not None, "a layer is used by its cache"
+        arena = cache.arena
+        if arena is None or not arena.is_owner(cache):
+            return super()._zeros(states, num_rows)
+        self._capacity = 1 << (self._capacity - 1).bit_length()
+        buffers = arena.zeros(self._index, states, num_rows, self._capacity)
+        self._capacity = buffers[0].shape[2]
+        return buffers
+
+
+class _WrittenCache(Cache):
+    """What a captured forward takes for its cache: it writes the new slots where its inputs say."""
+
+    def __init__(self, buffers: Mapping[int, Sequence[Tensor]], inputs: Inputs, shape: Shape):
+        rows_B1 = torch.arange(shape.num_rows, device=inputs.slots_BW.device).unsqueeze(1)
+        rows_BW = rows_B1.expand_as(inputs.slots_BW)
+        places = (rows_BW, inputs.slots_BW)
+        super().__init__(layers=[_WrittenLayer(buffers[index], places, shape) for index in sorted(buffers)])
+
+
+class _WrittenLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, buffers: Sequence[Tensor], places: tuple[Tensor, Tensor], shape: Shape):
+        super().__init__()
+        (self.keys, self.values), self._places, self._shape = buffers, places, shape
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows_BW, slots_BW = self._places
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[rows_BW, :, slots_BW] = states.transpose(1, 2)
+        num_rows, _, num_slots = self._shape
+        return self.keys[:num_rows, :, :num_slots], self.values[:num_rows, :, :num_slots]
+
+    def get_seq_length(self) -> int:
+        return self._shape.num_slots - self._shape.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._shape.num_slots, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _what_is_captured(model: PreTrainedModel) -> tuple[object, ...]:
+    """What a graph depends on besides its inputs and the buffers."""
+    addresses = [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())]
+    return (model.training, model.config.get_text_config(decoder=True)._attn_implementation, *addresses)

@@ -1,0 +1,164 @@
+"""Forwards that are replayed, with a stand-in for graphs: the same tokens, from buffers that outlive a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.cuda import GraphedTreeModel, tree_model_of
+from specdec.cuda.arena import Arena
+from specdec.cuda.graphs import StandInPool, standing_in
+from specdec.cuda.model import why_not
+from specdec.drafters import Drafter, Plain, PromptLookup, SmallModel
+from specdec.kernels.model.profile import profile_of
+from specdec.testing import assert_same_tokens, random_prompts, tiny_model
+from tests.support.references import plain_alone, with_noise
+from trees import DySpec
+
+NUM_NEW = 24
+RAGGED, ONE = random_prompts([5, 12, 9, 18]), random_prompts([12])
+
+
+@pytest.fixture(autouse=True)
+def _graphs() -> Iterator[None]:
+    with standing_in():
+        yield
+
+
+def arena_of(model: PreTrainedModel) -> Arena:
+    return profile_of(model).part(Arena)
+
+
+def check(model: PreTrainedModel, drafter: Drafter, prompts: dict[str, Tensor], **options: Any) -> int:
+    """Greedy, each row like the row alone; returns how many forwards of the target were replayed."""
+    before = arena_of(model).num_replays
+    out = specdec.generate(model, **prompts, drafter=drafter, max_new_tokens=NUM_NEW, do_sample=False, **options)
+    assert_same_tokens(model, plain_alone(model, prompts, NUM_NEW), out, prompts["attention_mask"])
+    assert arena_of(model).refusal is None
+    return arena_of(model).num_replays - before
+
+
+DRAFTERS: dict[str, tuple[Callable[[PreTrainedModel], Drafter], dict[str, Any]]] = {
+    "plain": (lambda _: Plain(), {}),
+    "prompt lookup": (lambda _: PromptLookup(), {}),
+    "chain": (SmallModel, {}),
+    "tree": (SmallModel, {"tree": DySpec(6)}),
+}
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, ONE], ids=["ragged", "one"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_greedy_equality(name: str, prompts: dict[str, Tensor]) -> None:
+    model = tiny_model("llama")
+    make, options = DRAFTERS[name]
+    draft = with_noise(tiny_model("llama"))
+    assert check(model, make(draft), prompts, **options) > 3
+    if name in ("chain", "tree"):
+        assert arena_of(draft).num_replays > 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "gpt_neox"])
+def test_families(family: str) -> None:
+    assert check(tiny_model(family), PromptLookup(), RAGGED) > 3
+
+
+def test_eager_attention() -> None:
+    assert check(tiny_model("llama", attn_implementation="eager"), PromptLookup(), RAGGED) > 3
+
+
+def test_the_next_call_has_the_graphs_of_the_last() -> None:
+    """Also one of other rows."""
+    model = tiny_model("llama")
+    first = check(model, Plain(), ONE)
+    assert check(model, Plain(), ONE) == first + 1  # the forward that came before the capture
+    assert check(model, PromptLookup(), RAGGED) > 3
+    check(model, Plain(), ONE)  # in other buffers, of four rows
+    with pytest.MonkeyPatch.context() as patch:  # what is left of a run may be kept: it has no rows
+        kept: list[object] = []
+        patch.setattr(Arena, "lease", lambda *args, lease=Arena.lease: kept.append(args[1]) or lease(*args))
+        assert check(model, Plain(), ONE) == check(model, Plain(), ONE) == first + 1
+        assert len(kept) == 2
+
+
+def test_buffers_that_grow_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.generation._MAX_RESERVED", 4)
+    model, long = tiny_model("llama", max_position_embeddings=512), random_prompts([120])
+    out = specdec.generate(model, **long, drafter=PromptLookup(), max_new_tokens=160, do_sample=False)
+    assert_same_tokens(model, plain_alone(model, long, 160), out, long["attention_mask"])
+    assert {layer[0].shape[2] for layer in arena_of(model)._buffers.values()} == {512}
+
+
+def test_two_runs_at_once() -> None:
+    """The second has no graphs, and leaves the first one's buffers alone."""
+    model = tiny_model("llama")
+    first, second = tree_model_of(model), tree_model_of(model)
+    assert isinstance(first, GraphedTreeModel)
+    logits = first.prefill(ONE["input_ids"])
+    kept = [layer.keys.clone() for layer in first.cache.stored.values()]
+    assert torch.equal(second.prefill(ONE["input_ids"]), logits)
+    second.forward(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), None)
+    assert all(torch.equal(*pair) for pair in zip(kept, [x.keys for x in first.cache.stored.values()], strict=True))
+
+
+def test_samples_are_those_without_graphs() -> None:
+    model, draft = tiny_model("llama"), with_noise(tiny_model("llama"))
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": True, "temperature": 0.7}
+    torch.manual_seed(0)
+    replayed = specdec.generate(model, **RAGGED, drafter=SmallModel(draft), **settings)
+    assert arena_of(model).num_replays > 3
+    plain = tiny_model("llama")
+    arena_of(plain).refusal = arena_of(draft).refusal = "not in this test"
+    torch.manual_seed(0)
+    assert torch.equal(replayed, specdec.generate(plain, **RAGGED, drafter=SmallModel(draft), **settings))
+
+
+def test_who_has_no_graphs() -> None:
+    assert why_not(tiny_model("mistral")) == "a layer has a window, a state or a selection"
+    model = tiny_model("llama")
+
+    class Broken(StandInPool):
+        def capture(self, *_: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdec.cuda.model.graphs_for", lambda _: Broken)
+        out = specdec.generate(model, **ONE, drafter=Plain(), max_new_tokens=NUM_NEW, do_sample=False)
+    assert_same_tokens(model, plain_alone(model, ONE, NUM_NEW), out)
+    assert "not permitted" in (why_not(model) or "")
+
+
+def test_what_a_replay_would_not_do() -> None:
+    model = tiny_model("llama")
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert why_not(model) == "it has hooks, which a replay would not call"
+    hook.remove()
+    assert why_not(model) is None
+    model.model.layers[0].mlp.up_proj.active_adapters = ["one"]
+    assert why_not(model) == "it has adapters, which may be switched"
+
+
+def test_moved_weights_are_captured_again() -> None:
+    model = tiny_model("llama")
+    check(model, Plain(), ONE)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data = weight.data.flip(0).contiguous()
+    assert check(model, Plain(), ONE) > 3
+    assert not isinstance(tree_model_of(tiny_model("mistral")), GraphedTreeModel)
+
+
+def test_the_stand_in_spoils_what_a_graph_would() -> None:
+    pool, inputs = StandInPool(), torch.ones(2)
+    graphs = [pool.capture(lambda: inputs * 2, [inputs]), pool.capture(lambda: inputs + 1, [inputs])]
+    first = graphs[0].replay()
+    graphs[1].replay()
+    assert first.isnan().all()
+    calls = iter([1.0, 2.0, 3.0])
+    with pytest.raises(RuntimeError, match="other logits"):
+        pool.capture(lambda: inputs * next(calls), [inputs])
