@@ -23,6 +23,7 @@ from specdec.training.heads.collect import Collector, self_generation
 from specdec.training.heads.corpus import Batch, Corpus
 from specdec.training.heads.export import save_head
 from specdec.training.heads.head_report import measure_head
+from specdec.training.heads.initial import linear_fit
 from specdec.training.heads.recipes import EagleRecipe, JumpRecipe, MtpRecipe
 from specdec.training.heads.run import HeadTraining, Source
 from specdec.tree_model.model import TreeModel
@@ -133,6 +134,15 @@ def test_what_is_written_is_read_and_accepted(
         assert_same_tokens(model, plain_alone(model, prompt, 8), out.sequences, prompt["attention_mask"])
         num_accepted += out.stats.num_accepted
     assert num_accepted >= 8
+
+
+def test_a_linear_fit_reads_small_inputs_beside_large_ones_and_sinks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs_BTD, weights_CD = torch.randn(4, 60, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    inputs_BTD *= torch.tensor([0.02, 0.02, 0.02, 20.0, 20.0, 20.0])
+    outputs_BTC = inputs_BTD @ weights_CD.T
+    inputs_BTD[:, :2], outputs_BTC[:, :2] = 1e4, 0.0
+    torch.testing.assert_close(linear_fit(inputs_BTD, outputs_BTC), weights_CD, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,11 +84,17 @@ def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
 
 
 def linear_fit(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The weights of the best linear map, by least squares."""
-    inputs_ND, outputs_NC = inputs.flatten(0, 1), outputs.flatten(0, 1)
+    """The weights of the best linear map, by least squares, of [B, T, D] to [B, T, C].
+
+    The first two positions of each row are left out: states of attention sinks there, or just before, are a thousand
+    times larger than others. Each weight is held small as its input is large, since embeddings are far below states.
+    """
+    inputs_ND, outputs_NC = inputs[:, 2:].flatten(0, 1), outputs[:, 2:].flatten(0, 1)
+    scales_D = inputs_ND.square().sum(0).sqrt().clamp_min(1e-6)
+    inputs_ND = inputs_ND / scales_D
     gram_DD = inputs_ND.T @ inputs_ND
-    gram_DD += torch.eye(len(gram_DD), device=gram_DD.device) * gram_DD.diagonal().mean() * 1e-4
-    return torch.linalg.solve(gram_DD, inputs_ND.T @ outputs_NC).T
+    gram_DD.diagonal().add_(1e-4)
+    return (torch.linalg.solve(gram_DD, inputs_ND.T @ outputs_NC) / scales_D.unsqueeze(1)).T
 
 
 def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
