@@ -120,6 +120,7 @@ class ForwardCosts:
             short._slope = ForwardCosts(slopes)
         longer = copy(short)  # with the same tables: a round asks for a length, and no length comes twice
         longer._added = length - _CONTEXT
+        longer._expected = {}, {}  # but for this one, which is of a length
         return longer
 
     @property
@@ -132,11 +133,9 @@ class ForwardCosts:
         if num_tokens not in self._table:
             self._table[num_tokens] = self._interpolate(num_tokens)
         seconds = self._table[num_tokens]
-        return (
-            seconds
-            if self._slope is None or not self._added
-            else seconds + self._added * self._slope.measured(num_tokens)
-        )
+        if self._slope is not None and self._added:
+            seconds += self._added * self._slope.measured(num_tokens)
+        return seconds
 
     def seconds(self, num_tokens: int) -> float:
         """As expected now: no more than wider rounds have taken."""

@@ -92,6 +92,9 @@ class TestForwardCosts:
         longer = costs.at(2032)
         assert [longer.seconds(width) for width in (1, 8)] == pytest.approx([3.0, 6.0])
         assert longer.at(4032).seconds(1) == pytest.approx(5.0)
+        assert longer.seconds(1) == pytest.approx(3.0)
+        assert costs.seconds(1) == pytest.approx(1.0)
+        assert costs.at(4032).seconds(1) == pytest.approx(5.0)
         assert longer.at(100) is costs
         assert len(asked) == 1
 
