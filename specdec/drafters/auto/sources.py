@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise, takewhile, zip_longest
 from math import inf
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from statistics import mean
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -125,6 +125,14 @@ class Source(ABC):
         """Have the session take note of something."""
         news(self.session)
 
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """As `DraftSession.select_rows`."""
+        self.tell(methodcaller("select_rows", rows))
+
+    def join(self) -> None:
+        """As `DraftSession.join`."""
+        self.tell(methodcaller("join"))
+
 
 class LookupSource(Source):
     """Proposals that take no forward are made every round: looked at, cut to what they are worth, and learned from also
@@ -133,6 +141,8 @@ class LookupSource(Source):
     def __init__(self, run: Run, drafter: PromptLookup):
         self._lookup = drafter.start(run)
         super().__init__(run, drafter, self._lookup)
+        self._acceptances = [AcceptanceModel(self._known.acceptance) for _ in run.sequences.rows]
+        """Of each row: one repeats its prompt, its neighbour nothing. Together they would be taken for middling."""
         self._chains: list[TokenTree] = []
         self._lengths: list[int] = []
         """Of the drafts that were planned last."""
@@ -140,7 +150,8 @@ class LookupSource(Source):
     def plan(self, context: RoundContext) -> Plan[Source] | None:
         """The lengths at which proposals are worth most; None if all are 0."""
         self._chains = self._lookup.trees(context.max_depths)
-        reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
+        pairs = zip(self._acceptances, self._chains, strict=True)
+        reaches = [acceptance.reaches(chain.probs or ()) for acceptance, chain in pairs]
         bias = self._known.bias_at(context.num_rows)
         num_tokens, most, tokens = context.num_rows, -inf, context.plain.tokens
         best_tokens = best_seconds = 0.0
@@ -183,9 +194,17 @@ class LookupSource(Source):
             promised = (drafted.tokens - num_rows) / bias.share
             bias.update(promised, self.would_commit(outcome, self._lengths) - num_rows)
         agreed = self._agreed(outcome, [LONGEST_LOOKUP] * num_rows)
-        for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
-            tested = (chain.probs or ())[: len(tokens)]
-            self.acceptance.update_chain(tested, num_accepted)
+        rows = zip(self._acceptances, self._chains, outcome.tokens, agreed, strict=True)
+        for acceptance, chain, tokens, num_accepted in rows:
+            acceptance.update_chain((chain.probs or ())[: len(tokens)], num_accepted)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        self._acceptances = [self._acceptances[row] for row in rows]
+
+    def join(self) -> None:
+        super().join()
+        self._acceptances.append(AcceptanceModel(self._known.acceptance))
 
     def _agreed(self, outcome: Outcome, lengths: Sequence[int]) -> list[int]:
         """For each row how many of the proposal's first tokens are those that were committed."""
