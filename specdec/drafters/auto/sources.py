@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise, takewhile, zip_longest
-from math import inf
+from itertools import accumulate, pairwise, takewhile, zip_longest
+from math import exp, inf, log
 from operator import itemgetter, methodcaller
 from statistics import mean
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 LONGEST_LOOKUP = 24
 _HOPELESS = 0.01
-"""Expected tokens below which the rest of a proposal is not looked at."""
+"""Gain below which the rest of a proposal is not looked at."""
 LONGEST_DRAFT = 16
 _MOST_NODES = LONGEST_DRAFT
 """Of a row, leaves included."""
@@ -145,31 +145,38 @@ class LookupSource(Source):
         """Of each row: one repeats its prompt, its neighbour nothing. Together they would be taken for middling."""
         self._chains: list[TokenTree] = []
         self._lengths: list[int] = []
-        """Of the drafts that were planned last."""
+        self._promised = 0.0
+        """Tokens of the drafts that were planned last, and how many of them seemed to be accepted."""
 
     def plan(self, context: RoundContext) -> Plan[Source] | None:
-        """The lengths at which proposals are worth most; None if all are 0."""
+        """The lengths at which proposals are worth most; None if all are 0.
+
+        Rows count by the geometric mean of their tokens, so that a draft has to make up for what it costs its
+        neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
+        down all others, and a batch ends with the last of them.
+        """
         self._chains = self._lookup.trees(context.max_depths)
         pairs = zip(self._acceptances, self._chains, strict=True)
         reaches = [acceptance.reaches(chain.probs or ()) for acceptance, chain in pairs]
-        bias = self._known.bias_at(context.num_rows)
-        num_tokens, most, tokens = context.num_rows, -inf, context.plain.tokens
-        best_tokens = best_seconds = 0.0
-        lengths, self._lengths = [0] * context.num_rows, []
-        for reach, rows in _extensions(reaches, context.is_packed):
-            if reach < _HOPELESS:
+        share = self._known.bias_at(context.num_rows).share
+        num_rows, num_tokens, gained = context.num_rows, context.num_rows, 0.0
+        most, best = -inf, (0.0, 0.0)
+        lengths, self._lengths = [0] * num_rows, []
+        for gain, rows in _extensions([_gains(reach, share) for reach in reaches], context.is_packed):
+            if gain < _HOPELESS:
                 break
-            tokens += bias.share * reach
+            gained += gain
             num_tokens += len(rows)
             for row in rows:
                 lengths[row] += 1
-            seconds = context.costs.seconds(num_tokens)
+            tokens, seconds = num_rows * exp(gained / num_rows), context.costs.seconds(num_tokens)
             worth = tokens - context.throughput * seconds
             if worth > most:
-                most, best_tokens, best_seconds, self._lengths = worth, tokens, seconds, [*lengths]
+                most, best, self._lengths = worth, (tokens, seconds), [*lengths]
         if not self._lengths:
             return None
-        return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
+        self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
+        return Plan(source=self, length=max(self._lengths), tokens=best[0], seconds=best[1])
 
     def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
         pairs = zip(self._chains, self._lengths, strict=True)
@@ -191,8 +198,7 @@ class LookupSource(Source):
         if drafted is None:
             bias.passed_over()
         else:
-            promised = (drafted.tokens - num_rows) / bias.share
-            bias.update(promised, self.would_commit(outcome, self._lengths) - num_rows)
+            bias.update(self._promised, self.would_commit(outcome, self._lengths) - num_rows)
         agreed = self._agreed(outcome, [LONGEST_LOOKUP] * num_rows)
         rows = zip(self._acceptances, self._chains, outcome.tokens, agreed, strict=True)
         for acceptance, chain, tokens, num_accepted in rows:
@@ -215,14 +221,20 @@ class LookupSource(Source):
         return counts
 
 
-def _extensions(reaches: Sequence[Sequence[float]], is_packed: bool) -> Iterator[tuple[float, Sequence[int]]]:
-    """What proposals may be made longer by, the best first: the chance that what is added is accepted, and the rows
-    that get a token more. If packed it is any row, else all."""
+def _gains(reach: Sequence[float], share: float) -> list[float]:
+    """Of each token of a row's proposal: what it adds to the logarithm of the tokens that the row is to commit."""
+    expected = accumulate((share * chance for chance in reach), initial=1.0)
+    return [log(longer / shorter) for shorter, longer in pairwise(expected)]
+
+
+def _extensions(gains: Sequence[Sequence[float]], is_packed: bool) -> Iterator[tuple[float, Sequence[int]]]:
+    """What proposals may be made longer by, the best first: the gain, and the rows that get a token more. If packed it
+    is any row, else all."""
     if not is_packed:
-        rows = range(len(reaches))
-        yield from ((sum(column), rows) for column in zip_longest(*reaches, fillvalue=0.0))
+        rows = range(len(gains))
+        yield from ((sum(column), rows) for column in zip_longest(*gains, fillvalue=0.0))
         return
-    singly = [(reach, (row,)) for row, own in enumerate(reaches) for reach in own]
+    singly = [(gain, (row,)) for row, own in enumerate(gains) for gain in own]
     yield from sorted(singly, key=itemgetter(0), reverse=True)  # along a chain they fall
 
 
