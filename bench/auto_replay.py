@@ -232,7 +232,7 @@ class ReplayedTarget:
 
     model: Timed
     sequences: Sequences
-    is_packed = False
+    is_packed: bool = False
     num_read_along = 0
 
     def forget_tail(self) -> None:
@@ -249,6 +249,8 @@ class Machine:
         draft: a small model; None: there is none.
         copy: of the target, which drafts with the help of the others; None: there is none.
         rows: of a batch.
+        is_packed: whether a round's forward has as many tokens as its rows have, as in the engine on native layers;
+            else as many as the longest, in each.
         wrong_until: share of every answer up to which the draft model is wrong, and sure of it.
         bad_passes: over all prompts, before the one that counts, in which the draft model is always wrong.
     """
@@ -258,6 +260,7 @@ class Machine:
     draft: Mapping[int, float] | None = None
     copy: Mapping[int, float] | None = None
     rows: int = 1
+    is_packed: bool = False
     wrong_until: float = 0.0
     bad_passes: int = 0
 
@@ -302,7 +305,7 @@ class Player:
         return sum(map(self._target.seconds, left)) * self.clock.noise.mean
 
     def _decode(self, traces: Sequence[Trace], vocab_size: int, max_new_tokens: int) -> None:
-        run = _run(traces, self._target, vocab_size)
+        run = _run(traces, self._target, vocab_size, is_packed=self.machine.is_packed)
         session, sequences = self._auto.start(run), run.sequences
         self._commit(session, sequences, [[]] * len(traces), [trace.answer[:1] for trace in traces])
         while len(sequences):
@@ -310,7 +313,8 @@ class Player:
             draft = session.propose([max_new_tokens - done - 1 for done in sequences.num_new])
             source = session.explain()["drafter"]
             self.sources[source] = self.sources.get(source, 0) + 1
-            self._target.run(len(answers) * (draft.trees.width + 1))
+            padded = len(answers) * (draft.trees.width + 1)
+            self._target.run(len(answers) + sum(draft.trees.sizes) if self.machine.is_packed else padded)
             paths = [_accepted(draft.trees, row, answer) for row, answer in enumerate(answers)]
             committed = [answer[: len(path) + 1] for path, answer in zip(paths, answers, strict=True)]
             self._commit(session, sequences, paths, committed)
@@ -345,14 +349,14 @@ def _accepted(trees: TreeBatch, row: int, answer: Sequence[int]) -> list[int]:
     return path
 
 
-def _run(traces: Sequence[Trace], model: Timed, vocab_size: int) -> Run:
+def _run(traces: Sequence[Trace], model: Timed, vocab_size: int, *, is_packed: bool) -> Run:
     longest = max(len(trace.prompt) for trace in traces)
     pads = [longest - len(trace.prompt) for trace in traces]
     input_ids = torch.tensor([[0] * pad + trace.prompt for pad, trace in zip(pads, traces, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
     sequences = Sequences(input_ids, mask, longest + 256)
     return Run(
-        target=cast(TreeModel, ReplayedTarget(model, sequences)),
+        target=cast(TreeModel, ReplayedTarget(model, sequences, is_packed)),
         vocab_size=vocab_size,
         sequences=sequences,
         sampler=Sampler(LogitsProcessorList(), do_sample=False),

@@ -1,7 +1,7 @@
 """`specdec serve` beside llama.cpp's own server, under streaming clients of a third-party load tool.
 
-    python -m bench.serve_peers demo --aiperf ENVIRONMENT/bin/aiperf --clients 4 --servers gguf,int4,llama.cpp \\
-        --output bench/results/serve-peers-demo
+    python -m bench.serve_peers demo --aiperf ENVIRONMENT/bin/aiperf --clients 1,4,16,64 \\
+        --servers gguf,int4,llama.cpp --output bench/results/serve-peers-demo
 
 The load is AIPerf's (`pip install aiperf`, into an environment of its own: it pins what it needs). So many clients send
 the built-in suite's prompts, one after the other each, greedily, as streams; the servers have them in turn, each in a
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -87,6 +88,7 @@ def load(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(name: str, file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One cell: this server under `arguments.clients` clients."""
     with serving(name, file, arguments) as served:
         log(f"{name}, {arguments.clients} clients")
         before, started_at = others_seconds(served), perf_counter()
@@ -138,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--gguf", type=Path, help="for llama.cpp, if it is not MODEL itself")
     parser.add_argument("--servers", default=f"gguf,int4,{LLAMA_CPP}")
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--clients", dest="all_clients", default="4", help="numbers of them, measured in turn")
     parser.add_argument("--seconds", type=int, default=10, help="then no new request is sent")
     parser.add_argument("--categories", default="chat,math", help="of the suite")
     parser.add_argument("--max-new-tokens", type=int, default=32)
@@ -159,7 +161,8 @@ def main() -> None:
     if file is None:
         raise SystemExit("llama.cpp reads a GGUF file of the model: give it with --gguf")
     arguments.tokenizer = arguments.tokenizer or pull_demo()
-    for name in arguments.servers.split(","):
+    for clients, name in product(map(int, arguments.all_clients.split(",")), arguments.servers.split(",")):
+        arguments.clients = clients
         document = merged(arguments.output, {name: measure(name, file, arguments)}, file, arguments)
         write_report(arguments.output, document, *report(document))
     print("\n\n".join(report(document)))

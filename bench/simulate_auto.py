@@ -44,6 +44,11 @@ MACHINES = {
     "demo-avx512": Machine(traces="demo", target=DEMO_AVX512),
     "demo-avx2": Machine(traces="demo", target=DEMO_AVX2),
     "demo-batch-of-4": Machine(traces="demo", target=DEMO_AVX512, rows=4),
+    **{
+        f"demo-{name}-packed-{rows}": Machine(traces="demo", target=costs, rows=rows, is_packed=True)
+        for name, costs in (("avx512", DEMO_AVX512), ("avx2", DEMO_AVX2))
+        for rows in (2, 4, 8, 16)
+    },
     "1.5b-int8": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B),
     "liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=1.0),
     "half-liar": Machine(traces="qwen", target=INT8_1_5B, draft=INT8_0_5B, wrong_until=0.5),

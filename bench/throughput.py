@@ -9,7 +9,8 @@ decodes the same batches, interleaved in one process, prefill included, until th
 rate is the tokens of all batches over the median of the repetitions of their wall times. The engine works on int8
 weights. transformers has the float32 model and its bfloat16 copy, and, as `transformers-int8`, the very model that the
 engine has. The engine's outputs must be those of `model.generate()` for each prompt alone but for numerical ties, or
-the run fails.
+the run fails. `auto_over_plain_decoding` is auto over plain without the time in which prompts were read, which drafts
+cannot save and which is most of it for short answers.
 
 `--ragged`, for the engine alone: prompts of 16 to 1,500 tokens, the end of several texts of the suite, with limits
 from a third of `--max-new-tokens` on; twice as many as there are rows are submitted at once, so that half of them
@@ -125,6 +126,8 @@ class Contenders:
             eos_token_id=self.int8.generation_config.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
+        self.reading_seconds = 0.0
+        """Of the engine's last batch: spent on its prompts."""
         self._alone: dict[tuple[int, ...], list[int]] = {}
         self._stock: dict[torch.dtype, PreTrainedModel] = {}
 
@@ -163,6 +166,7 @@ class Contenders:
             generations.append(engine.submit(Request(prompt=prompt, config=config)))
         engine.run()
         engine.close()
+        self.reading_seconds = sum(generation.stats.prefill_seconds for generation in generations)
         return [generation.tokens for generation in generations]
 
     def _padded(self, model: PreTrainedModel, batch: Batch) -> Batch:
@@ -197,11 +201,19 @@ class Measured:
     """One contender at one size: seconds of each repetition and tokens, batch by batch."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    reading: dict[int, list[float]] = field(default_factory=dict)
+    """Of these seconds, what the engine has read prompts in."""
     tokens: dict[int, int] = field(default_factory=dict)
 
     def rate(self, batches: Sequence[int]) -> float:
         """Tokens per second over some of the batches."""
         return sum(self.tokens[b] for b in batches) / sum(median(self.seconds[b]) for b in batches)
+
+    def decoding_rate(self, batches: Sequence[int]) -> float:
+        """The same without the time in which prompts were read, in rounds of others as well."""
+        pairs = {b: zip(self.seconds[b], self.reading[b], strict=True) for b in batches}
+        seconds = sum(median(whole - reading for whole, reading in pairs[b]) for b in batches)
+        return sum(self.tokens[b] for b in batches) / seconds
 
 
 def measure(
@@ -224,6 +236,7 @@ def measure(
                 results[name].seconds.setdefault(number, []).append(perf_counter() - started)
                 results[name].tokens[number] = sum(map(len, output))
                 if name in (AUTO, PLAIN):
+                    results[name].reading.setdefault(number, []).append(contenders.reading_seconds)
                     verdicts.update(_verdicts(contenders, batch, output))
     return results, verdicts
 
@@ -247,6 +260,9 @@ def as_row(results: dict[str, Measured], verdicts: Counter[str], num_batches: in
         row["tokens_per_second"][name] = round(measured.rate(own), 1)
         if name != AUTO and AUTO in results:
             row["auto_over"][name] = round(results[AUTO].rate(own) / measured.rate(own), 2)
+    if {AUTO, PLAIN} <= set(results):
+        auto, plain = (results[name].decoding_rate(sorted(results[name].seconds)) for name in (AUTO, PLAIN))
+        row["auto_over_plain_decoding"] = round(auto / plain, 2)
     row["num_batches"] = num_batches
     return row
 

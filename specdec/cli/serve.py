@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,15 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora-modules",
+            metavar="NAME=FOLDER",
+            help="A LoRA adapter of the model, which clients name as a model; may be given several times. Needs peft, "
+            "and --weights stock or float.",
+        ),
+    ] = None,
     loading: LoadingOptions = LOADING,
 ) -> None:
     """Serve a model by OpenAI's API (docs/server.md). Needs `pip install 'specdec-runtime\\[serve]'`."""
@@ -99,25 +109,54 @@ def serve(
     _check_extra()
     if server.api_key is not None and server.allows_no_key:
         raise ValueError("--no-api-key lets everyone in, and there is an API key: give only one of them")
+    folders = _adapter_folders(lora_modules or [], name or model, loading)
 
     with starting():
-        from specdec.engine import Engine
+        from specdec.engine import Engine, LoraEngine, load_adapters
         from specdec.models.pair import load_pair
         from specdec.server import running
 
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
-    engine = Engine(
-        pair.target.model,
-        drafter=pair.build(drafter_spec),
-        tokenizer=pair.target.tokenizer,
-        max_rows=max_rows,
-        max_waiting=max_waiting,
-        max_cached_tokens=max_cached_tokens,
-    )
+    adapters = load_adapters(pair.target.model, folders)
+
+    def make(slots: int | None) -> Engine:
+        return Engine(
+            pair.target.model,
+            drafter=pair.build(drafter_spec),
+            tokenizer=pair.target.tokenizer,
+            max_rows=max_rows,
+            max_waiting=max_waiting,
+            max_cached_tokens=slots,
+        )
+
+    engine = LoraEngine(pair.target.model, adapters, make, max_cached_tokens) if adapters else make(max_cached_tokens)
     if server.logs:
         _log_to_stderr()
     loaded = pair.target._replace(name=name or served_name(model, pair.target.name))
     running.serve(loaded, engine, server, announce=lambda url: _announce(loaded.name, url))
+
+
+def _adapter_folders(modules: Sequence[str], model: str, loading: LoadingOptions) -> dict[str, Path]:
+    """Where each adapter lies, by name.
+
+    Raises:
+        ValueError: something is wrong with the option.
+    """
+    folders: dict[str, Path] = {}
+    for each in modules:
+        name, sign, folder = each.partition("=")
+        if not name or not sign or not folder:
+            raise ValueError(
+                f"--lora-modules {each!r}: give a name and a folder, as in --lora-modules pirate=adapters/pirate"
+            )
+        if name in folders or name in (model, Path(model).name):
+            raise ValueError(f"--lora-modules {each!r}: {name!r} is the name of something else that is served")
+        folders[name] = Path(folder)
+    if folders and loading.weights not in ("stock", "float"):
+        raise ValueError(
+            f"--weights {loading.weights} and --lora-modules: adapters go into float weights; pass --weights float"
+        )
+    return folders
 
 
 def _announce(name: str, url: str) -> None:

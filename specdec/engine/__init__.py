@@ -1,5 +1,6 @@
 """The decoding loop as an engine: requests join and leave the batch between rounds."""
 
+from specdec.engine.adapters import LoraEngine, load_adapters
 from specdec.engine.engine import Engine
 from specdec.engine.request import Generation, GenerationStats, Request, RoundReport, TokenLogprobs
 from specdec.engine.thread import EngineThread
@@ -11,7 +12,9 @@ __all__ = [
     "EngineThread",
     "Generation",
     "GenerationStats",
+    "LoraEngine",
     "Request",
     "RoundReport",
     "TokenLogprobs",
+    "load_adapters",
 ]

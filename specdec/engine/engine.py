@@ -92,6 +92,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_waiting, self.prefill_chunk = max_rows, max_waiting, prefill_chunk
         self.max_cached_tokens = max_cached_tokens or free_slots(model, max_rows)
+        self.adapter: str | None = None
+        """The LoRA adapter that its requests name (see `LoraEngine`); None: they name none."""
         self._drafter = speculation.drafter
         self._pool = page_pool(model)
         self._prefixes = PrefixCache(self.max_cached_tokens)
@@ -116,6 +118,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._open
+
+    @property
     def num_cached_tokens(self) -> int:
         """Slots of key/value memory in use, those of prompts that are to be read next and shared prefixes included."""
         return self._memory.num_used(self._held())
@@ -128,6 +135,8 @@ class Engine:
             UnsupportedOptionError: an option that is not possible here; it says what to use instead.
             ValueError: a wrong argument.
         """
+        if request.adapter != self.adapter:
+            raise ValueError(f"adapter={request.adapter!r}: this engine decodes with {self.adapter!r}; see LoraEngine")
         if not self._waiting.has_room(request.client):
             raise CapacityError(
                 f"{self.num_waiting} requests wait, and no more may (max_waiting={self.max_waiting}): try again later"
@@ -161,7 +170,7 @@ class Engine:
             if self._loop.requests:
                 self._round(None, 0)
         self._tell()
-        return bool(self._open)
+        return not self.is_idle
 
     def cancel(self, generation: Generation) -> None:
         """End a request now ("cancelled") and free what it holds; nothing happens if it is finished."""

@@ -34,6 +34,7 @@ class Request:
         kind: names requests whose replies are alike: those of a client, or of a job. Drafts are then also copied from
             earlier replies of the same kind, the latest 16,384 tokens of them at least. Empty: from the text itself
             alone. Only the time that a request takes depends on it.
+        adapter: the LoRA adapter to decode with, by its name in a `LoraEngine`; None: the base.
         num_logprobs: None for none; k: of every committed token its log-probability, and the k likeliest.
         on_tokens: called with the new tokens, in the engine's thread, after every round that committed some.
         on_finish: called in the engine's thread, exactly once, when nothing more comes.
@@ -48,6 +49,7 @@ class Request:
     max_drafted: int | None = None
     keeps_rounds: bool = False
     kind: str = ""
+    adapter: str | None = None
     num_logprobs: int | None = None
     on_tokens: Callable[[Sequence[int]], None] | None = None
     on_finish: Callable[[Generation], None] | None = None

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from specdec.engine.adapters import LoraEngine
 from specdec.engine.engine import Engine
 from specdec.engine.request import Generation, Request
 
@@ -20,7 +21,7 @@ class EngineThread:
     engine's thread: they must return quickly.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | LoraEngine):
         self.engine = engine
         self._submitting = threading.Lock()
         self._cancelled: deque[Generation] = deque()

@@ -118,19 +118,19 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=TextCompletion, responses={**_ERRORS, **stream})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        form = CompletionForm(service.model_name, service.decoder, includes_usage=body.includes_usage)
+        form = CompletionForm(body.model, service.decoder, includes_usage=body.includes_usage)
         return await _answer(request, service, body, lambda _: form)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[service.card])
+        """The model that is served, and its LoRA adapters."""
+        return ModelList(data=list(service.cards.values()))
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelCard:
         """Whether a model is served."""
         service.check_model(model, None)
-        return service.card
+        return service.cards[model]
 
     @app.get("/health")
     async def health() -> Health:

@@ -124,6 +124,7 @@ class Job:
         shown: special tokens that are a part of the text.
         is_thinking: whether the prompt has opened the reasoning.
         client: whose it is, for taking turns.
+        adapter: the LoRA adapter that answers, None: the base.
         loop: in which its parts are awaited.
         started: when the request arrived, by `time.perf_counter`.
         timeout: seconds from then until the answer must be complete.
@@ -140,6 +141,7 @@ class Job:
         shown: Mapping[int, str],
         is_thinking: bool,
         client: str,
+        adapter: str | None,
         loop: asyncio.AbstractEventLoop,
         started: float,
         timeout: float,
@@ -151,6 +153,7 @@ class Job:
         self._runner = runner
         self._plans = plans
         self._client = client
+        self._adapter = adapter
         self._timeout = timeout
         self._on_end = on_end
         self._choices = [_Choice(index, plan, tokenizer, stop, shown) for index, plan in enumerate(plans)]
@@ -183,6 +186,7 @@ class Job:
                 config=plan.config,
                 seed=plan.seed,
                 client=self._client,
+                adapter=self._adapter,
                 logits_processor=plan.logits_processor,
                 stopping_criteria=plan.stopping_criteria,
                 num_logprobs=plan.num_logprobs,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
-from specdec.engine import Engine, EngineThread
+from specdec.engine import Engine, EngineThread, LoraEngine
 from specdec.server.app import create_app
 from specdec.server.connection import Connection
 from specdec.server.forms import TokenDecoder
@@ -32,17 +32,20 @@ _BACKSTOP_SECONDS = 5
 """After the grace period everything has been cancelled; uvicorn waits that much longer for it to be said."""
 
 
-def make_service(loaded: LoadedModel, engine: Engine, runner: EngineThread, options: ServerOptions) -> Service:
+def make_service(
+    loaded: LoadedModel, engine: Engine | LoraEngine, runner: EngineThread, options: ServerOptions
+) -> Service:
     """A model and its engine behind the API."""
     facts = _facts(loaded, engine)
     grammars = None
     with suppress(ValueError):  # everything but replies in JSON works without
         grammars = Grammars(facts.tokenizer, facts.eos_ids)
     planner = Planner(facts, grammars, max_new_tokens=options.max_new_tokens, max_choices=options.max_choices)
-    return Service(facts, planner, TokenDecoder(facts.tokenizer, grammars), runner, engine, options)
+    adapters = engine.adapters if isinstance(engine, LoraEngine) else []
+    return Service(facts, planner, TokenDecoder(facts.tokenizer, grammars), runner, engine, options, adapters)
 
 
-def _facts(loaded: LoadedModel, engine: Engine) -> ModelFacts:
+def _facts(loaded: LoadedModel, engine: Engine | LoraEngine) -> ModelFacts:
     config = loaded.model.generation_config
     eos = config.eos_token_id if config.eos_token_id is not None else loaded.tokenizer.eos_token_id
     return ModelFacts(
@@ -90,7 +93,9 @@ class Server(uvicorn.Server):
             ending.cancel()
 
 
-def serve(loaded: LoadedModel, engine: Engine, options: ServerOptions, *, announce: Callable[[str], None]) -> None:
+def serve(
+    loaded: LoadedModel, engine: Engine | LoraEngine, options: ServerOptions, *, announce: Callable[[str], None]
+) -> None:
     """Listen until SIGTERM or SIGINT; return once everything has ended.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from http import HTTPStatus
 from time import perf_counter, time
@@ -30,6 +30,7 @@ class Service:
     Args:
         runner: the engine's thread.
         engine: the engine itself, for what it tells about its load.
+        adapters: names of LoRA adapters, which are models of their own to clients.
     """
 
     def __init__(
@@ -40,13 +41,19 @@ class Service:
         runner: Runner,
         engine: EngineLoad,
         options: ServerOptions,
+        adapters: Sequence[str] = (),
     ):
         self.options = options
         self.metrics = Metrics(engine, lambda: len(self._planning))
         self.decoder = decoder
         self.is_closing = False
         self._is_over = False
-        self.card = ModelCard(id=facts.name, created=int(time()), max_model_len=facts.context_length)
+        created, length = int(time()), facts.context_length
+        self.cards = {facts.name: ModelCard(id=facts.name, created=created, max_model_len=length, root=facts.name)}
+        """What is served, by name."""
+        for name in adapters:
+            card = ModelCard(id=name, created=created, max_model_len=length, root=name, parent=facts.name)
+            self.cards[name] = card
         self._facts = facts
         self._planner = planner
         self._runner = runner
@@ -59,12 +66,16 @@ class Service:
     def model_name(self) -> str:
         return self._facts.name
 
+    def adapter_of(self, name: str) -> str | None:
+        """The LoRA adapter of this name; None: it is the base's."""
+        return None if name == self.model_name else name
+
     def check_model(self, name: str, param: str | None = "model") -> None:
-        """Raise `ApiError` (404) unless this is the model served here."""
-        if name != self.model_name:
+        """Raise `ApiError` (404) unless this is a model served here."""
+        if name not in self.cards:
             raise ApiError(
                 HTTPStatus.NOT_FOUND,
-                f"there is no model {name[:100]!r} here: this server has {self.model_name!r}",
+                f"there is no model {name[:100]!r} here: this server has {', '.join(map(repr, self.cards))}",
                 param=param,
                 code="model_not_found",
             )
@@ -72,7 +83,7 @@ class Service:
     def chat_form(self, body: ChatRequest, job: Job) -> ChatForm:
         """How the answer to a conversation is written."""
         return ChatForm(
-            self.model_name,
+            body.model,
             self.decoder,
             make_parser=lambda: self._parser(body, job),
             make_id=self._make_call_id,
@@ -167,6 +178,7 @@ class Service:
                 shown=self._planner.shown(body),
                 is_thinking=asked.is_thinking,
                 client=client,
+                adapter=self.adapter_of(body.model),
                 loop=loop,
                 started=started,
                 timeout=self.options.timeout,

@@ -13,7 +13,7 @@ from bench.auto_ablations import ABLATIONS, without
 from bench.auto_clock import Noise
 from bench.auto_replay import Machine, renumbered
 from bench.auto_traces import DEPTH, RANKS, Trace, load_traces, propose_everywhere, read_answer, save
-from bench.simulate_auto import parse_args, simulate
+from bench.simulate_auto import MACHINES, TRACES, parse_args, simulate
 from specdec.testing import tiny_model
 
 SILENT = Noise(sigma=0.0, slow_share=0.0)
@@ -84,6 +84,13 @@ def test_a_good_draft_is_used_and_pays(machine: Machine) -> None:
     assert result.mean > 1.5
     assert result.sources["Draft"] + result.sources["Cascade"] > 0.8 * result.sources.total()
     assert 0 < result.slowest <= result.slowest_category <= result.mean
+
+
+@pytest.mark.parametrize(("machine", "least"), [("demo-avx2-packed-4", 0.985), ("demo-avx512-packed-4", 1.06)])
+def test_rows_that_copy_do_not_slow_down_their_neighbours(machine: str, least: float) -> None:
+    """By the sum of tokens their long drafts were worth it; batches then took 1.03 and 0.96 times as long as plain."""
+    recorded = load_traces(TRACES / "demo.npz")
+    assert simulate(MACHINES[machine], recorded, SILENT, seed=0).mean > least
 
 
 def test_an_overconfident_draft_costs_little() -> None:

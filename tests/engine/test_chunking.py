@@ -164,7 +164,7 @@ def int8_model() -> PreTrainedModel:
 def test_int8_prompts_go_through_the_model_with_the_rounds(drafter: Drafter):
     """One forward for both: weights are read once. Nobody's tokens change, and no forward is run for prompts alone."""
     model = int8_model()
-    requests = [request_of(random_prompt(length), 30) for length in (3, 150, 1, 90, 2, 33)]
+    requests = [request_of(random_prompt(length), 60) for length in (3, 150, 1, 90, 2, 33)]
     alone = []
     for request in requests:
         engine = Engine(model, drafter=Plain())

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.drafters import PromptLookup
-from specdec.engine import Engine, EngineThread
+from specdec.engine import Engine, EngineThread, LoraEngine
 from specdec.models import LoadedModel
 from specdec.server.options import ServerOptions
 from specdec.server.running import Server, make_service
@@ -36,7 +36,7 @@ class Running:
 
     url: str
     http: httpx2.Client
-    engine: Engine
+    engine: Engine | LoraEngine
     server: Server
     thread: threading.Thread
 
@@ -57,10 +57,20 @@ def running(
     tokenizer: ByteTokenizer = TOKENIZER,
     engine_options: dict[str, Any] | None = None,
     send_buffer: int | None = None,
+    adapters: dict[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Running]:
-    """`send_buffer`: bytes that the kernel keeps for a client that does not read, a few megabytes if absent."""
-    engine = Engine(model, **{"drafter": PromptLookup(), **(engine_options or {})})
+    """A server.
+
+    Args:
+        send_buffer: bytes that the kernel keeps for a client that does not read, a few megabytes if absent.
+        adapters: of `load_adapters`.
+    """
+
+    def make(slots: int | None) -> Engine:
+        return Engine(model, **{"drafter": PromptLookup(), "max_cached_tokens": slots, **(engine_options or {})})
+
+    engine = LoraEngine(model, adapters, make) if adapters else make(None)
     runner = EngineThread(engine)
     service = make_service(LoadedModel(model, tokenizer, name), engine, runner, ServerOptions(**options))
     server = Server(service, on_stop=lambda: runner.close(timeout=0))

@@ -324,7 +324,7 @@ class _AutoSession(DraftSession):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for source in self._sources:
-            source.tell(methodcaller("select_rows", rows))
+            source.select_rows(rows)
 
     @property
     def takes_rows(self) -> bool:  # type: ignore[override]
@@ -332,7 +332,7 @@ class _AutoSession(DraftSession):
 
     def join(self) -> None:
         for source in self._sources:
-            source.tell(methodcaller("join"))
+            source.join()
 
     def rollback(self) -> None:
         for source in self._sources:

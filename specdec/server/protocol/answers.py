@@ -215,6 +215,9 @@ class ModelCard(BaseModel):
     owned_by: str = "specdec"
     max_model_len: int
     """Tokens that a prompt and its reply can have together; vLLM's name."""
+    root: str
+    parent: str | None = None
+    """The base, of a LoRA adapter; names as vLLM has them."""
 
 
 class ModelList(BaseModel):

@@ -1,0 +1,153 @@
+"""Several LoRA adapters of one base in one engine: each row says what the model with its own adapter says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+pytest.importorskip("peft", reason="peft is not installed: pip install -e .[dev]")
+
+import specdec
+from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
+from specdec.engine import Engine, Generation, LoraEngine, Request, load_adapters
+from specdec.testing import tiny_model
+from tests.support.engine_requests import BanAfter, alone, request_of
+from tests.support.wrapped import add_lora, bare
+
+NAMES = (None, "pirate", "v1.5")  # a dot, which no module's name may have
+PROMPTS = ([5, 6, 7, 5, 6, 7, 5], [9, 8, 7, 6, 5, 4, 3, 2, 9, 8, 7], [3, 4] * 9)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters, as peft saves them."""
+    found = {}
+    for seed, name in enumerate(("pirate", "v1.5"), 1):
+        found[name] = tmp_path_factory.mktemp("adapter")
+        add_lora(bare(), "default", seed).save_pretrained(found[name])
+    return found
+
+
+def engine_on(model: PreTrainedModel, adapters: dict[str, str], drafter: Drafter, num_rows: int = 3) -> LoraEngine:
+    def make(slots: int | None) -> Engine:
+        return Engine(model, drafter=drafter, max_rows=num_rows, max_cached_tokens=slots)
+
+    return LoraEngine(model, adapters, make, 3000)
+
+
+@pytest.fixture(params=["stock", "float"])
+def base(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[PreTrainedModel, dict[str, str]]:
+    model = bare() if request.param == "stock" else specdec.prepare(bare(), weights="float")
+    return model, load_adapters(model, folders)
+
+
+def reference(model: PreTrainedModel, adapters: dict[str, str], request: Request) -> list[int]:
+    """What the model says with the request's adapter, alone."""
+    if request.adapter is None:
+        model.disable_adapters()
+        return alone(model, request)
+    model.enable_adapters()
+    model.set_adapter(adapters[request.adapter])
+    said = alone(model, request)
+    model.disable_adapters()
+    return said
+
+
+def requests(**options) -> list[Request]:
+    own = [{}, {"repetition_penalty": 1.3}, {"processors": [BanAfter(7)]}]
+    return [
+        replace(request_of(prompt, max_new_tokens=10 + 3 * row, **own[row], **options), adapter=name)
+        for row, prompt in enumerate(PROMPTS)
+        for name in NAMES
+    ]
+
+
+def decode(engine: LoraEngine, asked: list[Request]) -> list[Generation]:
+    """Some come while others are decoded."""
+    generations = [engine.submit(request) for request in asked[:4]]
+    for _ in range(5):
+        engine.step()
+    generations += [engine.submit(request) for request in asked[4:]]
+    engine.run()
+    return generations
+
+
+@pytest.mark.parametrize(
+    "drafter", [Plain(), PromptLookup(), Auto(), SmallModel(tiny_model("llama", seed=5))], ids=repr
+)
+def test_rows_of_several_adapters(base: tuple[PreTrainedModel, dict[str, str]], drafter: Drafter) -> None:
+    model, adapters = base
+    asked = requests()
+    expected = [reference(model, adapters, request) for request in asked]
+    by_adapter = {
+        name: [said for said, request in zip(expected, asked, strict=True) if request.adapter == name] for name in NAMES
+    }
+    assert by_adapter[None] != by_adapter["pirate"] != by_adapter["v1.5"] != by_adapter[None], "adapters change nothing"
+    engine = engine_on(model, adapters, drafter, num_rows=2)
+    generations = decode(engine, asked)
+    assert [generation.tokens for generation in generations] == expected
+    assert engine.num_rows == engine.num_waiting == 0
+    engine.close()
+    assert alone(model, asked[0]) == expected[0], "the model is the base again"
+
+
+def test_sampled_rows_depend_on_their_adapter_and_seed_only(base: tuple[PreTrainedModel, dict[str, str]]) -> None:
+    model, adapters = base
+    asked = requests(do_sample=True, seed=3)
+    together = [generation.tokens for generation in decode(engine_on(model, adapters, PromptLookup()), asked)]
+    singly = []
+    for request in asked:
+        one = engine_on(model, adapters, PromptLookup())
+        generation = one.submit(request)
+        one.run()
+        one.close()
+        singly.append(generation.tokens)
+    assert together == singly
+
+
+def test_a_cancelled_request_and_an_unknown_adapter(base: tuple[PreTrainedModel, dict[str, str]]) -> None:
+    model, adapters = base
+    engine = engine_on(model, adapters, Plain())
+    assert engine.max_cached_tokens == 1000
+    asked = requests()
+    gone, stays = engine.submit(asked[1]), engine.submit(asked[2])
+    engine.step()
+    engine.cancel(gone)
+    engine.run()
+    assert (gone.finish_reason, stays.finish_reason) == ("cancelled", "length")
+    with pytest.raises(ValueError, match="no adapter 'nobody': there are 'pirate'"):
+        engine.submit(replace(asked[0], adapter="nobody"))
+    engine.close()
+    with pytest.raises(ValueError, match="this engine decodes with None"):
+        Engine(model, drafter=Plain()).submit(asked[1])
+
+
+def test_what_is_no_adapter_is_refused_before_anything_is_changed(tmp_path: Path, folders: dict[str, Path]) -> None:
+    peft = pytest.importorskip("peft")
+    model = bare()
+    prompts = tmp_path / "prompts"
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4).save_pretrained(prompts)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": "MAGIC"}')
+    for folder, message in (
+        (tmp_path, "has no adapter_config.json"),
+        (prompts, "only LoRA"),
+        (tmp_path / "broken", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_adapters(model, {"pirate": folders["pirate"], "other": folder})
+    assert not getattr(model, "peft_config", {})
+    with pytest.raises(ValueError, match=r"'pirate' in .* does not fit"):
+        load_adapters(tiny_model("gpt2"), {"pirate": folders["pirate"]})
+
+
+def test_peft_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
+    monkeypatch.setattr("specdec.engine.adapters.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install peft"):
+        load_adapters(bare(), folders)
