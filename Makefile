@@ -29,9 +29,9 @@ test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the
 	-$(BIN)/specdec pull demo  # here, as two workers would both fetch it; without a network its tests are skipped
 	$(PYTEST) -m "not slow and not ray and not ranks"
 
-# Ray (half a gigabyte, installed) is for these tests only: what no run covers is not known to work.
-test-all: test  ## everything that a user can run: every drafter with every family and every sampler, Ray, several processes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,ray]"
+# Ray (half a gigabyte, installed) and llama.cpp are for these tests only: what no run covers is not known to work.
+test-all: test  ## everything that a user can run: every drafter with every family and every sampler, llama.cpp, Ray, several processes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,peers,ray]"
 	$(PYTEST) -m "slow and not ray and not ranks"
 	$(BIN)/python -m pytest -m "ray or ranks" tests/batch tests/decoding
 
@@ -61,7 +61,9 @@ clean:
 $(OTHER):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==$(OTHER_TRANSFORMERS)
 
+# Not --quiet: this takes minutes.
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): minutes the first time, most of it torch"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,serve]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,serve]"
 	touch $@

@@ -2,9 +2,10 @@
 
     python -m bench.arbitrage TARGET [DRAFT] --problems gsm8k_test.jsonl --limit 50 --router router/ --output OUTPUT
 
-Without DRAFT the target's own copy of `--copy` bits writes the steps. A method and its knob are written `name@value`,
-with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look at a step every N tokens while it
-is written, and `/N` for steps of N tokens at most:
+Without DRAFT the target's own copy of `--copy` bits writes the steps; DRAFT may also be a copy, as a file. A method and
+its knob are written `name@value`, with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look
+at a step every N tokens while it is written, and `/N` for steps of N tokens at most; of `--live` methods also
+`+onecache` (`Router.shares_cache`) and `+aheadN` (`Router.lookahead`):
 
     speculative   draft   random@RATE   confidence@RATE   entropy@RATE   arbitrage@RATE (needs --router)
     likelihood@RATE   regret@RATE   grade@RATE   oracle
@@ -19,8 +20,8 @@ model writes a step only where no method has had that text before it, `--batch-s
 tokens and forwards are those of a live run; the speed is computed from them, with what a token and a verification cost
 alone, measured on `--alone` problems (OUTPUT.costs.jsonl). **Live.** `--live` methods are run as a user would, one
 problem at a time and in an order that changes, and timed (OUTPUT.live.jsonl). All these files are appended to at once,
-and what stands there is not done again: the same command goes on where it was stopped. The report is OUTPUT.md and
-OUTPUT.png.
+and what stands there is not done again: the same command goes on where it was stopped, by `--minutes` or otherwise. The
+report, OUTPUT.md and OUTPUT.png, is of what stands there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -46,10 +49,12 @@ from bench.step_replay import CachedStep, Replayed, Request, StepCache, StepSour
 from routers import Router
 from specdec.drafters import Auto, QuantizedSelf, SmallModel
 from specdec.model_options import ModelOptions
-from specdec.models.pair import load_pair
+from specdec.models.pair import load_draft, load_target
+from specdec.routing.options import check_shared_cache
 from specdec.training.routers.collect import INSTRUCTION, Problem, encode_problems, final_answer, read_problems
 
 BASELINE = "speculative"
+ONE_CACHE = "onecache"
 RATES = (0.1, 0.2, 0.4)
 METHODS = (
     BASELINE,
@@ -91,10 +96,27 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     Raises:
         ValueError: it names none.
     """
-    method, _, longest = method.partition("/")
-    method, _, every = method.partition("~")
-    name, *extras = method.split("+")
+    rest, _, longest = method.partition("/")
+    rest, _, every = rest.partition("~")
+    name, *extras = rest.split("+")
     name, _, value = name.partition("@")
+    ahead = [extra.removeprefix("ahead") for extra in extras if extra.startswith("ahead")]
+    known = {"early", "guard", "band", ONE_CACHE, *(f"ahead{count}" for count in ahead if count.isdecimal())}
+    if unknown := [extra for extra in extras if extra not in known]:
+        raise ValueError(f"{method!r}: +{unknown[0]} is none of those above; ~N and /N stand last")
+    router = _router(name, value, extras, every, longest, trained, seed)
+    router.shares_cache, router.lookahead = ONE_CACHE in extras, int(ahead[0]) if ahead else 1
+    return router
+
+
+def runs_live_only(method: str) -> bool:
+    """Whether its steps are no function of the text before them, or what it asks is not kept with them."""
+    return method.startswith("grade") or "+ahead" in method or f"+{ONE_CACHE}" in method
+
+
+def _router(
+    name: str, value: str, extras: Sequence[str], every: str, longest: str, trained: Path | None, seed: int
+) -> Router:
     if name in (BASELINE, "draft", "oracle"):
         simple: dict[str, Callable[[], Router]] = {
             BASELINE: routers.AlwaysTarget,
@@ -102,6 +124,8 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
             "oracle": lambda: routers.Oracle(routers.TargetRegret(), threshold=routers.TargetRegret.margin),
         }
         return simple[name]()
+    if every and name != "confidence":
+        raise ValueError(f"{name}~{every}: only confidence looks at steps while they are written")
     rate = float(value)
     options = {"guard": GUARD if "guard" in extras else (), "early": EARLY if "early" in extras else None}
     options["steps"] = routers.Steps(max_tokens=int(longest)) if longest else routers.Steps()
@@ -119,7 +143,7 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
     if name == "grade":
         return routers.SelfScore(escalation_rate=rate, **options)
     if name != "arbitrage" or trained is None:
-        raise ValueError(f"{method!r}: name a method of those above, and --router for arbitrage")
+        raise ValueError(f"{name!r}: name a method of those above, and --router for arbitrage")
     scorer = routers.load(trained)
     if "band" not in extras:
         return routers.Arbitrage(scorer, escalation_rate=rate, **options)
@@ -129,9 +153,10 @@ def make_router(method: str, trained: Path | None, seed: int) -> Router:
 
 def load(arguments: argparse.Namespace) -> Pair:
     options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads, weights=arguments.weights)
-    target, draft = load_pair(arguments.target, arguments.draft, options)
-    if draft is None:
+    target = load_target(arguments.target, options)
+    if arguments.draft is None:
         return Pair(target.model, QuantizedSelf(weights=arguments.copy, num_tokens=4))
+    draft = load_draft(arguments.draft, target, replace(options, weights=arguments.draft_weights))
     return Pair(target.model, SmallModel(draft.model, num_tokens=4))
 
 
@@ -147,6 +172,11 @@ class Run:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(arguments.target)
         self.pair = cache(lambda: load(arguments))
         self.steps = routers.Steps()
+        self._ends = perf_counter() + 60 * arguments.minutes
+
+    def _is_over(self) -> bool:
+        """Whether nothing is to be begun any more."""
+        return perf_counter() > self._ends
 
     def path(self, suffix: str) -> Path:
         return Path(f"{self.arguments.output}.{suffix}")
@@ -157,7 +187,7 @@ class Run:
         found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         known = {one["problem"] for one in found}
         for number in list(self.problems)[: self.arguments.alone]:
-            if number not in known:
+            if number not in known and not self._is_over():
                 found.append({"problem": number, **self._alone(number)})
                 with path.open("a") as file:
                     file.write(json.dumps(found[-1]) + "\n")
@@ -200,7 +230,8 @@ class Run:
         """Every method on every problem, a batch of problems after the other."""
         arguments = self.arguments
         plan = {name: Path(value).name for name in ("target", "draft") if (value := getattr(arguments, name))}
-        plan |= {"weights": arguments.weights, "copy": arguments.copy, "instruction": INSTRUCTION}
+        plan |= {"weights": arguments.weights, "instruction": INSTRUCTION}
+        plan |= {"draft_weights": arguments.draft_weights} if arguments.draft else {"copy": arguments.copy}
         plan |= {"max_new_tokens": arguments.max_new_tokens, "max_step": self.steps.max_tokens}
         cached, routers_of = StepCache(self.path("steps.jsonl"), plan), self._routers(methods)
         found: dict[str, list[Outcome]] = {method: [] for method in methods}
@@ -210,6 +241,9 @@ class Run:
             try:
                 outcomes = self._replay(routers_of, batch, cached, _refuse)
             except _StepMissing:  # only then models are loaded
+                if self._is_over():
+                    log(f"time is up: {len(found[BASELINE])} of {len(numbers)} problems are replayed")
+                    break
                 outcomes, routers_of = self._write_missing(as_before, batch, cached), as_before
             for method, some in outcomes.items():
                 found[method] += some
@@ -242,7 +276,12 @@ class Run:
         path, routers_of = self.path("live.jsonl"), self._routers(methods)
         done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         known = {(result["method"], result["problem"]) for result in done}
+        for result in done:
+            recall(routers_of.get(result["method"]), result.get("decisions", ()))
         for number in list(self.problems)[: self.arguments.live_limit]:
+            if self._is_over():
+                log(f"time is up: {len(done)} live runs stand in {path.name}")
+                break
             for method in random.Random(number).sample(methods, len(methods)):
                 if (method, number) not in known:
                     if len(done) == len(known):  # the first call of a process
@@ -289,7 +328,19 @@ class Run:
             "num_steps": len(stats.steps),
             "num_escalated": sum(step.writer == "target" for step in stats.steps),
             "router_seconds": stats.router_seconds,
+            "decisions": [(step.score, step.writer == "target") for step in stats.steps],
         }
+
+
+def recall(router: Router | None, decisions: Sequence[tuple[float | None, bool]]) -> None:
+    """A rate is held over all runs, those before an interruption included."""
+    gate = getattr(router, "gate", None)
+    if gate is not None and gate.budget is not None:
+        for score, escalated in decisions:
+            if score is None or math.isnan(score):
+                gate.budget.count(escalated)
+            else:
+                gate.budget.observe(score, escalated)
 
 
 def main() -> None:
@@ -307,9 +358,11 @@ def main() -> None:
     parser.add_argument("--copy", default="int4", help="weights of the target's own copy: int8 or int4")
     parser.add_argument("--max-new-tokens", type=int, default=448)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--weights", default="float", help="of the target, and of a DRAFT")
+    parser.add_argument("--weights", default="float", help="of the target")
+    parser.add_argument("--draft-weights", default="float", help="of a DRAFT; gguf for a file as it is")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -318,12 +371,20 @@ def main() -> None:
     problems = {number: problem for number, problem in problems.items() if arguments.first <= number < last}
     if BASELINE not in arguments.methods:
         parser.error(f"the methods are compared with {BASELINE}: name it too")
-    if lacking := [method for method in arguments.methods if method.startswith("grade")]:
-        parser.error(f"{' '.join(lacking)}: grades are not kept with the steps; name it in --live")
+    if lacking := [method for method in arguments.methods if runs_live_only(method)]:
+        parser.error(f"{' '.join(lacking)}: cannot be replayed on kept steps; name it in --live")
+    if arguments.live and BASELINE not in arguments.live:
+        parser.error(f"live runs are compared with {BASELINE}: name it in --live too")
     for method in (*arguments.methods, *arguments.live):
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(arguments, problems)
+    if arguments.draft and any(f"+{ONE_CACHE}" in method for method in arguments.live):
+        target, drafter = run.pair()
+        check_shared_cache(drafter, target)  # not after hours
     costs, replayed, live = run.costs(), run.replayed(arguments.methods), run.live(arguments.live)
+    if not replayed[BASELINE]:
+        raise SystemExit("not one batch of problems was done: give it more --minutes, or a smaller --batch-size")
     print(write_report(replayed, costs, live, BASELINE, arguments.output, command("arbitrage")))
 
 

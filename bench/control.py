@@ -1,18 +1,21 @@
 """Is `auto` ever slower than plain decoding, and is it as good as the best setting that one could have typed?
 
-    python -m bench.control MODEL --prompts spec_bench.jsonl [--draft MODEL] [--weights int8|float|stock] [--limit 5]
+    python -m bench.control MODEL [--prompts spec_bench.jsonl] [--draft MODEL] [--weights int8|float|stock] [--limit 5]
         [--repetitions 3] [--max-new-tokens 64] [--threads 1] [--methods NAME ...] [--out NAME]
+    python -m bench.control demo --draft HEAD --prompts spec_bench.jsonl --methods early-exit draft-head --out heads
 
-Everyone decodes the same prompts (of a Spec-Bench file those whose ids are divisible by 3; the others were for tuning),
-greedily, interleaved in one process, prefill included. Figures are ratios of medians of the repetitions: of wall time,
-and, with one thread, of that thread's CPU time, to which other programs add less. Outputs must equal plain decoding's
-but for numerical ties, or the run fails. A table goes to stdout; `--out NAME` also writes `bench/results/NAME.md` and
-`.json`.
+Everyone decodes the same prompts (of a Spec-Bench file those whose ids are divisible by 3, the others were for tuning;
+without a file the built-in suite), greedily, interleaved in one process, prefill included. Figures are ratios of
+medians of the repetitions: of wall time, and, with one thread, of that thread's CPU time, to which other programs add
+less; and tokens a round, the first one of a call left out. With a draft model or head, `auto-alone` is `auto` without
+it. Outputs must equal plain decoding's but for numerical ties, or the run fails. A table goes to stdout; `--out NAME`
+also writes `bench/results/NAME.md` and `.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import Counter, defaultdict
@@ -22,26 +25,25 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from time import perf_counter, thread_time
 
-import torch
-
 import specdec
 from bench._script import RESULTS, WEIGHTS, command, log, parser_of, write_report
-from specdec.models import load
-from specdec.specs import DrafterSpec
-from specdec.suites import Prompt
+from specdec.model_options import ModelOptions
+from specdec.models.pair import LoadedPair, load_draft, load_target
+from specdec.specs import DrafterSpec, drafter_of
+from specdec.suites import Prompt, load_suite
 from specdec.testing.equality import Verdict, compare
 from specdec.text.prompting import encode_prompts
 
-PLAIN, AUTO = "plain", "auto"
+PLAIN, AUTO, AUTO_ALONE = "plain", "auto", "auto-alone"
 GRID = ["prompt-lookup:num_tokens=3:min_match=1", "prompt-lookup:num_tokens=10"]
-DRAFT_GRID = ["small-model:num_tokens=2", "small-model:num_tokens=4"]
+DRAFT_LENGTHS = (2, 4)
 
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--draft")
+    parser.add_argument("--prompts", type=Path, help="of Spec-Bench")
+    parser.add_argument("--draft", help="a smaller model, or a head")
     parser.add_argument("--weights", choices=WEIGHTS, default="int8")
     parser.add_argument("--limit", type=int, default=5, help="prompts of each category")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -52,8 +54,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def reporting_prompts(path: Path, limit: int) -> list[Prompt]:
+def reporting_prompts(path: Path | None, limit: int) -> list[Prompt]:
     """The first `limit` of each category, ids divisible by 3, category after category."""
+    if path is None:
+        return load_suite(None).select([], limit).prompts
     by_category: defaultdict[str, list[Prompt]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -65,11 +69,13 @@ def reporting_prompts(path: Path, limit: int) -> list[Prompt]:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One prompt: for every method the seconds of each repetition."""
+    """One prompt: for every method the seconds of each repetition, and committed tokens and rounds of all of them."""
 
     category: str
     wall: dict[str, list[float]]
     cpu: dict[str, list[float]]
+    committed: Counter[str]
+    rounds: Counter[str]
 
     def speedups(self, clock: str) -> dict[str, float]:
         """Of every method over plain decoding."""
@@ -81,14 +87,18 @@ class Contest:
     """A model, and the ways to decode with it."""
 
     def __init__(self, args: argparse.Namespace):
-        torch.set_num_threads(args.threads)
-        self._model, self._tokenizer, _ = load(args.model)
-        draft = None if args.draft is None else specdec.prepare(load(args.draft).model, weights="int8")
-        self._model.float()
-        if args.weights != "stock":
-            specdec.prepare(self._model, weights=args.weights)
-        fixed = args.methods if args.methods is not None else GRID + (DRAFT_GRID if draft is not None else [])
-        self._drafters = {name: DrafterSpec.parse(name).build(draft) for name in (PLAIN, AUTO, *fixed)}
+        options = ModelOptions(dtype="float32", device="cpu", threads=args.threads, weights=args.weights)
+        target = load_target(args.model, options)
+        in_int8 = dataclasses.replace(options, weights="int8")
+        pair = LoadedPair(target, None if args.draft is None else load_draft(args.draft, target, in_int8))
+        self._model, self._tokenizer = pair.target.model, pair.target.tokenizer
+        fixed = GRID if args.methods is None else args.methods
+        if args.draft is not None and args.methods is None:
+            name = drafter_of(args.draft, args.model)
+            fixed = [*GRID, *(f"{name}:num_tokens={length}" for length in DRAFT_LENGTHS)]
+        self._drafters = {name: pair.build(DrafterSpec.parse(name)) for name in (PLAIN, AUTO, *fixed)}
+        if args.draft is not None:
+            self._drafters[AUTO_ALONE] = AUTO
         self._repetitions = args.repetitions
         self._settings = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
         self.verdicts: Counter[Verdict] = Counter()
@@ -97,19 +107,25 @@ class Contest:
         inputs = encode_prompts(self._tokenizer, [prompt.text])
         num_prompt = inputs["input_ids"].shape[1]
         wall, cpu = ({name: [] for name in self._drafters} for _ in range(2))
+        committed, rounds = Counter[str](), Counter[str]()
         names, reference = list(self._drafters), None
         for turn in range(self._repetitions):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 started, worked = perf_counter(), thread_time()
-                out = specdec.generate(self._model, **inputs, drafter=self._drafters[name], **self._settings)
+                drafter = self._drafters[name]
+                out = specdec.generate(
+                    self._model, **inputs, drafter=drafter, return_dict_in_generate=True, **self._settings
+                )
                 wall[name].append(perf_counter() - started)
                 cpu[name].append(thread_time() - worked)
-                output = out[0, num_prompt:].tolist()
+                committed[name] += out.stats.num_committed
+                rounds[name] += out.stats.num_rounds
+                output = out.sequences[0, num_prompt:].tolist()
                 reference = reference or output
                 settings = {**self._settings, "pad_token_id": 0}
                 verdict = compare(self._model, inputs["input_ids"][0], reference, output, settings).verdict
                 self.verdicts[verdict] += 1
-        return Measured(category=prompt.category, wall=wall, cpu=cpu)
+        return Measured(category=prompt.category, wall=wall, cpu=cpu, committed=committed, rounds=rounds)
 
 
 def report(results: Sequence[Measured], clock: str) -> tuple[list[str], dict[str, object]]:
@@ -118,7 +134,7 @@ def report(results: Sequence[Measured], clock: str) -> tuple[list[str], dict[str
     for result in results:
         by_category[result.category].append(result.speedups(clock))
     names = list(results[0].wall)
-    fixed = [name for name in names if name != AUTO]
+    fixed = [name for name in names if name not in (AUTO, AUTO_ALONE)]
     means = {
         category: {name: geometric_mean(one[name] for one in each) for name in names}
         for category, each in by_category.items()
@@ -144,6 +160,27 @@ def report(results: Sequence[Measured], clock: str) -> tuple[list[str], dict[str
     return lines, {"categories": means, "overall": overall, "slowest_prompts": worst[:8], "num_prompts": len(results)}
 
 
+def per_round(results: Sequence[Measured]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Committed tokens of a category's prompts together over their rounds."""
+    names = list(results[0].wall)
+    by_category: defaultdict[str, list[Measured]] = defaultdict(list)
+    for result in results:
+        by_category[result.category].append(result)
+    by_category["all"] = list(results)
+    found = {
+        category: {
+            name: sum(one.committed[name] for one in each) / max(sum(one.rounds[name] for one in each), 1)
+            for name in names
+        }
+        for category, each in by_category.items()
+    }
+    lines = [f"| tokens a round | {' | '.join(names[1:])} |", "|---|" + "--:|" * len(names[1:])]
+    lines += [
+        f"| {category} | {' | '.join(f'{each[name]:.2f}' for name in names[1:])} |" for category, each in found.items()
+    ]
+    return [*lines, ""], found
+
+
 def main() -> None:
     args = parse_args()
     contest, results = Contest(args), []
@@ -163,6 +200,8 @@ def main() -> None:
     for clock in ("cpu", "wall") if args.threads == 1 else ("wall",):
         part, document[clock] = report(results, clock)
         lines += part
+    part, document["tokens_per_round"] = per_round(results)
+    lines += part
     print("\n".join(lines))
     if contest.verdicts[Verdict.DIFFERENT]:
         sys.exit("an output differs from plain decoding by more than a numerical tie")

@@ -1,21 +1,27 @@
 """What the kernels buy: width of a verification, plain decoding, perplexity and memory.
 
     python -m bench.forward_cost MODEL [--weights stock,float,int8,int4] [--instructions avx2] [--only-widths]
-        [--context 256] [--repetitions 10] [--threads 2] [--tokens 16]
+        [--context 256] [--repetitions 10] [--threads 2 | --threads 1,2 [--beside 1]] [--tokens 16]
 
 MODEL is a folder, a hub id or `demo`. Forms of one model take turns in one process: `stock` (transformers, float32),
 `float` (prepare(model)), `int8` and `int4` (quantized_copy(model, ...)). Every figure is the best of its repetitions,
-wall time and CPU time of the calling thread: on a busy machine only the latter (with --threads 1) means something. The
-last line of stdout is JSON. A wrong result (rows that depend on their company) fails the run.
+wall time and CPU time of the calling thread: on a busy machine only the latter (with --threads 1) means something. With
+several numbers of threads forwards take turns on each, and it is said how much quicker the others are than the first:
+wall time, by the best of the repetitions and by their medians. The latter mean something also `--beside` so many
+programs that do nothing but use a core each. All else is measured with the first number. The last line of stdout is
+JSON. A wrong result (rows that depend on their company) fails the run.
 """
 
 import argparse
 import inspect
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import get_args
 
 import torch
@@ -28,6 +34,7 @@ from specdec.model_options import QuantizedWeights
 from specdec.tree_model.cache import TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16)
+THREAD_WIDTHS = (1, 4, 8, 256)
 QUANTIZED = get_args(QuantizedWeights)
 
 
@@ -101,6 +108,43 @@ def measure_widths(forms: Forms, ids: torch.Tensor, repetitions: int) -> dict:
     }
 
 
+@contextmanager
+def beside(num_programs: int) -> Iterator[None]:
+    """Within, so many other programs use a core each."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_programs)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def measure_threads(forms: Forms, ids: torch.Tensor, repetitions: int, counts: Sequence[int]) -> dict:
+    """Wall milliseconds of a forward, best and median, by form, number of threads and width, all in turn."""
+    context = Context(forms.model, ids)
+    widths = [width for width in THREAD_WIDTHS if width <= ids.shape[1]]
+    times: dict = {name: {count: {width: [] for width in widths} for count in counts} for name in forms.names}
+    for _ in range(repetitions):
+        for name in forms.names:
+            with forms.form(name) as model:
+                for count in counts:
+                    torch.set_num_threads(count)
+                    context.forward(model, ids[:, :1])  # wakes the threads
+                    for width in widths:
+                        new = ids[:, :width]
+                        wall, _ = timed_ms(lambda model=model, new=new: context.forward(model, new))
+                        times[name][count][width].append(wall)
+    torch.set_num_threads(counts[0])
+    return {
+        name: {
+            count: {width: {"best_ms": min(each), "median_ms": median(each)} for width, each in by_width.items()}
+            for count, by_width in by_count.items()
+        }
+        for name, by_count in times.items()
+    }
+
+
 def measure_decoding(forms: Forms, ids: torch.Tensor, num_tokens: int, repetitions: int) -> dict:
     """Milliseconds per token of transformers' generate() after the first token, by form."""
     best = {name: (float("inf"),) * 2 for name in forms.names}
@@ -153,20 +197,27 @@ def measure_preparation(model: PreTrainedModel, weights: str) -> dict:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model")
-    for name, default in (("context", 256), ("repetitions", 10), ("threads", 2), ("tokens", 16), ("text", 1024)):
+    for name, default in (("context", 256), ("repetitions", 10), ("beside", 0), ("tokens", 16), ("text", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="forms of the model, joined by commas")
+    parser.add_argument("--threads", default="2", help="a number, or several joined by commas")
     add_instructions(parser)
     parser.add_argument("--only-widths", action="store_true", help="measure forwards, and nothing else")
     arguments = parser.parse_args()
     names = arguments.weights.split(",")
     if unknown := set(names) - set(WEIGHTS):
         parser.error(f"--weights: {', '.join(unknown)} is none of {', '.join(WEIGHTS)}")
+    if not all(count.isdecimal() and int(count) for count in arguments.threads.split(",")):
+        parser.error(f"--threads {arguments.threads}: positive numbers joined by commas, as in 1,2")
+    counts = list(map(int, arguments.threads.split(",")))
     select_instructions(arguments.instructions)
-    model, tokenizer, _ = models.load(arguments.model, dtype="float32", device="cpu", threads=arguments.threads)
+    model, tokenizer, _ = models.load(arguments.model, dtype="float32", device="cpu", threads=counts[0])
     text = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[:, : arguments.text]
-    report = {"model": Path(arguments.model).name, "threads": arguments.threads, "kernels": kernels.describe()}
+    report = {"model": Path(arguments.model).name, "threads": counts[0], "kernels": kernels.describe()}
     forms = Forms(model, names)
+    if len(counts) > 1:
+        with beside(arguments.beside):
+            report["by_threads"] = measure_threads(forms, text[:, : arguments.context], arguments.repetitions, counts)
     report["forward"] = measure_widths(forms, text[:, : arguments.context], arguments.repetitions)
     if not arguments.only_widths:
         report |= measure_the_rest(forms, text, arguments)
@@ -191,6 +242,15 @@ def measure_the_rest(forms: Forms, text: torch.Tensor, arguments: argparse.Names
     return report
 
 
+def _ratios(one: dict, other: dict) -> str:
+    cells = (
+        f"T({width}) {one[width]['best_ms'] / other[width]['best_ms']:.2f}x "
+        f"({one[width]['median_ms'] / other[width]['median_ms']:.2f}x)"
+        for width in one
+    )
+    return ", ".join(cells)
+
+
 def show(report: dict) -> None:
     print(f"{report['model']}, {report['threads']} threads, {report['kernels']}")
     for clock in ("wall_ms", "cpu_ms"):
@@ -203,6 +263,12 @@ def show(report: dict) -> None:
             first = next(iter(report["decoding"].values()))[clock]
             rates = (f"{name} {t[clock]:.1f} ({first / t[clock]:.2f}x)" for name, t in report["decoding"].items())
             print(f"plain decoding, {clock} per token: " + ", ".join(rates))
+    for name, by_count in report.get("by_threads", {}).items():
+        first, *others = by_count
+        for count in others:
+            print(
+                f"  {name}, {count} threads over {first}, best (median): " + _ratios(by_count[first], by_count[count])
+            )
     if "perplexity" in report:
         print("perplexity: " + ", ".join(f"{name} {value:.4f}" for name, value in report["perplexity"].items()))
     if "preparation" in report:

@@ -4,8 +4,9 @@
         [--methods plain,auto,sparse-self] [--threads 1] [--instructions avx2] [--llama FILE.gguf] [--keep FOLDER]
         [--output FILE.json]
 
-The text is this project's documentation, followed by the request to sum it up. It is read once for each length, and
-every method goes on from there, in turns; equal output is checked. The memory of prefill is the peak that it adds, with
+The text is this project's documentation, followed by the request to sum it up. Each length goes on reading where the
+one before stopped, and every method goes on from there, in turns; equal output is checked. Seconds of prefill are those
+of all that has been read of the text so far. Its memory, told of the first length only, is the peak that it adds, with
 the keys and values, which are named beside it. Milliseconds a token are medians over the turns after the first token;
 `auto` learns from one turn to the next. With --llama, llama.cpp reads and continues the same token ids.
 With --keep, what has been read stays in a folder for the next call, which then times decoding only: for machines that
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +49,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 REQUEST = "\n\nA summary of the text above, in a few paragraphs:\n\n"
 
 
+@dataclass(slots=True)
+class Read:
+    """What has been read of the texts before: they begin alike."""
+
+    ids: list[int] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
 class Text:
     """A text of so many tokens, and what the model has read of it: all but the last token.
 
@@ -54,19 +65,17 @@ class Text:
         prefill: what reading took, None where it has been kept from another call.
     """
 
-    def __init__(self, loaded: LoadedModel, length: int, keep: Path | None):
+    def __init__(self, loaded: LoadedModel, length: int, keep: Path | None, read: Read):
         self.model = loaded.model
         self.ids_1P = _prompt(loaded, length)
+        self._read_before = read
         self._file = None if keep is None else keep / f"{length}.pt"
         self.prefill: dict[str, float | None] | None = None
         self._layers = self._read()
 
     def past(self) -> DynamicCache:
         """A cache of its own for a call."""
-        cache = DynamicCache()
-        for index, layer in enumerate(self._layers):
-            cache.update(*layer, index)
-        return cache
+        return _cache(self._layers)
 
     def _read(self) -> list[tuple[Tensor, Tensor]]:
         if self._file is not None and self._file.exists():
@@ -75,18 +84,37 @@ class Text:
         memory = PeakMemory(self.model.device)
         memory.reset()
         before = memory.mib()
-        out = _generate(self.model, self.ids_1P, Plain(), 1)
+        past = self._read_before
+        num_same = _num_same(past.ids, self.ids_1P[0].tolist())
+        known = [(keys[:, :, :num_same], values[:, :, :num_same]) for keys, values in past.layers] if num_same else []
+        options = {"past_key_values": _cache(known)} if known else {}
+        out = _generate(self.model, self.ids_1P, Plain(), 1, **options)
         peak = memory.mib()
         layers = [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in out.past_key_values.layers]
+        past.ids, past.layers = self.ids_1P[0, :-1].tolist(), layers
+        past.seconds += out.stats.prefill_seconds
         self.prefill = {
-            "seconds": out.stats.prefill_seconds,
-            "memory_mib": None if peak is None or before is None else peak - before,
+            "seconds": past.seconds,
+            "memory_mib": None if known or peak is None or before is None else peak - before,
             "keys_and_values_mib": sum(part.nbytes for layer in layers for part in layer) / 2**20,
         }
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             torch.save([tuple(part.contiguous() for part in layer) for layer in layers], self._file)
         return layers
+
+
+def _cache(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for index, layer in enumerate(layers):
+        cache.update(*layer, index)
+    return cache
+
+
+def _num_same(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _prompt(loaded: LoadedModel, length: int) -> Tensor:
@@ -102,9 +130,9 @@ def _generate(model: Any, ids_1P: Tensor, drafter: specdec.drafters.Drafter, num
     return specdec.generate(model, ids_1P, drafter=drafter, return_dict_in_generate=True, **limits, **options)
 
 
-def measure(loaded: LoadedModel, length: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(loaded: LoadedModel, length: int, options: argparse.Namespace, read: Read) -> Iterator[dict[str, Any]]:
     """One entry for each method."""
-    text = Text(loaded, length, options.keep)
+    text = Text(loaded, length, options.keep, read)
     methods = {name: DrafterSpec.parse(name).build() for name in options.methods.split(",")}
     runs: dict[str, list[Any]] = {name: [] for name in methods}
     for _ in range(options.repeats):
@@ -199,8 +227,9 @@ def main() -> None:
         "its MiB (keys, values)",
     ]
     print(pipe_table(headings, []), flush=True)
+    read = Read()
     for length in map(int, options.lengths.split(",")):
-        found = list(measure(loaded, length, options))
+        found = list(measure(loaded, length, options, read))
         if options.llama:
             found.append(measure_llama(loaded, length, options))
         plain_ms = median(found[0]["ms_per_token"])

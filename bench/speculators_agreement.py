@@ -46,7 +46,7 @@ def main() -> None:
     target = tiny_model("llama", num_hidden_layers=3)
     made: list[tuple[Any, int, str, Callable[..., dict[str, float]]]] = [
         (
-            initial_block(target, VOCAB_IDS, BlockRecipe(block_size=SLOTS, markov_rank=8), LAYERS),
+            initial_block(target, VOCAB_IDS, BlockRecipe(reach=SLOTS, markov_rank=8), LAYERS),
             SLOTS,
             "DSpark",
             blocks,

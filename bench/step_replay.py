@@ -27,6 +27,7 @@ from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import num_shared
 from specdec.routing import RoutedCall, Routing, StepLoop
 from specdec.routing.view import log_probs_of, regrets_of
+from specdec.routing.writer import READ_AT_ONCE
 from specdec.training.routers.collect import Problem, encode_problems
 
 DRAFT, TARGET, SCORE = "draft", "target", "score"
@@ -221,9 +222,12 @@ class Replayed:
 
     Args:
         num_kept: tokens of the draft's steps that were kept; `num_written` those of the target's.
+        num_taken_over: of these the drafted ones that the target agreed with.
         num_vain: drafted tokens that did not become text; `num_vain_unlooked`: had every step been drafted to its end.
         num_verified: drafted tokens that the target has read to judge or to write a step, in `num_verifications`
             forwards.
+        num_caught_up: tokens of kept steps that the target has read later, to write one after them; in one cache it
+            would not.
         ends: where each step ends, in `tokens`.
     """
 
@@ -233,10 +237,12 @@ class Replayed:
     writers: list[Writer] = field(default_factory=list)
     num_kept: int = 0
     num_written: int = 0
+    num_taken_over: int = 0
     num_vain: int = 0
     num_vain_unlooked: int = 0
     num_verified: int = 0
     num_verifications: int = 0
+    num_caught_up: int = 0
     router_seconds: float = 0.0
 
     @property
@@ -274,7 +280,7 @@ def replay(
     router: Router, problem: int, prompt: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> Generator[Request, CachedStep, Replayed]:
     """One problem's text under a router: yields what it needs, is sent it, and returns what it came to."""
-    done, asks_target = Replayed(problem=problem), "log_probs" in router.needs
+    done, asks_target, num_unread = Replayed(problem=problem), "log_probs" in router.needs, 0
     while True:
         text = tuple(done.tokens)
 
@@ -299,7 +305,7 @@ def replay(
             done.router_seconds += perf_counter() - started
             return decision
 
-        node, written, num_drafted, decision = None, None, 0, None
+        node, written, score, num_drafted, decision = None, None, None, 0, None
         if router.peek == 0:
             decision = look(step_of(None, 0))
         if decision is None or not decision.escalate:
@@ -309,7 +315,7 @@ def replay(
                 if (decision := look(step_of(node, length))) is not None:
                     break
             if decision is None:
-                num_drafted, score = len(node.tokens), None
+                num_drafted = len(node.tokens)
                 whole = tuple(node.tokens)
                 if asks_target:
                     score = yield Request(SCORE, problem, text, whole)
@@ -326,24 +332,39 @@ def replay(
             drafted = () if node is None else tuple(node.tokens[:num_drafted])
             if written is None:
                 written = yield Request(TARGET, problem, text, drafted)
-            if drafted and not asks_target:
+            if drafted and score is None:
                 done.num_verifications += 1
-                done.num_verified += num_drafted
+                done.num_verified += _num_read(num_drafted, num_shared(drafted, written.tokens))
             done.num_written += len(written.tokens)
+            done.num_caught_up, num_unread = done.num_caught_up + num_unread, 0
             if node is not None:
                 shared = num_shared(node.tokens, written.tokens)
+                done.num_taken_over += min(shared, num_drafted)
                 done.num_vain += num_drafted - min(shared, num_drafted)
                 done.num_vain_unlooked += len(node.tokens) - shared
             chosen = written
         else:
             assert node is not None
             done.num_kept += len(node.tokens)
+            num_unread += len(node.tokens) if score is None else 0
             chosen = node
         done.tokens += chosen.tokens
         done.ends.append(len(done.tokens))
         done.writers.append("target" if decision.escalate else "draft")
         if chosen.is_last:
             return done
+
+
+def _num_read(num_drafted: int, num_agreed: int) -> int:
+    """Tokens of a rejected step that the target reads: part by part, as long as it agrees with all of them."""
+    num_read = 0
+    while num_drafted > 0:
+        part = min(READ_AT_ONCE, num_drafted)
+        num_read += part
+        num_drafted, num_agreed = num_drafted - part - 1, num_agreed - part - 1
+        if num_agreed < 0:
+            break
+    return num_read
 
 
 def _looks(router: Router, length: int) -> Iterator[int]:

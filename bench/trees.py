@@ -1,11 +1,14 @@
 """Tokens per target forward by growth policy: DySpec's tables on a real pair.
 
     python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees
+    python -m bench.trees TARGET HEAD --prompts spec_bench.jsonl --output heads --budgets 16 32 --policies Chain DySpec
     python -m bench.trees TARGET DRAFT --prompts spec_bench.jsonl --output bench/results/trees-time --time --limit 1
 
-TARGET and DRAFT are folders or hub ids; both become int8 models. The prompts are Spec-Bench's, in its six tasks. Those
-whose question id is divisible by 3 are reported; what is measured beforehand (Sequoia's acceptance vector, DySpec's
-calibration) comes from the others. Policies share prompts and random seeds. Sampling is by temperature alone.
+TARGET and DRAFT are folders or hub ids; both become int8 models. DRAFT may be a draft head (HEAD): one that drafts a
+block takes one forward a round for chains and trees alike, and a chain is no longer than its block. The prompts are
+Spec-Bench's, in its six tasks. Those whose question id is divisible by 3 are reported; what is measured beforehand
+(Sequoia's acceptance vector, DySpec's calibration) comes from the others. Policies share prompts and random seeds.
+Sampling is by temperature alone.
 
 Tokens per target forward are committed tokens over rounds (neither counts the prefill and its token). A task's figure
 is that of its prompts together, `mean` is the geometric mean of the tasks, brackets hold a 95% bootstrap interval
@@ -57,7 +60,8 @@ from specdec import kernels
 from specdec.bench import harness
 from specdec.bench.ranks import probe
 from specdec.bench.report import mismatches
-from specdec.drafters import Plain, SmallModel
+from specdec.drafters import DraftHead, Plain, SmallModel
+from specdec.drafters.head.network import HeadNetwork
 from specdec.hf import CACHE
 from specdec.model_options import ModelOptions
 from specdec.models.pair import load_pair
@@ -86,6 +90,8 @@ SIDES = {
     ),
 }
 """Policy and verification, by whether tokens are sampled."""
+UNMEASURED = ("Chain", "DySpec", "DySpecThreshold")
+"""Policies that need nothing to be known beforehand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +135,7 @@ class Pair:
         self, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_new: int
     ):
         self.target = target
-        self.drafter = SmallModel(draft)
+        self.drafter = DraftHead(draft) if isinstance(draft, HeadNetwork) else SmallModel(draft)
         self.tokenizer = tokenizer
         self.num_new = num_new
         self._read: tuple[int, DynamicCache] | None = None
@@ -149,11 +155,12 @@ class Pair:
     def decode(self, question: Question, way: Way, tree: GrowthPolicy, seed: int) -> dict[str, Any]:
         """The new tokens, and what the rounds after the first token came to."""
         inputs = self._inputs(question)
+        cache = self._cache(question.id, inputs["input_ids"])
         out = specdec.generate(
             self.target,
             **inputs,
             **self._options(way.temperature),
-            past_key_values=self._cache(question.id, inputs["input_ids"]),
+            past_key_values=None if isinstance(self.drafter, DraftHead) else cache,  # a head reads the prompt's states
             drafter=self.drafter,
             tree=tree,
             verify=TOPDOWN if way.verify == WALK else way.verify,
@@ -210,27 +217,32 @@ def load_questions(path: Path, *, reported: bool, limit: int) -> list[Question]:
     return [some[index * len(some) // limit] for index in range(limit) for some in by_task.values()]
 
 
-def policies(budget: int, measured: dict[str, Any]) -> dict[str, GrowthPolicy]:
-    calibration = Calibration(**measured["calibration"]) if measured["calibration"] else None
-    return {
-        "Chain": Chain(budget),
-        "Sequoia": Sequoia(budget, tuple(measured["acceptance"])),
-        "DySpec": DySpec(budget),
-        "DySpec calibrated": DySpec(budget, calibration=calibration),
-        "DySpecThreshold": DySpecThreshold(threshold=1 / budget, max_nodes=budget),
-    }
+def policy_of(name: str, budget: int, measured: dict[str, Any]) -> GrowthPolicy:
+    match name:
+        case "Chain":
+            return Chain(budget)
+        case "Sequoia":
+            return Sequoia(budget, tuple(measured["acceptance"]))
+        case "DySpec calibrated":
+            return DySpec(budget, calibration=Calibration(**measured["calibration"]))
+        case "DySpecThreshold":
+            return DySpecThreshold(threshold=1 / budget, max_nodes=budget)
+    return DySpec(budget)
 
 
 def measure_tokens(pair: Pair, journal: Journal, questions: list[Question], arguments: argparse.Namespace) -> None:
     """Fill the journal, one temperature after the other."""
     tuning = load_questions(arguments.prompts, reported=False, limit=arguments.tuning_limit)
     for temperature in arguments.temperatures:
-        measured = journal.once(("measured", temperature), partial(pair.measure, tuning, temperature))
+        sides = [side for side in SIDES[temperature > 0] if side[0] in (arguments.policies or [side[0]])]
+        measured = {}
+        if any(policy not in UNMEASURED for policy, _ in sides):
+            measured = journal.once(("measured", temperature), partial(pair.measure, tuning, temperature))
         for seed, question in product(range(arguments.seeds if temperature else 1), questions):
             log(f"temperature {temperature}, seed {seed}: {question.prompt.category} {question.id}")
-            for budget, (policy, verify) in product(arguments.budgets, SIDES[temperature > 0]):
+            for budget, (policy, verify) in product(arguments.budgets, sides):
                 way = Way(temperature, budget, policy, verify)
-                tree = policies(budget, measured)[policy]
+                tree = policy_of(policy, budget, measured)
                 run = journal.once(("run", *way, question.id, seed), partial(pair.decode, question, way, tree, seed))
                 if verify == WALK:
                     plain = journal.once(("plain", question.id), partial(pair.plain, question))
@@ -305,6 +317,8 @@ def write(document: dict[str, Any], output: Path, *tables: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = pair_parser(__doc__, limit=4, max_new_tokens=64)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64])
+    names = sorted({policy for sides in SIDES.values() for policy, _ in sides})
+    parser.add_argument("--policies", nargs="+", choices=names, help="all, if absent")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
     parser.add_argument("--seeds", type=int, default=1, help="of every question, when sampling")
     parser.add_argument("--tuning-limit", type=int, default=3, help="of each task, for what is measured beforehand")

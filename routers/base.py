@@ -142,7 +142,12 @@ class Router(ABC):
             once.
         lookahead: steps that the draft writes in a row before they are judged; what the target is asked about them is
             then one forward. They are judged in order, and the first one that is escalated cuts the rest, so that
-            nothing but the time depends on it. Where a writer is remote, steps are judged one by one.
+            nothing but the time depends on it (with `shares_cache` also who has read what). Where a writer is remote,
+            steps are judged one by one.
+        shares_cache: whether draft and target work on one key-value cache: for a draft that is a copy of the target;
+            models of other layers are refused. Then neither reads what the other has read: it is quicker, and the
+            target's own steps follow from what the copy made of the kept ones. A step is then no function of the text
+            before it.
         judges_together: whether steps wait to be judged until the draft has written one in every row that is its: for
             routers that have the target write, which is cheaper for many rows at once.
         needs: what it cannot decide without. Hidden states, and the signals of a remote draft, are there only where
@@ -153,6 +158,7 @@ class Router(ABC):
     peek: int | None = None
     peek_every: int | None = None
     lookahead: int = 1
+    shares_cache: bool = False
     judges_together: bool = False
     needs: frozenset[Need] = frozenset()
 

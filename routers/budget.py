@@ -41,9 +41,13 @@ class EscalationBudget:
         # with few scores a rank says little: then, too, the account decides
         is_level = above < self._wanted * (len(self._sorted) + 1)
         escalate = self.is_high(score) or (is_level and self._due >= 0.5)
-        self._remember(score)
-        self.count(escalate)
+        self.observe(score, escalate)
         return escalate
+
+    def observe(self, score: float, escalated: bool) -> None:
+        """Count a step of an earlier run, as if it had been decided here."""
+        self._remember(score)
+        self.count(escalated)
 
     def is_high(self, score: float) -> bool:
         """Whether a step of this score, or of any higher one, would be escalated now; counts nothing."""

@@ -1,4 +1,4 @@
-"""Small questions to transformers and its models: what versions call the cache, and where a model's parts are.
+"""Small questions to transformers, its models and the hub: what versions call the cache, where a model's parts are.
 
 Calls of models say `**{CACHE: cache}`, outputs and prepared arguments are read by `[CACHE]`: 5.24 takes the old name
 too, but warns of it.
@@ -7,11 +7,15 @@ too, but warns of it.
 from __future__ import annotations
 
 import inspect
+import socket
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,3 +51,18 @@ def num_processes(model: nn.Module) -> int:
 def home_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its inputs; the CPU for one that accelerate has offloaded (its hooks move them on)."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def is_hub_reachable() -> bool:
+    """Whether the hub's host has an address, or a proxy that would know it: without one the hub's client tries again
+    for half a minute and more before it looks into its cache."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(address.hostname, address.port or address.scheme)
+    except OSError:
+        return False
+    return True

@@ -270,7 +270,7 @@ def _check_kind(kind: str, draft: PreTrainedModel | None) -> None:
 
 
 def drafter_of(draft: str, model: str) -> str:
-    """The drafter that drafts for a model with what --draft names: a folder says whether it holds a head or a model."""
+    """The drafter that drafts for a model with what --draft names: its files say whether it is a head or a model."""
     is_head: bool = import_module("specdec.drafters.head.loading").drafts_as_head(draft, model)
     return DRAFT_HEAD if is_head else SMALL_MODEL
 

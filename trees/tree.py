@@ -50,7 +50,7 @@ class TokenTree:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.tokens):
                 raise ValueError(f"a tree of {len(self.tokens)} tokens needs as many {name}, got {len(column)}")
-        for node, parent in enumerate(self.parents):
+        for node, parent in enumerate(() if self.is_chain else self.parents):
             if not ROOT <= parent < node:
                 raise ValueError(
                     f"node {node} names parent {parent}: parents stand before their children, "
@@ -65,9 +65,17 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node hangs on the one before it."""
+        chained, parents = range(ROOT, len(self.tokens) - 1), self.parents
+        return parents == chained if isinstance(parents, range) else list(parents) == list(chained)
+
     @cached_property
     def depths(self) -> list[int]:
         """N depths; children of the root have depth 1."""
+        if self.is_chain:
+            return list(range(1, len(self) + 1))
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -190,7 +198,7 @@ class TreeBatch:
             parents_BN=parents_BN,
             sizes=tuple(len(row) for row in rows),
             depth=max((max(row.depths, default=0) for row in rows), default=0),
-            is_chain=all(list(row.parents) == list(range(ROOT, len(row) - 1)) for row in rows),
+            is_chain=all(row.is_chain for row in rows),
             rows=tuple(rows),
         )
 

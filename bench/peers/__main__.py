@@ -4,10 +4,12 @@
     python -m bench.peers MODEL --draft SMALL --float --max-new-tokens 128 --output bench/results/peers.json
     python -m bench.peers MODEL --draft SMALL --int8 "" --llama "" --float auto --transformers prompt-lookup,assistant
     python -m bench.peers MODEL --gguf-blocks plain,auto --int8 "" --instructions avx2
+    python -m bench.peers MODEL --draft HEAD --llama "" --float draft-head --economize plain,lookup@10,trained:FOLDER
 
-MODEL and SMALL are folders or `.gguf` files. llama.cpp (through the wheel `xllamacpp`) reads MODEL itself or the file
-`MODEL.gguf` beside the folder, or what --gguf and --draft-gguf name: without one it is reported as not available.
-With --gguf-blocks specdec executes the blocks of that very file.
+MODEL and SMALL are folders or `.gguf` files; --draft takes a draft head, too. llama.cpp (through the wheel `xllamacpp`)
+reads MODEL itself or the file `MODEL.gguf` beside the folder, or what --gguf and --draft-gguf name: without one it is
+reported as not available. With --gguf-blocks specdec executes the blocks of that very file. economize (`pip install
+economize`) drafts for the weights that transformers has; `@N` are the tokens of its cycles, one of them the target's.
 
 Every configuration gets the same token ids and the same limit, and stops at the end-of-sequence token, which counts on
 all sides. Two rates: `end to end` is new tokens over wall time, prefill included; `decode` is the tokens after the
@@ -32,12 +34,14 @@ import torch
 from transformers import PreTrainedModel
 
 from bench._script import add_instructions, log, parser_of, select_instructions, write_json
-from bench.peers.configurations import drafted_by, llama_configurations, prepared_copy, transformers_modes
+from bench.peers.configurations import drafted_by, llama_configurations, prepared_copy, shared_copy, transformers_modes
 from bench.peers.contest import FLOAT, GGUF, INT8, Configuration, Task, measure, warm_up
+from bench.peers.economized import ECONOMIZE, economize_configurations
 from bench.peers.report import available, environment, is_wrong, ratios, show, summarise, to_json
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP, PeerSpec
 from specdec.bench.peers.llama_cpp import LlamaFiles, find_gguf
+from specdec.drafters.head.network import HeadNetwork
 from specdec.errors import SpecdecError
 from specdec.model_options import ModelOptions
 from specdec.models import load
@@ -63,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--float", metavar="METHODS", nargs="?", const=FLOAT_METHODS, help="%(const)s")
     parser.add_argument("--gguf-blocks", metavar="METHODS", default="", help="what llama.cpp reads, executed as it is")
     parser.add_argument("--transformers", metavar="METHODS", default=PLAIN, help="plain is always among them")
+    parser.add_argument("--economize", metavar="METHODS", default="", help="MODE, MODE:ARGUMENT or MODE@N")
     parser.add_argument("--llama", metavar="METHODS", default=LLAMA_METHODS, help="%(default)s")
     parser.add_argument("--prompts", type=Path, help="JSON lines; the built-in suite if absent")
     parser.add_argument("--category", action="append", default=[], help="may be given several times")
@@ -102,16 +107,22 @@ def build(arguments: argparse.Namespace) -> tuple[list[Configuration], list[Task
     options = ModelOptions(dtype="float32", device="cpu", threads=arguments.threads)
     (model, tokenizer, name), small = load_pair(arguments.model, arguments.draft, options)
     draft = None if small is None else small.model
+    head = draft if isinstance(draft, HeadNetwork) else None
+    draft = None if head is not None else draft
     pure_greedy(model)
     prompts = load_suite(arguments.prompts).select(arguments.category, arguments.limit).prompts
     tasks = [Task(prompt=one, ids=encode_prompts(tokenizer, [one.text])["input_ids"][0].tolist()) for one in prompts]
     files = LlamaFiles(
         target=find_gguf(arguments.gguf, arguments.model),
-        draft=find_gguf(arguments.draft_gguf, arguments.draft),
+        draft=find_gguf(arguments.draft_gguf, None if head is not None else arguments.draft),
     )
     configurations = [*transformers_modes(_listed(arguments.transformers), model, tokenizer, draft)]
+    if arguments.economize:
+        small_source = None if draft is None else arguments.draft
+        configurations += economize_configurations(arguments.economize, lambda: shared_copy(model), small_source)
     if draft is not None:
         draft = kernels.quantized_copy(draft)
+    draft = draft if head is None else head  # which its drafter fits to each target
     if arguments.int8:
         configurations += drafted_by(INT8, arguments.int8, kernels.quantized_copy(model), tokenizer, draft)
     if arguments.float:
@@ -147,7 +158,7 @@ def run(arguments: argparse.Namespace) -> bool:
         print(json.dumps(document, indent=2, allow_nan=False))
     else:
         show(document, rows, found)
-    wrong = [row for row in rows if row.category == ALL and row.side != LLAMA_CPP and is_wrong(row)]
+    wrong = [row for row in rows if row.category == ALL and row.side not in (LLAMA_CPP, ECONOMIZE) and is_wrong(row)]
     for row in wrong:
         log(f"{row.name} differs from plain decoding on {row.num_prompts - row.num_same - row.num_ties} prompts")
     return not wrong

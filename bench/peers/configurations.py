@@ -46,10 +46,14 @@ def transformers_modes(
             yield ours(TRANSFORMERS, model, tokenizer, Method(method, peer=peer))
 
 
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same weights, so that what is done to it leaves the model itself as transformers made it."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())})
+
+
 def prepared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The float kernels on the same weights, so that the model itself stays as transformers made it."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return specdec.prepare(copy.deepcopy(model, shared))
+    """The float kernels on the same weights."""
+    return specdec.prepare(shared_copy(model))
 
 
 def drafted_by(

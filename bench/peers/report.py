@@ -20,6 +20,7 @@ from rich.table import Table
 
 import specdec
 from bench.peers.contest import FLOAT, GGUF, INT8, METRICS, Configuration, Sample, Task
+from bench.peers.economized import ECONOMIZE
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe
@@ -91,8 +92,8 @@ def judge_all(configuration: Configuration, configurations: list[Configuration],
 
 
 def is_plain(configuration: Configuration, side: str) -> bool:
-    """float32's own reference is transformers."""
-    if side in (TRANSFORMERS, FLOAT):
+    """Of the sides that have transformers' own weights the reference is transformers."""
+    if side in (TRANSFORMERS, FLOAT, ECONOMIZE):
         return (configuration.side, configuration.method) == (TRANSFORMERS, PLAIN)
     return (configuration.side, configuration.method) == (side, PLAIN)
 
@@ -169,6 +170,7 @@ def category_ratios(rows: list[Row], category: str, metric: str, is_small: bool)
         ("quantized-self / float32 plain", quantized, best(FLOAT, method=PLAIN), None),
         ("best int8 / transformers", best(INT8), stock, None),
         ("best float32 / transformers", best(FLOAT), stock, None),
+        ("best float32 / economize", best(FLOAT), best(ECONOMIZE), None),
     ]
     for what, numerator, denominator, bar in wanted:
         if numerator is not None and denominator is not None:

@@ -102,6 +102,8 @@ def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
 
 
 def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
+    if isinstance(acceptance, HostAcceptance) and not trees.width:
+        return Accepted(acceptance.paths, [[token] for token in acceptance.following])
     if isinstance(acceptance, HostAcceptance) and trees.rows is not None:
         found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
         candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]

@@ -24,7 +24,9 @@ class MethodReport:
     over repetitions, each of them tokens over seconds. `ttft_ms` is the median over all runs. In `ms_per_token`, the
     time between two commits is shared out evenly among the tokens of the later one, and the first commit is left out.
     `accepted_histogram[n]` counts rounds that accepted n drafted tokens, `acceptance_per_position[n]` is the share of
-    rounds that accepted more than n. None: not applicable, or not measurable.
+    rounds that accepted more than n. The last fields are of rows with a router: shares of its steps and tokens that the
+    target wrote, tokens that were drafted in vain for each one of the text, and the router's own time. None: not
+    applicable, or not measurable.
     """
 
     name: str
@@ -53,6 +55,11 @@ class MethodReport:
     ttft_ms: float
     ms_per_token: dict[str, float | None]
     peak_memory_mib: float | None
+    target_step_share: float | None = None
+    target_token_share: float | None = None
+    vain_tokens_per_token: float | None = None
+    router_us_per_step: float | None = None
+    router_time_share: float | None = None
 
 
 def summarise(results: Sequence[BatchResult]) -> list[MethodReport]:
@@ -134,7 +141,24 @@ def _report(method: str, category: str, results: list[BatchResult]) -> MethodRep
         ttft_ms=1e3 * median(run.token_seconds[0] for run in runs),
         ms_per_token=_percentiles([cost for run in runs for cost in token_costs_ms(run.token_seconds)]),
         peak_memory_mib=max(peaks, default=None),
+        **_routed(runs),
     )
+
+
+def _routed(runs: list[Run]) -> dict[str, float]:
+    """What is only there to be said of a method with a router."""
+    routed = [run.stats for run in runs if run.stats is not None and run.stats.steps]
+    steps = [step for stats in routed for step in stats.steps]
+    if not steps:
+        return {}
+    num_tokens, router_seconds = sum(step.num_tokens for step in steps), sum(stats.router_seconds for stats in routed)
+    return {
+        "target_step_share": sum(step.writer == "target" for step in steps) / len(steps),
+        "target_token_share": sum(step.num_tokens for step in steps if step.writer == "target") / num_tokens,
+        "vain_tokens_per_token": sum(step.num_discarded for step in steps) / num_tokens,
+        "router_us_per_step": 1e6 * router_seconds / len(steps),
+        "router_time_share": router_seconds / sum(run.seconds for run in runs),
+    }
 
 
 def _tokens_per_second(method: str, results: list[BatchResult]) -> float:

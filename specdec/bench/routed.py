@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import routers
 from routers import Router
-from specdec.specs import SMALL_MODEL, DrafterSpec, Spec, check_known, drafter_of, parse_parameters
+from specdec.specs import QUANTIZED_SELF, SMALL_MODEL, DrafterSpec, Spec, check_known, drafter_of, parse_parameters
 
 LOSSY = "LOSSY"
 """Stands in the name of every method that is, and so in every table."""
-STEP_WRITERS = (SMALL_MODEL, "quantized-self")
+STEP_WRITERS = (SMALL_MODEL, QUANTIZED_SELF)
 
 
 def _arbitrage(router: str, threshold: float | None = None, escalation_rate: float | None = None) -> Router:
@@ -29,14 +31,31 @@ def _regret(threshold: float | None = None, escalation_rate: float | None = None
     return routers.Arbitrage(scorer, threshold=threshold, escalation_rate=escalation_rate)
 
 
+def _with_settings(constructor: Callable[..., Router]) -> Callable[..., Router]:
+    """A constructor that also takes what any router may be told."""
+
+    def build(*, lookahead: int = 1, shares_cache: bool = False, **parameters: Any) -> Router:
+        if lookahead < 1:
+            raise ValueError(f"lookahead={lookahead}: it is a positive number of steps")
+        router = constructor(**parameters)
+        router.lookahead, router.shares_cache = lookahead, shares_cache
+        return router
+
+    signatures = (inspect.signature(one, eval_str=True).parameters.values() for one in (constructor, build))
+    named = [one for one in chain.from_iterable(signatures) if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in named]
+    build.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return build
+
+
 _ROUTERS: dict[str, Callable[..., Router]] = {
-    "self-confidence": routers.SelfConfidence,
-    "first-token-entropy": routers.FirstTokenEntropy,
-    "random": routers.RandomRouter,
-    "likelihood": _likelihood,
-    "regret": _regret,
-    "self-score": routers.SelfScore,
-    "arbitrage": _arbitrage,
+    "self-confidence": _with_settings(routers.SelfConfidence),
+    "first-token-entropy": _with_settings(routers.FirstTokenEntropy),
+    "random": _with_settings(routers.RandomRouter),
+    "likelihood": _with_settings(_likelihood),
+    "regret": _with_settings(_regret),
+    "self-score": _with_settings(routers.SelfScore),
+    "arbitrage": _with_settings(_arbitrage),
 }
 ROUTERS = tuple(_ROUTERS)
 

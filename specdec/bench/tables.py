@@ -150,6 +150,36 @@ def draft_grid(document: Document) -> Grid:
     )
 
 
+def steps_grid(document: Document) -> Grid | None:
+    """Who wrote the steps of rows with a router; None if there is no such row."""
+    rows = [row for row in document.methods if row.category == ALL and row.target_step_share is not None]
+    swept = _swept(rows)
+    columns: dict[str, Cell] = {
+        "steps by target": lambda row: _number(row.target_step_share, ".0%"),
+        "tokens by target": lambda row: _number(row.target_token_share, ".0%"),
+        "in vain": lambda row: _number(row.vain_tokens_per_token, ".2f"),
+        "router us/step": lambda row: _number(row.router_us_per_step, ".0f"),
+        "of the time": lambda row: _number(row.router_time_share, ".2%"),
+    }
+    grid = Grid(
+        title="Steps of the methods that are LOSSY, over all prompts",
+        headings=[*swept, "method", *columns],
+        num_labels=len(swept) + 1,
+        sections=[[[*_values(row, swept), row.name] + [cell(row) for cell in columns.values()] for row in rows]],
+        legend=[
+            "in vain: tokens that were drafted and thrown away, for each token of the text",
+            "router us/step: its own time, without what it asked of the target",
+        ],
+        spare=("of the time", "tokens by target"),
+    )
+    return grid if rows else None
+
+
+def _grids(document: Document) -> list[Grid]:
+    steps = steps_grid(document)
+    return [speed_grid(document), draft_grid(document), *([] if steps is None else [steps])]
+
+
 def verdict(document: Document) -> list[str]:
     """What it comes to, a line for auto, or for each method where auto was not asked for; none of a sweep."""
     rows = {row.name: row for row in document.methods if row.category == ALL}
@@ -167,6 +197,8 @@ def _verdict(row: MethodReport, rows: Mapping[str, MethodReport]) -> str:
 
 
 def _same_output(row: MethodReport) -> str:
+    if row.target_step_share is not None:
+        return "another text than the target's"
     if row.identical_to_plain is None:
         return "sampled, so outputs differ by chance"
     if row.identical_to_plain and not row.ties:
@@ -189,8 +221,7 @@ def environment_line(document: Document) -> str:
 
 
 def to_rich(document: Document, width: int) -> RenderableType:
-    grids = (speed_grid(document), draft_grid(document))
-    parts = [part for grid in grids for part in (*rich_parts(grid, width), Text())]
+    parts = [part for grid in _grids(document) for part in (*rich_parts(grid, width), Text())]
     parts += [Text(line, style="yellow") for line in _not_available(document)]
     parts.append(Text(environment_line(document), style="dim"))
     return Group(*parts, *(Text(line, style="bold") for line in verdict(document)))
@@ -206,7 +237,7 @@ def to_text(document: Document, width: int) -> str:
 
 def to_markdown(document: Document) -> str:
     lines = []
-    for grid in (speed_grid(document), draft_grid(document)):
+    for grid in _grids(document):
         lines += [*_pipe_table(grid), "", *(f"{line}." for line in grid.legend), ""]
     return "\n".join([*lines, *_not_available(document), environment_line(document), *verdict(document)])
 

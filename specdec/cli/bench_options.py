@@ -64,7 +64,8 @@ RoutedOptions = Annotated[
             metavar="SPEC",
             help="LOSSY: a draft writes whole steps, and the target those that the router gives to it: "
             "self-confidence:threshold=0.6, first-token-entropy:escalation_rate=0.3, random:escalation_rate=0.3, "
-            "likelihood, regret, self-score, arbitrage:router=DIR:...; may be given several times.",
+            "likelihood, regret, self-score, arbitrage:router=DIR:...; any of them with lookahead=N, "
+            "shares_cache=true; may be given several times.",
             rich_help_panel=_COMPARED,
         ),
         "step_writer": typer.Option(

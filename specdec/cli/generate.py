@@ -24,7 +24,7 @@ from specdec.cli.options import (
     StopOption,
     VerifyOption,
 )
-from specdec.cli.status import make_way
+from specdec.cli.status import await_output, make_way
 from specdec.specs import DRAFT_HEAD, SEQUOIA, SMALL_MODEL, TREE_EXAMPLES, choose_drafter, choose_tree
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def _answer(target: LoadedModel, inputs: BatchEncoding, *, as_json: bool, **opti
     from specdec.cli.chat.streamer import ReplyStreamer
 
     streamer = None if as_json else ReplyStreamer(target.tokenizer, _write)
+    await_output("generating" if as_json else "reading the prompt")
     out = specdec.generate(target.model, **inputs, **options, streamer=streamer, return_dict_in_generate=True)
     assert isinstance(out, specdec.SpeculativeOutput)
+    make_way()
     if as_json:
         new_ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         answer = target.tokenizer.decode(new_ids, skip_special_tokens=True)

@@ -35,6 +35,8 @@ class StatusLine(logging.Handler):
         self._console = console
         self._stages: list[str] = []
         """Under way, the innermost last."""
+        self._awaited: str | None = None
+        """What goes on until there is output, if no stage does."""
         self._live: Live | None = None
         self._timer: Timer | None = None
         self._has_output = False
@@ -49,11 +51,20 @@ class StatusLine(logging.Handler):
             self._stages.remove(what)
         self._show()
 
+    def await_output(self, what: str) -> None:
+        """Show something until there is output."""
+        self.acquire()
+        try:
+            self._awaited = what
+            self._show()
+        finally:
+            self.release()
+
     def make_way(self) -> None:
         """From now on there is output."""
         self.acquire()
         try:
-            self._has_output = True
+            self._has_output, self._awaited = True, None
             self._clear()
         finally:
             self.release()
@@ -63,15 +74,16 @@ class StatusLine(logging.Handler):
         super().close()
 
     def _show(self) -> None:
-        if not self._stages:
+        what = self._stages[-1] if self._stages else self._awaited
+        if what is None:
             self._clear()
         elif self._has_output:
-            self._write_beside(self._stages[-1])
+            self._write_beside(what)
         elif self._is_terminal:
-            self._draw(Spinner("dots", Text(f"{self._stages[-1]} ...", style="dim")))
+            self._draw(Spinner("dots", Text(f"{what} ...", style="dim")))
         else:
             self._clear()
-            self._timer = Timer(QUIET_SECONDS, self._write, [self._stages[-1]])
+            self._timer = Timer(QUIET_SECONDS, self._write, [what])
             self._timer.daemon = True
             self._timer.start()
 
@@ -123,6 +135,13 @@ def shown_stages(console: Console) -> Iterator[None]:
         logger.setLevel(level)
         logger.removeHandler(line)
         line.close()
+
+
+def await_output(what: str) -> None:
+    """Say what a command does until it has output: its status line shows it where no stage is under way."""
+    for handler in logger.handlers:
+        if isinstance(handler, StatusLine):
+            handler.await_output(what)
 
 
 def make_way() -> None:

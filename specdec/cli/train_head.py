@@ -18,6 +18,8 @@ from specdec.cli.options import MODEL_OPTIONS
 from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from specdec.models import LoadedModel
     from specdec.training.heads.head_report import HeadReport
     from specdec.training.heads.report import Acceptance
@@ -77,7 +79,13 @@ class _Recipe:
             raise ValueError(f"--kind {kind} has no use for {options}: leave it out")
         if "exits" in values:
             values["exits"] = _parse_layers(values["exits"])
-        names = {"head_layers": "num_layers", "block": "block_size", "exits": "layers", "passes": "num_passes"}
+        names = {
+            "head_layers": "num_layers",
+            "block": "reach",
+            "steps": "reach",
+            "exits": "layers",
+            "passes": "num_passes",
+        }
         return {names.get(name, name): value for name, value in values.items()}
 
 
@@ -200,7 +208,9 @@ def _train_network(
     with naming(out):
         _show(training, ["accepted {:.2f}"])
         report = training.finish()
-    Console(markup=False).print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
+    console = Console(markup=False)
+    console.print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
+    console.print(_curve_table(training.curve))
 
 
 def _train_exits(
@@ -256,6 +266,15 @@ def _table(reports: "list[Acceptance]", title: str) -> Table:
             f"{report.tokens_per_second:.1f}",
             f"{report.speedup:.2f}x",
         )
+    return table
+
+
+def _curve_table(curve: "Mapping[int, float]") -> Table:
+    table = Table(title="learning curve", caption="accepted of all that is drafted, on held-out text")
+    table.add_column("tokens trained on", justify="right")
+    table.add_column("accepted", justify="right")
+    for tokens, accepted in curve.items():
+        table.add_row(f"{tokens:,}", f"{accepted:.2f}")
     return table
 
 

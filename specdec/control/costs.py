@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate
@@ -42,6 +43,8 @@ _LEAST_TIMED = 5
 """Forwards that are timed whatever they take: two of the narrow ones, as a single one may have been disturbed."""
 _TIME_LIMIT_S = 1.0
 """No further forward is timed after this; what was not measured follows from what was."""
+_LONG_TIME_LIMIT_S = 0.2
+"""The same with a long past, while somebody waits: forwards of one token and of eight are timed in any case."""
 _FAR_AWAY_S = 5.0
 """A short prompt that takes so long waits for weights that are not in memory, and so does every forward."""
 _CONTEXT = 32
@@ -96,10 +99,16 @@ class ForwardCosts:
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
         self._seconds = least[::-1]
         self._table: dict[int, float] = {}
+        self._expected: tuple[dict[int, float], dict[int, float]] = {}, {}
+        """What is expected where the machine does as it did, by number of tokens, and the corrections of which."""
         self._learned = _Learned()
         self._slopes = cache(slopes)
         self._short = self
         """The same where the past is short."""
+        self._added = 0
+        """Slots of the past beyond those that were measured with."""
+        self._slope: ForwardCosts | None = None
+        """Seconds of each of them, by the number of tokens, once they have been asked for."""
 
     def at(self, length: int) -> ForwardCosts:
         """The same where rows have a past of so many slots; what rounds show is learned for all lengths together."""
@@ -107,9 +116,10 @@ class ForwardCosts:
         slopes = short._slopes() if length > _SHORT else None
         if slopes is None:
             return short
-        added = length - _CONTEXT
-        longer = ForwardCosts({width: short.measured(width) + slope * added for width, slope in slopes.items()})
-        longer._short, longer._plain, longer._learned = short, short._plain, short._learned
+        if short._slope is None:
+            short._slope = ForwardCosts(slopes)
+        longer = copy(short)  # with the same tables: a round asks for a length, and no length comes twice
+        longer._added = length - _CONTEXT
         return longer
 
     @property
@@ -121,14 +131,26 @@ class ForwardCosts:
         """As measured at the start."""
         if num_tokens not in self._table:
             self._table[num_tokens] = self._interpolate(num_tokens)
-        return self._table[num_tokens]
+        seconds = self._table[num_tokens]
+        return (
+            seconds
+            if self._slope is None or not self._added
+            else seconds + self._added * self._slope.measured(num_tokens)
+        )
 
     def seconds(self, num_tokens: int) -> float:
         """As expected now: no more than wider rounds have taken."""
-        octave, corrections = _octave(num_tokens), self._learned.corrections
-        own = self.measured(num_tokens) * corrections.get(octave, 1.0)
-        wider = (self.measured(1 << other) * share for other, share in corrections.items() if other > octave)
-        return self.drift * min([own, *wider])
+        learned, (corrections, expected) = self._learned, self._expected
+        if corrections is not learned.corrections:
+            corrections, expected = self._expected = learned.corrections, {}
+        if num_tokens not in expected:
+            octave = _octave(num_tokens)
+            seconds = self.measured(num_tokens) * corrections.get(octave, 1.0)
+            for other, share in corrections.items():
+                if other > octave:
+                    seconds = min(seconds, self.measured(1 << other) * share)
+            expected[num_tokens] = seconds
+        return learned.drift * expected[num_tokens]
 
     def update(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
@@ -143,8 +165,8 @@ class ForwardCosts:
         if octave != self._plain:
             own = learned.own[octave]
             own.append(ratio / learned.drift)
-            if len(own) >= _MIN_OWN:
-                learned.corrections = {**learned.corrections, octave: median(own)}
+            if len(own) >= _MIN_OWN and (correction := median(own)) != learned.corrections.get(octave):
+                learned.corrections = {**learned.corrections, octave: correction}
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
@@ -200,9 +222,10 @@ def _slopes(model: ref[PreTrainedModel], short: Mapping[int, float]) -> dict[int
     if length <= _SHORT:
         return None
     with measuring:
-        long, near = ForwardCosts(_known_seconds(found, length)), ForwardCosts(short)
-    added = [max(long.measured(width) - near.measured(width), 0.0) / (length - _CONTEXT) for width in WIDTHS]
-    return dict(zip(WIDTHS, accumulate(added, max), strict=True))
+        long, near = _known_seconds(found, length), ForwardCosts(short)
+    widths = sorted(long)
+    added = [max(long[width] - near.measured(width), 0.0) / (length - _CONTEXT) for width in widths]
+    return dict(zip(widths, accumulate(added, max), strict=True))
 
 
 def _known_seconds(model: PreTrainedModel, context: int) -> dict[int, float]:
@@ -221,7 +244,10 @@ def _recalled(model: PreTrainedModel, context: int) -> dict[int, float] | None:
 
 
 def _measured(model: PreTrainedModel, context: int) -> dict[int, float]:
-    seconds = measure_forwards(model, context=context)
+    if context > _CONTEXT:  # while somebody waits for the next token
+        seconds = measure_forwards(model, context=context, time_limit_s=_LONG_TIME_LIMIT_S, least_timed=2)
+    else:
+        seconds = measure_forwards(model)
     if (key := _key_on_disk(model, context)) is not None:
         keep(key, seconds)
     return seconds
@@ -253,25 +279,29 @@ def _state(model: PreTrainedModel) -> tuple[object, ...]:
 @stage("timing forwards")
 @torch.no_grad()
 def measure_forwards(
-    model: PreTrainedModel, *, time_limit_s: float = _TIME_LIMIT_S, context: int = _CONTEXT
+    model: PreTrainedModel,
+    *,
+    time_limit_s: float = _TIME_LIMIT_S,
+    context: int = _CONTEXT,
+    least_timed: int = _LEAST_TIMED,
 ) -> dict[int, float]:
     """Number of tokens -> seconds of a forward of the model: the shortest of a few interleaved ones.
 
     Args:
-        context: slots of the past. Only a short part of a long one is read; the rest is zeros, which cost as much.
-        time_limit_s: after this no more is measured than the five forwards that are always timed (one, where a prompt
-            takes seconds).
+        context: slots of the past. Of a long one a single token is read; the rest is zeros, which cost as much.
+        time_limit_s: after this no more is measured than the forwards that are always timed.
+        least_timed: their number (it is one, where a prompt takes seconds).
     """
     scratch = TreeModel(model)
     started = perf_counter()
-    num_read = max(min(_CONTEXT, position_limit(model) - 1), 1)
+    num_read = 1 if context > _CONTEXT else max(min(_CONTEXT, position_limit(model) - 1), 1)
     scratch.prefill(varied_tokens(scratch, 1, num_read))
     if perf_counter() - started > _FAR_AWAY_S:
         return {1: _time(scratch, 1)}
-    _lengthen(scratch, context - _CONTEXT)
+    _lengthen(scratch, context - num_read if context > _CONTEXT else 0)
     seconds: dict[int, float] = {}
     for num_timed, width in enumerate(_ORDER):
-        if num_timed >= _LEAST_TIMED and perf_counter() - started > time_limit_s:
+        if num_timed >= least_timed and perf_counter() - started > time_limit_s:
             break
         seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
     return seconds

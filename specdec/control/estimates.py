@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
+from operator import le, mul
 from threading import Lock
 
 CHAIN_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -78,9 +78,16 @@ class AcceptanceModel:
         """That a token is accepted if the one before it is."""
         return self._current()[bisect_right(self._memory.edges, confidence)]
 
-    def reaches(self, confidences: Sequence[float]) -> list[float]:
-        """Of each token of a chain: the chance that it and all before it are accepted."""
-        return list(accumulate(map(self.chance, confidences), mul))
+    def reaches(self, confidences: Sequence[float], least: float = 0.0) -> list[float]:
+        """Of each token of a chain, up to the first with less than `least`: the chance that it and all before it are
+        accepted."""
+        chances, edges, reach, found = self._current(), self._memory.edges, 1.0, []
+        for confidence in confidences:
+            reach *= chances[bisect_right(edges, confidence)]
+            found.append(reach)
+            if reach < least:
+                break
+        return found
 
     @property
     def mean_chance(self) -> float:
@@ -109,17 +116,20 @@ class AcceptanceModel:
     def _estimate(self) -> list[float]:
         expected = sum(map(mul, self._seen, self._believed))
         trend = (sum(self._accepted) + _MEMORY_TOKENS) / (expected + _MEMORY_TOKENS)
-        chances, weights = [], []
-        for bin_, believed in enumerate(self._believed):
-            likely = believed * trend if trend < 1 else 1 - (1 - believed) / trend
-            weight = self._seen[bin_] + _MEMORY_TOKENS
-            chances.append((self._accepted[bin_] + _MEMORY_TOKENS * likely) / weight)
-            weights.append(weight)
+        if trend < 1:
+            likely = [believed * trend for believed in self._believed]
+        else:
+            likely = [1 - (1 - believed) / trend for believed in self._believed]
+        weights = [seen + _MEMORY_TOKENS for seen in self._seen]
+        columns = zip(self._accepted, likely, weights, strict=True)
+        chances = [(accepted + _MEMORY_TOKENS * own) / weight for accepted, own, weight in columns]
         return monotone(chances, weights)
 
 
 def monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The closest non-falling sequence, by weighted squares (pool adjacent violators)."""
+    if all(map(le, values, values[1:])):
+        return list(values)
     blocks: list[tuple[float, float, int]] = []
     for value, weight in zip(values, weights, strict=True):
         count = 1

@@ -159,4 +159,6 @@ class Sequences:
 def num_shared(mine: Sequence[int], text: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     shortest = min(len(mine), len(text))
+    if mine[:shortest] == text[:shortest]:  # compared at once, if both are lists
+        return shortest
     return next((index for index in range(shortest) if mine[index] != text[index]), shortest)

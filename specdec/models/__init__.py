@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.disk_cache.folders import cache_folder
 from specdec.errors import ModelError
+from specdec.hf import is_hub_reachable
 from specdec.model_options import ModelOptions, Weights
 from specdec.models.checkpoint import Checkpoint
 from specdec.models.download import WheelFile, fetch, require_space, staging_folder
-from specdec.models.files import is_hub_reachable
 from specdec.models.gguf import convert, converted, described, lacks_chat_template
 from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, has_chat_template

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import psutil
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
 from specdec.errors import ModelError
@@ -33,21 +30,6 @@ def weight_files(location: str) -> list[Path]:
             return []
         folder = Path(config).parent
     return sorted(folder.glob("*.safetensors"))
-
-
-def is_hub_reachable() -> bool:
-    """Whether the hub's host has an address, or a proxy that would know it: without one the hub's client tries again
-    for half a minute and more before it looks into its cache."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.getaddrinfo(address.hostname, address.port or address.scheme)
-    except OSError:
-        return False
-    return True
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -14,6 +14,12 @@ from specdec.hf import CACHE
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.tree_model.layer_kinds import keeps_states
 
+_OF_STATES = (
+    *("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rope_parameters", "layer_types", "sliding_window"),
+)
+"""What of a configuration says which keys and values there are."""
+
 ModelDrafter: TypeAlias = SmallModel | QuantizedSelf
 """Drafters whose model can write steps."""
 
@@ -44,6 +50,8 @@ def check_routing(router: Any, target: Endpoint | None, drafter: Any, tokenizer:
     """
     if not isinstance(router, Router):
         raise ValueError(f"router={router!r}: pass a router such as routers.Arbitrage(...), or None")
+    if router.lookahead < 1:
+        raise ValueError(f"{type(router).__name__} has lookahead={router.lookahead}: it is a positive number of steps")
     if router.lookahead > 1 and router.judges_together:
         raise ValueError(f"{type(router).__name__} has the target write every step: lookahead is 1 then")
     writer = writer_of(drafter)
@@ -53,6 +61,10 @@ def check_routing(router: Any, target: Endpoint | None, drafter: Any, tokenizer:
             "tokenizer, specdec.drafters.SmallModel(model), QuantizedSelf(), Auto of one of these, or a "
             "specdec.Endpoint"
         )
+    if router.shares_cache and (target is not None or isinstance(writer, Endpoint)):
+        raise ValueError(
+            f"{type(router).__name__} has shares_cache=True, and an endpoint shares no cache: leave it out"
+        )
     if isinstance(writer, QuantizedSelf) and target is not None:
         raise ValueError(f"{writer!r} is a copy of the target, which is not here but at {target}: pass a draft model")
     if isinstance(writer, SmallModel):
@@ -60,6 +72,27 @@ def check_routing(router: Any, target: Endpoint | None, drafter: Any, tokenizer:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"a router tells steps apart by what tokens spell: pass tokenizer=, got {tokenizer!r}")
     return writer
+
+
+def check_shared_cache(draft: ModelDrafter, target: PreTrainedModel) -> None:
+    """Check that the draft can go on with the target's keys and values, and the target with the draft's.
+
+    Raises:
+        UnsupportedOptionError: they are not float32, or not of the same layers.
+    """
+    model = target if isinstance(draft, QuantizedSelf) else draft.model
+    dtypes = {str(one.dtype).removeprefix("torch.") for one in (target, model)}
+    if dtypes != {"float32"}:
+        raise UnsupportedOptionError(
+            f"shares_cache=True: keys and values are shared as float32, and these are {' and '.join(sorted(dtypes))}: "
+            "load the models with dtype=torch.float32, or leave shares_cache out"
+        )
+    ours, theirs = (one.config.get_text_config(decoder=True).to_dict() for one in (target, model))
+    if others := [name for name in _OF_STATES if ours.get(name) != theirs.get(name)]:
+        raise UnsupportedOptionError(
+            f"shares_cache=True: the draft is no copy of the target, for it has another {' and '.join(others)}: pass "
+            "drafter=QuantizedSelf(), or leave shares_cache out"
+        )
 
 
 def check_speculation(speculation: Speculation) -> None:

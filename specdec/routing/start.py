@@ -28,7 +28,14 @@ from specdec.drafters import Auto, Drafter, PromptLookup, Run, SmallModel
 from specdec.drafters.speculation import Speculation
 from specdec.errors import EndpointError, UnsupportedOptionError
 from specdec.routing.loop import AnyWriter, StepLoop
-from specdec.routing.options import ModelDrafter, check_is_text, check_routing, check_speculation, writer_of
+from specdec.routing.options import (
+    ModelDrafter,
+    check_is_text,
+    check_routing,
+    check_shared_cache,
+    check_speculation,
+    writer_of,
+)
 from specdec.routing.remote.endpoint import Endpoint
 from specdec.routing.remote.writer import RemoteWriter, as_prompt
 from specdec.routing.session import StepDrafter
@@ -121,11 +128,17 @@ class Routing:
                 router asks for.
         """
         target = None if self.target else TreeModel(model)
+        if self.router.shares_cache:
+            assert isinstance(self.draft, ModelDrafter), "`check_routing` has looked"
+            check_shared_cache(self.draft, model)
         draft = self._draft(target, call)
+        writer = self._target(target, draft, call)
+        if self.router.shares_cache and isinstance(draft, StepWriter) and isinstance(writer, StepWriter):
+            draft.share_cache_of(writer)
         return StepLoop(
             self.router,
             draft,
-            self._target(target, draft, call),
+            writer,
             decode=self.decode,
             ask=self.ask,
             token_of=self.token_of,

@@ -1,8 +1,9 @@
 """A model that writes steps: the decoding loop, with pauses, on a text that somebody else may go on with.
 
 Two of them make a routed run: the draft's and the target's. Each holds the text on its own (`Sequences`), with a cache
-that may lag behind it: what the other one wrote is read in the same forward that needs it. `sync` takes back what was
-written in vain. Rows write steps of their own, from where they stand; a forward is of those that write.
+that may lag behind it: what the other one wrote is read in the same forward that needs it, unless both work on one
+cache. `sync` takes back what was written in vain. Rows write steps of their own, from where they stand; a forward is of
+those that write.
 
 Shape legend: B rows, R rows that write, T slots, V vocabulary, C channels.
 """
@@ -24,12 +25,15 @@ from specdec.acceptance import Accepted, to_host
 from specdec.decoding.drafter import Outcome
 from specdec.decoding.loop import Committed, DecodingLoop
 from specdec.decoding.sampling import Prefixes
+from specdec.decoding.sequences import num_shared
 from specdec.routing.stop import StepStop
 from specdec.tree_model.model import TreeModel
 from trees import Draft, TokenTree, TreeBatch
 
 _LONGEST_LEAD = 256
 """Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
+READ_AT_ONCE = 16
+"""Tokens of a rejected step that a CPU reads at once: most of it does not agree, and every token is paid for."""
 _CHEAP_WIDTH = 16
 """A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
 token that is dropped again: copying the states of those that write costs more."""
@@ -61,6 +65,12 @@ class StepWriter(DecodingLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._held: list[list[int]] = [[] for _ in self.sequences.tokens]
+        """Of each row the tokens, padding included, whose states its cache holds."""
+
+        self._owner: StepWriter | None = None
+        """On whose cache it works; None: on its own."""
+
         self._leads: list[int] = []
         self._scored: _ScoredDrafts | None = None
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
@@ -85,12 +95,30 @@ class StepWriter(DecodingLoop):
         """The run is over."""
         self.session.close()
 
+    def share_cache_of(self, owner: StepWriter) -> None:
+        """Work on the cache of another writer, whose model has the same layers: neither reads what the other has read.
+
+        A step that is taken back goes from the cache, whoever has written it. To be called before anything is read.
+        """
+        self._owner, self._held = owner, owner._held
+
     def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Commit of these drafts what the model would have written, and its own token after that."""
-        chains = {row: tokens[: self._room(row)] for row, tokens in drafts.items()}
-        if chains := {row: tokens for row, tokens in chains.items() if tokens or self._must_read(row)}:
-            self.score_drafts(chains)
+        rest = {row: tokens for row, tokens in drafts.items() if tokens or self._must_read(row)}
+        most = READ_AT_ONCE if self.target.device.type == "cpu" else sys.maxsize
+        while rest:
+            before = {row: len(self.sequences.tokens[row]) for row in rest}
+            parts = {row: list(tokens[: min(most, self._room(row))]) for row, tokens in rest.items()}
+            self.score_drafts(parts)
             self.commit_scored({})
+            rest = {row: self._left_of(tokens, row, before[row]) for row, tokens in rest.items()}
+            rest = {row: tokens for row, tokens in rest.items() if tokens and self._room(row)}
+
+    def _left_of(self, tokens: Sequence[int], row: int, start: int) -> Sequence[int]:
+        """What of these tokens may still follow in a row, whose own begin at `start`."""
+        written = self.sequences.tokens[row][start:]
+        agrees = list(tokens[: len(written)]) == written
+        return tokens[len(written) :] if agrees and not self.stop.steps[row].is_over else ()
 
     def write(self, limits: Mapping[int, int]) -> None:
         """Go on with these rows' steps until each is over or has the given number of tokens. Other rows that are
@@ -130,10 +158,6 @@ class StepWriter(DecodingLoop):
             if shared < length or appended[row]:
                 step.is_over = step.is_last = False
                 self._signals[row] = [*self._signals[row][:shared], *[None] * len(appended[row])]
-        if self._has_read:
-            # the last token is never cached: it is the root of the next forward
-            lengths = zip(self.sequences.lengths, appended, strict=True)
-            self.target.cache.truncate_committed([length - max(1, len(tokens)) for length, tokens in lengths])
         self.session.observe(Outcome(paths=[[]] * len(appended), tokens=appended, is_own=False))
 
     def begin_steps(self, rows: Iterable[int]) -> None:
@@ -147,9 +171,11 @@ class StepWriter(DecodingLoop):
         self.stop.select_rows(rows)
         self._signals = [self._signals[row] for row in rows]
         self.session.select_rows(rows)
-        if self._has_read and rows:
-            self.target.states = {}  # of the rows of the last forward, not of all
-            self.target.select_rows(rows)
+        self.target.states = {}  # of the rows of the last forward, not of all
+        if self._owner is None:
+            self._held[:] = [self._held[row] for row in rows]
+            if self._has_read and rows:
+                self.target.select_rows(rows)
 
     def score_drafts(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Verify chains and commit none of them: `commit_scored` does, or `discard`. Rows that write wait meanwhile.
@@ -213,6 +239,7 @@ class StepWriter(DecodingLoop):
         does not hold yet."""
         started = perf_counter()
         self._read_prompts()
+        self._take_back()
         self._catch_up()
         rows = self.stop.writing
         leads = {row: self._unread(row) for row in rows}
@@ -258,7 +285,7 @@ class StepWriter(DecodingLoop):
         return Outcome(paths=paths, tokens=tokens, is_own=self._is_own)
 
     def _must_read(self, row: int) -> bool:
-        return self.reads_first and (not self._has_read or bool(self._unread(row)))
+        return self.reads_first and (not self._has_read or self._cached(row) < self.sequences.lengths[row] - 1)
 
     def _max_depths(self) -> list[int]:
         most, writing = sys.maxsize, self.stop.writing
@@ -275,7 +302,14 @@ class StepWriter(DecodingLoop):
             [*range(lead), *[lead + slot for slot in [0, *(node + 1 for node in path)][:count]]]
             for lead, path, count in zip(self._leads, paths, counts, strict=True)
         ]
+        self._keep(kept)
+
+    def _keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Commit these slots of each row's tail to the cache."""
+        before = self.target.cache.lengths
         self.target.commit(kept)
+        for row, (old, new) in enumerate(zip(before, self.target.cache.lengths, strict=True)):
+            self._held[row] += self.sequences.prefix(row, new)[old:].tolist() if new > old else []
 
     def _report(self, committed: Committed) -> None:
         trees, paths, tokens, _ = committed
@@ -301,20 +335,38 @@ class StepWriter(DecodingLoop):
             step.writing = row in waiting
 
     def _read_prompts(self) -> None:
-        if not self._has_read:
+        if self._owner is not None:
+            self._owner._read_prompts()
+            self.target.share_cache_with(self._owner.target)
+        elif not self._has_read:
             self.prefill(self.target, self.sequences.rows)
             self.target.cache.truncate_committed([length - 1 for length in self.target.cache.lengths])
-            self._has_read = True
+            for row, length in enumerate(self.target.cache.lengths):
+                self._held[row][:] = self.sequences.prefix(row, length).tolist()
+        self._has_read = True
+
+    def _take_back(self) -> None:
+        """Forget what the cache holds besides the text of the rows that write."""
+        lengths = self.target.cache.lengths
+        kept = [self._cached(row) if step.writing else lengths[row] for row, step in enumerate(self.stop.steps)]
+        if kept != lengths:
+            self.target.cache.truncate_committed(kept)
+            for row, length in enumerate(kept):
+                del self._held[row][length:]
+
+    def _cached(self, row: int) -> int:
+        """Slots of a row's text that the cache holds. The last token is none of them: it is the root of the next
+        forward."""
+        return num_shared(self._held[row], self.sequences.prefix(row)[:-1].tolist())
 
     def _unread(self, row: int) -> list[int]:
-        """Committed tokens that the cache does not hold, without the root."""
+        """Committed tokens, without the root, that the cache of a row that writes does not hold."""
         cached = self.target.cache.lengths[row]
         return self.sequences.prefix(row)[cached:-1].tolist()
 
     def _root(self, row: int) -> int:
-        """The last token; of a row that does not write the first one that is not cached: what it says is dropped."""
-        position = -1 if self.stop.steps[row].writing else self.target.cache.lengths[row]
-        return int(self.sequences.prefix(row)[position])
+        """The last token; of a row that does not write, whatever it says is dropped."""
+        return int(self.sequences.prefix(row)[-1])
 
     def _catch_up(self) -> None:
         """Read what is too long to be read with a draft: where several rows write, each row's on its own."""
@@ -324,7 +376,7 @@ class StepWriter(DecodingLoop):
             while len(lead := self._unread(row)) > longest:
                 part = lead[:_LONGEST_LEAD]
                 self._forward({row: part})
-                self.target.commit([range(len(part) if index == row else 0) for index in range(len(self.sequences))])
+                self._keep([range(len(part) if index == row else 0) for index in range(len(self.sequences))])
 
     def _forward(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
         """Logits [R, longest, V] after every token of some rows, over the target's vocabulary.

@@ -46,7 +46,7 @@ class LayerKind:
 
     def within(self, num_slots: int) -> LayerKind:
         """The same among so few slots that all may be visible."""
-        return self if self.reach is not None and self.reach < num_slots else replace(self, reach=None)
+        return self if self.reach is None or self.reach < num_slots else replace(self, reach=None)
 
 
 _ATTENDING = (

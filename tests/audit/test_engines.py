@@ -65,6 +65,7 @@ def llama_server(path: Path, kind: str) -> Iterator[str]:
     del server
 
 
+@pytest.mark.slow  # with `make test-all`, which installs llama.cpp
 def test_the_server_of_llama_cpp(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_tiny_gguf(path, context_length=2048)

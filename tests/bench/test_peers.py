@@ -231,6 +231,7 @@ def test_gguf_files_are_found_or_asked_for(tmp_path: Any, monkeypatch: pytest.Mo
         llama_files([], **(files | {"gguf": beside}))
 
 
+@pytest.mark.slow  # with `make test-all`, which installs llama.cpp
 @pytest.mark.network
 def test_llama_cpp_decodes_the_demo_model(demo_folder: Path) -> None:
     """Plain and n-gram speculation say the same, and the n-grams of what is edited are found."""

@@ -21,7 +21,8 @@ def problems(tmp_path: Path) -> str:
 
 
 def test_bench_measures_routers_beside_lossless_methods(tiny: str, problems: str) -> None:
-    specs = ("--router", "random:escalation_rate=0.5", "--router", "self-confidence:threshold=0.5:look_every=2")
+    shared = "self-confidence:threshold=0.5:look_every=2:shares_cache=true:lookahead=2"
+    specs = ("--router", "random:escalation_rate=0.5", "--router", shared)
     options = ("--prompts", problems, "--methods", "plain", *specs, *FAST)
     result = specdec_command("bench", "-m", tiny, *options, "--json")
     assert result.exit_code == 0, result.output
@@ -30,8 +31,13 @@ def test_bench_measures_routers_beside_lossless_methods(tiny: str, problems: str
     assert lossy == [f"{spec} LOSSY" for spec in specs[1::2]]
     assert {methods[name]["identical_to_plain"] for name in lossy} == {None}, "nobody promises that"
     assert methods["plain"]["identical_to_plain"]
+    told = ("target_step_share", "target_token_share", "vain_tokens_per_token", "router_us_per_step")
+    assert all(methods[name][field] >= 0 for name in lossy for field in told)
+    assert all(methods["plain"][field] is None for field in told)
     table = specdec_command("bench", "-m", tiny, *options, "-o", "md")
-    assert table.stdout.count("LOSSY") >= 2 * 2, "in every table"
+    assert table.stdout.count("LOSSY") >= 2 * 3, "in every table"
+    assert "in vain" in table.stdout
+    assert table.stdout.rstrip().endswith("another text than the target's")
 
 
 def test_a_draft_writes_the_steps_if_there_is_one(tiny: str, tiny_draft: str, problems: str) -> None:
@@ -49,7 +55,8 @@ def test_a_draft_writes_the_steps_if_there_is_one(tiny: str, tiny_draft: str, pr
         (("--router", "oracle"), "unknown router 'oracle'; choose from: self-confidence"),
         (("--router", "self-confidence"), "either a threshold or an escalation_rate"),
         (("--router", "random:escalation_rate=2"), "share of steps"),
-        (("--router", "random:rate=0.5"), "it takes: escalation_rate, seed"),
+        (("--router", "random:rate=0.5"), "it takes: escalation_rate, seed, lookahead, shares_cache"),
+        (("--router", "random:escalation_rate=1:lookahead=0"), "a positive number of steps"),
         (("--step-writer", "quantized-self"), "give --router too"),
         (("--router", "random:escalation_rate=0.5", "--step-writer", "plain"), "unknown step writer"),
         (("--router", "random:escalation_rate=0.5", "--step-writer", "small-model"), "give it with --draft"),

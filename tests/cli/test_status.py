@@ -19,7 +19,7 @@ from rich.console import Console
 import specdec
 from specdec.cli import status
 from specdec.cli.common import TERMINATED, friendly_errors, heeds_sigterm
-from specdec.cli.status import make_way, shown_stages
+from specdec.cli.status import await_output, make_way, shown_stages
 from specdec.drafters import QuantizedSelf
 from specdec.stages import OneOff, counted, logger, stage
 from specdec.testing import random_prompts, tiny_model
@@ -88,6 +88,21 @@ def test_a_terminal_shows_the_innermost_stage_and_then_nothing() -> None:
     assert not logger.handlers
 
 
+def test_until_there_is_output_a_terminal_shows_what_is_awaited() -> None:
+    """Again after a stage within, and no more once there is output."""
+    terminal = console(is_terminal=True)
+    with shown_stages(terminal):
+        await_output("reading the prompt")
+        with stage("timing forwards"):
+            before = len(text_of(terminal))
+        assert "reading the prompt ..." in text_of(terminal)[before:]
+        make_way()
+        before = len(text_of(terminal))
+        with stage("timing forwards"):
+            pass
+        assert "reading the prompt" not in text_of(terminal)[before:]
+
+
 def test_a_file_gets_a_line_of_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     file = console(is_terminal=False)
     monkeypatch.setattr(status, "QUIET_SECONDS", 0.05)
@@ -124,9 +139,12 @@ def test_beside_output_in_a_file_nothing_is_said(monkeypatch: pytest.MonkeyPatch
 
 def test_generate_says_what_it_is_busy_with(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "QUIET_SECONDS", 0.0)
+    awaited: list[str] = []
+    monkeypatch.setattr("specdec.cli.generate.await_output", awaited.append)
     result = specdec_command("generate", PROMPT, "-m", tiny, "-n", "4", "--weights", "float")
     assert result.exit_code == 0, result.output
     assert f"loading {Path(tiny).name} ..." in result.stderr
+    assert awaited == ["reading the prompt"]
 
 
 # SIGTERM

@@ -187,6 +187,12 @@ class TestAcceptance:
         model = AcceptanceModel(AcceptanceMemory())
         assert model.reaches([0.55, 0.55, 0.05]) == pytest.approx([0.55, 0.55**2, 0.55**2 * 0.05])
 
+    def test_reaches_end_with_the_first_that_is_too_little(self) -> None:
+        model = AcceptanceModel(AcceptanceMemory())
+        all_of_them = model.reaches([0.55] * 8)
+        assert model.reaches([0.55] * 8, least=all_of_them[2]) == all_of_them[:4]
+        assert model.reaches([0.55] * 8, least=1.1) == all_of_them[:1]
+
     @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, 2.0, 3.0])), min_size=1, max_size=4))
     def test_monotone_is_the_closest_non_falling_sequence(self, pairs: list[tuple[int, float]]) -> None:

@@ -27,6 +27,7 @@ from tests.support.heads import (
     save_original,
     save_speculators,
     small_vocab_model,
+    take_turns,
 )
 from tests.support.recurrent_models import recurrent_model
 from tests.support.references import forget_drafters, plain_alone, speculate
@@ -169,24 +170,10 @@ def test_one_of_several_drafters(drafters: str, tmp_path: Path, monkeypatch: pyt
         "mixed": lambda: Mixed([PromptLookup(), head]),
     }
     drafter_ = made[drafters]()
-    if isinstance(drafter_, Auto):
-        turns = iter(range(1000))
-        monkeypatch.setattr(
-            "specdec.drafters.auto.drafter._AutoSession._choose",
-            lambda auto, context, offer: choose_in_turn(auto, context, offer, next(turns)),
-        )
+    take_turns(monkeypatch)
     check_equality(drafter_, model)
     assert listener.said
     listener.check(TinyHead(), model, bound=1e-3)
-
-
-def choose_in_turn(auto: Any, context: Any, offer: Any, turn: int) -> Any:
-    plans = [
-        context.plain,
-        *filter(None, [offer]),
-        *(source._round(source._known.history.mean, context) for source in auto._models),
-    ]
-    return plans[turn % len(plans)] if max(context.max_depths) else context.plain
 
 
 def test_texts_past_what_a_head_was_trained_on_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

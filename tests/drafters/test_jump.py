@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec import DraftError
-from specdec.drafters import DraftHead
+from specdec.drafters import Auto, DraftHead, EarlyExit
 from specdec.drafters.head.formats import JUMP, HeadConfig
 from specdec.drafters.head.jump import Jump
+from specdec.drafters.model.growing import GrowingSession
 from specdec.engine import Engine
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from specdec.training.heads.export import save_head
 from tests.support.engine_requests import alone, random_prompt, request_of
-from tests.support.heads import Listener, hidden_states, small_vocab_model
+from tests.support.heads import Listener, hidden_states, small_vocab_model, take_turns
 from tests.support.references import plain_alone, speculate
 from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact
-from trees import Chain, DySpec, Fixed, GrowthPolicy
+from trees import Chain, Draft, DySpec, Fixed, GrowthPolicy
 
 NUM_NEW, LANDING, START = 20, 2, 4
 PROMPTS = random_prompts([5, 12, 2, 9])
@@ -47,6 +48,7 @@ def saved(folder: Path, target: PreTrainedModel, *, landing: int = LANDING, star
         for weight in head.parameters():
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (weight.dim() == 1))
             weight.copy_(weight.bfloat16())
+        head.lm_head.weight.copy_(target.get_output_embeddings().weight[head.vocab_ids])  # type: ignore[union-attr]
     save_head(folder / "head", head, target, "tiny", {}, 3)
     return folder / "head", head
 
@@ -91,6 +93,24 @@ def test_heads_compute_what_the_layers_between_do(
     assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
     check(listener, head, target)
     assert 0 < out.stats.num_accepted < out.stats.num_drafted
+
+
+def test_jumps_and_exits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads the target's lower layers, and what jumps over them, are choices of the same round."""
+    target = small_vocab_model()
+    (short, _), (far, _) = (saved(tmp_path / name, target, landing=m) for name, m in (("short", LANDING), ("far", 1)))
+    take_turns(monkeypatch)
+    grow, drafting = GrowingSession._grow, set()
+
+    def noted(session: GrowingSession, max_depths: Sequence[int]) -> Draft:
+        drafting.add(session)
+        return grow(session, max_depths)
+
+    monkeypatch.setattr(GrowingSession, "_grow", noted)
+    drafters = [DraftHead(short), EarlyExit(2), DraftHead(far)]
+    out = speculate(target, PROMPTS, Auto(*drafters), max_new_tokens=NUM_NEW)
+    assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
+    assert len(drafting) == len(drafters)
 
 
 def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -100,6 +101,32 @@ def test_a_model_drafts_for_itself_from_its_own_folder(tmp_path: Path) -> None:
     assert drafter_of(str(tmp_path / "without"), str(tmp_path / "without")) == "small-model"
     alone = TinyMtp("transformers", "llama").save(tmp_path / "alone")
     assert drafter_of(str(alone), str(folder)) == "draft-head"
+
+
+def test_heads_and_models_are_told_apart_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache holds is found without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    tiny = TinyMtp("deepseek", "llama")
+    tiny.save(cached(tmp_path, "org/with"))
+    tiny.target.save_pretrained(cached(tmp_path, "org/without"))
+    TinyMtp("transformers", "llama").save(cached(tmp_path, "org/alone"))
+    assert drafter_of("org/with", "org/with") == drafter_of("org/alone", "org/with") == "draft-head"
+    assert drafter_of("org/with", "org/without") == drafter_of("org/without", "org/without") == "small-model"
+    assert drafter_of("org/absent", "org/absent") == "small-model"
+    for head in ("org/alone", DraftHead("org/with")):
+        out = speculate(tiny.target, PROMPTS, head, tree=Chain(2), max_new_tokens=NUM_NEW)
+        assert out.stats.draft_forwards > 0
+    with pytest.raises(DraftError, match=r"head in org/absent.*check the name and the network"):
+        DraftHead("org/absent")
+
+
+def cached(home: Path, hub_id: str) -> Path:
+    """The folder of a snapshot in a hub cache."""
+    repository = home / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    return repository / "snapshots" / ("0" * 40)
 
 
 def test_the_first_of_several_layers_is_read(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("num_tokens", "num_keys"), [(16, 16), (33, 40), (70, 257)])
+@pytest.mark.parametrize(("num_tokens", "num_keys"), [(5, 200), (15, 141), (16, 16), (33, 40), (70, 257)])
 def test_attention_of_many_queries_is_that_of_each(library, kind, num_tokens, num_keys):
     """Many have queries in the lanes of their vectors, a few have keys there."""
     B, K, H, D = 2, 2, 6, 64
@@ -144,16 +144,18 @@ def test_attention_of_many_queries_is_that_of_each(library, kind, num_tokens, nu
         assert torch.equal(attend(slice(token, token + 1), num_seen), whole[:, token : token + 1])
 
 
-def test_tiles_of_several_threads_do_not_meet(library):
+@pytest.mark.parametrize("num_tokens", [1, 3, 200])
+def test_tiles_of_several_threads_do_not_meet(library, num_tokens):
+    """Nor do slices of the values that a few queries mix."""
     before = torch.get_num_threads()
     query_BTHD, key_BKSD, value_BKSD = (
-        torch.randn(2, 200, 6, 64),
+        torch.randn(2, num_tokens, 10, 64),
         torch.randn(2, 2, 300, 64),
         torch.randn(2, 2, 300, 64),
     )
     try:
         outputs = []
-        for num_threads in (1, 2, 3, 2):
+        for num_threads in (1, 2, 3, 16, 2):
             torch.set_num_threads(num_threads)
             attention = native.attention(query_BTHD, key_BKSD, value_BKSD, None, 0.125)
             outputs.append(library.attend(query_BTHD, attention))

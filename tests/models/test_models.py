@@ -272,7 +272,7 @@ def test_a_hub_without_an_address_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     def no_address(*_: object) -> list[object]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("specdec.models.files.getproxies", dict)
+    monkeypatch.setattr("specdec.hf.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", no_address)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s before another try"))
     with pytest.raises(ModelError, match="check the name and the network"):

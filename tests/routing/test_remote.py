@@ -488,6 +488,7 @@ def llama_cpp(demo_folder: Path) -> Iterator[tuple[str, PreTrainedTokenizerBase]
     del server  # until here, or nobody holds it
 
 
+@pytest.mark.slow  # with `make test-all`, which installs llama.cpp
 @pytest.mark.network
 def test_llama_cpp(llama_cpp):
     """It writes both kinds of steps, so the text is its own, and says what it thought; it cannot score a given step."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import routers
 import specdec
 from routers import Decision, DraftedStep, TargetView
 from specdec.drafters import Auto, Drafter, PromptLookup, QuantizedSelf, SmallModel
+from specdec.kernels import prepare
+from specdec.routing import writer
+from specdec.routing.writer import StepWriter
 from specdec.testing import ByteTokenizer, assert_same_tokens, tiny_model
 from tests.support.references import plain_alone, with_noise
 from tests.support.routed_steps import NUM_NEW, PROMPTS, STEPS, Scripted, alternating, check_writers
@@ -220,3 +224,152 @@ def test_a_router_that_has_the_target_write_does_not_look_ahead(model, draft):
     router.lookahead = 2
     with pytest.raises(ValueError, match="lookahead is 1 then"):
         routed(model, draft, router)
+
+
+def sharing(router: routers.Router) -> routers.Router:
+    router.shares_cache = True
+    return router
+
+
+@pytest.mark.parametrize("option", [{}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "router",
+    [lambda: routers.AlwaysTarget(steps=STEPS), lambda: Scripted(lambda row, index: True), lambda: Looking(-1, 3)],
+    ids=["not drafted", "drafted", "looked at"],
+)
+def test_full_escalation_in_one_cache_is_lossless(model, router, option: dict):
+    expected = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **option)
+    for chooses in (False, True):
+        copy = QuantizedSelf(weights="int4", num_tokens=3)
+        out = routed(model, Auto(copy) if chooses else copy, sharing(router()), **option)
+        assert torch.equal(out.sequences, expected)
+        assert not out.stats.is_lossy
+
+
+def check_one_cache(
+    model: PreTrainedModel, copy: PreTrainedModel, out, *, target_reads_all: bool = False, lookahead: int = 1
+) -> None:
+    """Replay: every step is its writer's greedy continuation of what the writers of the steps before have read.
+
+    Args:
+        target_reads_all: the kept steps too, as soon as `lookahead` of them have been drafted.
+    """
+    width = PROMPTS["input_ids"].shape[1]
+    for row, ids in enumerate(out.sequences):
+        padding, place, num_ahead = int((PROMPTS["attention_mask"][row] == 0).sum()), width, 0
+        judged = DynamicCache()
+        with torch.no_grad():
+            model(ids[None, padding : width - 1], past_key_values=judged)
+        drafted = deepcopy(judged)
+        for step in (step for step in out.stats.steps if step.row == row):
+            end = place + step.num_tokens
+            read = ids[None, place - 1 : end - 1]
+            with torch.no_grad():
+                if step.writer == "target":
+                    logits_TV = model(read, past_key_values=judged).logits[0]
+                else:
+                    logits_TV = copy(read, past_key_values=drafted).logits[0]
+                    (model if target_reads_all else copy)(read, past_key_values=judged)
+            num_ahead = 0 if step.writer == "target" else (num_ahead + 1) % lookahead
+            if num_ahead == 0:
+                drafted = deepcopy(judged)
+            written_T = ids[place:end]
+            chosen_T = logits_TV.gather(1, written_T[:, None])[:, 0]
+            assert (logits_TV.amax(-1) - chosen_T).max() < 1e-3, (row, step)
+            place = end
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize(
+    "router",
+    [
+        lambda: Scripted(alternating),
+        lambda: Scripted(alternating, peek=0),
+        lambda: Asking(alternating),
+        lambda: Looking(most=5, every=3),
+        lambda: Weighing(3, asks=False),
+        lambda: Weighing(3),
+    ],
+    ids=["drafted", "not drafted", "asked", "looked at", "ahead", "ahead, asked"],
+)
+def test_in_one_cache_steps_follow_from_what_was_read(model, draft, router, num_tokens: int):
+    """Ragged rows, and rows that are in different phases; the copy is noisy enough to be told from the target."""
+    out = routed(model, SmallModel(draft, num_tokens=num_tokens), sharing(router()))
+    assert {step.writer for step in out.stats.steps} == {"draft", "target"}
+    asked = isinstance(router(), Asking) or getattr(router(), "asks", False)
+    writers = model, draft
+    check_one_cache(*writers, out, target_reads_all=asked, lookahead=router().lookahead)
+    with pytest.raises(AssertionError):
+        check_one_cache(*writers, out, target_reads_all=not asked, lookahead=router().lookahead)
+
+
+def test_in_one_cache_nothing_is_read_twice(model, draft, monkeypatch):
+    longest: dict[bool, int] = {}
+    verify = StepWriter.verify
+
+    def spy(self, draft):
+        logits = verify(self, draft)
+        longest[is_shared] = max(longest.get(is_shared, 0), *self._leads)
+        return logits
+
+    monkeypatch.setattr(StepWriter, "verify", spy)
+    for is_shared in (False, True):
+        router = Scripted(alternating, peek=0)
+        router.shares_cache = is_shared
+        routed(model, SmallModel(draft, num_tokens=3), router)
+    assert longest[True] == 0 < longest[False]
+
+
+def test_sampling_in_one_cache_is_the_targets_where_it_writes_everything(model):
+    def sampled(**options):
+        torch.manual_seed(1)
+        return routed(model, QuantizedSelf(), do_sample=True, **options).sequences
+
+    ours = sampled(router=sharing(routers.AlwaysTarget(steps=STEPS)))
+    assert torch.equal(ours, sampled(router=routers.AlwaysTarget(steps=STEPS)))
+
+
+def test_what_cannot_share_a_cache_is_refused(model, draft):
+    with pytest.raises(specdec.UnsupportedOptionError, match="another num_hidden_layers"):
+        routed(model, tiny_model("llama", num_hidden_layers=1), sharing(routers.AlwaysDraft()))
+    with pytest.raises(specdec.UnsupportedOptionError, match="these are bfloat16"):
+        routed(tiny_model("llama").bfloat16(), QuantizedSelf(), sharing(routers.AlwaysDraft()))
+    with pytest.raises(ValueError, match="an endpoint shares no cache"):
+        routed(model, specdec.Endpoint("http://localhost:1/v1"), sharing(routers.AlwaysDraft()))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("option", [{}, {"repetition_penalty": 1.3}])
+def test_a_rejected_step_is_read_in_parts_as_long_as_it_agrees(model, draft, monkeypatch, shares: bool, option: dict):
+    """The text does not depend on the length of the parts, and after the first difference nothing is read."""
+    expected = model.generate(**PROMPTS, max_new_tokens=NUM_NEW, do_sample=False, **option)
+    scored: list[dict[int, int]] = []
+    score_drafts = StepWriter.score_drafts
+
+    def spy(self, chains):
+        scored.append({row: len(tokens) for row, tokens in chains.items()})
+        return score_drafts(self, chains)
+
+    monkeypatch.setattr(StepWriter, "score_drafts", spy)
+    counts = []
+    for most in (1, 3, 100):
+        monkeypatch.setattr(writer, "READ_AT_ONCE", most)
+        scored.clear()
+        router = Scripted(lambda row, index: True)
+        router.shares_cache = shares
+        out = routed(model, SmallModel(draft, num_tokens=3), router, **option)
+        assert torch.equal(out.sequences, expected)
+        assert max(length for chains in scored for length in chains.values()) <= min(most, STEPS.max_tokens)
+        counts.append(sum(length for chains in scored for length in chains.values()))
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_one_cache_of_prepared_models(model):
+    """The layers of both are fused, and write keys and values by address."""
+    prepared = prepare(tiny_model("llama"))
+    copy = QuantizedSelf(weights="int4", num_tokens=3)
+    expected = plain_alone(prepared, PROMPTS, NUM_NEW)
+    out = routed(prepared, copy, sharing(Scripted(lambda row, index: True)))
+    assert_same_tokens(prepared, expected, out.sequences, PROMPTS["attention_mask"])
+    out = routed(prepared, copy, sharing(Scripted(alternating)))
+    check_one_cache(model, copy.copy_of(prepared), out)

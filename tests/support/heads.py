@@ -5,6 +5,7 @@ Shape legend: T positions, C channels, X channels of all states, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -349,3 +351,15 @@ def _rows(session: Any) -> Iterator[tuple[int, tuple[tuple[int, ...], int]]]:
     for row, (text, first) in enumerate(zip(session._run.sequences.tokens, firsts, strict=True)):
         if session._runner.cache.lengths[row]:
             yield row, (tuple(text), first)
+
+
+def take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every `Auto` choose plain decoding and each of its drafters in turn."""
+    turns = itertools.count()
+
+    def choose(auto: Any, context: Any, offer: Any) -> Any:
+        rounds = (source._round(source._known.history.mean, context) for source in auto._models)
+        plans = [context.plain, *filter(None, [offer]), *rounds]
+        return plans[next(turns) % len(plans)] if max(context.max_depths) else context.plain
+
+    monkeypatch.setattr("specdec.drafters.auto.drafter._AutoSession._choose", choose)

@@ -29,7 +29,7 @@ from specdec.tree_model.model import TreeModel
 from tests.support.references import plain_alone, speculate
 
 LENGTH, ROWS, LAYERS = 48, 4, (1, 3)
-RECIPE = BlockRecipe(vocabulary=60, anchors=8, block_size=4, markov_rank=8)
+RECIPE = BlockRecipe(vocabulary=60, anchors=8, reach=4, markov_rank=8)
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,7 @@ class TestExport:
 class TestRun:
     def run(self, model: PreTrainedModel, out: Path, stop_after: int | None = None) -> Any:
         source = Source("test", self_generation(ByteTokenizer()), ROWS * LENGTH * 2)
-        recipe = BlockRecipe(vocabulary=60, anchors=4, block_size=4, markov_rank=8, epochs=2, batch_rows=2)
+        recipe = BlockRecipe(vocabulary=60, anchors=4, reach=4, markov_rank=8, epochs=2, batch_rows=2)
         training = HeadTraining(model, "tiny", source, recipe, out, length=LENGTH)
         for _ in training.collect():
             pass
@@ -200,7 +200,7 @@ class TestRun:
         assert all(torch.equal(weight, broken[name]) for name, weight in whole.items())
         facts = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "broken")]
         assert facts[0]["curve"] == facts[1]["curve"]
-        assert [point["tokens"] for point in facts[0]["curve"]] == [96 * step for step in range(1, 9)]
+        assert [point["tokens"] for point in facts[0]["curve"]] == [96 * step for step in (1, 2, 4, 8)]
         assert len(report.steps) == 4
         assert 0 <= report.accepted <= 4
         assert not (tmp_path / "broken.work").exists()
@@ -226,6 +226,7 @@ def test_the_command_from_end_to_end(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train-head", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "speed-up" in result.stdout
+    assert "learning curve" in result.stdout
     config = json.loads((out / "config.json").read_text())
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     assert DraftHead(out).model.head_config.markov_rank == 0

@@ -275,8 +275,9 @@ class _AutoSession(DraftSession):
         """None: nothing is drafted, or the drafter has raised."""
         if plan.source is None:
             return None
-        throughput = capped_throughput(context.throughput, [context.plain, plan])
-        draft = plan.source.draft(plan, replace(context, throughput=throughput))
+        if plan.source is not self._lookup:
+            context = replace(context, throughput=capped_throughput(context.throughput, [context.plain, plan]))
+        draft = plan.source.draft(plan, context)
         if plan.source.is_gone:
             self._run.target.forget_tail()  # it may have left its work there
         return draft
@@ -306,7 +307,9 @@ class _AutoSession(DraftSession):
         if source is None or not source.session.runs_target:
             num_padded = context.num_rows * trees.num_slots
             num_tokens = context.num_rows + sum(trees.sizes) if context.is_packed else num_padded
-            context.costs.update(num_tokens + num_along, now - round_.drafted)
+            # what it takes to put a proposal together comes with its width; a draft's own time is counted apart
+            begun = round_.decided if source in (None, self._lookup) else round_.drafted
+            context.costs.update(num_tokens + num_along, now - begun)
             if num_along:
                 return context.costs.seconds(num_tokens + num_along) - context.costs.seconds(num_tokens)
         return 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise, takewhile, zip_longest
+from itertools import chain, pairwise, zip_longest
 from math import inf
 from operator import itemgetter
 from statistics import mean
@@ -29,6 +29,7 @@ from specdec.control import (
     monotone,
 )
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
+from specdec.decoding.sequences import num_shared
 from specdec.drafters.auto.dropped import drop, is_the_callers
 from specdec.drafters.auto.knowledge import known_of
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
@@ -82,11 +83,11 @@ class RoundContext:
         """Of a round that verifies so many drafted tokens in its longest row; if packed, for a row on average."""
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
-    def prices(self, step_seconds: float) -> list[float]:
+    def prices(self, step_seconds: float, leaf_prices: Sequence[float]) -> list[float]:
         """Of the tokens of a chain, see `GainLimitedChain`."""
         longest = min(LONGEST_DRAFT, max(self.max_depths))
         drafting = self.throughput * step_seconds
-        return [drafting + (0.0 if self.is_packed else price) for price in self.leaf_prices()[1:longest]]
+        return [drafting + (0.0 if self.is_packed else price) for price in leaf_prices[1:longest]]
 
     def leaf_prices(self) -> list[float]:
         """The price of each node of a tree, if packed of all trees (see `GainLimitedChain`): an isotonic regression of
@@ -140,29 +141,37 @@ class LookupSource(Source):
     def plan(self, context: RoundContext) -> Plan[Source] | None:
         """The lengths at which proposals are worth most; None if all are 0."""
         self._chains = self._lookup.trees(context.max_depths)
-        reaches = [self.acceptance.reaches(chain.probs or ()) for chain in self._chains]
-        bias = self._known.bias_at(context.num_rows)
-        num_tokens, most, tokens = context.num_rows, -inf, context.plain.tokens
+        num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
+        least = _HOPELESS / num_rows
+        reaches = [self.acceptance.reaches(proposal.probs or (), least) for proposal in self._chains]
+        share = self._known.bias_at(num_rows).share
+        plain, dearer = context.plain, costs.seconds(num_rows + 1) - context.plain.seconds
+        if share * sum(map(sum, reaches)) * plain.seconds <= plain.tokens * dearer:
+            return None  # all of it is worth less than one more token costs
+        num_tokens, most, tokens = num_rows, -inf, plain.tokens
         best_tokens = best_seconds = 0.0
-        lengths, self._lengths = [0] * context.num_rows, []
+        longer: list[Sequence[int]] = []
+        num_best = 0
         for reach, rows in _extensions(reaches, context.is_packed):
             if reach < _HOPELESS:
                 break
-            tokens += bias.share * reach
+            tokens += share * reach
             num_tokens += len(rows)
-            for row in rows:
-                lengths[row] += 1
-            seconds = context.costs.seconds(num_tokens)
-            worth = tokens - context.throughput * seconds
+            longer.append(rows)
+            seconds = costs.seconds(num_tokens)
+            worth = tokens - throughput * seconds
             if worth > most:
-                most, best_tokens, best_seconds, self._lengths = worth, tokens, seconds, [*lengths]
-        if not self._lengths:
+                most, best_tokens, best_seconds, num_best = worth, tokens, seconds, len(longer)
+        if not num_best:
             return None
+        self._lengths = [0] * num_rows
+        for row in chain.from_iterable(longer[:num_best]):
+            self._lengths[row] += 1
         return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
 
     def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
         pairs = zip(self._chains, self._lengths, strict=True)
-        chains = [TokenTree.chain(chain.tokens[:length]) for chain, length in pairs]
+        chains = [TokenTree.chain(proposal.tokens[:length]) for proposal, length in pairs]
         return Draft(trees=TreeBatch.stack(chains, self._run.device))
 
     def would_commit(self, outcome: Outcome, lengths: Sequence[int]) -> int:
@@ -183,17 +192,16 @@ class LookupSource(Source):
             promised = (drafted.tokens - num_rows) / bias.share
             bias.update(promised, self.would_commit(outcome, self._lengths) - num_rows)
         agreed = self._agreed(outcome, [LONGEST_LOOKUP] * num_rows)
-        for chain, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
-            tested = (chain.probs or ())[: len(tokens)]
+        for proposal, tokens, num_accepted in zip(self._chains, outcome.tokens, agreed, strict=True):
+            tested = (proposal.probs or ())[: len(tokens)]
             self.acceptance.update_chain(tested, num_accepted)
 
     def _agreed(self, outcome: Outcome, lengths: Sequence[int]) -> list[int]:
         """For each row how many of the proposal's first tokens are those that were committed."""
-        counts = []
-        for chain, tokens, length in zip(self._chains, outcome.tokens, lengths, strict=True):
-            pairs = zip(chain.tokens[:length], tokens, strict=False)
-            counts.append(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return counts
+        return [
+            num_shared(proposal.tokens[:length], tokens)
+            for proposal, tokens, length in zip(self._chains, outcome.tokens, lengths, strict=True)
+        ]
 
 
 def _extensions(reaches: Sequence[Sequence[float]], is_packed: bool) -> Iterator[tuple[float, Sequence[int]]]:
@@ -289,11 +297,12 @@ class ModelSource(Source):
         self._steps = self.session.num_steps
         self._reading = self._reading_seconds(context)
         if self.session.grows_trees:
+            leaf_prices = context.leaf_prices()
             self.session.policy = GainLimitedChain(
-                prices=context.prices(self._step_seconds(context)),
+                prices=context.prices(self._step_seconds(context), leaf_prices),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
-                leaf_prices=context.leaf_prices(),
+                leaf_prices=leaf_prices,
                 leaf_chance=self.leaves.chance,
                 shares_budget=context.is_packed,
             )

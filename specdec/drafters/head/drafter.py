@@ -14,7 +14,6 @@ import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,9 +45,10 @@ class DraftHead(Drafter):
     Lossless whatever the head is: one of another model, or one whose layers are misread, is only rarely right.
 
     Args:
-        head: a folder with config.json and safetensors, in the layout of the authors of EAGLE-3, DFlash or DSpark, of
-            SpecForge or of speculators, or written by `specdec train-head`; the folder of a model that was published
-            with an MTP layer; or a head that has been loaded (`specdec.drafters.head.loading.load_head`).
+        head: a folder, or the id of one on the hub, with config.json and safetensors, in the layout of the authors of
+            EAGLE-3, DFlash or DSpark, of SpecForge or of speculators, or written by `specdec train-head`; the folder of
+            a model that was published with an MTP layer; or a head that has been loaded
+            (`specdec.drafters.head.loading.load_head`).
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
@@ -70,7 +70,7 @@ class DraftHead(Drafter):
         self.policy: GrowthPolicy = Chain(num_tokens)
         if not isinstance(head, HeadNetwork | str | os.PathLike):
             raise ValueError(f"DraftHead({type(head).__name__}): pass a folder, or a head that has been loaded")
-        self.model = head if isinstance(head, HeadNetwork) else load_head(Path(head).expanduser())
+        self.model = head if isinstance(head, HeadNetwork) else load_head(head)
         self.state_layers = None if state_layers is None else tuple(state_layers)
         self._warned = False
 

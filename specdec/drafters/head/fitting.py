@@ -6,12 +6,13 @@ import copy
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork
 from specdec.errors import DraftError
+from specdec.exits.module import restricted_head
 from specdec.kernels import prepare_like, prepared
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model.model import TreeModel
@@ -84,15 +85,25 @@ class _Fitted(WeakKeyDictionary[nn.Module, tuple[object, HeadNetwork]]):
     """Copies of heads for a model, with what they were made for."""
 
 
+def rows_of(model: PreTrainedModel, vocab_ids: Tensor) -> nn.Linear:
+    """The model's LM head for what a head drafts, without a bias."""
+    rows = restricted_head(model, vocab_ids)
+    rows.register_parameter("bias", None)
+    return rows.requires_grad_(False)
+
+
 def fitted(head: HeadNetwork, model: PreTrainedModel) -> HeadNetwork:
     """The head in the dtype and on the device of a target, prepared as that is; itself if it is so already."""
     like, done = next(model.parameters()), prepared(model)
-    weight = head.fc.weight
-    if done is None and (weight.dtype, weight.device) == (like.dtype, like.device):
+    weight, lacks_rows = head.fc.weight, head.lm_head is None and head.vocab_ids is not None
+    if done is None and (weight.dtype, weight.device) == (like.dtype, like.device) and not lacks_rows:
         return head
     profile, made_for = profile_of(model), (done, like.dtype, like.device)
     copies = profile.part(_Fitted)
     with profile.lock:
         if head not in copies or copies[head][0] != made_for:
-            copies[head] = made_for, prepare_like(copy.deepcopy(head).to(like.device, like.dtype), model)
+            made = copy.deepcopy(head)
+            if made.lm_head is None and made.vocab_ids is not None:
+                made.lm_head = rows_of(model, made.vocab_ids)
+            copies[head] = made_for, prepare_like(made.to(like.device, like.dtype), model)
         return copies[head][1]

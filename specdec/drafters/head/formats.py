@@ -172,7 +172,10 @@ def read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         fields = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise DraftError(f"cannot read the config.json of a head in {os.fspath(folder)}: {error}") from error
+        raise DraftError(
+            f"cannot read the config.json of a head in {os.fspath(folder)}: {error}. Give a folder, or the id of a "
+            "head on the hub (check the name and the network)"
+        ) from error
     if not isinstance(fields, dict):
         raise DraftError(f"the config.json in {os.fspath(folder)} is no configuration")
     return fields

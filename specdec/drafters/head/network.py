@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from specdec.drafters.head.formats import HeadConfig, read_tensors
+from specdec.drafters.head.formats import JUMP, HeadConfig, read_tensors
 from specdec.errors import DraftError
 
 Head = TypeVar("Head", bound="HeadNetwork")
@@ -108,7 +108,7 @@ def built(kind: type[Head], config: HeadConfig, tensors: Mapping[str, Tensor]) -
     ids = tensors.get("d2t")
     if ids is None and config.draft_vocab_size != config.vocab_size:
         raise ValueError(f"d2t is missing, which says what the {config.draft_vocab_size} tokens are that it can draft")
-    if "lm_head.weight" not in tensors and ids is not None:
+    if "lm_head.weight" not in tensors and ids is not None and config.kind != JUMP:  # whose rows are the target's
         raise ValueError("lm_head.weight is missing")
     head = kind(config, tensors.keys()).to(tensors["fc.weight"].dtype)
     head.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "d2t"})

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from operator import ne
 from weakref import WeakKeyDictionary
@@ -222,9 +223,7 @@ class _ChainSession(LookupSession):
             start = text.position_after(suffix.state)
             known = text.tokens[start : start + length]
             copied = list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, known))
-        # a guess, not a frequency: the more tokens have agreed, the surer is the next one
-        agreed = range(suffix.length, suffix.length + len(copied))
-        return TokenTree.chain(copied, probs=[count / (count + 1) for count in agreed])
+        return TokenTree.chain(copied, probs=_confidences(suffix.length, len(copied)))
 
 
 class _TreeSession(LookupSession):
@@ -255,4 +254,12 @@ class _TreeSession(LookupSession):
 def _copy(tokens: Sequence[int], start: int, length: int) -> list[int]:
     """`length` tokens from `start` on; past the end the repetition goes on with its own period."""
     period = len(tokens) - start
+    if period >= length:
+        return list(tokens[start : start + length])
     return [tokens[start + offset % period] for offset in range(length)]
+
+
+@lru_cache(1024)
+def _confidences(num_agreed: int, length: int) -> tuple[float, ...]:
+    """Of tokens after so many that have agreed. A guess, not a frequency: the more they are, the surer is the next."""
+    return tuple(count / (count + 1) for count in range(num_agreed, num_agreed + length))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ class NewSlots(NamedTuple):
     num_slots: int
 
 
-@runtime_checkable
 class SlotCache(Protocol):
     """A cache that keys and values can be written to directly (a `TreeCache`)."""
 
@@ -45,6 +44,10 @@ class SlotCache(Protocol):
     def num_rows(self) -> int: ...
 
     def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None: ...
+
+
+def _is_slot_cache(cache: object) -> TypeGuard[SlotCache]:
+    return hasattr(cache, "append_slots")  # isinstance() of a protocol takes as long as a layer's call
 
 
 class LayerRun:
@@ -70,7 +73,7 @@ class LayerRun:
             is_checked: nobody has changed a layer since the last call of this run.
         """
         library, (B, T, _) = native.library(), hidden_BTC.shape
-        if library is None or not isinstance(cache, SlotCache) or cache.num_rows != B:
+        if library is None or not _is_slot_cache(cache) or cache.num_rows != B:
             return None
         if mask is None and T > 1:  # which may be the sign for a prefill, see `FusedLayer`
             return None

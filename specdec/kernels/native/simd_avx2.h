@@ -8,7 +8,7 @@
 #define VL 8
 #define REGISTERS 16
 #define INT8_ACC 4 /* accumulators that stay in registers beside the operands */
-#define INT4_ACC 8 /* of 16 bits, of half a block */
+#define INT4_ACC 4 /* the same, of 16 bits */
 #ifdef AVX_VNNI
 #define BYTES_ROWS 8 /* that pass over weights in bytes together */
 #else
@@ -51,8 +51,10 @@
  * bits, as two sums of 16 products of at most 15 * 127. */
 #ifdef AVX_VNNI
 #define vi_dot_to(sum, codes, bytes) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(bytes))
+#define vi_dot(sum, codes, bytes) do { (sum) = vi_zero(); vi_dot_to(sum, codes, bytes); } while (0)
 #define vi_lanes(sum) (sum)
 #else
+#define vi_dot(sum, codes, bytes) ((sum) = _mm256_maddubs_epi16(codes, bytes))
 #define vi_dot_to(sum, codes, bytes) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(codes, bytes)))
 #define vi_lanes(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
 #endif
@@ -223,44 +225,58 @@ INLINE void add_bytes(const int bits, const int count, const int rows, const int
 }
 #endif
 
-/* The whole product of 4-bit weights, whose codes are the unsigned side. Half a block of outputs at a time: the sums of
- * half a group stay in registers. */
+/* The products of 4 of the 32 inputs whose codes' low or high halves are taken: begins sums, or adds to them. A row's
+ * bytes are read once for the two halves of all blocks: instructions, not the multipliers, are what is short. */
+INLINE void add_codes4(const int begins, const int high, const int blocks, const int rows, const int8_t *codes,
+                       int64_t block_bytes, const int8_t *row, VI dot[4][4][2]) {
+    const VI low_bits = _mm256_set1_epi8(15);
+    for (int b = 0; b < blocks; b++, codes += block_bytes) {
+        VI code[2];
+        for (int side = 0; side < 2; side++) {
+            const VI bytes = vi_load(codes + 32 * side);
+            code[side] = _mm256_and_si256(high ? vi_high_codes(bytes) : bytes, low_bits);
+        }
+        if (!high) prefetch_l2(codes + 4 * block_bytes);
+        for (int m = 0; m < rows; m++) {
+            const VI x = vi_set1(load_int32(row + 4 * m));
+            for (int side = 0; side < 2; side++)
+                if (begins)
+                    vi_dot(dot[b][m][side], code[side], x);
+                else
+                    vi_dot_to(dot[b][m][side], code[side], x);
+        }
+    }
+}
+
+/* The whole product of 4-bit weights, whose codes are the unsigned side: the sums of half a group stay in registers. */
 INLINE void dot_groups4(const int blocks, const int rows, const int stride, const int8_t *w, int64_t block_bytes,
                         int64_t groups, const int8_t *x, const float *scales, const float *shares, float *sums) {
-    const VI low_bits = _mm256_set1_epi8(15);
     for (int i = 0; i < blocks * rows * 16; i++) sums[i] = 0;
-    for (int64_t g = 0; g < groups; g++, w += GROUP4_BYTES, x += GROUP * stride, scales += 2 * stride, shares += 2 * stride)
-        for (int part = 0; part < 4; part++) {
-            const int half = part / 2, side = part % 2;
-            const int8_t *codes = w + 128 + 256 * half + 32 * side;
-            VI dot[4][TILE];
-            for (int b = 0; b < blocks; b++)
-                for (int m = 0; m < rows; m++) dot[b][m] = vi_zero();
-#pragma GCC unroll 4
-            for (int step = 0; step < 4; step++)
-                for (int b = 0; b < blocks; b++) {
-                    const VI bytes = vi_load(codes + b * block_bytes + 64 * step);
-                    const VI low = _mm256_and_si256(bytes, low_bits);
-                    const VI high = _mm256_and_si256(vi_high_codes(bytes), low_bits);
-                    if (!side) prefetch_l2(codes + (b + 4) * block_bytes + 64 * step);
-                    const int8_t *row = x + (32 * half + 4 * step) * stride;
-                    for (int m = 0; m < rows; m++, row += 4) {
-                        vi_dot_to(dot[b][m], low, vi_set1(load_int32(row)));
-                        vi_dot_to(dot[b][m], high, vi_set1(load_int32(row + 16 * stride)));
-                    }
-                }
-            for (int b = 0; b < blocks; b++) {
-                const int8_t *group = w + b * block_bytes + 32 * half + 16 * side;
-                const VF scale = vf_load_half(group), offset = vf_load_half(group + 64);
-                if (!side) prefetch_l2(group + 4 * block_bytes + 32 * half);
+    for (int64_t halves = 2 * groups; halves; halves--) {
+        const int half = halves % 2; /* the first is 0 */
+        const int8_t *codes = w + 128 + 256 * half;
+        VI dot[4][4][2];
+        add_codes4(1, 0, blocks, rows, codes, block_bytes, x, dot);
+        add_codes4(0, 1, blocks, rows, codes, block_bytes, x + 16 * stride, dot);
+        for (int step = 1; step < 4; step++) {
+            add_codes4(0, 0, blocks, rows, codes + 64 * step, block_bytes, x + 4 * step * stride, dot);
+            add_codes4(0, 1, blocks, rows, codes + 64 * step, block_bytes, x + (16 + 4 * step) * stride, dot);
+        }
+        for (int b = 0; b < blocks; b++)
+            for (int side = 0; side < 2; side++) {
+                const int8_t *numbers = w + b * block_bytes + 32 * half + 16 * side;
+                const VF scale = vf_load_half(numbers), offset = vf_load_half(numbers + 64);
+                if (!side) prefetch_l2(numbers + 4 * block_bytes + 32 * half);
                 for (int m = 0; m < rows; m++) {
                     float *sum = sums + (b * rows + m) * 16 + 8 * side;
-                    const VF product = vf_mul(vf_from_int(vi_lanes(dot[b][m])), scale);
-                    const VF share = vf_fma(offset, vf_set1(shares[half * stride + m]), vf_load(sum));
-                    vf_store(sum, vf_fma(product, vf_set1(scales[half * stride + m]), share));
+                    const VF product = vf_mul(vf_from_int(vi_lanes(dot[b][m][side])), scale);
+                    const VF share = vf_fma(offset, vf_set1(shares[m]), vf_load(sum));
+                    vf_store(sum, vf_fma(product, vf_set1(scales[m]), share));
                 }
             }
-        }
+        x += GROUP / 2 * stride, scales += stride, shares += stride;
+        if (half) w += GROUP4_BYTES;
+    }
 }
 
 /* The whole product of weights in bytes, half a block of outputs at a time; see dot_groups4. 16-bit sums hold four

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.drafters.head.eagle import Eagle3
@@ -108,25 +107,22 @@ class ChainTrainer(Trainer):
         recipe, learned_BP = self._recipe, batch.learned_BT[:, 1:]
         targets_BPK, p_BPK = self._labels(batch.best_ids_BTK[:, 1:], batch.best_p_BTK[:, 1:])
         losses, right = [], []
-        for step, normed_BPC in enumerate(self._chain.steps(batch, recipe.steps)):
+        for step, normed_BPC in enumerate(self._chain.steps(batch, recipe.reach)):
             has_loss_BP = learned_BP.clone()
             has_loss_BP[:, :step] = False
-            loss, right_N = checkpoint(  # the logits of all steps would not fit
-                self._loss,
-                normed_BPC[has_loss_BP],
-                targets_BPK[has_loss_BP],
-                p_BPK[has_loss_BP],
-                use_reentrant=False,
-            )
-            losses.append(recipe.decay**step * loss)
+            normed_NC = normed_BPC[has_loss_BP]
+            slope_NC, right_N = self._slope(normed_NC, targets_BPK[has_loss_BP], p_BPK[has_loss_BP])
+            losses.append(recipe.decay**step * (slope_NC * normed_NC).sum())
             right.append(torch.zeros_like(has_loss_BP).masked_scatter(has_loss_BP, right_N))
         runs_BPS = by_chain(right).long().cumprod(2)
-        total = torch.stack(losses).sum() / sum(recipe.decay**step for step in range(recipe.steps))
+        total = torch.stack(losses).sum() / sum(recipe.decay**step for step in range(recipe.reach))
         yield total, (runs_BPS.sum(2) * learned_BP).sum() / learned_BP.sum().clamp_min(1)
 
-    def _loss(self, normed_NC: Tensor, targets_NK: Tensor, p_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the losses; bool [N]: whether the target's choice is the likeliest."""
+    def _slope(self, normed_NC: Tensor, targets_NK: Tensor, p_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the mean loss, so that no step keeps its logits; bool [N]: whether the target's choice is the
+        likeliest."""
+        normed_NC = normed_NC.detach().requires_grad_()
         logits_NV: Any = self._chain.logits(normed_NC)
         log_q_NK = logits_NV.gather(1, targets_NK.clamp_min(0)) - logits_NV.logsumexp(1, keepdim=True)
-        right_N = (logits_NV.argmax(1) == targets_NK[:, 0]).detach()
-        return -(p_NK * log_q_NK).sum() / max(len(p_NK), 1), right_N
+        loss = -(p_NK * log_q_NK).sum() / max(len(p_NK), 1)
+        return torch.autograd.grad(loss, normed_NC)[0], logits_NV.argmax(1) == targets_NK[:, 0]

@@ -29,7 +29,8 @@ def save_head(
     training: Mapping[str, Any],
     length: int,
 ) -> None:
-    """Write a head: config.json, model.safetensors in bfloat16, and what was done to train it.
+    """Write a head: config.json, model.safetensors in bfloat16, and what was done to train it. The LM head of a jump
+    head is the target's own rows, which need not be written.
 
     Args:
         folder: is made.
@@ -47,6 +48,8 @@ def save_head(
         **_FIELDS[config.kind](config, target),
     }
     named = {stored_name(part, config.kind): weight for part, weight in head.named_parameters()}
+    if config.kind == JUMP:
+        named.pop("lm_head.weight", None)
     tensors = {part: weight.detach().cpu().bfloat16().contiguous() for part, weight in named.items()}
     if head.vocab_ids is not None and len(ids := head.vocab_ids.cpu()) < config.vocab_size:
         tensors["d2t"] = ids - torch.arange(len(ids))

@@ -7,7 +7,9 @@ chains.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +63,27 @@ def measure_head(
         fast: the model as it will be used, for timing.
         num_tokens: that are drafted, S.
     """
+    coverage, steps = share_right(model, head, corpus, num_tokens, corpus.num_rows)
+    expected = expected_tokens(steps)
+    verify, draft = measure_verification(fast, num_tokens + 1), _draft_seconds(fast, head, num_tokens)
+    speeds = [1.0, *(expected[n] * verify[0] / (verify[n] + draft[n - 1]) for n in range(1, num_tokens + 1))]
+    best = max(range(len(speeds)), key=speeds.__getitem__)
+    return HeadReport(
+        coverage=coverage,
+        steps=steps,
+        length=best,
+        accepted=expected[-1] - 1,
+        tokens_per_round=expected[best],
+        speedup=speeds[best],
+    )
+
+
+def share_right(
+    model: PreTrainedModel, head: DSpark | Eagle3 | Mtp | Jump, corpus: Corpus, num_tokens: int, num_rows: int
+) -> tuple[float, tuple[float, ...]]:
+    """On the first rows of a corpus: `HeadReport.coverage` and `HeadReport.steps`."""
     runs, limits, known = [], [], []
-    for rows in torch.arange(corpus.num_rows).split(4):
+    for rows in torch.arange(min(num_rows, corpus.num_rows)).split(4):
         batch = corpus.batch(rows)
         choices = batch.best_ids_BTK[..., 0][batch.learned_BT]
         known.append(torch.ones_like(choices) if head.vocab_ids is None else torch.isin(choices, head.vocab_ids))
@@ -73,22 +94,12 @@ def measure_head(
     right_NS, learned_NS = torch.cat(runs), torch.cat(limits)
     before_NS = torch.cat([torch.ones_like(right_NS[:, :1]), right_NS[:, :-1]], 1) * learned_NS
     steps = (right_NS.sum(0) / before_NS.sum(0).clamp_min(1)).tolist()
-    expected = [1.0]
-    reach = 1.0
-    for share in steps:
-        reach *= share
-        expected.append(expected[-1] + reach)
-    verify, draft = measure_verification(fast, num_tokens + 1), _draft_seconds(fast, head, num_tokens)
-    speeds = [1.0, *(expected[n] * verify[0] / (verify[n] + draft[n - 1]) for n in range(1, num_tokens + 1))]
-    best = max(range(len(speeds)), key=speeds.__getitem__)
-    return HeadReport(
-        coverage=torch.cat(known).float().mean().item(),
-        steps=tuple(steps),
-        length=best,
-        accepted=expected[-1] - 1,
-        tokens_per_round=expected[best],
-        speedup=speeds[best],
-    )
+    return torch.cat(known).float().mean().item(), tuple(steps)
+
+
+def expected_tokens(steps: Sequence[float]) -> list[float]:
+    """Committed in a round with a chain of 0, 1, 2, ... tokens."""
+    return list(itertools.accumulate(itertools.accumulate(steps, operator.mul), initial=1.0))
 
 
 @torch.no_grad()

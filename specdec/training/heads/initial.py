@@ -5,18 +5,21 @@ Shape legend: V tokens that can be drafted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.fitting import rows_of
 from specdec.drafters.head.formats import DSPARK, EAGLE3, MTP, HeadConfig
-from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
-from specdec.exits.module import final_norm, restricted_head
+from specdec.drafters.head.network import Head
+from specdec.exits.module import final_norm
 from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, MtpRecipe
 from specdec.tree_model.layer_views import LayerViews
@@ -29,24 +32,16 @@ def initial_block(
 ) -> DSpark:
     """A head whose layers are the model's last ones, that reads the last state, and whose LM head is the model's."""
     layers = Qwen3Config(**_sizes(model, recipe.num_layers))
-    config = HeadConfig(
-        kind=DSPARK,
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=len(vocab_ids),
-        target_hidden_size=layers.hidden_size,
-        state_layers=state_layers,
-        block_size=recipe.block_size,
-        mask_token_id=_unused_token(vocab_ids, layers.vocab_size),
-        drafts_at_root=True,
-        markov_rank=recipe.markov_rank,
-        has_confidence=True,
-        confidence_reads_token=recipe.markov_rank > 0,
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        head = DSpark(config, {"lm_head.weight", "d2t"})
-        share_head(head, model, vocab_ids)
+    block = {
+        "block_size": recipe.reach,
+        "mask_token_id": _unused_token(vocab_ids, layers.vocab_size),
+        "drafts_at_root": True,
+        "markov_rank": recipe.markov_rank,
+        "has_confidence": True,
+        "confidence_reads_token": recipe.markov_rank > 0,
+    }
+    with seeded(recipe.seed):
+        head = new_head(DSpark, DSPARK, layers, state_layers, model, vocab_ids, **block)
         _read_last_state(head, model)
         own: list[Any] = list(head.layers)
         for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
@@ -65,18 +60,8 @@ def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe
     """A head of Llama layers, the model's last ones; the first attends with the model's own queries, keys and values of
     the state, and hardly looks at the embedding."""
     layers = LlamaConfig(**_sizes(model, recipe.num_layers))
-    config = HeadConfig(
-        kind=EAGLE3,
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=len(vocab_ids),
-        target_hidden_size=layers.hidden_size,
-        state_layers=corpus.layers,
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        head = Eagle3(config, {"lm_head.weight", "d2t"})
-        share_head(head, model, vocab_ids)
+    with seeded(recipe.seed):
+        head = new_head(Eagle3, EAGLE3, layers, corpus.layers, model, vocab_ids)
         _read_last_state(head, model)
         own: list[Any] = list(head.layers)
         for mine, theirs in zip(own, LayerViews(model).layers[-len(own) :], strict=False):
@@ -88,18 +73,8 @@ def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe
 def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
     """A layer of Qwen3, which speculators reads, like the model's last one; it looks at the state first."""
     layers = Qwen3Config(**_sizes(model, recipe.num_layers), dtype=torch.float32)
-    config = HeadConfig(
-        kind=MTP,
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=layers.vocab_size,
-        target_hidden_size=layers.hidden_size,
-        state_layers=None,
-        norm_output=True,
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        head = Mtp(config, set())
+    with seeded(recipe.seed):
+        head = new_head(Mtp, MTP, layers, None, model, norm_output=True)
         for weight in head.block.parameters():
             weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
         _read_last_state(head, model)
@@ -131,12 +106,44 @@ def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
     }
 
 
-def share_head(head: DSpark | Eagle3 | Jump, model: PreTrainedModel, vocab_ids: Tensor) -> None:
-    """Rows of the model's LM head."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights are drawn from a seed, and no gradients are kept."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def new_head(
+    network: type[Head],
+    kind: str,
+    layers: PreTrainedConfig,
+    state_layers: tuple[int, ...] | None,
+    model: PreTrainedModel,
+    vocab_ids: Tensor | None = None,
+    **fields: Any,
+) -> Head:
+    """A head as wide as the model.
+
+    Args:
+        vocab_ids: tokens that it drafts with the model's own rows of the LM head; None: all, with the model's LM head.
+        fields: of `HeadConfig`.
+    """
+    config = HeadConfig(
+        kind=kind,
+        layers=layers,
+        vocab_size=layers.vocab_size,
+        draft_vocab_size=layers.vocab_size if vocab_ids is None else len(vocab_ids),
+        target_hidden_size=layers.hidden_size,
+        state_layers=state_layers,
+        **fields,
+    )
+    if vocab_ids is None:
+        return network(config, ())
+    head = network(config, ("lm_head.weight", "d2t"))
     head.vocab_ids = vocab_ids.clone()
-    rows = restricted_head(model, vocab_ids).float()
-    rows.register_parameter("bias", None)
-    head.lm_head = rows
+    head.lm_head = rows_of(model, vocab_ids).float()
+    return head
 
 
 def _read_last_state(head: DSpark | Eagle3 | Mtp, model: PreTrainedModel) -> None:

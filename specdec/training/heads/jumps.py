@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specdec.drafters.head.formats import JUMP, HeadConfig
+from specdec.drafters.head.formats import JUMP
 from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp_files import block_model
 from specdec.errors import UnsupportedModelError
 from specdec.exits.module import final_norm
 from specdec.training.heads.corpus import Corpus
-from specdec.training.heads.initial import NUM_FIT_ROWS, copy_alike, linear_fit, share_head
+from specdec.training.heads.initial import NUM_FIT_ROWS, copy_alike, linear_fit, new_head, seeded
 from specdec.training.heads.recipes import JumpRecipe
 from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.layer_views import LayerViews
@@ -63,18 +63,8 @@ def initial_jump(model: PreTrainedModel, vocab_ids: Tensor, recipe: JumpRecipe, 
     """A head that has the model's layers; `check_jump` has passed."""
     landing, start = corpus.layers
     layers = _config(model, (landing, start))
-    config = HeadConfig(
-        kind=JUMP,
-        layers=layers,
-        vocab_size=layers.vocab_size,
-        draft_vocab_size=len(vocab_ids),
-        target_hidden_size=layers.hidden_size,
-        state_layers=(start,),
-    )
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(recipe.seed)
-        head = Jump(config, {"lm_head.weight", "d2t"})
-        share_head(head, model, vocab_ids)
+    with seeded(recipe.seed):
+        head = new_head(Jump, JUMP, layers, (start,), model, vocab_ids)
         copy_alike(final_norm(model), head.norm)
         for mine, theirs in zip(head.layers, LayerViews(model).layers[landing:start], strict=True):
             mine.load_state_dict(theirs.state_dict())

@@ -25,12 +25,23 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockRecipe(Recipe):
-    """How a DSpark head is trained.
+class HeadRecipe(Recipe):
+    """How a head is trained that reads the target's states.
 
     Args:
         num_layers: of its own.
-        block_size: S, tokens that it drafts at once.
+        reach: tokens in a row that it is trained to draft.
+    """
+
+    num_layers: int = 1
+    reach: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRecipe(HeadRecipe):
+    """How a DSpark head is trained, which drafts a block of `reach` tokens at once.
+
+    Args:
         anchors: A, blocks of a row in a step.
         markov_rank: 0 for no Markov head.
         decay: a slot weighs exp(-slot / decay).
@@ -38,37 +49,22 @@ class BlockRecipe(Recipe):
     """
 
     num_layers: int = 2
-    block_size: int = 5
     anchors: int = 24
     markov_rank: int = 64
     decay: float = 4.0
     cross_entropy: float = 0.1
     total_variation: float = 0.9
 
-    @property
-    def reach(self) -> int:
-        """Tokens that follow each other in what is trained."""
-        return self.block_size
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EagleRecipe(Recipe):
-    """How an EAGLE-3 head is trained.
+class EagleRecipe(HeadRecipe):
+    """How an EAGLE-3 head is trained, each token from what it has said before.
 
     Args:
-        num_layers: of its own.
-        steps: tokens in a row that it is trained to draft, each from what it has said before.
         decay: a step weighs decay ** step.
     """
 
-    num_layers: int = 1
-    steps: int = 5
     decay: float = 0.8
-
-    @property
-    def reach(self) -> int:
-        """Tokens that follow each other in what is trained."""
-        return self.steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,5 +76,5 @@ class JumpRecipe(EagleRecipe):
 class MtpRecipe(EagleRecipe):
     """How an MTP layer is trained, as in FastMTP (arXiv 2509.18362). It drafts all tokens, and is one layer."""
 
-    steps: int = 3
+    reach: int = 3
     decay: float = 0.6

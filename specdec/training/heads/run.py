@@ -30,7 +30,7 @@ from specdec.training.heads.collect import NUM_ROWS, Collector, Script
 from specdec.training.heads.corpus import Corpus
 from specdec.training.heads.exits import ExitRecipe, ExitTrainer
 from specdec.training.heads.export import save_head
-from specdec.training.heads.head_report import HeadReport, measure_head
+from specdec.training.heads.head_report import HeadReport, expected_tokens, measure_head, share_right
 from specdec.training.heads.jumps import check_jump, jump_layers
 from specdec.training.heads.layerskip import LayerSkipRecipe, LayerSkipTrainer
 from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
@@ -41,7 +41,7 @@ from specdec.training.heads.work import WorkFolder
 Module = TypeVar("Module", bound=nn.Module)
 
 _SAVE_EVERY_S = 60
-_CURVE_POINTS = 50
+_CURVE_POINTS, _CURVE_ROWS = 8, 16  # tokens double from point to point
 _FULL_BATCH_ROWS, _FULL_LEARNING_RATE = 8, 1e-4  # of a model that has been trained before
 
 
@@ -212,6 +212,9 @@ class HeadTraining(_Training):
     Raises:
         ValueError: the output exists, or there is unfinished work with other settings.
         UnsupportedModelError: a model whose states are not to be had.
+
+    Attributes:
+        curve: tokens trained on -> how many in a row are accepted of held-out text, on average.
     """
 
     def __init__(
@@ -241,25 +244,28 @@ class HeadTraining(_Training):
         plan = {"kind": _kind_of(recipe), "state_layers": self._layers, **dataclasses.asdict(recipe)}
         depths = tuple(layer for layer in self._layers if layer < num_layers)
         super().__init__(model, source, out, depths, plan, seed=recipe.seed, length=length, num_rows=num_rows)
+        self.curve = self._work.curve()
 
     def train(self) -> Iterator[Progress]:
-        """Shows how many tokens in a row are accepted; what it has come to is kept with the tokens trained on."""
-        corpus = self._corpus(range(self._num_shards), self._layers)
+        """Shows how many tokens in a row are accepted; keeps the learning curve, on held-out text."""
+        corpus, held_out = (
+            self._corpus(shards, self._layers) for shards in (range(self._num_shards), [self._num_shards])
+        )
         trainer = self._trainer = _trainer_of(self._model, corpus, self._recipe)
-        curve, recent = self._work.curve(), []
+        curve, marks = self.curve, {trainer.num_steps >> halvings for halvings in range(_CURVE_POINTS)}
         for state in self._advance(trainer, trainer.advance, trainer.num_steps):
-            recent.append(state.shown[0])
-            if state.done % max(trainer.num_steps // _CURVE_POINTS, 1) == 0:
-                curve[state.done * self._recipe.batch_rows * self._length] = round(statistics.mean(recent), 3)
+            if state.done in marks:
+                _, steps = share_right(self._model, trainer.head, held_out, self._recipe.reach, _CURVE_ROWS)
+                tokens = state.done * self._recipe.batch_rows * self._length
+                curve[tokens] = round(expected_tokens(steps)[-1] - 1, 3)
                 self._work.write_curve(curve)
-                recent = []
             yield state
 
     def finish(self) -> HeadReport:
         """Measures the head, writes it, and removes the unfinished work."""
         held_out, length = self._corpus([self._num_shards], self._layers), self._recipe.reach
         report = measure_head(self._model, self._fast, self._trainer.head, held_out, length)
-        curve = [{"tokens": tokens, "accepted": accepted} for tokens, accepted in self._work.curve().items()]
+        curve = [{"tokens": tokens, "accepted": accepted} for tokens, accepted in self.curve.items()]
         training = {**self._plan, "held_out": dataclasses.asdict(report), "curve": curve}
         draft = self._folder / "head"
         shutil.rmtree(draft, ignore_errors=True)
