@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WITHOUT_PINNED_MEMORY = ("cpu", "mps")
+_WITHOUT_PINNED_MEMORY = ("cpu", "mps", "meta")
 
 
 def upload(numbers: Any, device: torch.device | str) -> Tensor:
@@ -22,6 +22,6 @@ def upload(numbers: Any, device: torch.device | str) -> Tensor:
     """
     device = torch.device(device)
     tensor = torch.from_numpy(numbers) if isinstance(numbers, np.ndarray) else torch.tensor(numbers, dtype=torch.long)
-    if device.type in _WITHOUT_PINNED_MEMORY:
+    if device.type in _WITHOUT_PINNED_MEMORY or not tensor.numel():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

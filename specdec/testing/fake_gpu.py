@@ -181,6 +181,8 @@ class FakeGpu(TorchDispatchMode):
                 (args[1], isinstance(args[0], FakeGpuTensor)) if name == "copy_" else (args[0], goes_there)
             )
             if isinstance(source, FakeGpuTensor) != target_is_ours:
+                if not source.numel():
+                    return
                 scalar = name == "copy_" and target_is_ours and source.dim() == 0  # becomes an argument of the kernel
                 if scalar:
                     self.launches[name] += 1
