@@ -101,7 +101,9 @@ class Arena:
         self._forget()
         self._buffers.pop(index, None)  # the old ones make room
         del kept
-        self._buffers[index] = [part.new_zeros((num_rows, part.shape[-3], capacity, part.shape[-1])) for part in states]
+        with torch.inference_mode(False):  # or no run outside of it could write to them
+            shapes = [(num_rows, part.shape[-3], capacity, part.shape[-1]) for part in states]
+            self._buffers[index] = [part.new_zeros(shape) for part, shape in zip(states, shapes, strict=True)]
         return self._buffers[index]
 
     def graph(
@@ -118,7 +120,8 @@ class Arena:
             if self._uses[shape] < _USES or len(self._graphs) >= _MOST_GRAPHS:
                 return None
             self._pool = self._pool or pool()
-            inputs = make()
+            with torch.inference_mode(False):  # as the buffers
+                inputs = make()
             cache = _WrittenCache(self._buffers, inputs, shape)
             buffers = [buffer for layer in self._buffers.values() for buffer in layer]
             graph = self._pool.capture(lambda: run(inputs, cache), [*inputs, *buffers])

@@ -131,7 +131,7 @@ class LoraEngine:
         """As `Engine.submit`, to the engine of its adapter.
 
         Raises:
-            CapacityError: as there, and if `max_waiting` requests wait for all adapters together.
+            CapacityError: as there, and if twice `max_waiting` requests wait for all adapters together.
             ValueError: as there, and for an adapter that there is not.
         """
         engine = self._engines.get(request.adapter)

@@ -72,6 +72,14 @@ def test_eager_attention() -> None:
     assert check(tiny_model("llama", attn_implementation="eager"), PromptLookup(), RAGGED) > 3
 
 
+def test_graphs_from_inference_mode_serve_outside_of_it() -> None:
+    """Tensors made in it could not be written to."""
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        check(model, PromptLookup(), RAGGED)
+    assert check(model, PromptLookup(), RAGGED) > 3
+
+
 def test_the_next_call_has_the_graphs_of_the_last() -> None:
     """Also one of other rows."""
     model = tiny_model("llama")
