@@ -65,7 +65,8 @@ class Grid:
 
     def _width(self) -> int:
         numbers = (self._longest(index) for index in range(self.num_labels, len(self.headings)))
-        return sum(self.label_widths()) + sum(numbers) + len(self.headings) - 1
+        between = 2 * (len(self.headings) - 1)  # what keeps two columns apart
+        return sum(self.label_widths()) + sum(numbers) + between
 
     def _longest(self, index: int) -> int:
         rows = [cells for section in self.sections for cells in section]

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trees
@@ -19,7 +20,16 @@ from specdec.bench.building import Models, build_peers
 from specdec.bench.document import Document, make_document, schema, to_csv, to_json, to_jsonl
 from specdec.bench.harness import BatchResult, Harness, Method, Settings
 from specdec.bench.peers import choose_peers
-from specdec.bench.tables import draft_grid, progress_grid, speed_grid, to_markdown, to_text, verdict
+from specdec.bench.tables import (
+    Grid,
+    draft_grid,
+    progress_grid,
+    rich_parts,
+    speed_grid,
+    to_markdown,
+    to_text,
+    verdict,
+)
 from specdec.suites import Prompt
 from tests.support.references import with_noise
 
@@ -160,6 +170,20 @@ def test_tables_fit_the_terminal(measured: tuple[Document, list[BatchResult]], w
         assert re.search(rf"\b{re.escape(row.category)} +{row.name[:10]}|^ *{row.name[:10]}", text, re.MULTILINE)
     assert ("left out in" in text) == (width < 120)
     assert "prompt-lookup" in text
+
+
+@pytest.mark.parametrize("num_digits", range(7, 16))
+def test_no_column_is_cut(num_digits: int) -> None:
+    """One is left out as soon as the table is a character too wide, and not before."""
+    rows = [["code", "transformers", "17.1", "0.92", "9" * num_digits]]
+    headings = ["category", "method", "tok/s", "speed-up", "ms"]
+    grid = Grid(title="", headings=headings, num_labels=2, sections=[rows], spare=("tok/s",))
+    for width, is_whole in ((41 + num_digits, True), (40 + num_digits, False)):
+        console = Console(width=width, no_color=True)
+        with console.capture() as capture:
+            console.print(*rich_parts(grid, width))
+        assert "9" * num_digits in capture.get()
+        assert ("17.1" in capture.get()) == is_whole
 
 
 def test_long_names_are_folded_and_no_number_is(measured: tuple[Document, list[BatchResult]]) -> None:
