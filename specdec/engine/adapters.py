@@ -12,7 +12,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Generation, Request
 from specdec.errors import CapacityError
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -58,6 +58,11 @@ def _check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"the LoRA adapter {name!r}: {folder / _CONFIG} cannot be read: {error}") from error
     if kind.rpartition(".")[2] != "LORA":
         raise ValueError(f"{name!r} in {folder} is an adapter of type {kind}: only LoRA adapters are served")
+    if not (folder / _WEIGHTS).is_file():  # peft would take a pickle
+        raise ValueError(
+            f"the LoRA adapter {name!r}: {folder} has no {_WEIGHTS}, the only file that its weights are read from; "
+            "save the adapter again with save_pretrained(..., safe_serialization=True)"
+        )
 
 
 class LoraEngine:

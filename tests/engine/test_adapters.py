@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +136,12 @@ def test_what_is_no_adapter_is_refused_before_anything_is_changed(tmp_path: Path
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4).save_pretrained(prompts)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": "MAGIC"}')
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(folders["pirate"] / "adapter_config.json", pickled)
+    (pickled / "adapter_model.bin").write_bytes(b"")
     for folder, message in (
+        (pickled, "has no adapter_model.safetensors"),
         (tmp_path, "has no adapter_config.json"),
         (prompts, "only LoRA"),
         (tmp_path / "broken", "cannot be read"),
