@@ -173,6 +173,7 @@ def bench(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+@pytest.mark.slow  # with `make test-all`, which installs matplotlib
 def test_the_curve_goes_on_where_it_was_stopped(bench, tmp_path, capsys):
     files = [tmp_path / "new" / f"found.{kind}.jsonl" for kind in ("steps", "costs", "live")]
     live = ("--live", "speculative", "confidence@0.5+onecache+ahead2", "--live-limit", "2")
