@@ -112,10 +112,11 @@ def serve(
     folders = _adapter_folders(lora_modules or [], name or model, loading)
 
     with starting():
-        from specdec.engine import Engine, LoraEngine, load_adapters
+        from specdec.engine import Engine, LoraEngine, check_adapters, load_adapters
         from specdec.models.pair import load_pair
         from specdec.server import running
 
+    check_adapters(folders)  # before a model is read
     pair = load_pair(model, draft, loading, translates=drafter_spec.translates)
     adapters = load_adapters(pair.target.model, folders)
 

@@ -4,8 +4,7 @@ A run has some *throughput* (tokens per second). A plan that takes s seconds is 
 throughput would bring in s. The plan that is worth most maximises tokens per second in the long run (Dinkelbach's
 rule), where the best ratio of a single round would favour short rounds. Plain decoding is always one of the plans.
 
-Seconds are wall time, tokens are those of all rows of the batch. Those that are expected count by their geometric mean,
-so that no row is sped up at the expense of the others.
+Seconds are wall time, tokens are those of all rows of the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ class Plan(Generic[SourceT]):
     Args:
         source: who drafts; None: nobody.
         length: most tokens to draft for a row.
-        tokens: expected to be committed, of all rows: their geometric mean, times their number.
+        tokens: expected to be committed, of all rows. Of a lookup's plan it is the rows' geometric mean times their
+            number, which is no more (see `LookupSource.plan`).
         seconds: that it is expected to take.
     """
 

@@ -106,19 +106,21 @@ class Arena:
             self._buffers[index] = [part.new_zeros(shape) for part, shape in zip(states, shapes, strict=True)]
         return self._buffers[index]
 
+    def is_worth(self, shape: Shape) -> bool:
+        """Whether a shape that comes now has a graph, or is to get one."""
+        self._uses[shape] += 1
+        return shape in self._graphs or (self._uses[shape] >= _USES and len(self._graphs) < _MOST_GRAPHS)
+
     def graph(
         self, shape: Shape, make: Callable[[], Inputs], run: Callable[[Inputs, Cache], Tensor], pool: type[GraphPool]
-    ) -> tuple[Graph, Inputs] | None:
-        """The graph of a shape and its inputs; None as long as it is not worth one.
+    ) -> tuple[Graph, Inputs]:
+        """The graph of a shape and its inputs, captured if there is none.
 
         Args:
             make: new inputs, with which the forward may be tried.
             run: the forward, given its inputs and a cache that writes to the buffers.
         """
-        self._uses[shape] += 1
         if shape not in self._graphs:
-            if self._uses[shape] < _USES or len(self._graphs) >= _MOST_GRAPHS:
-                return None
             self._pool = self._pool or pool()
             with torch.inference_mode(False):  # as the buffers
                 inputs = make()

@@ -71,21 +71,20 @@ class GraphedTreeModel(TreeModel):
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
         shape, pool = self._shape(tokens_BT), graphs_for(self.device)
-        if shape is None or pool is None:
+        if shape is None or pool is None or not self._arena.is_worth(shape):
             return super().forward(tokens_BT, offsets_BT, seen_BTK)
         cache = self.cache
         assert isinstance(cache, StaticTreeCache)
         cache.make_room(shape.num_slots)  # before anything looks at the buffers: they may be others then
         filled: list[Tensor] = self._fill(shape, tokens_BT, offsets_BT, seen_BTK)
         try:
-            found = self._arena.graph(shape, lambda: Inputs(*(part.clone() for part in filled)), self._run_static, pool)
+            graph, inputs = self._arena.graph(
+                shape, lambda: Inputs(*(part.clone() for part in filled)), self._run_static, pool
+            )
         except RuntimeError as error:
             self._arena.refusal = f"its forward could not be captured ({type(error).__name__}: {error})"
             _logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self._arena.refusal)
             return super().forward(tokens_BT, offsets_BT, seen_BTK)
-        if found is None:
-            return super().forward(tokens_BT, offsets_BT, seen_BTK)
-        graph, inputs = found
         for static, part in zip(inputs, filled, strict=True):
             static.copy_(part)
         logits_BTV = graph.replay()[:, : tokens_BT.shape[1]].clone()

@@ -1,6 +1,6 @@
 """The decoding loop as an engine: requests join and leave the batch between rounds."""
 
-from specdec.engine.adapters import LoraEngine, load_adapters
+from specdec.engine.adapters import LoraEngine, check_adapters, load_adapters
 from specdec.engine.engine import Engine
 from specdec.engine.request import Generation, GenerationStats, Request, RoundReport, TokenLogprobs
 from specdec.engine.thread import EngineThread
@@ -16,5 +16,6 @@ __all__ = [
     "Request",
     "RoundReport",
     "TokenLogprobs",
+    "check_adapters",
     "load_adapters",
 ]

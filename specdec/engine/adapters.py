@@ -11,8 +11,24 @@ from transformers import PreTrainedModel
 from specdec.engine.engine import Engine
 from specdec.engine.request import Generation, Request
 from specdec.errors import CapacityError
+from specdec.stages import stage
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_adapters(folders: Mapping[str, Path]) -> None:
+    """Check what can be told without the model.
+
+    Args:
+        folders: where each adapter was saved by peft, by name.
+
+    Raises:
+        ValueError: peft is not installed, or a folder holds no LoRA adapter.
+    """
+    if folders and find_spec("peft") is None:
+        raise ValueError("LoRA adapters are loaded by peft, which is not installed: pip install peft")
+    for name, folder in folders.items():
+        _check_folder(name, folder)
 
 
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -30,14 +46,12 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> dict[s
     """
     if not folders:
         return {}
-    if find_spec("peft") is None:
-        raise ValueError("LoRA adapters are loaded by peft, which is not installed: pip install peft")
-    for name, folder in folders.items():
-        _check_folder(name, folder)
+    check_adapters(folders)
     inside = {name: f"lora_{number}" for number, name in enumerate(folders)}  # a module's name may have no dots
     for name, folder in folders.items():
         try:
-            model.load_adapter(str(folder), adapter_name=inside[name])
+            with stage(f"loading the LoRA adapter {name}"):
+                model.load_adapter(str(folder), adapter_name=inside[name])
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise ValueError(
                 f"the LoRA adapter {name!r} in {folder} does not fit {model.name_or_path}: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import routers
 import specdec
-from routers import Decision, DraftedStep, TargetView
+from routers import Decision, DraftedStep, Router, TargetView
 from specdec.drafters import Auto, Drafter, PromptLookup, QuantizedSelf, SmallModel
 from specdec.kernels import prepare
 from specdec.routing import writer
@@ -60,17 +60,16 @@ class Looking(Scripted):
         return [Decision(escalate=True) if len(step.tokens) > self.most else None for step in steps]
 
 
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "drafted": lambda: Scripted(alternating),
+    "not drafted": lambda: Scripted(alternating, peek=0),
+    "asked": lambda: Asking(alternating),
+    "looked at": lambda: Looking(most=5, every=3),
+}
+
+
 @pytest.mark.parametrize("name", ["model", "auto", "copy", "auto of a copy"])
-@pytest.mark.parametrize(
-    "router",
-    [
-        lambda: Scripted(alternating),
-        lambda: Scripted(alternating, peek=0),
-        lambda: Asking(alternating),
-        lambda: Looking(most=5, every=3),
-    ],
-    ids=["drafted", "not drafted", "asked", "looked at"],
-)
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_every_step_is_its_writers(model, draft, name: str, router):
     copy = QuantizedSelf(weights="int4", num_tokens=3)
     drafter = {"model": draft, "auto": Auto(SmallModel(draft)), "copy": copy, "auto of a copy": Auto(copy)}[name]
@@ -279,19 +278,14 @@ def check_one_cache(
             place = end
 
 
+AHEAD: dict[str, Callable[[], Router]] = {
+    "ahead": lambda: Weighing(3, asks=False),
+    "ahead, asked": lambda: Weighing(3),
+}
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
-@pytest.mark.parametrize(
-    "router",
-    [
-        lambda: Scripted(alternating),
-        lambda: Scripted(alternating, peek=0),
-        lambda: Asking(alternating),
-        lambda: Looking(most=5, every=3),
-        lambda: Weighing(3, asks=False),
-        lambda: Weighing(3),
-    ],
-    ids=["drafted", "not drafted", "asked", "looked at", "ahead", "ahead, asked"],
-)
+@pytest.mark.parametrize("router", [*ROUTERS.values(), *AHEAD.values()], ids=[*ROUTERS, *AHEAD])
 def test_in_one_cache_steps_follow_from_what_was_read(model, draft, router, num_tokens: int):
     """Ragged rows, and rows that are in different phases; the copy is noisy enough to be told from the target."""
     out = routed(model, SmallModel(draft, num_tokens=num_tokens), sharing(router()))

@@ -84,9 +84,13 @@ def test_models_lists_them(served: Running) -> None:
         (["a=b", "a=c"], "float", "the name of something else"),
         (["demo=b"], "float", "the name of something else"),
         (["a=b"], "int8", "adapters go into float weights"),
+        (["a=nowhere"], "float", "nowhere has no adapter_config.json"),
     ],
 )
-def test_a_wrong_option_is_refused_before_a_model_is_loaded(modules: list[str], weights: str, message: str) -> None:
+def test_a_wrong_option_is_refused_before_a_model_is_loaded(
+    modules: list[str], weights: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.models.pair.load_pair", lambda *_, **__: pytest.fail("a model is loaded"))
     words = [word for each in modules for word in ("--lora-modules", each)]
     result = CliRunner().invoke(app, ["serve", "demo", "--weights", weights, *words])
     assert result.exit_code == 2
