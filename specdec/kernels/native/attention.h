@@ -188,7 +188,7 @@ TARGET static void weigh_chunk(void *context, int chunk) {
     const int64_t first = chunk % parts * VL, head = chunk / parts % a->K, b = chunk / parts / a->K;
     const int count = (int)(queries - first < VL ? queries - first : VL);
     const int64_t seen = few->seen[b], end = (seen + VL - 1) / VL * VL;
-    float *scores[VL], maxima[VL], lanes[4 * VL] __attribute__((aligned(64)));
+    float *scores[VL], maxima[VL] = {0}, lanes[4 * VL] __attribute__((aligned(64)));
     for (int i = 0; i < VL; i++) {
         const int64_t own = first + (i < count ? i : count - 1);
         scores[i] = scores_of(a, b, head, own);
