@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import UnsupportedModelError
 from specdec.kernels.model.packed import PackedLayers, can_pack
-from specdec.kernels.model.stack import FusedStack, Rotations, is_fused, stacks
+from specdec.kernels.model.stack import FusedStack, Rotations, is_fused, rotations_of, stacks
 from specdec.tree_model.module_copies import with_modules
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -199,7 +199,7 @@ class LayerViews:
 
     @cached_property
     def _rotations(self) -> Rotations:
-        return Rotations(self._model)
+        return rotations_of(self._model)
 
     def _place(self, index: int) -> int:
         """How many stand-ins come before a layer: all, where models take the kind of its mask from its index."""

@@ -21,7 +21,9 @@ from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.model.growing import GrowingSession
 from specdec.engine import Engine
-from specdec.kernels import prepare
+from specdec.kernels import native, prepare
+from specdec.kernels.model.layer_run import LayerRun
+from specdec.kernels.model.linear import BANDS, NATIVE
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from specdec.training.heads.export import save_head
 from tests.support.engine_requests import alone, random_prompt, request_of
@@ -56,7 +58,7 @@ def saved(folder: Path, target: PreTrainedModel, *, landing: int = LANDING, star
     return folder / "head", head
 
 
-def check(listener: Listener, head: Jump, target: PreTrainedModel) -> None:
+def check(listener: Listener, head: Jump, target: PreTrainedModel, bound: float = 1e-5) -> None:
     exact = deepcopy(head).to(target.dtype)
     config = deepcopy(target.config)
     config.num_hidden_layers = len(head.layers)
@@ -66,7 +68,7 @@ def check(listener: Listener, head: Jump, target: PreTrainedModel) -> None:
     for said in listener.sample():
         expected_V = reference_logits(exact, inside, target, said.text, said.drafted, said.first)
         error = (said.logits_V[list(DRAFTS)] - expected_V).abs().max()
-        assert error <= 1e-5 * (1 + expected_V.abs().max()), f"{error:.2e} after {said.text}, {said.drafted}"
+        assert error <= bound * (1 + expected_V.abs().max()), f"{error:.2e} after {said.text}, {said.drafted}"
 
 
 @torch.no_grad()
@@ -96,6 +98,30 @@ def test_heads_compute_what_the_layers_between_do(
     assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
     check(listener, head, target)
     assert 0 < out.stats.num_accepted < out.stats.num_drafted
+
+
+@pytest.mark.skipif(native.library() is None, reason="without kernels no layer is fused")
+@pytest.mark.parametrize("tree", TREES)
+def test_fused_layers_say_the_same(tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    target = small_vocab_model(**sizes, head_dim=32)
+    folder, head = saved(tmp_path, target)
+    fused: list[object] = []
+    run = LayerRun.__call__
+
+    def noted(self: LayerRun, *args: Any, **kwargs: Any) -> Tensor | None:
+        out_BTC = run(self, *args, **kwargs)
+        fused.extend([len(self.layers)] * (out_BTC is not None))
+        return out_BTC
+
+    monkeypatch.setattr(LayerRun, "__call__", noted)
+    monkeypatch.setattr("specdec.kernels.model.prepare.calibrate", lambda _: dict.fromkeys(BANDS, NATIVE))
+    listener = Listener(monkeypatch)
+    fast = prepare(deepcopy(target))
+    out = speculate(fast, PROMPTS, DraftHead(folder), tree=TREES[tree], max_new_tokens=NUM_NEW)
+    assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
+    check(listener, head, target, bound=1e-3)
+    assert fused.count(len(head.layers)) > NUM_NEW
 
 
 def test_jumps_and_exits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

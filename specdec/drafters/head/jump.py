@@ -11,6 +11,7 @@ Shape legend: B rows, T positions, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from specdec.drafters.head.mtp_files import block_model
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.hf import CACHE
+from specdec.kernels.model.stack import FusedLayers, Rotations, is_fused
 
 
 class Jump(HeadNetwork):
@@ -43,15 +45,51 @@ class Jump(HeadNetwork):
         **kwargs: Any,
     ) -> HeadOutput:
         """Tokens that come next, beside the target's states or what the head has given in the step before."""
-        assert states_BTC is not None
-        states_BTC = self.fc(torch.cat([embeds_BTC, states_BTC], -1))
-        rotation = self.rotary_emb(embeds_BTC, position_ids)
+        landed_BTC = self.land(embeds_BTC, states_BTC)
+        rotation = self.rotary_emb(landed_BTC, position_ids)
         for layer in self.layers:
-            states_BTC = layer(
-                states_BTC,
+            landed_BTC = layer(
+                landed_BTC,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 position_embeddings=rotation,
                 **{CACHE: kwargs[CACHE]},
             )
+        return self.read_out(landed_BTC)
+
+    def land(self, embeds_BTC: Tensor, states_BTC: Tensor | None) -> Tensor:
+        """What the first layer reads."""
+        assert states_BTC is not None
+        landed_BTC: Tensor = self.fc(torch.cat([embeds_BTC, states_BTC], -1))
+        return landed_BTC
+
+    def read_out(self, states_BTC: Tensor) -> HeadOutput:
+        """What the last layer leaves, and what the LM head reads of it."""
         return HeadOutput(states_BTC, self.norm(self.readout(states_BTC)))
+
+    def for_run(self) -> Callable[..., HeadOutput]:
+        return _FusedJump(self) if all(map(is_fused, self.layers)) else self
+
+
+class _FusedJump:
+    """All layers of a prepared head in one native call, and angles that are looked up."""
+
+    def __init__(self, head: Jump):
+        self._head = head
+        self._rotations = Rotations(head.rotary_emb, head.config)
+        self._layers = FusedLayers(head.layers)
+
+    def __call__(
+        self,
+        *,
+        embeds_BTC: Tensor,
+        states_BTC: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        use_cache: bool,
+        **kwargs: Any,
+    ) -> HeadOutput:
+        landed_BTC = self._head.land(embeds_BTC, states_BTC)
+        rotation = self._rotations(landed_BTC, position_ids)
+        output_BTC = self._layers(landed_BTC, attention_mask, kwargs[CACHE], rotation, use_cache=use_cache)
+        return self._head.read_out(output_BTC)

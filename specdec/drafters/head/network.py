@@ -76,6 +76,10 @@ class HeadNetwork(PreTrainedModel):
         """The target's states side by side, as one vector a position, [B, T, C]; those of one layer are one."""
         return states_BTX
 
+    def for_run(self) -> Callable[..., HeadOutput]:
+        """What computes `forward` in one run; it may know what is that run's alone."""
+        return self
+
     @abstractmethod
     def forward(self, embeds_BTC: Tensor, states_BTC: Tensor | None, *args: Any, **kwargs: Any) -> HeadOutput:
         """

@@ -16,7 +16,6 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
-from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
 
 _NEVER = -1e4
@@ -32,7 +31,7 @@ class HeadRunner(TreeModel):
         self._target = target.model
         self._target_vocab_size = target.vocab_size
         self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
-        self._view = View(head)
+        self._forward = head.for_run()
         self.begin()
 
     def begin_rows(self, first: Sequence[int]) -> None:
@@ -119,8 +118,7 @@ class HeadRunner(TreeModel):
         inputs = self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
         inputs |= {"embeds_BTC": self._embed(inputs.pop("input_ids")), "states_BTC": states_BTC}
         self.num_forwards += 1
-        output: HeadOutput = self._run(self._view, inputs)
-        return output
+        return self._forward(**inputs)
 
     def _fused(self, states_BTX: Tensor) -> Tensor:
         if self._final_norm is not None:

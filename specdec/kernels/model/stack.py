@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from specdec.hf import CACHE
 from specdec.kernels.model.layer import FusedLayer
@@ -47,11 +47,15 @@ class Rotations:
     """A model's rotary embedding, computed once for each position: looking it up takes a tenth of the time.
 
     Where angles depend on more than the position it is computed every time.
+
+    Args:
+        rotary_emb: takes states and positions [B, T], and returns cos and sin.
+        config: of the model.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        self._rotate = model.get_decoder().rotary_emb
+    def __init__(self, rotary_emb: Callable[..., Any], config: PreTrainedConfig):
+        rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        self._rotate = rotary_emb
         self._is_static = rope.get("rope_type", "default") in _STATIC
         self._tables: tuple[Tensor, ...] = ()
 
@@ -66,6 +70,43 @@ class Rotations:
             self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
         cos, sin = self._tables
         return cos[position_ids], sin[position_ids]
+
+
+def rotations_of(model: PreTrainedModel) -> Rotations:
+    return Rotations(model.get_decoder().rotary_emb, model.config)
+
+
+class FusedLayers:
+    """Some layers one after the other, those that `prepare` has fused in one native call; for one run.
+
+    Args:
+        layers: each takes and returns states [B, T, C].
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        self._parts = list(_parts(layers))
+        self._is_checked = False
+
+    def __call__(
+        self, hidden_BTC: Tensor, mask: Tensor | None, cache: Any, rotation: tuple[Tensor, Tensor], *, use_cache: bool
+    ) -> Tensor:
+        for run, layers in self._parts:
+            if run is not None:
+                done_BTC = run(hidden_BTC, mask, cache, rotation, is_checked=self._is_checked)
+                if done_BTC is not None:
+                    hidden_BTC = done_BTC
+                    continue
+            for layer in layers:
+                hidden_BTC = layer(
+                    hidden_BTC,
+                    attention_mask=mask,
+                    **{CACHE: cache},
+                    use_cache=use_cache,
+                    position_embeddings=rotation,
+                    is_checked=self._is_checked,
+                )
+        self._is_checked = True  # until the next run, which has layers of its own: looking takes a tenth of a forward
+        return hidden_BTC
 
 
 class FusedStack:
@@ -92,11 +133,10 @@ class FusedStack:
     ):
         self._embed = model.get_decoder().embed_tokens
         self._rotations = rotations
-        self._parts = list(_parts(layers))
+        self._layers = FusedLayers(layers) if layers else None
         self._norm = norm
         self._head = model.get_output_embeddings() if has_head else None
         self._given = given
-        self._is_checked = False
 
     def __call__(
         self,
@@ -111,23 +151,9 @@ class FusedStack:
     ) -> Outputs:
         cache = past_key_values if cache is None else cache
         hidden_BTC = self._embed(input_ids) if self._given is None else self._given()
-        rotation = self._rotations(hidden_BTC, position_ids) if self._parts else None
-        for run, layers in self._parts:
-            if run is not None and rotation is not None:
-                done_BTC = run(hidden_BTC, attention_mask, cache, rotation, is_checked=self._is_checked)
-                if done_BTC is not None:
-                    hidden_BTC = done_BTC
-                    continue
-            for layer in layers:
-                hidden_BTC = layer(
-                    hidden_BTC,
-                    attention_mask=attention_mask,
-                    **{CACHE: cache},
-                    use_cache=use_cache,
-                    position_embeddings=rotation,
-                    is_checked=self._is_checked,
-                )
-        self._is_checked = True  # until the next run, which has a stack of its own: looking takes a tenth of a forward
+        if self._layers is not None:
+            rotation = self._rotations(hidden_BTC, position_ids)
+            hidden_BTC = self._layers(hidden_BTC, attention_mask, cache, rotation, use_cache=use_cache)
         if self._norm is not None:
             hidden_BTC = self._norm(hidden_BTC)
         return Outputs(hidden_BTC, None if self._head is None else self._head(hidden_BTC[:, -logits_to_keep:]))
@@ -156,7 +182,7 @@ def stacks(model: PreTrainedModel, layers: Sequence[nn.Module], norm: nn.Module 
         return False
     known, state = profile_of(model).part(_Tried), prepared(model)
     if state not in known:
-        known[state] = _gives_the_same(model, FusedStack(model, Rotations(model), layers, norm, has_head=True))
+        known[state] = _gives_the_same(model, FusedStack(model, rotations_of(model), layers, norm, has_head=True))
     return known[state]
 
 
