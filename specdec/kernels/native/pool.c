@@ -1,8 +1,9 @@
 /* Worker threads for work of a few microseconds.
  *
- * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
- * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
- * share, not a stall. One that is put aside in the middle of a chunk does cost a stall.
+ * A job is a function and a number of chunks. Each thread has a range of them, one after the other in memory: what it
+ * asks for ahead of use is its own. Whoever has done its range draws from the others', so the caller waits only for
+ * chunks that a worker has really begun: a worker that the operating system has put aside costs its share, not a stall.
+ * One that is put aside in the middle of a chunk does cost a stall.
  * Where other programs want the cores, several threads are slower than one: the system gives them the time of one, and
  * some of it is spent waiting. So it is measured what is lost to others: what the caller waits for a worker, what a worker
  * that waits for work finds missing between two looks at the clock, and what the caller's clock of processor time lacks.
@@ -33,12 +34,18 @@
 #define MAX_HOLD_NS 1000000000
 #define HOLD_PER_LOST 32 /* and at least so many times what was lost before: trying costs three in a hundred */
 
-static struct {
-    /* job number (24 bits), chunks in the job (20), next chunk to draw (20): one word, so a draw is one exchange */
+/* What is left of a thread's range of a job: job number (24 bits), end of the range (20), next chunk to draw (20). One
+ * word, so a draw is one exchange. */
+typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;
+} Range;
+
+static struct {
+    Range ranges[MAX_THREADS];
     _Alignas(64) _Atomic int num_done;
     _Alignas(64) chunk_fn fn;
     void *context;
+    _Atomic uint64_t job;
     _Atomic int num_active, num_sleeping; /* threads that may work, the caller included; workers asleep */
     int num_workers;
     pthread_mutex_t sleep_lock;
@@ -70,27 +77,27 @@ static int64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
 
 static int next_chunk(uint64_t ticket) { return (int)(ticket & MAX_CHUNKS); }
 static int is_open(uint64_t ticket) { return next_chunk(ticket) < (int)(ticket >> CHUNK_BITS & MAX_CHUNKS); }
-static uint64_t job_of(uint64_t ticket) { return ticket >> 2 * CHUNK_BITS; }
 
-/* The caller is thread 0. A thread that may not work on a job finds that its ticket has changed. */
+/* The caller is thread 0. A thread that may not work on a job finds that its tickets have changed. */
 static int run_one_chunk(int id) {
-    uint64_t ticket = atomic_load(&pool.ticket);
-    while (is_open(ticket) && id < atomic_load(&pool.num_active))
-        if (atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) {
-            pool.fn(pool.context, next_chunk(ticket));
-            atomic_fetch_add(&pool.num_done, 1);
-            return 1;
-        }
+    const int num_active = atomic_load(&pool.num_active);
+    for (int i = 0, of = id; i < num_active; i++, of = of + 1 < num_active ? of + 1 : 0) {
+        uint64_t ticket = atomic_load(&pool.ranges[of].ticket);
+        while (is_open(ticket) && id < atomic_load(&pool.num_active))
+            if (atomic_compare_exchange_weak(&pool.ranges[of].ticket, &ticket, ticket + 1)) {
+                pool.fn(pool.context, next_chunk(ticket));
+                atomic_fetch_add(&pool.num_done, 1);
+                return 1;
+            }
+    }
     return 0;
 }
-
-static int has_work(int id) { return is_open(atomic_load(&pool.ticket)) && id < atomic_load(&pool.num_active); }
 
 static void sleep_until_next_job(int id) {
     pthread_mutex_lock(&pool.sleep_lock);
     atomic_fetch_add(&pool.num_sleeping, 1);
-    const uint64_t last_job = job_of(atomic_load(&pool.ticket));
-    while (!has_work(id) && (job_of(atomic_load(&pool.ticket)) == last_job || id >= atomic_load(&pool.num_active)))
+    const uint64_t last_job = atomic_load(&pool.job);
+    while (atomic_load(&pool.job) == last_job || id >= atomic_load(&pool.num_active))
         pthread_cond_wait(&pool.wake, &pool.sleep_lock);
     atomic_fetch_sub(&pool.num_sleeping, 1);
     pthread_mutex_unlock(&pool.sleep_lock);
@@ -120,7 +127,7 @@ static void *worker(void *argument) {
 static void forget_workers(void) {
     pool.num_workers = 0;
     pool.num_sleeping = 0;
-    pool.ticket = 0;
+    memset(pool.ranges, 0, sizeof pool.ranges);
     pthread_mutex_init(&pool.sleep_lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pthread_mutex_init(&call_lock, NULL);
@@ -277,8 +284,12 @@ void parallel_for(chunk_fn fn, void *context, int num_chunks) {
     pool.fn = fn;
     pool.context = context;
     atomic_store(&pool.num_done, 0);
-    const uint64_t job = job_of(atomic_load(&pool.ticket)) + 1;
-    atomic_store(&pool.ticket, job << 2 * CHUNK_BITS | (uint64_t)num_chunks << CHUNK_BITS);
+    const uint64_t job = atomic_load(&pool.job) + 1, num_active = (uint64_t)pool.num_active;
+    for (uint64_t i = 0; i < num_active; i++) {
+        const uint64_t first = num_chunks * i / num_active, end = num_chunks * (i + 1) / num_active;
+        atomic_store(&pool.ranges[i].ticket, job << 2 * CHUNK_BITS | end << CHUNK_BITS | first);
+    }
+    atomic_store(&pool.job, job);
     if (atomic_load(&pool.num_sleeping) > pool.num_workers - (pool.num_active - 1)) {
         pthread_mutex_lock(&pool.sleep_lock);
         pthread_cond_broadcast(&pool.wake);
