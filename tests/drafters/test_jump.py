@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 
 from specdec import DraftError
 from specdec.drafters import Auto, DraftHead, EarlyExit
+from specdec.drafters.head.fitting import fitted
 from specdec.drafters.head.formats import JUMP, HeadConfig
 from specdec.drafters.head.jump import Jump
+from specdec.drafters.head.loading import load_head
 from specdec.drafters.model.growing import GrowingSession
 from specdec.engine import Engine
+from specdec.kernels import prepare
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from specdec.training.heads.export import save_head
 from tests.support.engine_requests import alone, random_prompt, request_of
@@ -146,3 +149,18 @@ def test_heads_that_cannot_be_read_are_refused(changes: dict[str, object], messa
     (folder / "config.json").write_text(json.dumps({**fields, **changes}))
     with pytest.raises(DraftError, match=message):
         DraftHead(folder)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantising_a_target_leaves_its_head_both_of_what_it_reads(tmp_path: Path, weights: str) -> None:
+    """States a thousand times as large as embeddings, and weights that make up for it, as the demo model has them."""
+    target = tiny_model("llama")
+    folder, _ = saved(tmp_path, target)
+    head = load_head(folder).float()
+    size, large = target.config.hidden_size, 1000.0
+    with torch.no_grad():
+        head.fc.weight[:, size:] /= large
+    made = fitted(head, prepare(deepcopy(target), weights))
+    inputs = torch.cat([torch.randn(3, size), large * torch.randn(3, size)], 1)
+    torch.testing.assert_close(made.fc(inputs), head.fc(inputs), rtol=1e-4, atol=1e-4)
+    assert not any(type(module) is nn.Linear for name, module in made.named_modules() if name != "fc")
