@@ -15,7 +15,7 @@ draft alone; `confidence` and `entropy` are SelfConfidence and FirstTokenEntropy
 target's likelihood as the reward, `grade` SpecReason's; `regret` is what `arbitrage` learns to foretell, asked of the
 target itself. RATE is a share of steps.
 
-**Replayed.** `--methods` are replayed on greedy steps that are kept in OUTPUT.steps.jsonl (`bench/step_replay.py`): a
+**Replayed.** `--methods` are replayed on greedy steps that are kept in OUTPUT.steps.jsonl (`bench/step_cache.py`): a
 model writes a step only where no method has had that text before it, `--batch-size` problems at a time. Accuracy,
 tokens and forwards are those of a live run; the speed is computed from them, with what a token and a verification cost
 alone, measured on `--alone` problems (OUTPUT.costs.jsonl). **Live.** `--live` methods are run as a user would, one
@@ -45,7 +45,8 @@ import routers
 import specdec
 from bench._script import command, log, parser_of
 from bench.arbitrage_report import Costs, Outcome, write_report
-from bench.step_replay import CachedStep, Replayed, Request, StepCache, StepSource, replay_all, with_source
+from bench.step_cache import CachedStep, Request, StepCache, StepSource, with_source
+from bench.step_replay import Replayed, replay_all
 from routers import Router
 from specdec.drafters import Auto, QuantizedSelf, SmallModel
 from specdec.model_options import ModelOptions

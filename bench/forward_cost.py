@@ -32,6 +32,7 @@ from specdec import kernels, models
 from specdec.hf import CACHE
 from specdec.model_options import QuantizedWeights
 from specdec.tree_model.cache import TreeCache
+from specdec.tree_model.layer_views import LayerViews
 
 WIDTHS = (1, 2, 4, 8, 16)
 THREAD_WIDTHS = (1, 4, 8, 256)
@@ -60,6 +61,11 @@ class Forms:
             kernels.unprepare(self.model)
 
 
+def run_of(model: PreTrainedModel) -> Callable:
+    """What the runtime calls: of a prepared model its layers, without transformers' forward around them."""
+    return model if kernels.prepared(model) is None else LayerViews(model).whole().run
+
+
 class Context:
     """A cache filled with `length` tokens, to which forwards of any width are appended and taken back."""
 
@@ -68,13 +74,17 @@ class Context:
         self.cache = TreeCache(model.config.num_hidden_layers, 1, self.length + 64)
         model(ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         self.cache.commit([range(self.length)])
+        self._inputs: dict[int, dict] = {}  # by width: torch's operators on several threads wait for each other
 
-    def forward(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        width = ids.shape[1]
-        positions = torch.arange(self.length, self.length + width)[None]
-        mask = torch.ones(1, 1, width, self.length + width, dtype=torch.bool).tril(self.length)
-        options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-        logits = model(ids, **{CACHE: self.cache}, **options).logits
+    def _inputs_of(self, width: int) -> dict:
+        if width not in self._inputs:
+            mask = torch.ones(1, 1, width, self.length + width, dtype=torch.bool).tril(self.length)
+            positions = torch.arange(self.length, self.length + width)[None]
+            self._inputs[width] = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        return self._inputs[width]
+
+    def forward(self, run: Callable, ids: torch.Tensor) -> torch.Tensor:
+        logits = run(input_ids=ids, **{CACHE: self.cache}, **self._inputs_of(ids.shape[1])).logits
         self.cache.rollback()
         return logits
 
@@ -93,16 +103,20 @@ def measure_widths(forms: Forms, ids: torch.Tensor, repetitions: int) -> dict:
     for _ in range(repetitions):
         for name in forms.names:
             with forms.form(name) as model:
+                run = run_of(model)
+                context.forward(run, ids[:, :1])  # looks whether the layers are what they were
                 for width in WIDTHS:
                     new = ids[:, :width]
-                    times = timed_ms(lambda model=model, new=new: context.forward(model, new))
+                    times = timed_ms(lambda run=run, new=new: context.forward(run, new))
                     best[name][width] = tuple(map(min, best[name][width], times))
     for name in forms.names:
         with forms.form(name) as model:
             if name == "stock" or model._specdec_prepared.num_fused_layers < model.config.num_hidden_layers:
                 continue  # calibration or the lack of a compiler left torch products, which are not exact
-            wide = context.forward(model, ids[:, :8])
-            assert torch.equal(context.forward(model, ids[:, :3]), wide[:, :3]), f"{name}: rows depend on their company"
+            wide = context.forward(run_of(model), ids[:, :8])
+            assert torch.equal(context.forward(run_of(model), ids[:, :3]), wide[:, :3]), (
+                f"{name}: rows depend on their company"
+            )
     return {
         name: {w: {"wall_ms": t[0], "cpu_ms": t[1]} for w, t in by_width.items()} for name, by_width in best.items()
     }
@@ -128,12 +142,13 @@ def measure_threads(forms: Forms, ids: torch.Tensor, repetitions: int, counts: S
     for _ in range(repetitions):
         for name in forms.names:
             with forms.form(name) as model:
+                run = run_of(model)
                 for count in counts:
                     torch.set_num_threads(count)
-                    context.forward(model, ids[:, :1])  # wakes the threads
+                    context.forward(run, ids[:, :1])  # wakes the threads
                     for width in widths:
                         new = ids[:, :width]
-                        wall, _ = timed_ms(lambda model=model, new=new: context.forward(model, new))
+                        wall, _ = timed_ms(lambda run=run, new=new: context.forward(run, new))
                         times[name][count][width].append(wall)
     torch.set_num_threads(counts[0])
     return {

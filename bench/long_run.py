@@ -72,11 +72,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
+    parser.add_argument("--weights", choices=(*WEIGHTS, "gguf"), default="int8", help="gguf: a file as it is")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    model, tokenizer, _ = load(args.model, threads=args.threads)
-    if args.weights != "stock":
+    as_it_is = args.weights == "gguf"
+    model, tokenizer, _ = load(args.model, threads=args.threads, weights="gguf" if as_it_is else None)
+    if args.weights != "stock" and not as_it_is:
         specdec.prepare(model, weights=args.weights)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     print(f"{'':<14} {'ms a token, by quarter':>31}")

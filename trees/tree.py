@@ -254,8 +254,9 @@ class TreeBatch:
     def ancestors_BTT(self) -> Tensor:
         """bool: slot i may see slot j, that is, j is i itself or lies on its path to the root (slot 0)."""
         if self.is_chain:
-            causal = torch.ones((self.num_slots, self.num_slots), dtype=torch.bool, device=self.device).tril()
-            return causal.expand(self.num_rows, -1, -1)
+            slots_T = torch.arange(self.num_slots, device=self.device)
+            causal_TT = slots_T[:, None] >= slots_T  # on a CPU `tril` wakes torch's threads, however small it is
+            return causal_TT.expand(self.num_rows, -1, -1)
         return upload(self.host_ancestors_BTT, self.device)
 
     @cached_property

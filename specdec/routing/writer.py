@@ -25,18 +25,13 @@ from specdec.acceptance import Accepted, to_host
 from specdec.decoding.drafter import Outcome
 from specdec.decoding.loop import Committed, DecodingLoop
 from specdec.decoding.sampling import Prefixes
-from specdec.decoding.sequences import num_shared
+from specdec.routing.reading import TextReader, chain_batch
 from specdec.routing.stop import StepStop
 from specdec.tree_model.model import TreeModel
-from trees import Draft, TokenTree, TreeBatch
+from trees import Draft
 
-_LONGEST_LEAD = 256
-"""Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
 READ_AT_ONCE = 16
 """Tokens of a rejected step that a CPU reads at once: most of it does not agree, and every token is paid for."""
-_CHEAP_WIDTH = 16
-"""A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
-token that is dropped again: copying the states of those that write costs more."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -65,16 +60,12 @@ class StepWriter(DecodingLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._held: list[list[int]] = [[] for _ in self.sequences.tokens]
-        """Of each row the tokens, padding included, whose states its cache holds."""
-
-        self._owner: StepWriter | None = None
-        """On whose cache it works; None: on its own."""
-
+        self._reader = TextReader(
+            target=self.target, sequences=self.sequences, prefill=self.prefill, vocab_size=self.vocab_size
+        )
         self._leads: list[int] = []
         self._scored: _ScoredDrafts | None = None
         self._signals: list[list[_TokenSignals | None]] = [[None] * len(row) for row in self.sequences.tokens]
-        self._has_read = False
         self._is_own = True
         """Whether the round verifies what the session has drafted."""
 
@@ -100,7 +91,7 @@ class StepWriter(DecodingLoop):
 
         A step that is taken back goes from the cache, whoever has written it. To be called before anything is read.
         """
-        self._owner, self._held = owner, owner._held
+        self._reader.share_cache_of(owner._reader)
 
     def append_draft_step(self, drafts: Mapping[int, Sequence[int]]) -> None:
         """Commit of these drafts what the model would have written, and its own token after that."""
@@ -153,7 +144,7 @@ class StepWriter(DecodingLoop):
         appended: list[list[int]] = [[] for _ in self.sequences.rows]
         for row, text in texts.items():
             step, length = self.stop.steps[row], len(self.sequences.tokens[row])
-            shared = self.sequences.replace(row, text)
+            shared = self._reader.replace(row, text)
             appended[row] = list(text[shared:])
             if shared < length or appended[row]:
                 step.is_over = step.is_last = False
@@ -172,10 +163,7 @@ class StepWriter(DecodingLoop):
         self._signals = [self._signals[row] for row in rows]
         self.session.select_rows(rows)
         self.target.states = {}  # of the rows of the last forward, not of all
-        if self._owner is None:
-            self._held[:] = [self._held[row] for row in rows]
-            if self._has_read and rows:
-                self.target.select_rows(rows)
+        self._reader.select_rows(rows)
 
     def score_drafts(self, chains: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Verify chains and commit none of them: `commit_scored` does, or `discard`. Rows that write wait meanwhile.
@@ -190,7 +178,7 @@ class StepWriter(DecodingLoop):
         waiting = self.stop.writing
         for row, step in enumerate(self.stop.steps):
             step.writing = row in chains
-        draft = Draft(trees=_chains([list(chains.get(row, ())) for row in range(len(self.sequences))], self.device))
+        draft = Draft(trees=chain_batch([list(chains.get(row, ())) for row in range(len(self.sequences))], self.device))
         logits_RTV = self.verify(draft)
         self._scored = _ScoredDrafts(draft, logits_RTV, waiting)
         return dict(zip(self.stop.writing, logits_RTV, strict=True))
@@ -238,13 +226,13 @@ class StepWriter(DecodingLoop):
         """Logits [R, T, V] of the rows that write, after the root and every node, read together with what the cache
         does not hold yet."""
         started = perf_counter()
-        self._read_prompts()
-        self._take_back()
-        self._catch_up()
-        rows = self.stop.writing
-        leads = {row: self._unread(row) for row in rows}
+        rows, reader = self.stop.writing, self._reader
+        reader.get_ready(rows)
+        leads = {row: reader.unread(row) for row in rows}
         self._leads = [len(leads.get(row, ())) for row in range(len(self.sequences))]
-        logits_RTV = self._forward({row: [*leads[row], self._root(row), *draft.trees.row(row).tokens] for row in rows})
+        logits_RTV = reader.forward(
+            {row: [*leads[row], reader.root(row), *draft.trees.row(row).tokens] for row in rows}
+        )
         if any(self._leads):
             logits_RTV = _from_slot(logits_RTV, [self._leads[row] for row in rows])[:, : draft.trees.num_slots]
         self.stats.verify_seconds += perf_counter() - started
@@ -259,14 +247,14 @@ class StepWriter(DecodingLoop):
         rows = self.stop.writing
         part, sequences = draft, self.sequences
         if len(rows) < len(sequences):
-            part = Draft(trees=_chains([draft.trees.row(row).tokens for row in rows], self.device))
+            part = Draft(trees=chain_batch([draft.trees.row(row).tokens for row in rows], self.device))
             sequences = sequences.row_subset(rows)
         prefixes = Prefixes(sequences, part.trees, range(part.trees.num_slots))
         scores_RTV = self.sampler.process(logits_RTV[:, : part.trees.num_slots], prefixes)
         numbers = [(given or {}).get(row, 0) for row in rows]
         if any(numbers):
             rest = [draft.trees.row(row).tokens[count:] for row, count in zip(rows, numbers, strict=True)]
-            part, scores_RTV = Draft(trees=_chains(rest, self.device)), _from_slot(scores_RTV, numbers)
+            part, scores_RTV = Draft(trees=chain_batch(rest, self.device)), _from_slot(scores_RTV, numbers)
         found = to_host(part.trees, self.sampler.accept(scores_RTV[:, : part.trees.num_slots], part))
         accepted = Accepted([[] for _ in self.sequences.rows], [[] for _ in self.sequences.rows])
         for index, row in enumerate(rows):
@@ -285,7 +273,8 @@ class StepWriter(DecodingLoop):
         return Outcome(paths=paths, tokens=tokens, is_own=self._is_own)
 
     def _must_read(self, row: int) -> bool:
-        return self.reads_first and (not self._has_read or self._cached(row) < self.sequences.lengths[row] - 1)
+        reader = self._reader
+        return self.reads_first and (not reader.has_read or reader.cached(row) < self.sequences.lengths[row] - 1)
 
     def _max_depths(self) -> list[int]:
         most, writing = sys.maxsize, self.stop.writing
@@ -302,14 +291,7 @@ class StepWriter(DecodingLoop):
             [*range(lead), *[lead + slot for slot in [0, *(node + 1 for node in path)][:count]]]
             for lead, path, count in zip(self._leads, paths, counts, strict=True)
         ]
-        self._keep(kept)
-
-    def _keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Commit these slots of each row's tail to the cache."""
-        before = self.target.cache.lengths
-        self.target.commit(kept)
-        for row, (old, new) in enumerate(zip(before, self.target.cache.lengths, strict=True)):
-            self._held[row] += self.sequences.prefix(row, new)[old:].tolist() if new > old else []
+        self._reader.keep(kept)
 
     def _report(self, committed: Committed) -> None:
         trees, paths, tokens, _ = committed
@@ -333,76 +315,6 @@ class StepWriter(DecodingLoop):
         """Only the rows that have waited write."""
         for row, step in enumerate(self.stop.steps):
             step.writing = row in waiting
-
-    def _read_prompts(self) -> None:
-        if self._owner is not None:
-            self._owner._read_prompts()
-            self.target.share_cache_with(self._owner.target)
-        elif not self._has_read:
-            self.prefill(self.target, self.sequences.rows)
-            self.target.cache.truncate_committed([length - 1 for length in self.target.cache.lengths])
-            for row, length in enumerate(self.target.cache.lengths):
-                self._held[row][:] = self.sequences.prefix(row, length).tolist()
-        self._has_read = True
-
-    def _take_back(self) -> None:
-        """Forget what the cache holds besides the text of the rows that write."""
-        lengths = self.target.cache.lengths
-        kept = [self._cached(row) if step.writing else lengths[row] for row, step in enumerate(self.stop.steps)]
-        if kept != lengths:
-            self.target.cache.truncate_committed(kept)
-            for row, length in enumerate(kept):
-                del self._held[row][length:]
-
-    def _cached(self, row: int) -> int:
-        """Slots of a row's text that the cache holds. The last token is none of them: it is the root of the next
-        forward."""
-        return num_shared(self._held[row], self.sequences.prefix(row)[:-1].tolist())
-
-    def _unread(self, row: int) -> list[int]:
-        """Committed tokens, without the root, that the cache of a row that writes does not hold."""
-        cached = self.target.cache.lengths[row]
-        return self.sequences.prefix(row)[cached:-1].tolist()
-
-    def _root(self, row: int) -> int:
-        """The last token; of a row that does not write, whatever it says is dropped."""
-        return int(self.sequences.prefix(row)[-1])
-
-    def _catch_up(self) -> None:
-        """Read what is too long to be read with a draft: where several rows write, each row's on its own."""
-        rows = self.stop.writing
-        longest = _LONGEST_LEAD if len(rows) == 1 else _CHEAP_WIDTH
-        for row in rows:
-            while len(lead := self._unread(row)) > longest:
-                part = lead[:_LONGEST_LEAD]
-                self._forward({row: part})
-                self._keep([range(len(part) if index == row else 0) for index in range(len(self.sequences))])
-
-    def _forward(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
-        """Logits [R, longest, V] after every token of some rows, over the target's vocabulary.
-
-        The tokens become their tail. Hidden states that are kept are of these rows too.
-        """
-        num_rows, rows, longest = len(self.sequences), list(tokens), max(map(len, tokens.values()))
-        if len(rows) < num_rows and num_rows * longest > _CHEAP_WIDTH:
-            with self.target.row_subset(rows, longest):
-                logits_RTV = self._read([tokens[row] for row in rows])
-        else:
-            logits_RTV = self._read([tokens.get(row) or [self._root(row)] for row in range(num_rows)])
-            if len(rows) < num_rows:
-                logits_RTV = logits_RTV[rows]
-                self.target.states = {depth: states[rows] for depth, states in self.target.states.items()}
-        missing = self.vocab_size - logits_RTV.shape[-1]
-        if missing:
-            logits_RTV = torch.nn.functional.pad(logits_RTV, (0, missing), value=-torch.inf)
-        return logits_RTV.to(self.device)
-
-    def _read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, longest, V]."""
-        readable = [[min(token, self.target.vocab_size - 1) for token in row] for row in rows]
-        batch = _chains(readable, self.target.device)
-        trees = TreeBatch.chains(batch.tokens_BN[:, 1:], [size - 1 for size in batch.sizes])
-        return self.target.verify(trees, batch.tokens_BN[:, :1])
 
     def _signals_of(
         self, logits_TV: Tensor, tokens: Sequence[int], row: int, slots: Sequence[int]
@@ -445,7 +357,3 @@ def _from_slot(values_RTV: Tensor, first: Sequence[int]) -> Tensor:
     first_R1 = torch.tensor(first, device=values_RTV.device).unsqueeze(1)
     slots_RT = (first_R1 + torch.arange(values_RTV.shape[1], device=first_R1.device)).clamp_max(values_RTV.shape[1] - 1)
     return values_RTV[torch.arange(len(first), device=first_R1.device).unsqueeze(1), slots_RT]
-
-
-def _chains(rows: Sequence[Sequence[int]], device: torch.device) -> TreeBatch:
-    return TreeBatch.stack([TokenTree.chain(row) for row in rows], device)

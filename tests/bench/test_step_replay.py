@@ -15,7 +15,8 @@ import routers
 import specdec
 from bench import arbitrage, step_replay
 from bench.arbitrage_report import Costs, sign_test
-from bench.step_replay import CachedStep, Replayed, Request, StepCache, replay_all, with_source
+from bench.step_cache import CachedStep, Request, StepCache, with_source
+from bench.step_replay import Replayed, replay_all
 from routers import FirstTokenEntropy, OwnDoubt
 from specdec.drafters import QuantizedSelf
 from specdec.testing import ByteTokenizer, tiny_model

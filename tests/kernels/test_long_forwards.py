@@ -153,6 +153,7 @@ def test_tiles_of_several_threads_do_not_meet(library, num_tokens):
         torch.randn(2, 2, 300, 64),
         torch.randn(2, 2, 300, 64),
     )
+    native.library().use_all_threads(True)
     try:
         outputs = []
         for num_threads in (1, 2, 3, 16, 2):
@@ -160,5 +161,6 @@ def test_tiles_of_several_threads_do_not_meet(library, num_tokens):
             attention = native.attention(query_BTHD, key_BKSD, value_BKSD, None, 0.125)
             outputs.append(library.attend(query_BTHD, attention))
     finally:
+        native.library().use_all_threads(False)
         torch.set_num_threads(before)
     assert all(torch.equal(output, outputs[0]) for output in outputs)

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason=native.describe
 @pytest.fixture(autouse=True)
 def restore_threads():
     before = torch.get_num_threads()
+    library = native.library()
+    library.use_all_threads(True)
     yield
+    library.use_all_threads(False)
     torch.set_num_threads(before)
 
 
@@ -211,6 +214,15 @@ def test_calls_from_several_threads_and_after_a_fork_are_right():
     if child == 0:
         os._exit(0 if torch.equal(linear(x_MK), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_results_are_the_same_while_the_pool_looks_for_free_cores():
+    """Whatever number of threads it finds, which changes in the course of a quarter of a second of work."""
+    native.library().use_all_threads(False)
+    torch.set_num_threads(3)
+    linear, x_MK = Int8Linear(nn.Linear(576, 576)), torch.randn(3, 576)
+    expected = linear(x_MK)
+    assert all(torch.equal(linear(x_MK), expected) for _ in range(3000))
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

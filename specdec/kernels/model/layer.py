@@ -10,8 +10,6 @@ so, with packed weights, does a token of a prompt, however long and in whatever 
 Shape letters: B batch, T query tokens, S keys, H query heads, K key/value heads, D head_dim, C channels.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -45,7 +43,7 @@ def is_supported(layer: DecoderLayer) -> bool:
     linears = _linears(layer)
     if not all(map(_is_native, linears)):
         return False
-    bits = set(map(_bits, linears))
+    bits = set(map(weight_bits, linears))
     if len(bits) > 1 and bits & {8, 16, 32}:  # they want rows of their own kind
         return False
     norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attn)]
@@ -118,6 +116,11 @@ class _Constants(NamedTuple):
     rotates: bool
     copies: list[tuple[torch.Tensor, torch.Tensor]]  # norms and biases that are no float32, and what the calls read
 
+    @property
+    def attends_as(self) -> tuple[float, int, int, int, bool]:
+        """What layers have in common that one call may run."""
+        return self.scale, self.num_heads, self.num_kv_heads, self.head_dim, self.rotates
+
 
 def contiguous(rotation: Rotation) -> Rotation:
     cos, sin = rotation
@@ -137,7 +140,7 @@ class FusedLayer:
         self._model = model
         self._rotation = rotation or Once(contiguous)
         # torch has no better product for packed or bfloat16 weights, and what it rounds otherwise shows in the tokens
-        self._max_rows = None if _bits(layer.self_attn.q_proj) < 32 else native.MAX_ROWS
+        self._max_rows = None if weight_bits(layer.self_attn.q_proj) < 32 else native.MAX_ROWS
         self.dtype = layer.input_layernorm.weight.dtype  # of the states between layers; inside they are float32
         self._constants: _Constants | None = None  # pointers into the layer's weights, made at the first call
         self._checked: _Constants | None = None  # the same, after the last check; None if that failed
@@ -308,65 +311,6 @@ class FusedLayer:
         return _Constants(_TensorAddresses(self.layer), layer, attn.layer_idx, attn.scaling, *sizes, rotates, copies)
 
 
-class _Trial(NamedTuple):
-    """A random masked batch with a past."""
-
-    x_BTC: torch.Tensor
-    rotation: Rotation
-    mask_B1TS: torch.Tensor
-    past: tuple[torch.Tensor, torch.Tensor]  # keys and values, each [B, K, S - T, D]
-
-
-@lru_cache(maxsize=4)  # made once for all layers of a model
-def _trial(channels: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Trial:
-    B, past, T = 2, 3, 5
-    random = torch.Generator().manual_seed(0)
-    angles_BTD = torch.rand(B, T, head_dim // 2, generator=random).mul(6).repeat(1, 1, 2)
-    visible = torch.rand(B, 1, T, past + T, generator=random) < 0.7
-    visible[..., 0] = True
-    x_BTC = torch.randn(B, T, channels, generator=random)
-    keys, values = torch.randn(2, B, num_kv_heads, past, head_dim, generator=random).to(dtype).unbind()
-    lowest = torch.finfo(torch.float32).min  # additive masks: what eager and sdpa both take
-    return _Trial(
-        x_BTC.to(dtype),
-        (angles_BTD.cos().to(dtype), angles_BTD.sin().to(dtype)),
-        torch.where(visible, 0.0, lowest).to(dtype),
-        (keys, values),
-    )
-
-
-@torch.no_grad()
-def matches_reference(layer: DecoderLayer) -> bool:
-    """Whether the fused forward computes what the layer's own does, on a random masked batch with a past.
-
-    The bound is loose for packed weights (a rounding may tip) and bfloat16 (the layer's own rounds every step), and
-    still far below what a wrong formula would show.
-    """
-    attn = layer.self_attn
-    num_kv_heads, dtype = attn.k_proj.out_features // attn.head_dim, layer.input_layernorm.weight.dtype
-    x_BTC, rotation, mask, past = _trial(attn.q_proj.in_features, num_kv_heads, attn.head_dim, dtype)
-
-    def run(forward: Callable[..., torch.Tensor]) -> torch.Tensor:
-        cache = {CACHE: _OneLayerCache(past)}
-        return forward(x_BTC, attention_mask=mask, position_embeddings=rotation, **cache).float()
-
-    expected_BTC, actual_BTC = run(layer.forward), run(FusedLayer(layer))
-    bound = 0.02 if _bits(attn.q_proj) < 32 else 1e-4
-    return torch.dist(expected_BTC, actual_BTC).item() <= bound * (expected_BTC - x_BTC.float()).norm().item()
-
-
-class _OneLayerCache:
-    """The part of a cache that one layer sees."""
-
-    def __init__(self, past: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.states = past
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.states
-        self.states = torch.cat((keys, key), 2), torch.cat((values, value), 2)
-        return self.states
-
-
 def _address(tensor: torch.Tensor, first: int) -> int:
     """Of a row of a contiguous float32 tensor [B, T, ...], counted over B and T."""
     return tensor.data_ptr() + 4 * first * tensor.shape[2:].numel() if first else tensor.data_ptr()
@@ -394,7 +338,7 @@ def _is_native(linear: nn.Module) -> bool:
     return set(forward.args[1].values()) == {NATIVE} and is_plain(forward.args[0].weight)
 
 
-def _bits(linear: Any) -> int:
+def weight_bits(linear: Any) -> int:
     """Of a weight."""
     return linear.bits if isinstance(linear, QuantizedLinear) else 8 * linear.weight.element_size()
 

@@ -117,7 +117,7 @@ class LayerRun:
             return all(layer.checked is known for layer, known in zip(self._fused, self._constants, strict=True))
         found = [layer.constants(rotation) for layer in self._fused]
         self._constants = [constants for constants in found if constants is not None]
-        if len(self._constants) < len(found) or len({each[3:8] for each in self._constants}) > 1:
+        if len(self._constants) < len(found) or len({each.attends_as for each in self._constants}) > 1:
             self._constants = []
             return False
         self._structs = (structs.Layer * len(found))(*[constants.layer for constants in self._constants])

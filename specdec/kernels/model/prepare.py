@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
-from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported, matches_reference
+from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported
+from specdec.kernels.model.layer_trial import matches_reference
 from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
 from specdec.kernels.model.native_model import NativeModel, Once
 from specdec.kernels.model.origin import files_of, note_files

@@ -70,6 +70,7 @@ _FUNCTIONS = {
     "select": _Function((ctypes.c_char_p,), ctypes.c_char_p),
     "layout": _Function((Int, Pointer), ctypes.c_char_p),
     "fail_allocation_after": _Function((Int,)),
+    "use_all_threads": _Function((ctypes.c_int,)),
     "packed_bytes": _Function((Int, Int, Int), Int),
     "pack": _Function((Pointer, Int, Int, Int, Pointer, Pointer, _Threads), Int, True),
     "bits_of": _Function((Int,), Int),
@@ -154,6 +155,9 @@ class Library:
     move_in_pages: Callable[..., None]
     fail_allocation_after: Callable[[int], None]
     """For tests: that many requests for memory are granted, then one is refused. Negative: all are granted."""
+
+    use_all_threads: Callable[[bool], None]
+    """For tests: whether calls use all the threads they ask for, even where other programs want the cores."""
 
     def __init__(self, dll: ctypes.CDLL, instruction_set: str | None = None) -> None:
         """`instruction_set`: one of INSTRUCTION_SETS, or None for the best. The whole process gets it."""

@@ -199,8 +199,9 @@ extern jmp_buf memory_ran_out;
 void begin_call(int num_threads);
 void end_call(void);
 
-/* Makes a request for memory fail: see specdec_fail_allocation_after. */
+/* For tests, see native.c. */
 void fail_allocation_after(int64_t count);
+void use_all_threads(int is_on);
 
 /* Ahead of use; any address will do, also one that does not exist. */
 #define prefetch_l1(p) __builtin_prefetch((const void *)(p), 0, 3)

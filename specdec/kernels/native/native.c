@@ -28,6 +28,9 @@ static const Kernels *kernels;
 /* The n-th request for memory from now on fails, once (n counts from 0; negative: none does): for tests. */
 EXPORT void specdec_fail_allocation_after(int64_t n) { fail_allocation_after(n); }
 
+/* Whether calls use all threads that they ask for even where others want the cores: for tests. */
+EXPORT void specdec_use_all_threads(int is_on) { use_all_threads(is_on); }
+
 /* Chooses an instruction set by name, or the best one for NULL. Returns its name, NULL if there is none. */
 EXPORT const char *specdec_select(const char *name) {
     const Kernels *best = best_kernels(name);

@@ -1,10 +1,15 @@
 /* Worker threads for work of a few microseconds.
  *
- * A job is a function and a number of chunks. The caller and the workers draw chunks from one counter, so the caller
- * waits only for chunks that a worker has really begun: a worker that the operating system has put aside costs its
- * share, not a stall. One that is put aside in the middle of a chunk does cost a stall. Where stalls take much of the
- * time the caller works alone for a while, longer each time: on a busy machine two threads are slower than one. Where
- * they are rare (other libraries' workers spin for a moment on their cores), they are put up with.
+ * A job is a function and a number of chunks. Each thread has a range of them, one after the other in memory: what it
+ * asks for ahead of use is its own. Whoever has done its range draws from the others', so the caller waits only for
+ * chunks that a worker has really begun: a worker that the operating system has put aside costs its share, not a stall.
+ * One that is put aside in the middle of a chunk does cost a stall.
+ * Where other programs want the cores, several threads are slower than one: the system gives them the time of one, and
+ * some of it is spent waiting. So it is measured what is lost to others: what the caller waits for a worker, what a worker
+ * that waits for work finds missing between two looks at the clock, and what the caller's clock of processor time lacks.
+ * Where that is much, half of the threads do the work for a while, at last the caller alone, and the others sleep. They
+ * come back when the while is over, unless the caller itself is still put aside: then no core is free. It begins alone.
+ * What is lost rarely (other libraries' workers spin for a moment on their cores) is put up with.
  * Workers spin between jobs (a forward has hundreds of them, microseconds apart) and go to sleep after SPIN_NS without
  * one. After a fork the child starts workers of its own. */
 #include <pthread.h>
@@ -20,55 +25,79 @@
 #define MAX_CHUNKS ((1 << CHUNK_BITS) - 1)
 #define SPIN_NS 300000
 #define STALL_NS 150000          /* waiting longer than this (and than a few chunks take) is a stall */
-#define RARE 8                   /* a stall is rare after that many times its length without one */
-#define MIN_ALONE_NS 5000000ll   /* how long to work alone after one that is not: doubled by each, */
-#define MAX_ALONE_NS 320000000ll /* halved by each that is */
+#define GAP_NS 50000             /* more than this between two looks at the clock: a worker was put aside */
+#define LEAST_WAITED_NS 1000000  /* nothing is concluded from less */
+#define LEAST_SAMPLED_NS 5000000 /* nor of the caller from less of its work: time slices are about as long */
+#define SAMPLE_NS 500000         /* between looks at the clock of processor time, which costs ten of the other's */
+#define PROOF_NS 100000000       /* of work: a number of threads has stood the test */
+#define MIN_HOLD_NS 20000000     /* for how long fewer threads work: so long, twice as long each time, */
+#define MAX_HOLD_NS 1000000000
+#define HOLD_PER_LOST 32 /* and at least so many times what was lost before: trying costs three in a hundred */
+
+/* What is left of a thread's range of a job: job number (24 bits), end of the range (20), next chunk to draw (20). One
+ * word, so a draw is one exchange. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t ticket;
+} Range;
 
 static struct {
-    /* job number (24 bits), chunks in the job (20), next chunk to draw (20): one word, so a draw is one exchange */
-    _Alignas(64) _Atomic uint64_t ticket;
+    Range ranges[MAX_THREADS];
     _Alignas(64) _Atomic int num_done;
     _Alignas(64) chunk_fn fn;
     void *context;
-    _Atomic int num_active, num_sleeping; /* threads allowed to work, the caller included; workers asleep */
+    _Atomic uint64_t job;
+    _Atomic int num_active, num_sleeping; /* threads that may work, the caller included; workers asleep */
     int num_workers;
-    int64_t alone_ns, alone_until; /* set by stalls */
-    int64_t together_ns;           /* of jobs since the last stall; what lies between jobs says nothing */
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
 } pool = {.num_active = 1, .sleep_lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
+/* How many threads the machine has cores for, as far as is known. Counts begin anew with each conclusion. */
+static struct {
+    int limit, num_wanted;          /* of threads; how many the running call asks for */
+    int is_ignored;                 /* for tests */
+    int64_t hold_ns, hold_until;
+    int64_t call_start, call_cpu;   /* by both clocks; -1 where the running call is no sample */
+    int64_t worked_ns;              /* in calls */
+    int64_t sampled_ns, away_ns;    /* in calls that are samples; of it, the caller was put aside */
+    int64_t next_sample;
+    _Atomic int64_t waited_ns;      /* by the caller for workers, by workers for a core */
+} share = {.limit = 1, .hold_ns = MIN_HOLD_NS};
+
 /* One forward at a time: the pool and the scratch memory are shared by the process. */
 static pthread_mutex_t call_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static int64_t now_ns(void) {
+static int64_t clock_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
+static int64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
+
 static int next_chunk(uint64_t ticket) { return (int)(ticket & MAX_CHUNKS); }
 static int is_open(uint64_t ticket) { return next_chunk(ticket) < (int)(ticket >> CHUNK_BITS & MAX_CHUNKS); }
-static uint64_t job_of(uint64_t ticket) { return ticket >> 2 * CHUNK_BITS; }
 
-static int run_one_chunk(void) {
-    uint64_t ticket = atomic_load(&pool.ticket);
-    while (is_open(ticket))
-        if (atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) {
-            pool.fn(pool.context, next_chunk(ticket));
-            atomic_fetch_add(&pool.num_done, 1);
-            return 1;
-        }
+/* The caller is thread 0. A thread that may not work on a job finds that its tickets have changed. */
+static int run_one_chunk(int id) {
+    const int num_active = atomic_load(&pool.num_active);
+    for (int i = 0, of = id; i < num_active; i++, of = of + 1 < num_active ? of + 1 : 0) {
+        uint64_t ticket = atomic_load(&pool.ranges[of].ticket);
+        while (is_open(ticket) && id < atomic_load(&pool.num_active))
+            if (atomic_compare_exchange_weak(&pool.ranges[of].ticket, &ticket, ticket + 1)) {
+                pool.fn(pool.context, next_chunk(ticket));
+                atomic_fetch_add(&pool.num_done, 1);
+                return 1;
+            }
+    }
     return 0;
 }
-
-static int has_work(int id) { return id < atomic_load(&pool.num_active) && is_open(atomic_load(&pool.ticket)); }
 
 static void sleep_until_next_job(int id) {
     pthread_mutex_lock(&pool.sleep_lock);
     atomic_fetch_add(&pool.num_sleeping, 1);
-    const uint64_t last_job = job_of(atomic_load(&pool.ticket));
-    while (!has_work(id) && (job_of(atomic_load(&pool.ticket)) == last_job || id >= atomic_load(&pool.num_active)))
+    const uint64_t last_job = atomic_load(&pool.job);
+    while (atomic_load(&pool.job) == last_job || id >= atomic_load(&pool.num_active))
         pthread_cond_wait(&pool.wake, &pool.sleep_lock);
     atomic_fetch_sub(&pool.num_sleeping, 1);
     pthread_mutex_unlock(&pool.sleep_lock);
@@ -76,15 +105,20 @@ static void sleep_until_next_job(int id) {
 
 static void *worker(void *argument) {
     const int id = (int)(intptr_t)argument;
-    int64_t idle_since = now_ns();
+    int64_t idle_since = now_ns(), last_look = idle_since;
     for (unsigned turn = 1;; turn++) {
-        if (has_work(id) && run_one_chunk()) {
-            idle_since = now_ns();
-        } else if (turn % 64 || now_ns() - idle_since < SPIN_NS) {
+        if (run_one_chunk(id)) {
+            idle_since = last_look = now_ns();
+        } else if (turn % 64) {
             pause_spinning();
         } else {
-            sleep_until_next_job(id);
-            idle_since = now_ns();
+            const int64_t now = now_ns(), gap = now - last_look, others = atomic_load(&pool.num_active) - 1;
+            if (gap > GAP_NS && others > 0) atomic_fetch_add(&share.waited_ns, gap / others);
+            last_look = now;
+            if (now - idle_since > SPIN_NS) {
+                sleep_until_next_job(id);
+                idle_since = last_look = now_ns();
+            }
         }
     }
     return NULL;
@@ -93,7 +127,7 @@ static void *worker(void *argument) {
 static void forget_workers(void) {
     pool.num_workers = 0;
     pool.num_sleeping = 0;
-    pool.ticket = 0;
+    memset(pool.ranges, 0, sizeof pool.ranges);
     pthread_mutex_init(&pool.sleep_lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pthread_mutex_init(&call_lock, NULL);
@@ -169,12 +203,63 @@ void begin_call(int num_threads) {
         pthread_detach(thread);
         if (pool.num_workers++ == 0) pthread_atfork(NULL, NULL, forget_workers);
     }
-    atomic_store(&pool.num_active, num_threads);
+    const int is_free = share.is_ignored || num_threads <= share.limit;
+    atomic_store(&pool.num_active, is_free ? num_threads : share.limit);
+    share.num_wanted = num_threads;
+    if (num_threads == 1) return;
+    share.call_start = now_ns();
+    share.call_cpu = share.call_start < share.next_sample ? -1 : clock_ns(CLOCK_THREAD_CPUTIME_ID);
 }
 
 int num_active_threads(void) { return atomic_load(&pool.num_active); }
 
-void end_call(void) { pthread_mutex_unlock(&call_lock); }
+void use_all_threads(int is_on) { share.is_ignored = is_on; }
+
+static void begin_count(void) {
+    share.worked_ns = share.sampled_ns = share.away_ns = 0;
+    atomic_store(&share.waited_ns, 0);
+}
+
+static void use_fewer_threads(int64_t now, int64_t lost) {
+    const int64_t least = HOLD_PER_LOST * lost;
+    share.limit = num_active_threads() / 2;
+    share.hold_until = now + (share.hold_ns > least ? share.hold_ns : least);
+    share.hold_ns = share.hold_ns * 2 < MAX_HOLD_NS ? share.hold_ns * 2 : MAX_HOLD_NS;
+    begin_count();
+}
+
+/* At the end of a call that wants several threads. */
+static void adjust_limit(void) {
+    const int64_t now = now_ns(), worked = now - share.call_start;
+    share.worked_ns += worked;
+    if (share.call_cpu >= 0) {
+        const int64_t away = worked - (clock_ns(CLOCK_THREAD_CPUTIME_ID) - share.call_cpu);
+        share.sampled_ns += worked;
+        share.away_ns += away > 0 ? away : 0;
+        share.next_sample = now + SAMPLE_NS;
+    }
+    const int64_t waited = atomic_load(&share.waited_ns), is_known = share.sampled_ns > LEAST_SAMPLED_NS;
+    const int is_alone = num_active_threads() == 1;
+    if (!is_alone && waited > LEAST_WAITED_NS && 3 * waited > share.worked_ns) {
+        use_fewer_threads(now, waited);
+    } else if (!is_alone && is_known && 3 * share.away_ns > share.sampled_ns) {
+        use_fewer_threads(now, share.away_ns);
+    } else if (share.limit < share.num_wanted && now > share.hold_until && is_known) {
+        if (8 * share.away_ns < share.sampled_ns)
+            share.limit *= 2;
+        else
+            share.hold_until = now + share.hold_ns;
+        begin_count();
+    } else if (share.worked_ns > PROOF_NS) {
+        if (!is_alone) share.hold_ns = MIN_HOLD_NS;
+        begin_count();
+    }
+}
+
+void end_call(void) {
+    if (share.num_wanted > 1) adjust_limit();
+    pthread_mutex_unlock(&call_lock);
+}
 
 /* Waits for the workers' last chunks. `patience_ns`: a wait beyond this is a stall. */
 static void wait_for_workers(int num_chunks, int64_t patience_ns) {
@@ -187,41 +272,31 @@ static void wait_for_workers(int num_chunks, int64_t patience_ns) {
             pause_spinning();
         if (turn % 64 == 0) stalled = now_ns() - start > patience_ns;
     }
-    if (!stalled) return;
-    const int64_t now = now_ns();
-    if (pool.together_ns >= RARE * (now - start)) {
-        pool.alone_ns /= 2;
-    } else {
-        pool.alone_ns = pool.alone_ns * 2 < MIN_ALONE_NS ? MIN_ALONE_NS : pool.alone_ns * 2;
-        if (pool.alone_ns > MAX_ALONE_NS) pool.alone_ns = MAX_ALONE_NS;
-        pool.alone_until = now + pool.alone_ns;
-    }
-    pool.together_ns = 0;
+    if (stalled) atomic_fetch_add(&share.waited_ns, now_ns() - start);
 }
 
 void parallel_for(chunk_fn fn, void *context, int num_chunks) {
-    const int64_t start = now_ns();
-    if (num_chunks == 1 || num_chunks > MAX_CHUNKS || pool.num_active == 1 || start < pool.alone_until) {
+    if (num_chunks == 1 || num_chunks > MAX_CHUNKS || pool.num_active == 1) {
         for (int chunk = 0; chunk < num_chunks; chunk++) fn(context, chunk);
         return;
     }
+    const int64_t start = now_ns();
     pool.fn = fn;
     pool.context = context;
     atomic_store(&pool.num_done, 0);
-    const uint64_t job = job_of(atomic_load(&pool.ticket)) + 1;
-    atomic_store(&pool.ticket, job << 2 * CHUNK_BITS | (uint64_t)num_chunks << CHUNK_BITS);
+    const uint64_t job = atomic_load(&pool.job) + 1, num_active = (uint64_t)pool.num_active;
+    for (uint64_t i = 0; i < num_active; i++) {
+        const uint64_t first = num_chunks * i / num_active, end = num_chunks * (i + 1) / num_active;
+        atomic_store(&pool.ranges[i].ticket, job << 2 * CHUNK_BITS | end << CHUNK_BITS | first);
+    }
+    atomic_store(&pool.job, job);
     if (atomic_load(&pool.num_sleeping) > pool.num_workers - (pool.num_active - 1)) {
         pthread_mutex_lock(&pool.sleep_lock);
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.sleep_lock);
     }
     int mine = 0;
-    while (run_one_chunk()) mine++;
-    if (atomic_load(&pool.num_done) < num_chunks) {
-        const int64_t ready = now_ns(), chunk_ns = mine ? (ready - start) / mine : STALL_NS;
-        pool.together_ns += ready - start;
-        wait_for_workers(num_chunks, STALL_NS + 4 * chunk_ns);
-    } else {
-        pool.together_ns += now_ns() - start;
-    }
+    while (run_one_chunk(0)) mine++;
+    if (atomic_load(&pool.num_done) < num_chunks)
+        wait_for_workers(num_chunks, STALL_NS + 4 * (mine ? (now_ns() - start) / mine : STALL_NS));
 }
