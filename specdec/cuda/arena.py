@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from threading import Lock
 
@@ -25,7 +25,7 @@ from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.recurrent import StateLayer
 from specdec.tree_model.tree_layer import TreeLayer
 
-_USES = 2
+USES = 2
 """The forward of a shape that captures it: most shapes of a short run come once."""
 _MOST_GRAPHS = 64
 
@@ -95,7 +95,7 @@ class Arena:
     def is_worth(self, shape: Shape) -> bool:
         """Whether a shape that comes now has a graph, or is to get one."""
         self._uses[shape] += 1
-        return shape in self._graphs or (self._uses[shape] >= _USES and len(self._graphs) < _MOST_GRAPHS)
+        return shape in self._graphs or (self._uses[shape] >= USES and len(self._graphs) < _MOST_GRAPHS)
 
     def has(self, shape: Shape) -> bool:
         return shape in self._graphs

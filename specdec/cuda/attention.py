@@ -1,6 +1,6 @@
 """Attention of new slots to a cache whose lengths are on the device: committed slots, and the path of each in the tail.
 
-Shape legend: B rows, Q heads of queries, H heads of keys, W new slots, D head size, S slots of the buffers, K tail slots.
+Shape legend: B rows, Q heads of queries, H of keys, W new slots, D head size, S slots of the buffers, K of the tail.
 """
 
 from __future__ import annotations

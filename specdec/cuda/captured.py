@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of a graph. `slots` are written; what is seen is a bias, or `starts`, `lengths` and bits (see `tree_attention`)."""
+    """Of a graph. `slots` are written; what is seen is a bias, or starts, lengths and bits (see `tree_attention`)."""
 
     tokens_BW: Tensor
     positions_BW: Tensor

@@ -10,12 +10,13 @@ Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S sl
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cuda.arena import Arena, StaticTreeCache
+from specdec.cuda.arena import USES, Arena, StaticTreeCache
 from specdec.cuda.attention import TAIL_SLOTS, can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
@@ -67,6 +68,23 @@ def reads_all(model: PreTrainedModel) -> str | None:
     return profile_of(model).part(Arena).reads_all
 
 
+def scratch_of(model: PreTrainedModel) -> TreeModel:
+    """A tree model that decodes as others of the model do, but takes nothing that they could need."""
+    return TreeModel(model) if why_not(model) else GraphedTreeModel(model, Arena())
+
+
+def filling_up(model: PreTrainedModel, num_rows: int) -> Callable[[int], int] | None:
+    """How many tokens a graph has, by those of all rows that are asked for; None where there are no graphs."""
+    if why_not(model) or num_rows > _MOST_ROWS:
+        return None
+
+    def filled_up(num_tokens: int) -> int:
+        width = 1 << (-(-num_tokens // num_rows) - 1).bit_length()
+        return num_rows * width if width <= _MOST_NEW and num_rows * width <= _MOST_TOKENS else num_tokens
+
+    return filled_up
+
+
 class GraphedTreeModel(TreeModel):
     """Forwards that come again in one shape are replayed, the others run as in a `TreeModel`."""
 
@@ -85,6 +103,12 @@ class GraphedTreeModel(TreeModel):
         cache = StaticTreeCache(self.num_layers, num_rows, room, **self._layers)
         cache.arena = self._arena if self._arena.lease(cache, self.model) else None
         return cache
+
+    def capture(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> None:
+        """Forward such tokens, and forget them, until there is a graph if there can be one."""
+        for _ in range(USES):
+            self.forward(tokens_BT, offsets_BT, seen_BTK)
+            self.forget_tail()
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
         shape, pool = self._shape(tokens_BT), graphs_for(self.device)
@@ -171,8 +195,8 @@ class GraphedTreeModel(TreeModel):
 
     def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Inputs:
         """What the graph is to be given."""
-        cache, (num_rows, num_new) = self.cache, tokens_BT.shape
-        first, padding = cache.tail, (0, shape.width - num_new)
+        cache = self.cache
+        first, padding = cache.tail, (0, shape.width - tokens_BT.shape[1])
         steps_W, own_W = self._new_slots(first, shape.width)
         lengths_B = cache.lengths_on(self.device)
         slots_BW = lengths_B.unsqueeze(1) + steps_W

@@ -1,4 +1,4 @@
-"""The attention that graphs call: its twin against attention over the slots that are seen, its kernels against the twin."""
+"""The attention that graphs call: its twin against attention to the slots that are seen, its kernels against it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_the_kernels_in_the_interpreter() -> None:
         text=True,
         check=False,
     )
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout
+    assert run.returncode == 0, run.stdout
+    assert "skipped" not in run.stdout
 
 
 @pytest.fixture
