@@ -28,6 +28,8 @@ from specdec.tree_model.tree_layer import TreeLayer
 USES = 2
 """The forward of a shape that captures it: most shapes of a short run come once."""
 _MOST_GRAPHS = 64
+_KEPT_BYTES, _KEPT_SHARE = 1 << 28, 0.25
+"""Of buffers after a run, the second of what the model has: those of a long text are not kept for the next one."""
 
 
 class Arena:
@@ -47,6 +49,7 @@ class Arena:
         self._captured: tuple[object, ...] = ()
         self._lock = Lock()
         self._buffers: dict[int, list[Tensor]] = {}
+        self._most_kept = 0.0
         self.forget()
 
     def forget(self) -> None:
@@ -61,12 +64,23 @@ class Arena:
             owner = self._owner()
             if owner is not None and owner.num_rows:
                 return False
-            self._owner = weakref.ref(cache)
+            arena = weakref.ref(self)
+            self._owner = weakref.ref(cache, lambda _: (found := arena()) and found.trim())
         captured = _what_is_captured(model)
         if captured != self._captured:
             self._captured = captured
             self.forget()
+        self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * sum(weight.nbytes for weight in model.parameters()))
         return True
+
+    def trim(self) -> None:
+        """A run is over: let go of buffers that are large beside the model, and of their graphs."""
+        owner = self._owner()
+        if owner is not None and owner.num_rows:
+            return
+        if sum(buffer.nbytes for layer in self._buffers.values() for buffer in layer) > self._most_kept:
+            self._buffers.clear()
+            self.forget()
 
     def is_owner(self, cache: object) -> bool:
         return self._owner() is cache
@@ -129,6 +143,11 @@ class StaticTreeCache(TreeCache):
     def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
         layer = super()._new_layer(index, capacity)
         return _ArenaLayer(self, index, capacity) if type(layer) is TreeLayer else layer
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        if not rows and self.arena is not None and self.arena.is_owner(self):
+            self.arena.trim()
 
     def make_room(self, num_slots: int) -> None:
         """For so many slots of the longest row, tail included."""

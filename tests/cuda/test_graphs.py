@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -171,6 +172,26 @@ def test_buffers_that_grow_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     out = specdec.generate(model, **long, drafter=PromptLookup(), max_new_tokens=160, do_sample=False)
     assert_same_tokens(model, plain_alone(model, long, 160), out, long["attention_mask"])
     assert {layer[0].shape[2] for layer in arena_of(model)._buffers.values()} == {512}
+
+
+def test_what_a_long_run_leaves_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any run is, beside these tiny weights."""
+    monkeypatch.setattr("specdec.cuda.arena._KEPT_BYTES", 0)
+    model = tiny_model("llama")
+    assert check(model, Plain(), ONE) == check(model, Plain(), ONE) > 3
+    assert not arena_of(model)._buffers
+    assert not arena_of(model)._graphs
+
+
+def test_nothing_outlives_the_model() -> None:
+    """No cycle keeps it until Python's next collection."""
+    model, draft = tiny_model("llama"), tiny_model("llama", seed=1)
+    specdec.generate(model, **ONE, drafter=SmallModel(draft), tree=DySpec(6), max_new_tokens=NUM_NEW)
+    arenas = [arena_of(model), arena_of(draft)]
+    parts = [model.lm_head.weight, draft.lm_head.weight, *arenas, *(arena._buffers[0][0] for arena in arenas)]
+    known = [weakref.ref(part) for part in parts]
+    del model, draft, parts, arenas
+    assert [found() for found in known] == [None] * 6
 
 
 def test_two_runs_at_once() -> None:
