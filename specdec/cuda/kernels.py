@@ -29,7 +29,7 @@ def _attend_to_split(
     value_strides_0, value_strides_1, value_strides_2,
     scale, num_heads, num_queries,
     GROUP: tl.constexpr, HEAD: tl.constexpr, PADDED_HEAD: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one head of keys get from one split: sums [.., D] of values, maxima and weights of scores."""
     row, head = (tl.program_id(0) // num_heads).to(tl.int64), (tl.program_id(0) % num_heads).to(tl.int64)
@@ -65,8 +65,8 @@ def _attend_to_split(
         places_value = row * value_strides_0 + head * value_strides_1 + slots_wide * value_strides_2
         key = tl.load(keys + places_key + channels[None, :], mask=is_read, other=0.0)
         value = tl.load(values + places_value + channels[None, :], mask=is_read, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        shifts = tl.maximum(slots - length, 0).to(tl.int64)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        shifts = tl.minimum(tl.maximum(slots - length, 0), TAIL_SLOTS - 1).to(tl.int64)
         in_tail = ((bits[:, None] >> shifts[None, :]) & 1) != 0
         is_seen = is_slot[None, :] & ((slots < length)[None, :] | in_tail)
         scores = tl.where(is_seen, scores, float("-inf"))
@@ -75,7 +75,7 @@ def _attend_to_split(
         parts = tl.exp(scores - base[:, None])
         kept = tl.exp(highest - base)
         weight = weight * kept + tl.sum(parts, 1)
-        total = total * kept[:, None] + tl.dot(parts.to(value.dtype), value, input_precision=PRECISION)
+        total = total * kept[:, None] + tl.dot(parts.to(value.dtype), value, input_precision="ieee")
         highest = new_highest
     place = ((split * (tl.num_programs(0) // num_heads) + row) * num_heads * GROUP + heads) * num_queries + slots_new
     tl.store(
@@ -142,7 +142,6 @@ def tree_attention(
         *queries_BQWD.stride()[:3], *keys_BHSD.stride()[:3], *values_BHSD.stride()[:3],
         scale, num_key_heads, num_queries,
         GROUP=group, HEAD=size, PADDED_HEAD=padded, ROWS=rows, SLOTS=_BLOCK_SLOTS,
-        PRECISION="ieee" if queries_BQWD.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     _merge[(num_queries, num_heads, num_rows)](
         sums, maxima, weights, lengths_B, output_BWQD, num_rows, num_heads, num_queries, HEAD=size, PADDED_HEAD=padded

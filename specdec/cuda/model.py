@@ -27,11 +27,13 @@ from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.model import TreeModel
 
 _logger = logging.getLogger("specdec")
-_MOST_ROWS, _MOST_NEW, _MOST_TOKENS = 8, 64, 256
+_MOST_ROWS, _MOST_NEW, _MOST_TOKENS = 16, 64, 256
 """Of a forward that is captured: larger ones are not bound by their launches."""
 _FEWEST_SLOTS = 256
 _BUCKETS = (1 << 11, 1 << 13, 1 << 15, 1 << 17)
 """Bounds of the slots of a row, for graphs that read those that are used."""
+_MOST_PARTS = 1 << 22
+"""New slots times bound: each split of a row has sums of its own, which would be half a gigabyte."""
 _ROUNDING = (1e-3, 0.05)
 """Share of the logits by which a graph's may differ from the ordinary forward's: in float32, and in 16 bits."""
 _ROTATIONS = ("dynamic", "longrope")
@@ -177,7 +179,9 @@ class GraphedTreeModel(TreeModel):
         kept, longest = tuple(sorted(self._kept)), max(cache.lengths)
         if self._reads_all is None and cache.tail + width <= TAIL_SLOTS and self._starts_B is not None:
             bucket = next((slots for slots in _BUCKETS if longest + TAIL_SLOTS <= slots), None)
-            return None if bucket is None else Shape(num_rows, width, bucket, reads_used=True, kept=kept)
+            if bucket is None or num_rows * width * bucket > _MOST_PARTS:
+                return None
+            return Shape(num_rows, width, bucket, reads_used=True, kept=kept)
         num_slots = longest + cache.tail + width
         return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()), kept=kept)
 
