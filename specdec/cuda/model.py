@@ -10,7 +10,7 @@ Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks
 from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.model import TreeModel
+from trees.uploads import upload
 
 _logger = logging.getLogger("specdec")
 _MOST_ROWS, _MOST_NEW, _MOST_TOKENS = 16, 64, 256
@@ -188,14 +189,24 @@ class GraphedTreeModel(TreeModel):
     @property
     def _starts_B(self) -> Tensor | None:
         """int64 slots of padding before the text of each row; None where padding is elsewhere too."""
-        of = self._lag_AB if self._prompt_BP is None else self._prompt_BP
-        if self._padding is None or self._padding[0] is not of:
+        if self._padding is None or self._padding[0] is not self._padded:
             starts_B: Tensor | None = torch.zeros_like(self._lag_AB[0])
             if self._prompt_BP is not None:
                 has_holes = (self._prompt_BP[:, 1:] < self._prompt_BP[:, :-1]).any() | ~self._prompt_BP[:, -1:].all()
                 starts_B = None if bool(has_holes) else (~self._prompt_BP).sum(1)
-            self._padding = of, starts_B
+            self._padding = self._padded, starts_B
         return self._padding[1]
+
+    @property
+    def _padded(self) -> Tensor:
+        """Another one for other rows."""
+        return self._lag_AB if self._prompt_BP is None else self._prompt_BP
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        known = self._padding if self._padding is not None and self._padding[0] is self._padded else None
+        super().select_rows(rows)
+        if known is not None and known[1] is not None:  # to find it anew, the host would wait
+            self._padding = self._padded, known[1].index_select(0, upload(list(rows), self.device))
 
     def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Inputs:
         """What the graph is to be given."""
