@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from threading import Lock
 
@@ -64,8 +65,7 @@ class Arena:
             owner = self._owner()
             if owner is not None and owner.num_rows:
                 return False
-            arena = weakref.ref(self)
-            self._owner = weakref.ref(cache, lambda _: (found := arena()) and found.trim())
+            self._owner = weakref.ref(cache, partial(_trim, weakref.ref(self)))
         captured = _what_is_captured(model)
         if captured != self._captured:
             self._captured = captured
@@ -133,6 +133,11 @@ class Arena:
             self._graphs[shape] = graph, inputs, cache
         self.num_replays += 1
         return self._graphs[shape][:2]
+
+
+def _trim(arena: weakref.ref[Arena], _: object) -> None:
+    if (found := arena()) is not None:
+        found.trim()
 
 
 class StaticTreeCache(TreeCache):

@@ -54,7 +54,8 @@ class Inputs(NamedTuple):
         return (*self[:3], *self.seen)
 
     def clone(self) -> Inputs:
-        return Inputs(*(part.clone() for part in self[:3]), tuple(part.clone() for part in self.seen))  # type: ignore[arg-type]
+        seen = tuple(part.clone() for part in self.seen)
+        return Inputs(self.tokens_BW.clone(), self.positions_BW.clone(), self.slots_BW.clone(), seen)
 
 
 class WrittenCache(Cache):
@@ -177,5 +178,6 @@ def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
                 twin.config = copies[id(config)]
         return copies[id(module)]
 
-    found: PreTrainedModel = copied(model)  # type: ignore[assignment]
+    found = copied(model)
+    assert isinstance(found, PreTrainedModel)
     return found

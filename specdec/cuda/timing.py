@@ -55,7 +55,8 @@ class DeviceSpan:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._first, self._last = _event_on(device), None
+        self._first = _event_on(device)
+        self._last: Event | None = None
 
     def end(self) -> None:
         self._last = None if self._first is None else _event_on(self._device)
