@@ -29,9 +29,10 @@ test: $(READY)  ## what shows that it works: in minutes, on 2 cores; fetches the
 	-$(BIN)/specdec pull demo  # here, as two workers would both fetch it; without a network its tests are skipped
 	$(PYTEST) -m "not slow and not ray and not ranks"
 
-# Ray (half a gigabyte, installed) and llama.cpp are for these tests only: what no run covers is not known to work.
+# Ray (half a gigabyte, installed), Triton (a whole one; its interpreter needs no GPU) and llama.cpp are for these tests only:
+# what no run covers is not known to work.
 test-all: test  ## everything that a user can run: every drafter with every family and every sampler, llama.cpp, Ray, several processes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,peers,ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,peers,ray,triton]"
 	$(PYTEST) -m "slow and not ray and not ranks"
 	$(BIN)/python -m pytest -m "ray or ranks" tests/batch tests/decoding
 

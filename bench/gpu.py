@@ -1,6 +1,6 @@
 """Ten minutes on one GPU: plain decoding against the memory's bandwidth, and speculation against transformers' best.
 
-    python -m bench.gpu [--shape 8b] [--device cuda] [--parts memory,plain,lookup,assisted,batch] [--seconds 600]
+    python -m bench.gpu [--shape 8b] [--device cuda] [--parts memory,attention,forwards,...] [--seconds 600]
         [--tokens 128] [--prompt 512] [--repetitions 3] [--no-compile] [--output PATH]
 
 Models have the shape of a Llama of that size, random weights, and are built on the device: nothing is downloaded. The
@@ -8,7 +8,8 @@ target's upper layers add little, so that its first layers are a draft that ofte
 done and can be run alone; one that begins after the budget is left out. Peers are in the same run: transformers eager,
 its static cache with `torch.compile`, its assisted generation and its prompt lookup. Every figure is the median of
 interleaved repetitions. A greedy output that differs from transformers' at more than a numerical tie fails the run.
-On a CPU (`--device cpu --shape tiny`) it shows that the script works, and nothing else. The last line is JSON.
+On a CPU (`--device cpu --shape tiny`), with a stand-in for graphs, it shows that the script works, and nothing else.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import specdec
 from bench._script import log, parser_of, pipe_table, write_json
-from specdec import cuda
+from specdec.control.costs import measure_forwards
+from specdec.cuda import attention as tree_attention
+from specdec.cuda import graphs
 from specdec.cuda.arena import Arena
+from specdec.cuda.model import reads_all, why_not
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
 from specdec.kernels.model.profile import profile_of
 from specdec.testing.equality import TIE_BOUND, Verdict, compare
@@ -137,6 +142,62 @@ def memory(session: Session) -> None:
     log(f"memory: a copy moves {session.bandwidth / 1e9:.0f} GB/s; weights {session.weight_bytes / 1e9:.2f} GB")
 
 
+ATTENDED = ((512, 1), (512, 16), (8192, 1), (8192, 16), (8192, 64))
+"""Lengths of a text, and new slots."""
+
+
+def attention(session: Session) -> None:
+    """The tree attention of one layer beside PyTorch's with a bias, which needs every head's keys: time and error."""
+    config, rows = session.target.config, []
+    scale, group = config.head_dim**-0.5, config.num_attention_heads // config.num_key_value_heads
+    for length, width in ATTENDED:
+        length = min(length, 16 * session.prompt_length)
+        num_slots = 1 << (length + tree_attention.TAIL_SLOTS - 1).bit_length()
+        like = {"device": session.device, "dtype": session.target.dtype}
+        queries = torch.randn(1, config.num_attention_heads, width, config.head_dim, **like)
+        keys, values = torch.randn(2, 1, config.num_key_value_heads, num_slots, config.head_dim, **like)
+        lengths = torch.full((1,), length, device=session.device)
+        order = torch.arange(width, device=session.device)
+        bits = tree_attention.seen_bits((order[:, None] >= order)[None])
+        given = (queries, keys, values, torch.zeros_like(lengths), lengths, bits)
+        lowest = torch.finfo(queries.dtype).min
+        bias = torch.full((1, 1, width, num_slots), lowest, **like).masked_fill_(
+            torch.arange(num_slots, device=session.device) <= length + order[:, None], 0
+        )
+        runs = {
+            "ours": lambda given=given, n=num_slots: tree_attention.tree_attention(*given, scale=scale, num_slots=n),
+            "biased": lambda q=queries, k=keys, v=values, bias=bias: torch.nn.functional.scaled_dot_product_attention(
+                q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=bias, scale=scale
+            ).transpose(1, 2),
+        }
+        outputs = {name: run().float() for name, run in runs.items()}
+        us = {name: 1e6 * repeated(session.device, run) for name, run in runs.items()}
+        error = float((outputs["ours"] - outputs["biased"]).abs().max())
+        read = 2 * keys[:, :, :length].numel() * keys.element_size() / (us["ours"] / 1e6)
+        rows.append((f"{length} slots, {width} new", *(f"{us[name]:.1f}" for name in runs), f"{read / 1e9:.0f}", error))
+    session.found["attention"] = {
+        name: {"us": float(ours), "biased_us": float(biased)} for name, ours, biased, *_ in rows
+    }
+    log(f"attention\n{pipe_table(('what', 'ours, us', 'with a bias, us', 'read, GB/s', 'difference'), rows)}")
+
+
+def repeated(device: torch.device, run: Callable[[], Tensor], times: int = 20) -> float:
+    """Seconds of one of several in a row, without the launches."""
+    pool = graphs.graphs_for(device)
+    assert pool is not None, "there is a stand-in"
+    graph = pool().capture(lambda: tuple(run() for _ in range(times)), [torch.empty(1, device=device)])
+    return min(seconds_of(device, graph.replay) for _ in range(3)) / times
+
+
+def forwards(session: Session) -> None:
+    """The staircase that `Auto` prices with: forwards by their number of tokens, as graphs."""
+    for context in (32, 2048):
+        seconds = measure_forwards(session.target, context=context, time_limit_s=30)
+        ms = {width: 1000 * seconds[width] for width in sorted(seconds)}
+        session.found[f"forwards, {context} before"] = ms
+        log(f"forwards, {context} slots before: " + ", ".join(f"{width}: {each:.2f} ms" for width, each in ms.items()))
+
+
 def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: specdec.generate(
         session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False
@@ -197,7 +258,11 @@ def plain(session: Session) -> None:
         runs["transformers, static cache and compile"] = theirs(session, prompts, cache_implementation="static")
     race(session, "plain", prompts, runs)
     arena = profile_of(session.target).part(Arena)
-    session.found["graphs"] = {"replays": arena.num_replays, "refused": cuda.why_not(session.target)}
+    session.found["graphs"] = {
+        "replays": arena.num_replays,
+        "refused": why_not(session.target),
+        "reads_all": reads_all(session.target),
+    }
     log(f"graphs: {session.found['graphs']}")
 
 
@@ -219,6 +284,22 @@ def assisted(session: Session) -> None:
         "specdec, small model": ours(session, SmallModel(session.draft), prompts),
     }
     race(session, "assisted", prompts, runs)
+    stats = specdec.generate(
+        session.target,
+        **prompts,
+        drafter=SmallModel(session.draft),
+        max_new_tokens=session.num_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    ).stats
+    session.found["a round with a small model"] = {
+        "rounds": stats.num_rounds,
+        "acceptance_rate": stats.acceptance_rate,
+        "draft_ms": 1000 * stats.draft_seconds / stats.num_rounds,
+        "verify_ms": 1000 * stats.verify_seconds / stats.num_rounds,
+        "replays_of_the_draft": profile_of(session.draft).part(Arena).num_replays,
+    }
+    log(f"a round with a small model: {session.found['a round with a small model']}")
 
 
 def batch(session: Session) -> None:
@@ -235,6 +316,8 @@ def batch(session: Session) -> None:
 
 PARTS: dict[str, Callable[[Session], None]] = {
     "memory": memory,
+    "attention": attention,
+    "forwards": forwards,
     "plain": plain,
     "lookup": lookup,
     "assisted": assisted,
@@ -282,7 +365,8 @@ def main() -> None:
         repetitions=arguments.repetitions,
         compiles=device.type == "cuda" and not arguments.no_compile,
     )
-    run_parts(session, parts, arguments.seconds)
+    with nullcontext() if device.type == "cuda" else graphs.standing_in():
+        run_parts(session, parts, arguments.seconds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: these are no measurements of one"
     document = {"device": name, "shape": arguments.shape, "torch": torch.__version__, **session.found}
     if arguments.output:
@@ -293,7 +377,7 @@ def main() -> None:
         for part in session.found.values()
         if isinstance(part, dict)
         for run in part.values()
-        if isinstance(run, dict)
+        if isinstance(run, dict) and "verdict" in run
     ]
     if "different" in verdicts:
         sys.exit("an output differs from transformers' at more than a tie")

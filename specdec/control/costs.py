@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.cuda.model import GraphedTreeModel, filling_up, scratch_of
 from specdec.disk_cache.measurements import keep, recall
 from specdec.kernels.model.changes import structure_name, structure_of
 from specdec.kernels.model.origin import files_of
@@ -85,6 +86,7 @@ class ForwardCosts:
             have corrections of their own on top.
         slopes: asked once for the seconds that each further slot of the past adds to a forward, by number of tokens;
             None where that is not known. It may take its time.
+        filled_up: how many tokens a forward has in fact, by those that are asked for: then its costs are a staircase.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ForwardCosts:
         seconds: Mapping[int, float],
         plain: int = 1,
         slopes: Callable[[], Mapping[int, float] | None] = lambda: None,
+        filled_up: Callable[[int], int] | None = None,
     ):
         self._plain = _octave(plain)
         self._widths = sorted(seconds)
@@ -103,6 +106,7 @@ class ForwardCosts:
         """What is expected where the machine does as it did, by number of tokens, and the corrections of which."""
         self._learned = _Learned()
         self._slopes = cache(slopes)
+        self._filled_up = filled_up
         self._short = self
         """The same where the past is short."""
         self._added = 0
@@ -117,7 +121,7 @@ class ForwardCosts:
         if slopes is None:
             return short
         if short._slope is None:
-            short._slope = ForwardCosts(slopes)
+            short._slope = ForwardCosts(slopes, filled_up=self._filled_up)
         longer = copy(short)  # with the same tables: a round asks for a length, and no length comes twice
         longer._added = length - _CONTEXT
         longer._expected = {}, {}  # but for this one, which is of a length
@@ -169,6 +173,8 @@ class ForwardCosts:
 
     def _interpolate(self, num_tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
+        if self._filled_up is not None:
+            num_tokens = self._filled_up(num_tokens)
         if len(widths) == 1 or num_tokens <= widths[0]:
             return seconds[0]
         right = min(bisect_left(widths, num_tokens), len(widths) - 1)
@@ -201,10 +207,11 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
         if key not in known:
             seconds = _known_seconds(model, _CONTEXT)
             known[key] = ForwardCosts(seconds, slopes=partial(_slopes, ref(model), seconds))
-        sized = (*key, _octave(num_rows))
+        filled_up = filling_up(model, num_rows)
+        sized = (*key, _octave(num_rows)) if filled_up is None else (*key, "filled up", num_rows)
         if sized not in known:
             measured = {width: known[key].measured(width) for width in WIDTHS}
-            known[sized] = ForwardCosts(measured, plain=num_rows, slopes=known[key]._slopes)
+            known[sized] = ForwardCosts(measured, num_rows, known[key]._slopes, filled_up)
         return known[sized]
 
 
@@ -291,7 +298,7 @@ def measure_forwards(
         time_limit_s: after this no more is measured than the forwards that are always timed.
         least_timed: their number (it is one, where a prompt takes seconds).
     """
-    scratch = TreeModel(model)
+    scratch = scratch_of(model)
     started = perf_counter()
     num_read = 1 if context > _CONTEXT else max(min(_CONTEXT, position_limit(model) - 1), 1)
     scratch.prefill(varied_tokens(scratch, 1, num_read))
@@ -302,6 +309,8 @@ def measure_forwards(
     for num_timed, width in enumerate(_ORDER):
         if num_timed >= least_timed and perf_counter() - started > time_limit_s:
             break
+        if width not in seconds and isinstance(scratch, GraphedTreeModel):
+            scratch.capture(*_forwarded(scratch, width))
         seconds[width] = min(seconds.get(width, float("inf")), _time(scratch, width))
     return seconds
 
@@ -315,17 +324,23 @@ def _lengthen(scratch: TreeModel, count: int) -> None:
 
 
 def _time(scratch: TreeModel, width: int) -> float:
-    tokens_BT = varied_tokens(scratch, 1, width)
-    order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
-    seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
+    forwarded = _forwarded(scratch, width)
     synchronise = synchroniser(scratch.device)
     synchronise()
     started = perf_counter()
-    scratch.forward(tokens_BT, torch.zeros_like(tokens_BT), seen_BTT)  # the model may not have so many positions
+    scratch.forward(*forwarded)
     synchronise()
     seconds = perf_counter() - started
     scratch.forget_tail()
     return seconds
+
+
+def _forwarded(scratch: TreeModel, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens in one position (the model may not have so many), of which each sees those before it."""
+    tokens_BT = varied_tokens(scratch, 1, width)
+    order_BT = torch.arange(width, device=scratch.device).unsqueeze(0)
+    seen_BTT = None if width == 1 else order_BT[:, :, None] >= order_BT[:, None]
+    return tokens_BT, torch.zeros_like(tokens_BT), seen_BTT
 
 
 def varied_tokens(model: TreeModel, num_rows: int, width: int) -> Tensor:

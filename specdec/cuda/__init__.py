@@ -1,7 +1,8 @@
 """CUDA graphs of a model's forwards: one launch in the place of a thousand. Not measured on a GPU yet.
 
-`model.py` decides and fills the inputs, `arena.py` keeps the buffers that graphs read and write, `graphs.py` captures
-and replays, with a stand-in for machines without a GPU. Whatever does not fit is forwarded as everywhere else.
+`model.py` decides and fills the inputs, `arena.py` keeps the buffers that graphs read and write, `captured.py` is what
+is captured, with the attention of `attention.py`; `graphs.py` captures and replays, with a stand-in for machines
+without a GPU; `timing.py` tells a device's time. Whatever does not fit is forwarded as everywhere else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from specdec.cuda.attention import can_attend
 from specdec.cuda.graphs import graphs_for
 from specdec.cuda.model import GraphedTreeModel, why_not
 from specdec.tree_model.model import TreeModel
@@ -25,4 +27,5 @@ def describe() -> str:
     """A line for people."""
     if graphs_for(torch.device("cuda")) is None:
         return "none: PyTorch sees no CUDA device"
-    return "of forwards that come again in one shape, for models whose layers all see the whole text (not measured)"
+    read = "used slots" if can_attend(torch.device("cuda")) else "all slots of a shape (no Triton)"
+    return f"of forwards that come again, reading {read}, for models whose layers all see the whole text (not measured)"

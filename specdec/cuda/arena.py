@@ -3,48 +3,34 @@
 Graphs hold addresses. So the cache of the next run gets the buffers of the last one, as long as they are large enough;
 if they are not, or the weights have moved, the graphs are dropped and captured again. One run at a time has them.
 
-Shape legend: B rows, R rows of the buffers, H heads, S slots, W new slots, D head size.
+Shape legend: B rows, R rows of the buffers, H heads, S slots, D head size.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from threading import Lock
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, DummyLayer
 
-from specdec.cuda.graphs import Graph, GraphPool
+from specdec.cuda.captured import Inputs, Shape, WrittenCache
+from specdec.cuda.graphs import Graph, GraphPool, Outputs
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.recurrent import StateLayer
 from specdec.tree_model.tree_layer import TreeLayer
 
-_USES = 2
+USES = 2
 """The forward of a shape that captures it: most shapes of a short run come once."""
 _MOST_GRAPHS = 64
-
-
-class Shape(NamedTuple):
-    """Of a graph: rows, new slots and slots that it attends to."""
-
-    num_rows: int
-    width: int
-    num_slots: int
-
-
-class Inputs(NamedTuple):
-    """Of a graph: int64 [B, W], and a bias [B, 1, W, S] in the model's dtype. `slots` are written."""
-
-    tokens_BW: Tensor
-    positions_BW: Tensor
-    slots_BW: Tensor
-    bias_B1WS: Tensor
+_KEPT_BYTES, _KEPT_SHARE = 1 << 28, 0.25
+"""Of buffers after a run, the second of what the model has: those of a long text are not kept for the next one."""
 
 
 class Arena:
@@ -52,21 +38,25 @@ class Arena:
 
     Attributes:
         refusal: why the model is not captured, once that is known.
+        reads_all: why its graphs read all slots that they were made for, once that is known.
         num_replays: of all graphs so far.
     """
 
     def __init__(self) -> None:
         self.refusal: str | None = None
+        self.reads_all: str | None = None
         self.num_replays = 0
         self._owner: Callable[[], StaticTreeCache | None] = lambda: None
         self._captured: tuple[object, ...] = ()
         self._lock = Lock()
         self._buffers: dict[int, list[Tensor]] = {}
-        self._forget()
+        self._most_kept = 0.0
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all graphs."""
         self._pool: GraphPool | None = None
-        self._graphs: dict[Shape, tuple[Graph, Inputs, _WrittenCache]] = {}
+        self._graphs: dict[Shape, tuple[Graph, Inputs, WrittenCache]] = {}
         self._uses: Counter[Shape] = Counter()
 
     def lease(self, cache: StaticTreeCache, model: PreTrainedModel) -> bool:
@@ -75,12 +65,22 @@ class Arena:
             owner = self._owner()
             if owner is not None and owner.num_rows:
                 return False
-            self._owner = weakref.ref(cache)
+            self._owner = weakref.ref(cache, partial(_trim, weakref.ref(self)))
         captured = _what_is_captured(model)
         if captured != self._captured:
             self._captured = captured
-            self._forget()
+            self.forget()
+        self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * sum(weight.nbytes for weight in model.parameters()))
         return True
+
+    def trim(self) -> None:
+        """A run is over: let go of buffers that are large beside the model, and of their graphs."""
+        owner = self._owner()
+        if owner is not None and owner.num_rows:
+            return
+        if sum(buffer.nbytes for layer in self._buffers.values() for buffer in layer) > self._most_kept:
+            self._buffers.clear()
+            self.forget()
 
     def is_owner(self, cache: object) -> bool:
         return self._owner() is cache
@@ -98,7 +98,7 @@ class Arena:
         in_use = any(buffer.data_ptr() == part.data_ptr() for buffer in kept for part in states)
         if fits and not in_use:
             return [buffer.zero_() for buffer in kept]
-        self._forget()
+        self.forget()
         self._buffers.pop(index, None)  # the old ones make room
         del kept
         with torch.inference_mode(False):  # or no run outside of it could write to them
@@ -109,27 +109,35 @@ class Arena:
     def is_worth(self, shape: Shape) -> bool:
         """Whether a shape that comes now has a graph, or is to get one."""
         self._uses[shape] += 1
-        return shape in self._graphs or (self._uses[shape] >= _USES and len(self._graphs) < _MOST_GRAPHS)
+        return shape in self._graphs or (self._uses[shape] >= USES and len(self._graphs) < _MOST_GRAPHS)
+
+    def has(self, shape: Shape) -> bool:
+        return shape in self._graphs
 
     def graph(
-        self, shape: Shape, make: Callable[[], Inputs], run: Callable[[Inputs, Cache], Tensor], pool: type[GraphPool]
+        self, shape: Shape, filled: Inputs, run: Callable[[Inputs, Cache, Shape], Outputs], pool: type[GraphPool]
     ) -> tuple[Graph, Inputs]:
         """The graph of a shape and its inputs, captured if there is none.
 
         Args:
-            make: new inputs, with which the forward may be tried.
+            filled: inputs with which the forward may be tried.
             run: the forward, given its inputs and a cache that writes to the buffers.
         """
-        if shape not in self._graphs:
+        if not self.has(shape):
             self._pool = self._pool or pool()
             with torch.inference_mode(False):  # as the buffers
-                inputs = make()
-            cache = _WrittenCache(self._buffers, inputs, shape)
+                inputs = filled.clone()
+            cache = WrittenCache(self._buffers, inputs, shape)
             buffers = [buffer for layer in self._buffers.values() for buffer in layer]
-            graph = self._pool.capture(lambda: run(inputs, cache), [*inputs, *buffers])
+            graph = self._pool.capture(lambda: run(inputs, cache, shape), [*inputs.tensors, *buffers])
             self._graphs[shape] = graph, inputs, cache
         self.num_replays += 1
         return self._graphs[shape][:2]
+
+
+def _trim(arena: weakref.ref[Arena], _: object) -> None:
+    if (found := arena()) is not None:
+        found.trim()
 
 
 class StaticTreeCache(TreeCache):
@@ -140,6 +148,11 @@ class StaticTreeCache(TreeCache):
     def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
         layer = super()._new_layer(index, capacity)
         return _ArenaLayer(self, index, capacity) if type(layer) is TreeLayer else layer
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        if not rows and self.arena is not None and self.arena.is_owner(self):
+            self.arena.trim()
 
     def make_room(self, num_slots: int) -> None:
         """For so many slots of the longest row, tail included."""
@@ -163,44 +176,6 @@ class _ArenaLayer(TreeLayer):
         buffers = arena.zeros(self._index, states, num_rows, self._capacity)
         self._capacity = buffers[0].shape[2]
         return buffers
-
-
-class _WrittenCache(Cache):
-    """What a captured forward takes for its cache: it writes the new slots where its inputs say."""
-
-    def __init__(self, buffers: Mapping[int, Sequence[Tensor]], inputs: Inputs, shape: Shape):
-        rows_B1 = torch.arange(shape.num_rows, device=inputs.slots_BW.device).unsqueeze(1)
-        rows_BW = rows_B1.expand_as(inputs.slots_BW)
-        places = (rows_BW, inputs.slots_BW)
-        super().__init__(layers=[_WrittenLayer(buffers[index], places, shape) for index in sorted(buffers)])
-
-
-class _WrittenLayer(CacheLayerMixin):
-    is_sliding = False
-
-    def __init__(self, buffers: Sequence[Tensor], places: tuple[Tensor, Tensor], shape: Shape):
-        super().__init__()
-        (self.keys, self.values), self._places, self._shape = buffers, places, shape
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows_BW, slots_BW = self._places
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[rows_BW, :, slots_BW] = states.transpose(1, 2)
-        num_rows, _, num_slots = self._shape
-        return self.keys[:num_rows, :, :num_slots], self.values[:num_rows, :, :num_slots]
-
-    def get_seq_length(self) -> int:
-        return self._shape.num_slots - self._shape.width
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._shape.num_slots, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def _what_is_captured(model: PreTrainedModel) -> tuple[object, ...]:

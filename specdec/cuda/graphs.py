@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+Outputs = tuple[Tensor, ...]
 _stands_in: ContextVar[bool] = ContextVar("stands_in", default=False)
 _WARM_UPS = 2
 """Calls before a capture: libraries allocate their workspaces in the first."""
@@ -21,10 +22,10 @@ _WARM_UPS = 2
 class GraphPool(Protocol):
     """Makes graphs that share their memory."""
 
-    def capture(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Graph:
+    def capture(self, run: Callable[[], Outputs], inputs: Sequence[Tensor]) -> Graph:
         """
         Args:
-            run: reads the inputs and whatever else stays where it is; returns a new tensor.
+            run: reads the inputs and whatever else stays where it is; returns new tensors.
             inputs: tensors whose addresses have to stay the same.
         """
         ...
@@ -33,7 +34,7 @@ class GraphPool(Protocol):
 class Graph(Protocol):
     """Captured once."""
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Outputs:
         """What the function returns for what its inputs hold now."""
         ...
 
@@ -61,7 +62,7 @@ class CudaGraphPool:
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
 
-    def capture(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Graph:
+    def capture(self, run: Callable[[], Outputs], inputs: Sequence[Tensor]) -> Graph:
         stream = torch.cuda.Stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
         with torch.cuda.stream(stream):
@@ -72,15 +73,15 @@ class CudaGraphPool:
 
 
 class _CudaGraph:
-    def __init__(self, run: Callable[[], Tensor], expected: Tensor, pool: Any):
+    def __init__(self, run: Callable[[], Outputs], expected: Outputs, pool: Any):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._output = run()
+            self._outputs = run()
         check_replay(self.replay(), expected)
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Outputs:
         self._graph.replay()
-        return self._output
+        return self._outputs
 
 
 class StandInPool:
@@ -90,29 +91,30 @@ class StandInPool:
         self.outputs: list[Tensor] = []
         self.num_replays = 0
 
-    def capture(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Graph:
+    def capture(self, run: Callable[[], Outputs], inputs: Sequence[Tensor]) -> Graph:
         return _StandIn(self, run, inputs)
 
 
 class _StandIn:
-    def __init__(self, pool: StandInPool, run: Callable[[], Tensor], inputs: Sequence[Tensor]):
+    def __init__(self, pool: StandInPool, run: Callable[[], Outputs], inputs: Sequence[Tensor]):
         self._pool, self._run, self._inputs = pool, run, inputs
         self._addresses = [tensor.data_ptr() for tensor in inputs]
         expected = run()
         with torch.inference_mode(False):  # a graph's output is not written to by PyTorch
-            self._output = expected.clone()
-        pool.outputs.append(self._output)
+            self._outputs = tuple(output.clone() for output in expected)
+        pool.outputs += self._outputs
         check_replay(self.replay(), expected)
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Outputs:
         assert [tensor.data_ptr() for tensor in self._inputs] == self._addresses, "an input of the graph has moved"
         for output in self._pool.outputs:
             output.fill_(torch.nan)
         self._pool.num_replays += 1
-        return self._output.copy_(self._run())
+        return tuple(output.copy_(part) for output, part in zip(self._outputs, self._run(), strict=True))
 
 
-def check_replay(replayed: Tensor, expected: Tensor) -> None:
+def check_replay(replayed: Outputs, expected: Outputs) -> None:
     """Raise `RuntimeError` if a replay does not give what the function gave: then it is not one of its inputs alone."""
-    if not torch.allclose(replayed, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise RuntimeError("a replayed forward gives other logits than the forward that was captured")
+    for output, part in zip(replayed, expected, strict=True):
+        if not torch.allclose(output, part, rtol=1e-2, atol=1e-2 * float(part.abs().max())):
+            raise RuntimeError("a replayed forward gives other logits than the forward that was captured")

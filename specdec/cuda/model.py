@@ -1,7 +1,8 @@
 """A `TreeModel` that replays graphs of its forwards: transformers' own forward, captured with static inputs.
 
 A graph has so many rows, new slots and slots to attend to; the last two are rounded up. Slots that fill it up see
-nothing but themselves, and are written past the tail, where the next forward overwrites them.
+nothing but themselves, and are written past the tail, where the next forward overwrites them. It is made by the first
+way of `captured.py` that fits the model, and is tried against the ordinary forward before it is used.
 
 Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S slots, V vocabulary.
 """
@@ -9,27 +10,33 @@ Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S sl
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from specdec.cuda.arena import Arena, Inputs, Shape, StaticTreeCache
-from specdec.cuda.graphs import graphs_for
+from specdec.cuda.arena import USES, Arena, StaticTreeCache
+from specdec.cuda.attention import TAIL_SLOTS, can_attend, seen_bits
+from specdec.cuda.captured import Inputs, Shape, forward_of
+from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
 from specdec.hf import home_device, num_processes
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks
 from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.model import TreeModel
+from trees.uploads import upload
 
 _logger = logging.getLogger("specdec")
-_MOST_ROWS, _MOST_NEW, _MOST_TOKENS = 8, 64, 256
+_MOST_ROWS, _MOST_NEW, _MOST_TOKENS = 16, 64, 256
 """Of a forward that is captured: larger ones are not bound by their launches."""
 _FEWEST_SLOTS = 256
+_BUCKETS = (1 << 11, 1 << 13, 1 << 15, 1 << 17)
+"""Bounds of the slots of a row, for graphs that read those that are used."""
+_MOST_PARTS = 1 << 22
+"""New slots times bound: each split of a row has sums of its own, which would be half a gigabyte."""
+_ROUNDING = (1e-3, 0.05)
+"""Share of the logits by which a graph's may differ from the ordinary forward's: in float32, and in 16 bits."""
 _ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that look at the positions on the host."""
 
@@ -55,13 +62,44 @@ def why_not(model: PreTrainedModel) -> str | None:
     return profile_of(model).part(Arena).refusal
 
 
+def reads_all(model: PreTrainedModel) -> str | None:
+    """Why the graphs of a model read all slots that they were made for; None if they read those that are used."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+        return "its attention is not PyTorch's"
+    if not can_attend(home_device(model)):
+        return "Triton is not installed"
+    return profile_of(model).part(Arena).reads_all
+
+
+def scratch_of(model: PreTrainedModel) -> TreeModel:
+    """A tree model that decodes as others of the model do, but takes nothing that they could need."""
+    return TreeModel(model) if why_not(model) else GraphedTreeModel(model, Arena())
+
+
+def filling_up(model: PreTrainedModel, num_rows: int) -> Callable[[int], int] | None:
+    """How many tokens a graph has, by those of all rows that are asked for; None where there are no graphs."""
+    if why_not(model) or num_rows > _MOST_ROWS:
+        return None
+
+    def filled_up(num_tokens: int) -> int:
+        width = 1 << (-(-num_tokens // num_rows) - 1).bit_length()
+        return num_rows * width if width <= _MOST_NEW and num_rows * width <= _MOST_TOKENS else num_tokens
+
+    return filled_up
+
+
 class GraphedTreeModel(TreeModel):
     """Forwards that come again in one shape are replayed, the others run as in a `TreeModel`."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, arena: Arena | None = None):
         super().__init__(model)
-        self._arena = profile_of(model).part(Arena)
-        self._run_static = _forward_of(model, self._cache_name)
+        self._arena = arena or profile_of(model).part(Arena)
+        self._run_static = forward_of(model, self._cache_name)
+        self._reads_all = reads_all(model)
+        self._padding: tuple[object, Tensor | None] | None = None
+        """The rows and their padding; where each text starts, if that is all there is to say."""
+        self._steps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Numbers of new slots in the tail, and their bits."""
 
     def _new_cache(self, num_rows: int, capacity: int) -> StaticTreeCache:
         room = 1 << (max(_FEWEST_SLOTS, capacity + 2 * _MOST_NEW) - 1).bit_length()
@@ -69,78 +107,148 @@ class GraphedTreeModel(TreeModel):
         cache.arena = self._arena if self._arena.lease(cache, self.model) else None
         return cache
 
+    def capture(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> None:
+        """Forward such tokens, and forget them, until there is a graph if there can be one."""
+        for _ in range(USES):
+            self.forward(tokens_BT, offsets_BT, seen_BTK)
+            self.forget_tail()
+
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
         shape, pool = self._shape(tokens_BT), graphs_for(self.device)
         if shape is None or pool is None or not self._arena.is_worth(shape):
             return super().forward(tokens_BT, offsets_BT, seen_BTK)
-        cache = self.cache
+        cache, num_new = self.cache, tokens_BT.shape[1]
         assert isinstance(cache, StaticTreeCache)
-        cache.make_room(shape.num_slots)  # before anything looks at the buffers: they may be others then
-        filled: list[Tensor] = self._fill(shape, tokens_BT, offsets_BT, seen_BTK)
-        try:
-            graph, inputs = self._arena.graph(
-                shape, lambda: Inputs(*(part.clone() for part in filled)), self._run_static, pool
-            )
-        except RuntimeError as error:
-            self._arena.refusal = f"its forward could not be captured ({type(error).__name__}: {error})"
-            _logger.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, self._arena.refusal)
-            return super().forward(tokens_BT, offsets_BT, seen_BTK)
-        for static, part in zip(inputs, filled, strict=True):
-            static.copy_(part)
-        logits_BTV = graph.replay()[:, : tokens_BT.shape[1]].clone()
+        # before anything looks at the buffers: they may be others then
+        cache.make_room(max(cache.lengths) + TAIL_SLOTS if shape.reads_used else shape.num_slots)
+        filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK)
+        if not self._arena.has(shape):
+            return self._capture(shape, filled, pool, (tokens_BT, offsets_BT, seen_BTK))
+        logits_BTV, *states = self._replay(shape, filled, pool)
         self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if cache.tail else offsets_BT
         for layer in cache.stored.values():
-            layer.append(tokens_BT.shape[1])
-        self.states = {}
+            layer.append(num_new)
+        self.states = {depth: part[:, :num_new].clone() for depth, part in zip(shape.kept, states, strict=True)}
         self.num_forwards += 1
+        return logits_BTV[:, :num_new].clone()
+
+    def _replay(self, shape: Shape, filled: Inputs, pool: type[GraphPool]) -> Outputs:
+        graph, inputs = self._arena.graph(shape, filled, self._run_static, pool)
+        torch._foreach_copy_(inputs.tensors, filled.tensors)  # in one launch, where they are of one dtype
+        return graph.replay()
+
+    def _capture(
+        self,
+        shape: Shape,
+        filled: Inputs,
+        pool: type[GraphPool],
+        given: tuple[Tensor, Tensor, Tensor | None],
+    ) -> Tensor:
+        """The forward, by the way that needs no graph; the graph is kept if it says the same."""
+        replayed, error = None, None
+        try:
+            replayed = self._replay(shape, filled, pool)[0].clone()
+        except Exception as raised:  # of PyTorch, Triton or the model: whatever it is, there is another way
+            error = f"its forward could not be captured ({type(raised).__name__}: {raised})"
+        logits_BTV = super().forward(*given)
+        if replayed is not None and not _say_the_same(replayed[:, : logits_BTV.shape[1]], logits_BTV):
+            error = "a captured forward gives other logits"
+        if error is not None:
+            self._refuse(shape, error)
         return logits_BTV
+
+    def _refuse(self, shape: Shape, error: str) -> None:
+        name = type(self.model).__name__
+        if shape.reads_used:
+            self._arena.reads_all = self._reads_all = error
+            _logger.warning("the CUDA graphs of %s read more slots than are used: %s", name, error)
+        else:
+            self._arena.refusal = error
+            _logger.warning("%s runs without CUDA graphs: %s", name, error)
+        self._arena.forget()
 
     def _shape(self, tokens_BT: Tensor) -> Shape | None:
         """Of the graph for new tokens; None where there is to be none."""
         cache, (num_rows, num_new) = self.cache, tokens_BT.shape
-        if self._kept or self._arena.refusal is not None or len(self._lag_AB) > 1:
+        if self._arena.refusal is not None or len(self._lag_AB) > 1:
             return None
         if not isinstance(cache, StaticTreeCache) or not self._arena.is_owner(cache) or not any(cache.lengths):
             return None
         width = 1 << (num_new - 1).bit_length()
         if num_rows > _MOST_ROWS or width > _MOST_NEW or num_rows * width > _MOST_TOKENS:
             return None
-        num_slots = max(cache.lengths) + cache.tail + width
-        return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()))
+        kept, longest = tuple(sorted(self._kept)), max(cache.lengths)
+        if self._reads_all is None and cache.tail + width <= TAIL_SLOTS and self._starts_B is not None:
+            bucket = next((slots for slots in _BUCKETS if longest + TAIL_SLOTS <= slots), None)
+            if bucket is None or num_rows * width * bucket > _MOST_PARTS:
+                return None
+            return Shape(num_rows, width, bucket, reads_used=True, kept=kept)
+        num_slots = longest + cache.tail + width
+        return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()), kept=kept)
 
-    def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> list[Tensor]:
+    @property
+    def _starts_B(self) -> Tensor | None:
+        """int64 slots of padding before the text of each row; None where padding is elsewhere too."""
+        if self._padding is None or self._padding[0] is not self._padded:
+            starts_B: Tensor | None = torch.zeros_like(self._lag_AB[0])
+            if self._prompt_BP is not None:
+                has_holes = (self._prompt_BP[:, 1:] < self._prompt_BP[:, :-1]).any() | ~self._prompt_BP[:, -1:].all()
+                starts_B = None if bool(has_holes) else (~self._prompt_BP).sum(1)
+            self._padding = self._padded, starts_B
+        return self._padding[1]
+
+    @property
+    def _padded(self) -> Tensor:
+        """Another one for other rows."""
+        return self._lag_AB if self._prompt_BP is None else self._prompt_BP
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        known = self._padding if self._padding is not None and self._padding[0] is self._padded else None
+        super().select_rows(rows)
+        if known is not None and known[1] is not None:  # to find it anew, the host would wait
+            self._padding = self._padded, known[1].index_select(0, upload(list(rows), self.device))
+
+    def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Inputs:
         """What the graph is to be given."""
-        cache, (num_rows, num_new) = self.cache, tokens_BT.shape
-        first, padding = cache.tail, (0, shape.width - num_new)
+        cache = self.cache
+        first, padding = cache.tail, (0, shape.width - tokens_BT.shape[1])
+        steps_W, own_W = self._new_slots(first, shape.width)
+        lengths_B = cache.lengths_on(self.device)
+        slots_BW = lengths_B.unsqueeze(1) + steps_W
+        positions_BW = _filled_up(self.next_positions_B.unsqueeze(1) + offsets_BT, padding)
+        if not shape.reads_used:
+            seen: tuple[Tensor, ...] = (self._bias(shape, seen_BTK, slots_BW),)
+        else:
+            assert self._starts_B is not None, "the shape says so"
+            # one that sees the whole tail needs no bit to be looked at
+            bits_BW = own_W | (_filled_up(seen_bits(seen_BTK), padding) if seen_BTK is not None else (1 << first) - 1)
+            seen = (self._starts_B, lengths_B, bits_BW.expand_as(slots_BW))
+        return Inputs(_filled_up(tokens_BT, padding), positions_BW, slots_BW, seen)
+
+    def _new_slots(self, first: int, width: int) -> tuple[Tensor, Tensor]:
+        if (first, width) not in self._steps:
+            steps_W = torch.arange(first, first + width, device=self.device)
+            self._steps[first, width] = steps_W, torch.ones_like(steps_W) << steps_W
+        return self._steps[first, width]
+
+    def _bias(self, shape: Shape, seen_BTK: Tensor | None, slots_BW: Tensor) -> Tensor:
+        """[B, 1, W, S] in the model's dtype."""
         if seen_BTK is None:
-            seen_BTK = offsets_BT.new_ones((num_rows, 1, first + 1), dtype=torch.bool)
-        visible_BTS = masks.visible_slots(seen_BTK, cache.lengths, self._prompt_BP)
-        steps_W = torch.arange(first, first + shape.width, device=self.device)
-        slots_BW = cache.lengths_on(self.device).unsqueeze(1) + steps_W
-        lowest = torch.finfo(self.model.dtype).min
-        bias_B1WS = torch.full((num_rows, 1, *shape[1:]), lowest, dtype=self.model.dtype, device=self.device)
-        bias_B1WS[:, 0, :num_new, : visible_BTS.shape[2]].masked_fill_(visible_BTS, 0)
-        bias_B1WS.scatter_(3, slots_BW[:, None, :, None], 0)  # each sees itself
-        positions_BT = self.next_positions_B.unsqueeze(1) + offsets_BT
-        pad = torch.nn.functional.pad
-        return [pad(tokens_BT, padding), pad(positions_BT, padding), slots_BW, bias_B1WS]
+            seen_BTK = slots_BW.new_ones((shape.num_rows, 1, self.cache.tail + 1), dtype=torch.bool)
+        visible_BTS = masks.visible_slots(seen_BTK, self.cache.lengths, self._prompt_BP)
+        _, num_new, num_visible = visible_BTS.shape
+        lowest, size = torch.finfo(self.model.dtype).min, (shape.num_rows, 1, shape.width, shape.num_slots)
+        bias_B1WS = torch.full(size, lowest, dtype=self.model.dtype, device=self.device)
+        bias_B1WS[:, 0, :num_new, :num_visible].masked_fill_(visible_BTS, 0)
+        return bias_B1WS.scatter_(3, slots_BW[:, None, :, None], 0)  # each sees itself
 
 
-def _forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cache], Tensor]:
-    """What is captured. It does not keep the model, to which the arena belongs."""
-    known = weakref.ref(model)
+def _filled_up(part_BT: Tensor, padding: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.pad(part_BT, padding) if any(padding) else part_BT
 
-    def run(inputs: Inputs, cache: Cache) -> Tensor:
-        captured = known()
-        assert captured is not None, "the arena has outlived its model"
-        given: dict[str, Any] = {
-            "input_ids": inputs.tokens_BW,
-            "attention_mask": inputs.bias_B1WS,
-            "position_ids": inputs.positions_BW,
-            cache_name: cache,
-            "use_cache": True,
-        }
-        logits: Tensor = captured(**given).logits
-        return logits
 
-    return run
+def _say_the_same(logits: Tensor, expected: Tensor) -> bool:
+    """As far as rounding allows; a slot too many or too few in an attention shows."""
+    expected = expected.float()
+    distance = (logits.float() - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()
+    return bool(distance <= _ROUNDING[logits.element_size() < 4])

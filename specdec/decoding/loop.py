@@ -6,7 +6,8 @@ the target agrees with, and commits it with one more token. `docs/structures.md`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specdec.acceptance import Accepted, to_host
+from specdec.cuda.timing import DeviceSpan
 from specdec.decoding.drafter import DraftSession, Outcome
 from specdec.decoding.earlier import EarlierTexts
 from specdec.decoding.recording import Recorder
@@ -67,6 +69,8 @@ class DecodingLoop:
 
     def __post_init__(self) -> None:
         self.stats = DecodingStats.for_rows(len(self.sequences))
+        self._spans: list[tuple[str, DeviceSpan, float]] = []
+        """Of the round so far: where in `stats` they count, and what they took on the host."""
 
     def run(self, prefill: Callable[[], Tensor]) -> None:
         """Decode until every row has stopped.
@@ -97,17 +101,13 @@ class DecodingLoop:
 
     def propose(self) -> Draft:
         """A tree for each row, no deeper than tokens can still be committed."""
-        started = perf_counter()
-        draft = self.session.propose(self._max_depths())
-        self.stats.draft_seconds += perf_counter() - started
-        return draft
+        with self._timed("draft_seconds"):
+            return self.session.propose(self._max_depths())
 
     def verify(self, draft: Draft) -> Tensor:
         """Logits [B, T, V] after the root and every node, from one forward of the target."""
-        started = perf_counter()
-        logits_BTV = self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
-        self.stats.verify_seconds += perf_counter() - started
-        return logits_BTV
+        with self._timed("verify_seconds"):
+            return self.target.verify(draft.trees, self.sequences.roots_B1, draft.grown_indices)
 
     def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
         """What the target keeps of each tree, and the token after it."""
@@ -115,6 +115,7 @@ class DecodingLoop:
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
         acceptance = self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
         accepted = to_host(draft.trees, acceptance)
+        self._note_times()
         for row, path in enumerate(accepted.paths):
             slots = [0, *(node + 1 for node in path)]
             self.recorder.record(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
@@ -164,6 +165,19 @@ class DecodingLoop:
         self.sequences.select_rows(stay)
         self.target.select_rows(stay)
         self.session.select_rows(stay)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started, span = perf_counter(), DeviceSpan(self.target.device)
+        yield
+        span.end()
+        self._spans.append((name, span, perf_counter() - started))
+
+    def _note_times(self) -> None:
+        """The device has done what was launched."""
+        for name, span, seconds in self._spans:
+            setattr(self.stats, name, getattr(self.stats, name) + span.seconds(on_host=seconds))
+        self._spans.clear()
 
     def _outcome(self, paths: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Outcome:
         """Of a round, as the session is told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,24 +53,95 @@ DRAFTERS: dict[str, tuple[Callable[[PreTrainedModel], Drafter], dict[str, Any]]]
 }
 
 
+def ways(model: PreTrainedModel) -> set[bool]:
+    """Of the graphs of a model: whether they read used slots."""
+    return {shape.reads_used for shape in arena_of(model)._graphs}
+
+
+@pytest.fixture(params=[True, False], ids=["reads used", "biased"])
+def reads_used(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether graphs have the tree attention, or the model's own with a bias."""
+    if not request.param:
+        monkeypatch.setattr("specdec.cuda.model.can_attend", lambda _: False)
+    return request.param
+
+
 @pytest.mark.parametrize("prompts", [RAGGED, ONE], ids=["ragged", "one"])
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_greedy_equality(name: str, prompts: dict[str, Tensor]) -> None:
+def test_greedy_equality(name: str, prompts: dict[str, Tensor], reads_used: bool) -> None:
     model = tiny_model("llama")
     make, options = DRAFTERS[name]
     draft = with_noise(tiny_model("llama"))
     assert check(model, make(draft), prompts, **options) > 3
+    assert ways(model) == {reads_used}
     if name in ("chain", "tree"):
         assert arena_of(draft).num_replays > 3
+        assert ways(draft) == {reads_used}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "gpt_neox", "mixtral", "olmo2"])
 def test_families(family: str) -> None:
-    assert check(tiny_model(family), PromptLookup(), RAGGED) > 3
+    model = tiny_model(family)
+    assert check(model, PromptLookup(), RAGGED) > 3
+    assert ways(model) == {True}
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_eager_attention() -> None:
-    assert check(tiny_model("llama", attn_implementation="eager"), PromptLookup(), RAGGED) > 3
+def test_families_whose_graphs_read_all() -> None:
+    for model in (tiny_model("llama", attn_implementation="eager"), tiny_model("falcon")):
+        assert check(model, PromptLookup(), RAGGED) > 3
+        assert ways(model) == {False}
+    assert "TypeError" in (arena_of(model).reads_all or "")
+
+
+def test_padding_in_the_middle_of_a_prompt() -> None:
+    model, prompts = tiny_model("llama"), {name: part.clone() for name, part in ONE.items()}
+    prompts["attention_mask"][0, 3:5] = 0
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": False}
+    expected = model.generate(**prompts, **settings)
+    for _ in range(2):
+        assert_same_tokens(model, expected, specdec.generate(model, **prompts, drafter=PromptLookup(), **settings))
+    assert ways(model) == {False}
+
+
+def test_a_length_past_the_bound_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.cuda.model._BUCKETS", (80, 96))
+    model = tiny_model("llama")
+    assert check(model, Plain(), random_prompts([12])) > 3
+    assert {shape.num_slots for shape in arena_of(model)._graphs} == {80, 96}
+
+
+def test_a_graph_that_says_otherwise_is_not_used() -> None:
+    model = tiny_model("llama")
+    with pytest.MonkeyPatch.context() as patch:  # the last of the tail is forgotten
+        patch.setattr("specdec.cuda.model.seen_bits", lambda seen_BTK: torch.zeros_like(seen_BTK[:, :, 0].long()))
+        assert check(model, PromptLookup(), RAGGED) > 3
+    assert ways(model) == {False}
+    assert arena_of(model).reads_all == "a captured forward gives other logits"
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, ONE], ids=["ragged", "one"])
+@torch.no_grad()
+def test_states_of_a_replay(prompts: dict[str, Tensor]) -> None:
+    """As those of the ordinary forward, for drafters that read them."""
+    given, plain = prompts["input_ids"], tiny_model("llama")
+    arena_of(plain).refusal = "not in this test"
+    models = [tree_model_of(tiny_model("llama")), tree_model_of(plain)]
+    for _ in range(4):
+        states = []
+        for model in models:
+            model.keep_states((1, 2))
+            model.prefill(given, attention_mask=prompts["attention_mask"])
+            model.forward(
+                given[:, :3], torch.arange(3).expand(len(given), 3), torch.ones(len(given), 3, 3).tril().bool()
+            )
+            states.append({depth: part.clone() for depth, part in model.states.items()})
+            model.forget_tail()
+            model.select_rows([])
+        assert states[0].keys() == states[1].keys() == {1, 2}
+        for depth, part in states[0].items():
+            torch.testing.assert_close(part, states[1][depth])
+    assert arena_of(models[0].model).num_replays > 2
 
 
 def test_graphs_from_inference_mode_serve_outside_of_it() -> None:
@@ -100,6 +172,26 @@ def test_buffers_that_grow_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     out = specdec.generate(model, **long, drafter=PromptLookup(), max_new_tokens=160, do_sample=False)
     assert_same_tokens(model, plain_alone(model, long, 160), out, long["attention_mask"])
     assert {layer[0].shape[2] for layer in arena_of(model)._buffers.values()} == {512}
+
+
+def test_what_a_long_run_leaves_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any run is, beside these tiny weights."""
+    monkeypatch.setattr("specdec.cuda.arena._KEPT_BYTES", 0)
+    model = tiny_model("llama")
+    assert check(model, Plain(), ONE) == check(model, Plain(), ONE) > 3
+    assert not arena_of(model)._buffers
+    assert not arena_of(model)._graphs
+
+
+def test_nothing_outlives_the_model() -> None:
+    """No cycle keeps it until Python's next collection."""
+    model, draft = tiny_model("llama"), tiny_model("llama", seed=1)
+    specdec.generate(model, **ONE, drafter=SmallModel(draft), max_new_tokens=NUM_NEW)
+    arenas = [arena_of(model), arena_of(draft)]
+    parts = [model.lm_head, draft.lm_head, *arenas, *(arena._buffers[0][0] for arena in arenas)]
+    known = [weakref.ref(part) for part in parts]
+    del model, draft, parts, arenas
+    assert [found() for found in known] == [None] * 6
 
 
 def test_two_runs_at_once() -> None:
@@ -163,10 +255,10 @@ def test_moved_weights_are_captured_again() -> None:
 
 def test_the_stand_in_spoils_what_a_graph_would() -> None:
     pool, inputs = StandInPool(), torch.ones(2)
-    graphs = [pool.capture(lambda: inputs * 2, [inputs]), pool.capture(lambda: inputs + 1, [inputs])]
-    first = graphs[0].replay()
+    graphs = [pool.capture(lambda: (inputs * 2,), [inputs]), pool.capture(lambda: (inputs + 1,), [inputs])]
+    (first,) = graphs[0].replay()
     graphs[1].replay()
     assert first.isnan().all()
     calls = iter([1.0, 2.0, 3.0])
     with pytest.raises(RuntimeError, match="other logits"):
-        pool.capture(lambda: inputs * next(calls), [inputs])
+        pool.capture(lambda: (inputs * next(calls),), [inputs])

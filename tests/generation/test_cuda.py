@@ -19,7 +19,9 @@ import specdec
 from specdec import UnsupportedModelError
 from specdec.control.costs import measure_forwards
 from specdec.cuda.arena import Arena
-from specdec.cuda.model import why_not
+from specdec.cuda.attention import reference, tree_attention
+from specdec.cuda.model import reads_all, why_not
+from specdec.cuda.timing import DeviceSpan
 from specdec.drafters import (
     Auto,
     Drafter,
@@ -42,6 +44,7 @@ from specdec.training.heads.exits import ExitRecipe
 from specdec.training.heads.run import ExitTraining, Source
 from tests.support.goodness import assert_drawn_from
 from tests.support.references import PartlyWrongScript, plain_alone, speculate, with_noise
+from tests.support.tree_attention import SHAPES, given
 from trees import Chain, DySpec, DySpecThreshold, Fixed, GrowthPolicy, Sequoia
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -133,8 +136,32 @@ def test_forwards_are_replayed(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype).cuda()
     for prompts in (ONE, RAGGED, ONE):
         check(model, PromptLookup(), prompts)
-    assert why_not(model) is None
+    assert why_not(model) is reads_all(model) is None
     assert profile_of(model).part(Arena).num_replays > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_tree_attention(name: str, dtype: torch.dtype) -> None:
+    """The kernels, compiled, against their twin."""
+    inputs = {key: part.cuda() if isinstance(part, Tensor) else part for key, part in given(name, dtype).items()}
+    bound = 2e-5 if dtype == torch.float32 else 2e-2
+    actual, expected = tree_attention(**inputs), reference(**inputs)
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
+    few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, :1], "seen_BW": inputs["seen_BW"][:, :1].contiguous()}
+    torch.testing.assert_close(tree_attention(**few), expected[:, :1], rtol=bound, atol=bound)
+
+
+def test_time_is_the_devices() -> None:
+    model = target()
+    large = torch.randn(4096, 4096, device="cuda")
+    span = DeviceSpan(large.device)
+    for _ in range(20):
+        large @ large
+    span.end()
+    assert span.seconds(on_host=0.0) > 0
+    out = speculate(model, on_gpu(ONE), SmallModel(draft()), max_new_tokens=NUM_NEW)
+    assert 0 < out.stats.draft_seconds < out.stats.total_seconds
 
 
 def test_eager_attention() -> None:

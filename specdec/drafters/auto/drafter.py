@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from specdec.control import Plan, RoundControl, capped_throughput, costs_of
 from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
+from specdec.cuda.timing import DeviceSpan
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.auto.dropped import drop, is_dropped, take_back
 from specdec.drafters.auto.sources import (
@@ -202,9 +203,10 @@ class _AutoSession(DraftSession):
         self._add_own_drafters(context)
         offer = self._lookup.plan(context)
         plan = self._choose(context, offer)
-        decided = self._clock()
+        decided, span = self._clock(), DeviceSpan(self._run.device)
         self._control_seconds += decided - started
         draft = self._draft(plan, context)
+        span.end()
         if draft is None:
             plan, decided = context.plain, self._clock()
             draft = Draft(trees=TreeBatch.empty(context.num_rows, self._run.device))
@@ -215,6 +217,7 @@ class _AutoSession(DraftSession):
             started=started,
             decided=decided,
             drafted=self._clock(),
+            span=span,
         )
         return draft
 
@@ -308,8 +311,8 @@ class _AutoSession(DraftSession):
             num_padded = context.num_rows * trees.num_slots
             num_tokens = context.num_rows + sum(trees.sizes) if context.is_packed else num_padded
             # what it takes to put a proposal together comes with its width; a draft's own time is counted apart
-            begun = round_.decided if source in (None, self._lookup) else round_.drafted
-            context.costs.update(num_tokens + num_along, now - begun)
+            before = 0.0 if source in (None, self._lookup) else round_.drafting_seconds
+            context.costs.update(num_tokens + num_along, now - round_.decided - before)
             if num_along:
                 return context.costs.seconds(num_tokens + num_along) - context.costs.seconds(num_tokens)
         return 0.0
@@ -319,7 +322,7 @@ class _AutoSession(DraftSession):
         plan = round_.plan
         for source in self._models:
             if source is plan.source:
-                source.learn(outcome, round_.draft, round_.drafted - round_.decided, round_.context)
+                source.learn(outcome, round_.draft, round_.drafting_seconds, round_.context)
         self._lookup.learn(outcome, plan if plan.source is self._lookup else None)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -359,3 +362,9 @@ class _Round:
     started: float
     decided: float
     drafted: float
+    span: DeviceSpan
+    """Of the drafting."""
+
+    @property
+    def drafting_seconds(self) -> float:
+        return self.span.seconds(on_host=self.drafted - self.decided)

@@ -1,0 +1,183 @@
+"""What a graph is made of: transformers' own forward, given static inputs, in one of two ways.
+
+* *Reading used slots*: a copy of the model has another attention by name (`attention.py`), which is told each row's
+  length and what its new slots see of the tail. Names without a mask function make transformers build no mask.
+* *Biased*: the model's own attention, over as many slots as the graph was made for, with a bias [B, 1, W, S].
+
+Shape legend: B rows, W new slots, S slots, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specdec.cuda.attention import tree_attention
+from specdec.cuda.graphs import Outputs
+from specdec.tree_model.layer_views import LayerViews, View
+
+_ATTENTION = "specdec_tree_attention"
+_NOT_TAKEN = ("softcap", "s_aux", "sliding_window", "position_bias")
+"""Of what models give to an attention function: what would change its result."""
+
+
+class Shape(NamedTuple):
+    """Of a graph: rows, new slots, bound of the slots of a row, its way, and the depths whose states it returns."""
+
+    num_rows: int
+    width: int
+    num_slots: int
+    reads_used: bool = False
+    kept: tuple[int, ...] = ()
+
+
+class Inputs(NamedTuple):
+    """Of a graph. `slots` are written; what is seen is a bias, or starts, lengths and bits (see `tree_attention`)."""
+
+    tokens_BW: Tensor
+    positions_BW: Tensor
+    slots_BW: Tensor
+    seen: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self[:3], *self.seen)
+
+    def clone(self) -> Inputs:
+        seen = tuple(part.clone() for part in self.seen)
+        return Inputs(self.tokens_BW.clone(), self.positions_BW.clone(), self.slots_BW.clone(), seen)
+
+
+class WrittenCache(Cache):
+    """What a captured forward takes for its cache: it writes the new slots where its inputs say."""
+
+    def __init__(self, buffers: Mapping[int, Sequence[Tensor]], inputs: Inputs, shape: Shape):
+        rows_B1 = torch.arange(shape.num_rows, device=inputs.slots_BW.device).unsqueeze(1)
+        rows_BW = rows_B1.expand_as(inputs.slots_BW)
+        places = (rows_BW, inputs.slots_BW)
+        super().__init__(layers=[_WrittenLayer(buffers[index], places, shape) for index in sorted(buffers)])
+
+
+class _WrittenLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, buffers: Sequence[Tensor], places: tuple[Tensor, Tensor], shape: Shape):
+        super().__init__()
+        (self.keys, self.values), self._places, self._shape = buffers, places, shape
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows_BW, slots_BW = self._places
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[rows_BW, :, slots_BW] = states.transpose(1, 2)
+        rows, slots = slice(self._shape.num_rows), slice(self._shape.num_slots)
+        return self.keys[rows, :, slots], self.values[rows, :, slots]
+
+    def get_seq_length(self) -> int:
+        return self._shape.num_slots - self._shape.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._shape.num_slots, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What the attention of the forward under way is told, and how often it was called."""
+
+    seen: tuple[Tensor, ...]
+    num_slots: int
+    num_calls: int = 0
+
+
+_under_way: ContextVar[_Reads] = ContextVar("reads_under_way")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    reads = _under_way.get()
+    given = [name for name in _NOT_TAKEN if options.get(name) is not None]
+    if given or attention_mask is not None or value.shape[3] != query.shape[3]:
+        raise RuntimeError(f"its attention takes {', '.join(given) or 'a mask, or values of another size'}")
+    reads.num_calls += 1
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return tree_attention(query, key, value, *reads.seen, scale=scale, num_slots=reads.num_slots), None
+
+
+def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cache, Shape], Outputs]:
+    """Logits [B, W, V], and the states [B, W, C] that a shape asks for. It does not keep the model, which graphs
+    belong to, nor a copy of it."""
+    known = weakref.ref(model)
+
+    def run(inputs: Inputs, cache: Cache, shape: Shape) -> Outputs:
+        model = known()
+        assert model is not None, "the graphs have outlived their model"
+        view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
+        given: dict[str, Any] = {
+            "input_ids": inputs.tokens_BW,
+            "position_ids": inputs.positions_BW,
+            cache_name: cache,
+            "use_cache": True,
+        }
+        if shape.reads_used:
+            logits = _read_used(view.model, given, _Reads(inputs.seen, shape.num_slots), len(cache.layers))
+        else:
+            logits = view.model(**given, attention_mask=inputs.seen[0]).logits
+        return logits, *(view.states[depth] for depth in shape.kept)
+
+    return run
+
+
+def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, num_layers: int) -> Tensor:
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
+    token = _under_way.set(reads)
+    try:
+        logits: Tensor = _with_attention(model)(**given, attention_mask=None).logits
+    finally:
+        _under_way.reset(token)
+    if reads.num_calls != num_layers:
+        raise RuntimeError("not all of its layers call the attention that its configuration names")
+    return logits
+
+
+def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules, with the same weights, whose configurations name our attention."""
+    copies: dict[int, Any] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in copies:
+            twin = copies[id(module)] = copy.copy(module)
+            twin._modules = {name: None if child is None else copied(child) for name, child in module._modules.items()}
+            config = twin.__dict__.get("config")
+            if hasattr(config, "_attn_implementation_internal"):
+                if id(config) not in copies:
+                    copies[id(config)] = copy.copy(config)
+                    copies[id(config)]._attn_implementation_internal = _ATTENTION
+                twin.config = copies[id(config)]
+        return copies[id(module)]
+
+    found = copied(model)
+    assert isinstance(found, PreTrainedModel)
+    return found
