@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kernels.model.layer_run import NewSlots
 from specdec.tree_model.cache import RowStates, TreeCache
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
@@ -39,10 +38,6 @@ class _WatchedCache(TreeCache):
         if self.queries is not None:
             self.queries.updated = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None:
-        """None while somebody watches: layers that run in one native call tell no queries."""
-        return None if self.queries is not None else super().append_slots(layers, num_new)
 
     @property
     def watch(self) -> Any:
