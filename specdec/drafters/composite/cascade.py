@@ -13,8 +13,9 @@ from itertools import chain
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Run
-from specdec.drafters.composite.nested import NestedSession
+from specdec.drafters.composite.nested import NestedSession, NestedSparseSession
 from specdec.drafters.model.quantized_self import QuantizedSelf
+from specdec.drafters.model.sparse_self import SparseSelf
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.tree_model.model import TreeModel
 from trees import Chain
@@ -39,7 +40,7 @@ class Cascade(Drafter):
         DraftError: at the call, if the copy cannot read the target's keys and values, which must be float32.
     """
 
-    def __init__(self, cheap: Drafter, middle: QuantizedSelf | None = None, num_tokens: int = 12, min_tokens: int = 4):
+    def __init__(self, cheap: Drafter, middle: QuantizedSelf | SparseSelf | None = None, num_tokens: int = 12, min_tokens: int = 4):
         if not isinstance(cheap, Drafter):
             raise ValueError(
                 f"Cascade(cheap={cheap!r}): cheap is a drafter, for example specdec.drafters.PromptLookup()"
@@ -49,9 +50,9 @@ class Cascade(Drafter):
                 f"Cascade(cheap={type(cheap).__name__}): cheap must be able to take back what it has read: "
                 "PromptLookup, SmallModel, or Auto of these"
             )
-        if not isinstance(middle, QuantizedSelf | None):
+        if not isinstance(middle, QuantizedSelf | SparseSelf | None):
             raise ValueError(
-                f"Cascade(middle={middle!r}): middle is a QuantizedSelf; a draft model goes into Auto or SmallModel"
+                f"Cascade(middle={middle!r}): middle is a QuantizedSelf or a SparseSelf; a draft model goes into Auto or SmallModel"
             )
         for name, value in (("num_tokens", num_tokens), ("min_tokens", min_tokens)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -74,13 +75,16 @@ class Cascade(Drafter):
             raise UnsupportedOptionError(
                 f"Cascade drafts chains, not tree={run.tree!r}: pass trees.Chain(length), or leave the tree out"
             )
+        most, least = self.num_tokens, self.min_tokens
+        if run.tree is not None:
+            most = least = run.tree.length
+        if isinstance(self.middle, SparseSelf):
+            copy, budget = self.middle.model_of(run), self.middle.budget
+            return NestedSparseSession(run, copy, self.cheap, most=most, least=least, budget=budget)
         target = run.target.model
         if not self.middle.shares_cache(target):
             raise DraftError(
                 f"Cascade: the int8 copy reads the target's keys and values, which are {target.dtype} and not float32: "
                 "load the target in float32, or draft with QuantizedSelf() alone"
             )
-        most, least = self.num_tokens, self.min_tokens
-        if run.tree is not None:
-            most = least = run.tree.length
         return NestedSession(run, TreeModel(self.middle.copy_of(target)), self.cheap, most=most, least=least)
