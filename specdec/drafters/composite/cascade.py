@@ -22,22 +22,24 @@ from trees import Chain
 
 
 class Cascade(Drafter):
-    """Drafts chains of a float32 target's int8 copy, which decodes speculatively itself.
+    """Drafts chains of a float32 target's int8 copy, or of the target with a part of its past, which decodes
+    speculatively itself.
 
-    The copy works on the target's cache. It goes on until there are `min_tokens`, in rounds of its own, in each of
+    The copy works on the target's cache, `SparseSelf` on a small one of its own: in a long text it sees little of what
+    there is to copy, and prompt lookup all. It goes on until there are `min_tokens`, in rounds of its own, in each of
     which the cheap drafter proposes and the copy verifies. A call may name `tree=trees.Chain(length)`, which sets both
     numbers.
 
     Args:
         cheap: a drafter that can take back what it has read: `PromptLookup()`, a `SmallModel`, an `Auto` of these.
-        middle: makes the copy.
+        middle: a `QuantizedSelf`, which makes the copy, or a `SparseSelf`, whose own length of chains does not count.
         num_tokens: most tokens of a draft.
         min_tokens: the copy goes on in any case up to this many.
 
     Raises:
         ValueError: an argument is none of these, or `min_tokens` is greater than `num_tokens`.
         UnsupportedOptionError: at the call, for another tree than a chain.
-        DraftError: at the call, if the copy cannot read the target's keys and values, which must be float32.
+        DraftError: at the call, what `SparseSelf` says of the target, or if the copy cannot read the target's keys and values, which must be float32.
     """
 
     def __init__(self, cheap: Drafter, middle: QuantizedSelf | SparseSelf | None = None, num_tokens: int = 12, min_tokens: int = 4):

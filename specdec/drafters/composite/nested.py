@@ -1,4 +1,4 @@
-"""Speculation within speculation: an int8 copy of the target drafts, and decodes speculatively itself.
+"""Speculation within speculation: what drafts for the target, such as its int8 copy, decodes speculatively itself.
 
 The copy's chain is the output of a decoding loop of its own, in which another drafter proposes and the copy verifies.
 It works on the target's cache: what it commits there while it drafts is taken back before the target verifies. When the
