@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 from specdec import DraftError, UnsupportedOptionError, acceptance
 from specdec.acceptance import coins as coins_module
 from specdec.decoding.drafter import DraftSession, Run
-from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel, SparseSelf
+from specdec.drafters import (
+    Auto,
+    Cascade,
+    Drafter,
+    EarlyExit,
+    Mixed,
+    PromptLookup,
+    QuantizedSelf,
+    SmallModel,
+    SparseSelf,
+)
 from specdec.drafters.composite.nested import NestedSession
 from specdec.engine import Engine
 from specdec.testing import assert_same_tokens, tiny_model
@@ -90,7 +100,9 @@ def test_a_cheap_drafter_that_takes_back_is_asked_again() -> None:
     assert out.stats.num_batch_rounds == -(-(NUM_NEW - 1) // 8)
 
 
-@pytest.mark.parametrize("cascade", ["copy with lookup", "copy with a small model", "copy with auto", "part of the past"])
+@pytest.mark.parametrize(
+    "cascade", ["copy with lookup", "copy with a small model", "copy with auto", "part of the past"]
+)
 def test_copies_follow_processors_that_look_at_prefixes(cascade: str) -> None:
     model = early_model("llama")
     options = {"max_new_tokens": NUM_NEW, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "pad_token_id": 0}

@@ -1,4 +1,5 @@
-"""Speculation on the draft: the target's int8 copy drafts, and a cheaper drafter makes it quick.
+"""Speculation on the draft: the target's int8 copy, or the target with a part of its past, drafts, and a cheaper one
+makes it quick.
 
 What leaves the copy is distributed as the copy's own processed distribution (the cheap drafter and the copy are
 themselves lossless speculation), so that is the q of the draft. (Staged speculative decoding, Spector and Re 2023;
@@ -39,10 +40,17 @@ class Cascade(Drafter):
     Raises:
         ValueError: an argument is none of these, or `min_tokens` is greater than `num_tokens`.
         UnsupportedOptionError: at the call, for another tree than a chain.
-        DraftError: at the call, what `SparseSelf` says of the target, or if the copy cannot read the target's keys and values, which must be float32.
+        DraftError: at the call, what `SparseSelf` says of the target, or if the copy cannot read the target's keys and
+            values, which must be float32.
     """
 
-    def __init__(self, cheap: Drafter, middle: QuantizedSelf | SparseSelf | None = None, num_tokens: int = 12, min_tokens: int = 4):
+    def __init__(
+        self,
+        cheap: Drafter,
+        middle: QuantizedSelf | SparseSelf | None = None,
+        num_tokens: int = 12,
+        min_tokens: int = 4,
+    ):
         if not isinstance(cheap, Drafter):
             raise ValueError(
                 f"Cascade(cheap={cheap!r}): cheap is a drafter, for example specdec.drafters.PromptLookup()"
@@ -54,7 +62,8 @@ class Cascade(Drafter):
             )
         if not isinstance(middle, QuantizedSelf | SparseSelf | None):
             raise ValueError(
-                f"Cascade(middle={middle!r}): middle is a QuantizedSelf or a SparseSelf; a draft model goes into Auto or SmallModel"
+                f"Cascade(middle={middle!r}): middle is a QuantizedSelf or a SparseSelf; a draft model goes into Auto "
+                "or SmallModel"
             )
         for name, value in (("num_tokens", num_tokens), ("min_tokens", min_tokens)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
