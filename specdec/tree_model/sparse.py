@@ -9,16 +9,16 @@ Shape legend: B rows, K heads of keys, S slots, N chosen slots, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kernels.model.layer_run import NewSlots
 from specdec.tree_model.cache import RowStates, TreeCache
+from specdec.tree_model.layer_views import View
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
 from specdec.tree_model.selection import Queries, most_attended, window
@@ -39,10 +39,6 @@ class _WatchedCache(TreeCache):
         if self.queries is not None:
             self.queries.updated = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def append_slots(self, layers: tuple[int, ...], num_new: int) -> NewSlots | None:
-        """None while somebody watches: layers that run in one native call tell no queries."""
-        return None if self.queries is not None else super().append_slots(layers, num_new)
 
     @property
     def watch(self) -> Any:
@@ -77,27 +73,23 @@ class SparseModel(TreeModel):
         """Of the last forwards, if slots are to be chosen by them."""
 
     def follow(self, other: TreeModel) -> None:
-        """Take what the other model has committed since the last time; forget the tail."""
+        """Take what the other model has committed since the last time; forget the tail.
+
+        Queries of the forwards that come are kept if by the next time slots are due to be chosen by them.
+        """
         self.forget_tail()
         for row, length in enumerate(other.cache.lengths):
             if length:
                 self._follow_row(row, other, length)
         self._lag_AB = self.cache.lengths_on(self.device) - other.next_positions_AB
-        self._queries = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within, queries are kept if a row's slots are due to be chosen by them at the next `follow`."""
-        if not (self._by_attention and any(map(self._is_due, range(len(self._seen))))):
-            yield
-            return
+        is_due = self._by_attention and any(map(self._is_due, range(len(self._seen))))
+        self._queries = Queries() if is_due else None
         assert isinstance(self.cache, _WatchedCache)
-        queries = self._queries = self.cache.queries = Queries()
-        try:
-            with nullcontext() if self._is_fused else queries:  # fused layers tell theirs, and the mode takes time
-                yield
-        finally:
-            self.cache.queries = None
+        self.cache.queries = self._queries
+
+    def _run(self, view: View, inputs: dict[str, Any], *, num_logits: int = 0) -> Any:
+        with nullcontext() if self._queries is None or self._is_fused else self._queries:  # fused layers tell theirs
+            return super()._run(view, inputs, num_logits=num_logits)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)

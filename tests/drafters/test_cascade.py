@@ -12,12 +12,24 @@ from transformers import PreTrainedModel
 from specdec import DraftError, UnsupportedOptionError, acceptance
 from specdec.acceptance import coins as coins_module
 from specdec.decoding.drafter import DraftSession, Run
-from specdec.drafters import Auto, Cascade, Drafter, EarlyExit, Mixed, PromptLookup, QuantizedSelf, SmallModel
+from specdec.drafters import (
+    Auto,
+    Cascade,
+    Drafter,
+    EarlyExit,
+    Mixed,
+    PromptLookup,
+    QuantizedSelf,
+    SmallModel,
+    SparseSelf,
+)
 from specdec.drafters.composite.nested import NestedSession
+from specdec.engine import Engine
 from specdec.testing import assert_same_tokens, tiny_model
 from tests.support.acceptance_oracles import outcomes_of
 from tests.support.early_exits import NUM_NEW, early_model, reference
 from tests.support.early_exits import PROMPTS as RAGGED
+from tests.support.engine_requests import REQUESTS, TOKENIZER, expected, model_of
 from tests.support.enumeration import EXACT, MAX_DEPTH, Prefix, ToyModel, every_draft
 from tests.support.exact_rounds import CAUGHT, Enumeration, distributions, total_variation
 from tests.support.faults import Bomb, Watched
@@ -49,6 +61,7 @@ CASCADES: dict[str, Callable[[PreTrainedModel], Drafter]] = {
     "copy with a small model": lambda model: Cascade(
         SmallModel(with_noise(model, 0.03)), StandIn(with_noise(model)), num_tokens=8, min_tokens=6
     ),
+    "part of the past": lambda model: Cascade(lookup(), SparseSelf(budget=8), num_tokens=5, min_tokens=5),
     "copy with auto": lambda model: Cascade(Auto(SmallModel(with_noise(model))), QuantizedSelf(), min_tokens=3),
 }
 
@@ -87,7 +100,9 @@ def test_a_cheap_drafter_that_takes_back_is_asked_again() -> None:
     assert out.stats.num_batch_rounds == -(-(NUM_NEW - 1) // 8)
 
 
-@pytest.mark.parametrize("cascade", ["copy with lookup", "copy with a small model", "copy with auto"])
+@pytest.mark.parametrize(
+    "cascade", ["copy with lookup", "copy with a small model", "copy with auto", "part of the past"]
+)
 def test_copies_follow_processors_that_look_at_prefixes(cascade: str) -> None:
     model = early_model("llama")
     options = {"max_new_tokens": NUM_NEW, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "pad_token_id": 0}
@@ -215,6 +230,20 @@ def test_samples_after_a_copy(cascade: type[Cascade], verify: str) -> None:
 def test_samples_after_a_copy_for_which_auto_drafts() -> None:
     drafter = Cascade(Auto(SmallModel(tiny(seed=2), num_tokens=1)), StandIn(tiny(seed=3)), num_tokens=3, min_tokens=2)
     assert_ragged_rows_are_exact(tiny(seed=1), drafter)
+
+
+def test_samples_after_a_part_of_the_past() -> None:
+    drafter = Cascade(SmallModel(tiny(seed=2), num_tokens=1), SparseSelf(budget=3), num_tokens=3, min_tokens=2)
+    assert_ragged_rows_are_exact(tiny(seed=1), drafter)
+
+
+def test_a_part_of_the_past_while_requests_join_and_leave() -> None:
+    drafter = Cascade(lookup(), SparseSelf(budget=8), num_tokens=4, min_tokens=3)
+    engine = Engine(model_of(), drafter=drafter, tokenizer=TOKENIZER, max_rows=3)
+    generations = [engine.submit(request) for request in REQUESTS]
+    engine.run()
+    assert [generation.tokens for generation in generations] == [expected(n) for n in range(len(REQUESTS))]
+    assert sum(generation.stats.drafted for generation in generations) > 0
 
 
 # what is refused, and what is left behind

@@ -54,6 +54,9 @@ _LONG = 2048
 
 _quantized_self = QuantizedSelf()
 _sparse_self = SparseSelf()
+_quotes = PromptLookup(num_tokens=3, min_match=2)
+"""Drafts for that one, which does not see most of what it might copy. Short: a forward over a short past gets dearer
+with every token that it has to check."""
 
 
 class Auto(Drafter):
@@ -66,7 +69,8 @@ class Auto(Drafter):
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
             float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
-            they draft too (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`).
+            they draft too (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`), for
+            which prompt lookup drafts.
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
@@ -255,7 +259,7 @@ class _AutoSession(DraftSession):
         if self._is_short and self._length >= _LONG:
             self._is_short, model = False, self._run.target.model
             if original_of(model) is model and _sparse_self.fits(self._run):  # no copy that drafts for its original
-                self._add(_sparse_self, _sparse_self)
+                self._add(Cascade(_quotes, _sparse_self, num_tokens=LONGEST_DRAFT, min_tokens=1), _sparse_self)
 
     def _choose(self, context: RoundContext, offer: Plan[Source] | None) -> Plan[Source]:
         """The plan that is worth most, or a trial; `offer` is that of prompt lookup."""

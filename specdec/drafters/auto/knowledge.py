@@ -91,10 +91,10 @@ _noting = Lock()
 
 
 class Knowledge(dict[object, Known]):
-    """Of a target, by the kind of drafter and its model."""
+    """Of a target, by the kinds of a drafter and of what it makes quicker, and its model."""
 
 
 def known_of(run: Run, drafter: Drafter) -> Known:
     model = getattr(drafter, "model", None)
-    key = type(drafter), None if model is None else id(model)
+    key = type(drafter), type(getattr(drafter, "middle", None)), None if model is None else id(model)
     return profile_of(run.target.model).part(Knowledge).setdefault(key, Known.initial(drafter))

@@ -1,4 +1,4 @@
-"""Speculation within speculation: an int8 copy of the target drafts, and decodes speculatively itself.
+"""Speculation within speculation: what drafts for the target, such as its int8 copy, decodes speculatively itself.
 
 The copy's chain is the output of a decoding loop of its own, in which another drafter proposes and the copy verifies.
 It works on the target's cache: what it commits there while it drafts is taken back before the target verifies. When the
@@ -24,6 +24,7 @@ from specdec.decoding.sampling import Prefixes
 from specdec.decoding.sequences import num_shared
 from specdec.drafters.model.growing import target_scores
 from specdec.tree_model.model import TreeModel
+from specdec.tree_model.sparse import SparseModel
 from trees import Draft, GainLimitedChain, TokenTree, TreeBatch
 
 
@@ -85,7 +86,7 @@ class NestedSession(DraftSession):
         self._lines = [_Line() for _ in max_depths]
         if max(max_depths) == 0:
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
-        self._copy.share_cache_with(self._run.target)
+        self._follow()
         start = self._copy.cache.point()
         try:
             limits = [min(depth, self._most) for depth in max_depths]
@@ -96,6 +97,10 @@ class NestedSession(DraftSession):
         draft = self._chains()
         self._num_steps += draft.trees.width
         return draft
+
+    def _follow(self) -> None:
+        """See what the target has committed."""
+        self._copy.share_cache_with(self._run.target)
 
     def observe(self, outcome: Outcome) -> None:
         lines, self._lines = self._lines or [_Line() for _ in outcome.tokens], []
@@ -176,3 +181,38 @@ class NestedSession(DraftSession):
             if line.q_V:
                 q_BTV[row, : len(line.q_V)] = torch.stack(line.q_V)
         return Draft(trees=trees, q_BTV=q_BTV)
+
+
+class NestedSparseSession(NestedSession):
+    """The same with a part of the target's past, in a cache of its own; drafts nothing while no row is longer.
+
+    Args:
+        budget: slots of that part.
+    """
+
+    _copy: SparseModel
+
+    def __init__(self, run: Run, copy: SparseModel, cheap: Drafter, *, most: int, least: int, budget: int):
+        super().__init__(run, copy, cheap, most=most, least=least)
+        self._budget = budget
+
+    @property
+    def attended(self) -> int:
+        return self._budget
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        if max(self._run.target.cache.lengths) <= self._budget:
+            self._lines = []
+            return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
+        return super().propose(max_depths)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        self._copy.select_rows(rows)
+
+    def join(self) -> None:
+        super().join()
+        self._copy.join()
+
+    def _follow(self) -> None:
+        self._copy.follow(self._run.target)

@@ -262,4 +262,5 @@ def _copy(tokens: Sequence[int], start: int, length: int) -> list[int]:
 @lru_cache(1024)
 def _confidences(num_agreed: int, length: int) -> tuple[float, ...]:
     """Of tokens after so many that have agreed. A guess, not a frequency: the more they are, the surer is the next."""
-    return tuple(count / (count + 1) for count in range(num_agreed, num_agreed + length))
+    counts = range(num_agreed, num_agreed + length)
+    return tuple(count**2 / (count**2 + 4) for count in counts)

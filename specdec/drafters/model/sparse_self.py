@@ -62,6 +62,14 @@ class SparseSelf(Drafter):
         return is_dear and num_processes(run.target.model) == 1 and all(map(_has_a_past, kinds))
 
     def start(self, run: Run) -> DraftSession:
+        return _SparseSelfSession(run, self)
+
+    def model_of(self, run: Run) -> SparseModel:
+        """The target as it drafts, with the rows of a run.
+
+        Raises:
+            DraftError: of the target no part of the past can be taken.
+        """
         if num_processes(run.target.model) > 1:
             raise DraftError("SparseSelf: the target is split over processes, and only the first one drafts")
         kind = next((kind for kind in run.target.kinds if not _has_a_past(kind)), None)
@@ -71,7 +79,9 @@ class SparseSelf(Drafter):
                 f"SparseSelf: a layer of this {name!r} model is of the kind {kind.name!r}, of whose past no part can "
                 "be taken: draft with specdec.drafters.PromptLookup()"
             )
-        return _SparseSelfSession(run, self)
+        model = SparseModel(run.target.model, self.budget, by_attention=self.select == "attention")
+        model.begin(len(run.sequences))
+        return model
 
 
 def _has_a_past(kind: LayerKind | None) -> bool:
@@ -85,8 +95,7 @@ class _SparseSelfSession(SelfSession):
     def __init__(self, run: Run, drafter: SparseSelf):
         super().__init__(run, run.tree or drafter.policy)
         self._budget = drafter.budget
-        self._model = SparseModel(run.target.model, drafter.budget, by_attention=drafter.select == "attention")
-        self._model.begin(len(run.sequences))
+        self._model = drafter.model_of(run)
 
     @property
     def attended(self) -> int:
@@ -103,7 +112,6 @@ class _SparseSelfSession(SelfSession):
             return Draft(trees=TreeBatch.empty(len(max_depths), self._run.device))
         self._model.follow(self._run.target)
         try:
-            with self._model.watching():
-                return self._grow(max_depths)
+            return self._grow(max_depths)
         finally:
             self._model.forget_tail()

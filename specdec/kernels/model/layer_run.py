@@ -85,7 +85,9 @@ class LayerRun:
         first = self._constants[0]
         H, K, D = first.num_heads, first.num_kv_heads, first.head_dim
         x_BTC = hidden_BTC.contiguous()
-        query_BTHD, key_BTKD, value_BTKD = (torch.empty(B, T, heads, D) for heads in (H, K, K))
+        watch = getattr(cache, "watch", None)  # see `tree_model/selection.py`
+        query_LBTHD = torch.empty(1 if watch is None else len(self._fused), B, T, H, D)
+        key_BTKD, value_BTKD = torch.empty(B, T, K, D), torch.empty(B, T, K, D)
         scratch_BTC, out_BTC = torch.empty_like(x_BTC), torch.empty_like(x_BTC)
         cos, sin = self._fused[0].angles(rotation, B) if first.rotates else (None, None)
         visible = native.visibility(mask)
@@ -94,12 +96,15 @@ class LayerRun:
             *(*visible.fields, first.scale),
         )
         forward = structs.StackForward(
-            *(ctypes.addressof(self._structs), len(self._fused)),
+            *(ctypes.addressof(self._structs), len(self._fused), 0 if watch is None else query_LBTHD[0].numel()),
             *(x_BTC.data_ptr(), native.address(cos), native.address(sin), ctypes.addressof(attention)),
             *(ctypes.addressof(slots.keys), ctypes.addressof(slots.values), ctypes.addressof(slots.firsts)),
-            *(part.data_ptr() for part in (query_BTHD, key_BTKD, value_BTKD, scratch_BTC, out_BTC)),
+            *(part.data_ptr() for part in (query_LBTHD, key_BTKD, value_BTKD, scratch_BTC, out_BTC)),
         )
         library.stack_forward(forward, torch.get_num_threads())
+        if watch is not None:
+            for constants, query_BTHD in zip(self._constants, query_LBTHD, strict=True):
+                watch(constants.layer_idx, query_BTHD.transpose(1, 2), constants.scale)
         return out_BTC
 
     def _covers(self, hidden_BTC: Tensor, mask: Tensor | None, rotation: Rotation) -> bool:

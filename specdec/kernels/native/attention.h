@@ -12,7 +12,7 @@
 #define MIXED_KEYS 64        /* whose values stay in the cache until all queries have had them */
 #define MAX_QUERIES 6        /* that one inner loop serves */
 #define MAX_HEAD_DIM 256
-#define MANY_QUERIES 48 /* from here on, of a key/value head, queries are better off in lanes than keys */
+#define MANY_QUERIES 96 /* from here on, of a key/value head, queries are better off in lanes than keys */
 
 /* The number of bytes up to the last that is not zero. */
 static int64_t without_zeros_at_end(const uint8_t *bytes, int64_t count) {

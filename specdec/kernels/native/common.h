@@ -80,8 +80,8 @@ typedef struct {
  * from slot firsts[row] on. keys and values are a layer's in the cache, with the strides of `attention`. */
 typedef struct {
     const Layer *layers;
-    int64_t num_layers;
-    const float *x, *cos, *sin; /* [B][T][channels], [B][T][head_dim]; cos may be NULL */
+    int64_t num_layers, q_apart; /* floats between the queries of a layer and of the next; 0: nobody reads them later */
+    const float *x, *cos, *sin;  /* [B][T][channels], [B][T][head_dim]; cos may be NULL */
     Attention *attention;       /* k, v and q are filled in, layer by layer */
     float *const *keys, *const *values;
     const int64_t *firsts;

@@ -244,7 +244,8 @@ static void packed_layer(const PackedForward *f, int64_t layer, const float *x, 
 static void stack_layer(const StackForward *f, int64_t layer, const float *x, float *out) {
     const Layer *l = f->layers + layer;
     Attention *a = f->attention;
-    attention_inputs(l, x, a->B * a->T, f->cos, f->sin, f->q, f->k, f->v);
+    float *q = f->q + layer * f->q_apart;
+    attention_inputs(l, x, a->B * a->T, f->cos, f->sin, q, f->k, f->v);
     for (int64_t b = 0; b < a->B; b++)
         for (int64_t t = 0; t < a->T; t++)
             for (int64_t head = 0; head < a->K; head++) {
@@ -255,7 +256,7 @@ static void stack_layer(const StackForward *f, int64_t layer, const float *x, fl
                 memcpy(f->values[layer] + b * a->v_strides[0] + head * a->v_strides[1] + slot * a->v_strides[2],
                        f->v + source, bytes);
             }
-    a->q = f->q, a->k = f->keys[layer], a->v = f->values[layer];
+    a->q = q, a->k = f->keys[layer], a->v = f->values[layer];
     attention_and_mlp(l, a, x, out);
 }
 

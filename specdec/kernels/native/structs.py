@@ -61,7 +61,7 @@ class StackForward(ctypes.Structure):
     alive: tuple[object, ...]
     _fields_ = (
         ("layers", Pointer),
-        ("num_layers", Int),
+        *((name, Int) for name in ("num_layers", "q_apart")),
         *((name, Pointer) for name in ("x", "cos", "sin", "attention", "keys", "values", "firsts")),
         *((name, Pointer) for name in ("q", "k", "v", "hidden", "out")),
     )
