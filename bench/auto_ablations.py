@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import Any
@@ -28,11 +28,8 @@ def _unchanged(values: Iterable[float], _: object) -> list[float]:
     return list(values)
 
 
-def _corrected_alone(own: costs.ForwardCosts, num_tokens: int, corrections: Mapping[int, float]) -> float:
-    share = corrections.get(costs._octave(num_tokens))
-    if share is None or num_tokens <= own._plain:
-        return own.measured(num_tokens)
-    return own.measured(own._plain) + share * own._extra(num_tokens)
+def _seconds_of_own_width(own: costs.ForwardCosts, num_tokens: int) -> float:
+    return own.drift * own.measured(num_tokens) * own._learned.corrections.get(costs._octave(num_tokens), 1.0)
 
 
 ABLATIONS: dict[str, list[Replacement]] = {
@@ -45,7 +42,7 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "monotone-prices": [(auto_sources, "monotone", _unchanged)],
     "learning-costs": [(costs.ForwardCosts, "update", _nothing)],
     "corrections-by-width": [(costs, "_MIN_OWN", _NEVER)],
-    "ceilings": [(costs.ForwardCosts, "_corrected", _corrected_alone)],
+    "ceilings": [(costs.ForwardCosts, "seconds", _seconds_of_own_width)],
     "plain-every-64": [(rounds, "_PLAIN_EVERY", _NEVER)],
     "outlier-cap": [(rounds, "_LONGEST_ROUND", inf)],
     "capped-throughput": [(module, "capped_throughput", lambda throughput, _: throughput) for module in (rounds, auto)],

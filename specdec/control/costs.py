@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -58,11 +58,6 @@ _MEMORY = 9
 """Rounds whose median is what the machine does now: another program shows after five of them."""
 _MIN_OWN = 3
 """Rounds of a width before its own correction counts."""
-_MOST_OWN = 9
-"""Rounds whose median is that correction: what tokens add to a round is small beside what rounds scatter by."""
-_LEAST_EXTRA = 0.02
-"""Of its part of a plain round, that a further token adds at least when that is corrected: nothing, as it may have been
-measured, could not be."""
 _noting = Lock()
 
 
@@ -73,12 +68,9 @@ class _Learned:
     drifts: deque[float] = field(default_factory=lambda: deque([1.0, 1.0], maxlen=_MEMORY))
     """The measurement is two of them: a first slow round does not outvote it."""
     drift: float = 1.0
-    own: defaultdict[int, deque[tuple[float, float]]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=_MOST_OWN))
-    )
-    """Of octaves of widths: how many times what was measured their tokens have added, and what that was."""
+    own: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_MEMORY)))
     corrections: dict[int, float] = field(default_factory=dict)
-    """Their medians. A new dictionary each time: another thread may be reading the old one."""
+    """Of octaves of widths, beside the drift. A new dictionary each time: another thread may be reading the old one."""
 
 
 class ForwardCosts:
@@ -89,10 +81,8 @@ class ForwardCosts:
     Args:
         seconds: number of tokens -> seconds, for one number at least. Numbers between are interpolated; past the widest
             the last slope goes on.
-        plain: number of tokens of a plain round. What these rounds take says how the machine is doing; what further
-            tokens add to one has corrections of its own, by width. A plain round of many rows takes longer than as
-            many tokens of one row, as it was measured, and so does every other of these rows: by as much, not by the
-            same factor, or the first token drafted would pay for what rows take, or be paid for it.
+        plain: number of tokens of a plain round. What these rounds take says how the machine is doing; other widths
+            have corrections of their own on top.
         slopes: asked once for the seconds that each further slot of the past adds to a forward, by number of tokens;
             None where that is not known. It may take its time.
     """
@@ -103,7 +93,7 @@ class ForwardCosts:
         plain: int = 1,
         slopes: Callable[[], Mapping[int, float] | None] = lambda: None,
     ):
-        self._plain = plain
+        self._plain = _octave(plain)
         self._widths = sorted(seconds)
         # a wider forward is not cheaper: the narrower one was disturbed
         least = list(accumulate((seconds[width] for width in reversed(self._widths)), min))
@@ -119,16 +109,6 @@ class ForwardCosts:
         """Slots of the past beyond those that were measured with."""
         self._slope: ForwardCosts | None = None
         """Seconds of each of them, by the number of tokens, once they have been asked for."""
-        self._of_rows: dict[int, ForwardCosts] = {plain: self}
-
-    def of_rows(self, num_rows: int) -> ForwardCosts:
-        """The same where a plain round has so many tokens; what rounds show is learned for all of them together."""
-        short = self._short
-        if num_rows not in short._of_rows:
-            other = copy(short)
-            other._plain, other._short, other._expected = num_rows, other, ({}, {})
-            short._of_rows[num_rows] = other
-        return short._of_rows[num_rows]
 
     def at(self, length: int) -> ForwardCosts:
         """The same where rows have a past of so many slots; what rounds show is learned for all lengths together."""
@@ -163,42 +143,28 @@ class ForwardCosts:
         if corrections is not learned.corrections:
             corrections, expected = self._expected = learned.corrections, {}
         if num_tokens not in expected:
-            expected[num_tokens] = self._corrected(num_tokens, corrections)
+            octave = _octave(num_tokens)
+            seconds = self.measured(num_tokens) * corrections.get(octave, 1.0)
+            for other, share in corrections.items():
+                if other > octave:
+                    seconds = min(seconds, self.measured(1 << other) * share)
+            expected[num_tokens] = seconds
         return learned.drift * expected[num_tokens]
-
-    def _corrected(self, num_tokens: int, corrections: Mapping[int, float]) -> float:
-        """Seconds where the machine does as it did when it was measured."""
-        own, seconds = _octave(num_tokens), self.measured(num_tokens)
-        if num_tokens <= self._plain:
-            return seconds
-        plain = self.measured(self._plain)
-        if own in corrections:
-            seconds = plain + corrections[own] * self._extra(num_tokens)
-        for octave, share in corrections.items():
-            if octave > own:
-                seconds = min(seconds, plain + share * self._extra(1 << octave))
-        return seconds
-
-    def _extra(self, num_tokens: int) -> float:
-        """Seconds that so many tokens add to a plain round, as measured."""
-        plain = self.measured(self._plain)
-        return max(self.measured(num_tokens) - plain, _LEAST_EXTRA * plain * (num_tokens / self._plain - 1))
 
     def update(self, num_tokens: int, seconds: float) -> None:
         """A round with so many tokens took so long."""
         with _noting:
-            self._update(num_tokens, seconds)
+            self._update(seconds / self.measured(num_tokens), _octave(num_tokens))
 
-    def _update(self, num_tokens: int, seconds: float) -> None:
-        learned, octave, is_plain = self._learned, _octave(num_tokens), num_tokens <= self._plain
-        if is_plain or octave in learned.corrections:
-            learned.drifts.append(seconds / self._corrected(num_tokens, learned.corrections))
+    def _update(self, ratio: float, octave: int) -> None:
+        learned = self._learned
+        if octave == self._plain or octave in learned.corrections:
+            learned.drifts.append(ratio / learned.corrections.get(octave, 1.0))
             learned.drift = median(learned.drifts)
-        if not is_plain:
-            own, extra = learned.own[octave], self._extra(num_tokens)
-            own.append(((seconds / learned.drift - self.measured(self._plain)) / extra, extra))
-            correction = max(_weighted_median(own), 0.0)
-            if len(own) >= _MIN_OWN and correction != learned.corrections.get(octave):
+        if octave != self._plain:
+            own = learned.own[octave]
+            own.append(ratio / learned.drift)
+            if len(own) >= _MIN_OWN and (correction := median(own)) != learned.corrections.get(octave):
                 learned.corrections = {**learned.corrections, octave: correction}
 
     def _interpolate(self, num_tokens: int) -> float:
@@ -209,13 +175,6 @@ class ForwardCosts:
         left = right - 1
         slope = (seconds[right] - seconds[left]) / (widths[right] - widths[left])
         return seconds[left] + slope * (num_tokens - widths[left])
-
-
-def _weighted_median(pairs: Iterable[tuple[float, float]]) -> float:
-    """Of values and their weights: the least value that has half of all weight with it and below."""
-    values, weights = zip(*sorted(pairs), strict=True)
-    sums = list(accumulate(weights))
-    return values[bisect_left(sums, sums[-1] / 2)]
 
 
 def _octave(num_tokens: int) -> int:

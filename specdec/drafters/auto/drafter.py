@@ -214,7 +214,7 @@ class _AutoSession(DraftSession):
 
     def _context(self, max_depths: Sequence[int]) -> RoundContext:
         num_rows = len(max_depths)
-        costs = self._costs_of(num_rows).of_rows(num_rows).at(self._length)
+        costs = self._costs_of(num_rows).at(self._length)
         plain: Plan[Source] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
         throughput = self._control(num_rows).throughput.now(plain)
         return RoundContext(
