@@ -122,20 +122,24 @@ class AcceptanceModel:
             likely = [1 - (1 - believed) / trend for believed in self._believed]
         weights = [seen + _MEMORY_TOKENS for seen in self._seen]
         columns = zip(self._accepted, likely, weights, strict=True)
-        chances = [(accepted + _MEMORY_TOKENS * own) / weight for accepted, own, weight in columns]
-        return monotone(chances, weights)
+        return monotone([(accepted + _MEMORY_TOKENS * own) / weight for accepted, own, weight in columns], weights)
 
 
 def monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The closest non-falling sequence, by weighted squares (pool adjacent violators)."""
     if all(map(le, values, values[1:])):
         return list(values)
-    blocks: list[tuple[float, float, int]] = []
-    for value, weight in zip(values, weights, strict=True):
-        count = 1
-        while blocks and blocks[-1][0] > value:
-            mean, mass, members = blocks.pop()
-            value = (mean * mass + value * weight) / (mass + weight)
-            weight, count = mass + weight, count + members
-        blocks.append((value, weight, count))
-    return [value for value, _, count in blocks for _ in range(count)]
+    means: list[float] = []  # three lists, not one of blocks: a batch asks for each of its rows in every round
+    masses: list[float] = []
+    sizes: list[int] = []
+    for mean, mass in zip(values, weights, strict=True):
+        size = 1
+        while means and means[-1] > mean:
+            other = masses.pop()
+            mean = (means.pop() * other + mean * mass) / (other + mass)
+            mass += other
+            size += sizes.pop()
+        means.append(mean)
+        masses.append(mass)
+        sizes.append(size)
+    return [mean for mean, size in zip(means, sizes, strict=True) for _ in range(size)]

@@ -116,9 +116,10 @@ class DecodingLoop:
         acceptance = self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
         accepted = to_host(draft.trees, acceptance)
         self._note_times()
-        for row, path in enumerate(accepted.paths):
-            slots = [0, *(node + 1 for node in path)]
-            self.recorder.record(self.sequences.rows[row], slots, scores_BTV[row], logits_BTV[row])
+        for row, (number, path) in enumerate(zip(self.sequences.rows, accepted.paths, strict=True)):
+            if self.recorder.keeps(number):
+                slots = [0, *(node + 1 for node in path)]
+                self.recorder.record(number, slots, scores_BTV[row], logits_BTV[row])
         return accepted
 
     def commit(self, draft: Draft, accepted: Accepted) -> None:

@@ -29,6 +29,10 @@ class Recorder:
         self._states: dict[int, RowStates] | None = {} if states else None
         self._ids: dict[int, Tensor] = {}
 
+    def keeps(self, row: int) -> bool:
+        """Whether a row's vectors are wanted: else they need not be looked up for `record`."""
+        return self._scores is not None or self._logits is not None
+
     def record(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
         """Keep the vectors that a row's committed tokens were chosen from.
 

@@ -172,10 +172,15 @@ class Sampler:
 
         A processor tells by `forced_tokens(prefix)`, of token ids with padding; it sees no other row.
         """
-        for processor in self.processors:
+        for processor in self.processors if self.forces_tokens else ():
             if hasattr(processor, "forced_tokens"):
                 return processor.forced_tokens(sequences.prefix(row).tolist())
         return []
+
+    @cached_property
+    def forces_tokens(self) -> bool:
+        """Whether a processor tells what it leaves no choice about."""
+        return any(hasattr(processor, "forced_tokens") for processor in self.processors)
 
     def accept(self, scores_BTV: Tensor, draft: Draft) -> Acceptance:
         """Verify a draft against the processed scores of its slots.

@@ -39,6 +39,11 @@ class StopChecker:
         return self._eos
 
     @property
+    def calls_criteria(self) -> bool:
+        """Whether more is asked than a token and a length."""
+        return bool(self._others)
+
+    @property
     def stops_rows_apart(self) -> bool:
         """Whether rows of a batch can stop at different lengths."""
         return bool(self._eos or self._others)
@@ -65,14 +70,15 @@ class StopChecker:
         """
         counts, stopped = [], []
         for row, tokens in enumerate(candidates):
-            count, stops = self._cut_by_token(sequences.lengths[row], tokens)
+            count, stops = self.cut_by_token(sequences.lengths[row], tokens)
             counts.append(count)
             stopped.append(stops)
         if self._others:
             self._cut_by_call(sequences, counts, stopped, scores_of)
         return counts, stopped
 
-    def _cut_by_token(self, length: int, tokens: Sequence[int]) -> tuple[int, bool]:
+    def cut_by_token(self, length: int, tokens: Sequence[int]) -> tuple[int, bool]:
+        """What `cut` finds for a row of this length, where no criterion has to be called."""
         for count, token in enumerate(tokens, start=1):
             if token in self._eos or length + count >= self.max_length:
                 return count, True

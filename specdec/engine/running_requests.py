@@ -155,7 +155,7 @@ class RequestSampler(Sampler):
     def forced(self, row: int, sequences: Sequences) -> list[int]:
         number = sequences.rows[row]
         running, tokens = self._requests[number], list[int]()
-        if running.error is None:
+        if running.error is None and running.sampler.forces_tokens:
             with self._requests.own_errors(number):
                 tokens = running.sampler.forced(row, sequences)
         return tokens
@@ -209,9 +209,14 @@ class RequestStops(StopChecker):
         """As `StopChecker.cut`; a row whose criteria raise stops."""
         counts, stopped = [1] * len(candidates), [True] * len(candidates)
         for index, row in enumerate(sequences.rows):
-            if self._requests[row].error is None:
+            stop = self._requests[row].stop
+            if self._requests[row].error is not None:
+                continue
+            if not stop.calls_criteria:
+                counts[index], stopped[index] = stop.cut_by_token(sequences.lengths[index], candidates[index])
+            else:
                 with self._requests.own_errors(row):
-                    own = self._requests[row].stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
+                    own = stop.cut(sequences.single_row(index), [candidates[index]], scores_of)
                     (counts[index],), (stopped[index],) = own
         return counts, stopped
 
@@ -223,10 +228,11 @@ class RequestRecorder(Recorder):
         super().__init__(0, scores=False, logits=False, states=False)
         self._requests = requests
 
+    def keeps(self, row: int) -> bool:
+        return self._requests[row].generation.logprobs is not None
+
     def record(self, row: int, slots: Sequence[int], scores_TV: Tensor, logits_TV: Tensor) -> None:
-        running = self._requests[row]
-        if running.generation.logprobs is not None:
-            running.record(logits_TV[list(slots)])
+        self._requests[row].record(logits_TV[list(slots)])
 
 
 @dataclass(kw_only=True, eq=False)

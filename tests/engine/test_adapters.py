@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 pytest.importorskip("peft", reason="peft is not installed: pip install -e .[dev]")
@@ -16,10 +18,13 @@ from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
 from specdec.engine import Engine, Generation, LoraEngine, Request, load_adapters
 from specdec.testing import tiny_model
 from tests.support.engine_requests import BanAfter, alone, request_of
+from tests.support.goodness import assert_drawn_from
+from tests.support.sampled_rows import exact_distribution, tiny
 from tests.support.wrapped import add_lora, bare
 
 NAMES = (None, "pirate", "v1.5")  # a dot, which no module's name may have
 PROMPTS = ([5, 6, 7, 5, 6, 7, 5], [9, 8, 7, 6, 5, 4, 3, 2, 9, 8, 7], [3, 4] * 9)
+NUM_SEEDS = 150
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -110,6 +115,40 @@ def test_sampled_rows_depend_on_their_adapter_and_seed_only(base: tuple[PreTrain
         one.close()
         singly.append(generation.tokens)
     assert together == singly
+
+
+@pytest.mark.parametrize("drafter", [PromptLookup(num_tokens=2), SmallModel(tiny(5), num_tokens=2)], ids=repr)
+def test_sampled_rows_have_the_distribution_of_the_model_with_their_adapter(drafter: Drafter) -> None:
+    """Two tokens of each row of a ragged batch, all pairs enumerated by the model with that adapter alone."""
+    model = tiny(0)
+    adapters = {name: f"lora_{seed}" for seed, name in enumerate(NAMES[1:], 1)}
+    for seed, name in enumerate(adapters.values(), 1):
+        add_lora(model, name, seed)
+    model.disable_adapters()
+    prompts = ([1, 4, 2, 1, 4, 2, 1], [5, 3, 5])
+    options = {"temperature": 1.2, "top_k": 0, "repetition_penalty": 1.3}
+    expected = {}
+    for name in NAMES:
+        if name is not None:
+            model.enable_adapters()
+            model.set_adapter(adapters[name])
+        for row, prompt in enumerate(prompts):
+            expected[name, row] = exact_distribution(model, torch.tensor([prompt]), num_new=2, **options)
+        model.disable_adapters()
+    engine = engine_on(model, adapters, drafter, num_rows=6)
+    drawn = defaultdict(list)
+    for seed in range(NUM_SEEDS):
+        for row, prompt in enumerate(prompts):
+            for name in NAMES:
+                asked = request_of(prompt, seed=seed, do_sample=True, max_new_tokens=2, **options)
+                drawn[name, row].append(engine.submit(replace(asked, adapter=name)))
+        engine.run()
+    engine.close()
+    for case, generations in drawn.items():
+        assert_drawn_from([tuple(generation.tokens) for generation in generations], expected[case], str(case))
+    with pytest.raises(AssertionError, match="chi-square"):  # it can tell one adapter from another
+        assert_drawn_from([tuple(one.tokens) for one in drawn["pirate", 0]], expected["v1.5", 0])
+    assert sum(one.stats.accepted for generations in drawn.values() for one in generations)
 
 
 def test_a_cancelled_request_and_an_unknown_adapter(base: tuple[PreTrainedModel, dict[str, str]]) -> None:

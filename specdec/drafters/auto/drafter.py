@@ -24,14 +24,8 @@ from specdec.control.costs import costs_are_known, measure_forwards, remember_co
 from specdec.cuda.timing import DeviceSpan
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.auto.dropped import drop, is_dropped, take_back
-from specdec.drafters.auto.sources import (
-    LONGEST_DRAFT,
-    LONGEST_LOOKUP,
-    LookupSource,
-    ModelSource,
-    RoundContext,
-    Source,
-)
+from specdec.drafters.auto.lookup_source import LONGEST_LOOKUP, LookupSource
+from specdec.drafters.auto.sources import LONGEST_DRAFT, ModelSource, RoundContext, Source
 from specdec.drafters.composite.cascade import Cascade
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.quantized_copy import original_of

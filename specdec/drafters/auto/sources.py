@@ -9,13 +9,12 @@ Shape legend: B rows, W width (drafted tokens of the longest row).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import accumulate, chain, pairwise, zip_longest
-from math import exp, inf, log
-from operator import itemgetter, methodcaller
+from itertools import pairwise
+from operator import methodcaller
 from statistics import mean
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,19 +28,14 @@ from specdec.control import (
     monotone,
 )
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
-from specdec.decoding.sequences import num_shared
 from specdec.drafters.auto.dropped import drop, is_the_callers
 from specdec.drafters.auto.knowledge import known_of
-from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.plain import Plain
-from trees import Draft, GainLimitedChain, TokenTree, TreeBatch, chain_length, leaf_confidence
+from trees import Draft, GainLimitedChain, TokenTree, chain_length, leaf_confidence
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LONGEST_LOOKUP = 24
-_HOPELESS = 0.01
-"""Gain below which the rest of a proposal is not looked at."""
 LONGEST_DRAFT = 16
 _MOST_NODES = LONGEST_DRAFT
 """Of a row, leaves included."""
@@ -78,6 +72,12 @@ class RoundContext:
     @property
     def num_rows(self) -> int:
         return len(self.max_depths)
+
+    @property
+    def least_seconds(self) -> float:
+        """Of one more token in the target's forward, where tokens are cheapest."""
+        counts = (1, 2, 4, 8, 16, 32)
+        return min((self.costs.seconds(self.num_rows + count) - self.plain.seconds) / count for count in counts)
 
     def seconds(self, width: float) -> float:
         """Of a round that verifies so many drafted tokens in its longest row; if packed, for a row on average."""
@@ -133,117 +133,6 @@ class Source(ABC):
     def join(self) -> None:
         """As `DraftSession.join`."""
         self.tell(methodcaller("join"))
-
-
-class LookupSource(Source):
-    """Proposals that take no forward are made every round: looked at, cut to what they are worth, and learned from also
-    when another source drafts."""
-
-    def __init__(self, run: Run, drafter: PromptLookup):
-        self._lookup = drafter.start(run)
-        super().__init__(run, drafter, self._lookup)
-        self._acceptances = [AcceptanceModel(self._known.acceptance) for _ in run.sequences.rows]
-        """Of each row: one repeats its prompt, its neighbour nothing. Together they would be taken for middling."""
-        self._chains: list[TokenTree] = []
-        self._lengths: list[int] = []
-        self._promised = 0.0
-        """Tokens of the drafts that were planned last, and how many of them seemed to be accepted."""
-
-    def plan(self, context: RoundContext) -> Plan[Source] | None:
-        """The lengths at which proposals are worth most; None if all are 0.
-
-        Rows count by the geometric mean of their tokens, so that a draft has to make up for what it costs its
-        neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
-        down all others, and a batch ends with the last of them.
-        """
-        self._chains = self._lookup.trees(context.max_depths)
-        num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
-        least = _HOPELESS / num_rows
-        pairs = zip(self._acceptances, self._chains, strict=True)
-        reaches = [acceptance.reaches(proposal.probs or (), least) for acceptance, proposal in pairs]
-        share = self._known.bias_at(num_rows).share
-        plain, dearer = context.plain, costs.seconds(num_rows + 1) - context.plain.seconds
-        if share * sum(map(sum, reaches)) * plain.seconds <= plain.tokens * dearer:
-            return None  # all of it is worth less than one more token costs
-        num_tokens, most, gained = num_rows, -inf, 0.0
-        best_tokens = best_seconds = 0.0
-        longer: list[Sequence[int]] = []
-        num_best = 0
-        for gain, rows in _extensions([_gains(reach, share) for reach in reaches], context.is_packed):
-            if gain < _HOPELESS:
-                break
-            gained += gain
-            num_tokens += len(rows)
-            longer.append(rows)
-            tokens, seconds = num_rows * exp(gained / num_rows), costs.seconds(num_tokens)
-            worth = tokens - throughput * seconds
-            if worth > most:
-                most, best_tokens, best_seconds, num_best = worth, tokens, seconds, len(longer)
-        if not num_best:
-            return None
-        self._lengths = [0] * num_rows
-        for row in chain.from_iterable(longer[:num_best]):
-            self._lengths[row] += 1
-        self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
-        return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
-
-    def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
-        pairs = zip(self._chains, self._lengths, strict=True)
-        chains = [TokenTree.chain(proposal.tokens[:length]) for proposal, length in pairs]
-        return Draft(trees=TreeBatch.stack(chains, self._run.device))
-
-    def would_commit(self, outcome: Outcome, lengths: Sequence[int]) -> int:
-        """Tokens of all rows that chains of these lengths would have brought in the round."""
-        return sum(1 + agreed for agreed in self._agreed(outcome, lengths))
-
-    def learn(self, outcome: Outcome, drafted: Plan[Source] | None) -> None:
-        """Compare the proposals with what the target said, whoever drafted.
-
-        Args:
-            drafted: the plan, if these were what was drafted.
-        """
-        num_rows = len(outcome.tokens)
-        bias = self._known.bias_at(num_rows)
-        if drafted is None:
-            bias.passed_over()
-        else:
-            bias.update(self._promised, self.would_commit(outcome, self._lengths) - num_rows)
-        agreed = self._agreed(outcome, [LONGEST_LOOKUP] * num_rows)
-        rows = zip(self._acceptances, self._chains, outcome.tokens, agreed, strict=True)
-        for acceptance, proposal, tokens, num_accepted in rows:
-            acceptance.update_chain((proposal.probs or ())[: len(tokens)], num_accepted)
-
-    def select_rows(self, rows: Sequence[int]) -> None:
-        super().select_rows(rows)
-        self._acceptances = [self._acceptances[row] for row in rows]
-
-    def join(self) -> None:
-        super().join()
-        self._acceptances.append(AcceptanceModel(self._known.acceptance))
-
-    def _agreed(self, outcome: Outcome, lengths: Sequence[int]) -> list[int]:
-        """For each row how many of the proposal's first tokens are those that were committed."""
-        return [
-            num_shared(proposal.tokens[:length], tokens)
-            for proposal, tokens, length in zip(self._chains, outcome.tokens, lengths, strict=True)
-        ]
-
-
-def _gains(reach: Sequence[float], share: float) -> list[float]:
-    """Of each token of a row's proposal: what it adds to the logarithm of the tokens that the row is to commit."""
-    expected = accumulate((share * chance for chance in reach), initial=1.0)
-    return [log(longer / shorter) for shorter, longer in pairwise(expected)]
-
-
-def _extensions(gains: Sequence[Sequence[float]], is_packed: bool) -> Iterator[tuple[float, Sequence[int]]]:
-    """What proposals may be made longer by, the best first: the gain, and the rows that get a token more. If packed it
-    is any row, else all."""
-    if not is_packed:
-        rows = range(len(gains))
-        yield from ((sum(column), rows) for column in zip_longest(*gains, fillvalue=0.0))
-        return
-    singly = [(gain, (row,)) for row, own in enumerate(gains) for gain in own]
-    yield from sorted(singly, key=itemgetter(0), reverse=True)  # along a chain they fall
 
 
 class ModelSource(Source):

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from operator import ne
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.decoding.earlier import EarlierTexts
+from specdec.decoding.sequences import num_shared
 from specdec.drafters.lookup.continuations import Source, likeliest_paths
 from specdec.drafters.lookup.suffix_automaton import NOWHERE, Context, SuffixAutomaton
 from specdec.errors import UnsupportedOptionError
@@ -74,7 +75,7 @@ class PromptLookup(Drafter):
     def start(self, run: Run) -> LookupSession:
         policy = Chain(self.num_tokens) if run.tree is None else run.tree
         if isinstance(policy, Chain):
-            return _ChainSession(self, run, policy)
+            return ChainSession(self, run, policy)
         if isinstance(policy, DySpec):
             return _TreeSession(self, run, policy)
         raise UnsupportedOptionError(
@@ -112,6 +113,16 @@ class _EarlierCorpus:
         return self._automaton
 
 
+class Proposal(NamedTuple):
+    """A chain that may be drafted: its tokens, and how sure each of them is if those before it are right."""
+
+    tokens: list[int]
+    probs: tuple[float, ...]
+
+
+_NOTHING = Proposal([], ())
+
+
 @dataclass
 class _RowText:
     """A row's own text, and how much of its end the corpus contains.
@@ -139,8 +150,7 @@ class _RowText:
             self.lead = _DECAY * self.lead + lead
 
     def _num_predicted(self, position: int, tokens: Sequence[int]) -> int:
-        copied = _copy(self.own.tokens, position, len(tokens))
-        return next((count for count, pair in enumerate(zip(copied, tokens, strict=True)) if ne(*pair)), len(tokens))
+        return num_shared(_copy(self.own.tokens, position, len(tokens)), tokens)
 
 
 class LookupSession(DraftSession):
@@ -195,7 +205,7 @@ class LookupSession(DraftSession):
         return row.corpus, row.in_corpus
 
 
-class _ChainSession(LookupSession):
+class ChainSession(LookupSession):
     """Copies what followed the longest suffix."""
 
     def __init__(self, drafter: PromptLookup, run: Run, policy: Chain):
@@ -203,6 +213,10 @@ class _ChainSession(LookupSession):
         self._policy = policy
 
     def trees(self, max_depths: Sequence[int]) -> list[TokenTree]:
+        return [TokenTree.chain(proposal.tokens, probs=proposal.probs) for proposal in self.proposals(max_depths)]
+
+    def proposals(self, max_depths: Sequence[int]) -> list[Proposal]:
+        """What `trees` makes trees of."""
         lengths = (min(self._policy.length, depth) for depth in max_depths)
         return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
 
@@ -211,10 +225,10 @@ class _ChainSession(LookupSession):
             row.judge(tokens)
         super().observe(outcome)
 
-    def _continuation(self, row: _RowText, length: int) -> TokenTree:
+    def _continuation(self, row: _RowText, length: int) -> Proposal:
         text, suffix = self._longest_suffix(row)
         if suffix.length < self._drafter.min_match:
-            return TokenTree.chain([])
+            return _NOTHING
         if self._drafter.tokens_per_match is not None:
             length = min(length, self._drafter.tokens_per_match * suffix.length)
         if text is row.own:
@@ -223,7 +237,7 @@ class _ChainSession(LookupSession):
             start = text.position_after(suffix.state)
             known = text.tokens[start : start + length]
             copied = list(takewhile(lambda token: _BOUNDARY < token < self._run.vocab_size, known))
-        return TokenTree.chain(copied, probs=_confidences(suffix.length, len(copied)))
+        return Proposal(copied, _confidences(suffix.length, len(copied)))
 
 
 class _TreeSession(LookupSession):

@@ -1,0 +1,126 @@
+"""The source of `Auto` that takes no time: what prompt lookup proposes for every row, cut to what it is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
+from math import exp, inf, log
+from operator import itemgetter
+
+from specdec.control import AcceptanceModel, Plan
+from specdec.decoding.drafter import Outcome, Run
+from specdec.decoding.sequences import num_shared
+from specdec.drafters.auto.sources import RoundContext, Source
+from specdec.drafters.lookup.prompt_lookup import ChainSession, PromptLookup, Proposal
+from trees import Chain, Draft, TokenTree, TreeBatch
+
+LONGEST_LOOKUP = 24
+_HOPELESS = 0.01
+_HOPELESS_SHARE = 0.25
+"""Gain below which the rest of a proposal is not looked at: so much, or this share of the least that a token costs."""
+
+
+class LookupSource(Source):
+    """Proposals that take no forward are made every round: looked at, cut to what they are worth, and learned from also
+    when another source drafts."""
+
+    def __init__(self, run: Run, drafter: PromptLookup):
+        self._lookup = ChainSession(drafter, run, Chain(drafter.num_tokens))
+        super().__init__(run, drafter, self._lookup)
+        self._acceptances = [AcceptanceModel(self._known.acceptance) for _ in run.sequences.rows]
+        """Of each row: one repeats its prompt, its neighbour nothing. Together they would be taken for middling."""
+        self._proposals: list[Proposal] = []
+        self._lengths: list[int] = []
+        self._promised = 0.0
+        """Tokens of the drafts that were planned last, and how many of them seemed to be accepted."""
+
+    def plan(self, context: RoundContext) -> Plan[Source] | None:
+        """The lengths at which proposals are worth most; None if all are 0.
+
+        Rows count by the geometric mean of their tokens, so that a draft has to make up for what it costs its
+        neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
+        down all others, and a batch ends with the last of them.
+        """
+        self._proposals = self._lookup.proposals(context.max_depths)
+        num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
+        least = max(_HOPELESS, _HOPELESS_SHARE * throughput * context.least_seconds)
+        least_of_row = least if context.is_packed else least / num_rows
+        pairs = zip(self._acceptances, self._proposals, strict=True)
+        reaches = [acceptance.reaches(proposal.probs, least_of_row) for acceptance, proposal in pairs]
+        share = self._known.bias_at(num_rows).share
+        plain, dearer = context.plain, costs.seconds(num_rows + 1) - context.plain.seconds
+        if share * sum(map(sum, reaches)) * plain.seconds <= plain.tokens * dearer:
+            return None  # all of it is worth less than one more token costs
+        num_tokens, most, gained = num_rows, -inf, 0.0
+        best_tokens = best_seconds = 0.0
+        longer: list[Sequence[int]] = []
+        num_best = 0
+        for gain, rows in _extensions([_gains(reach, share) for reach in reaches], context.is_packed):
+            if gain < least:
+                break
+            gained += gain
+            num_tokens += len(rows)
+            longer.append(rows)
+            tokens, seconds = num_rows * exp(gained / num_rows), costs.seconds(num_tokens)
+            worth = tokens - throughput * seconds
+            if worth > most:
+                most, best_tokens, best_seconds, num_best = worth, tokens, seconds, len(longer)
+        if not num_best:
+            return None
+        self._lengths = [0] * num_rows
+        for row in chain.from_iterable(longer[:num_best]):
+            self._lengths[row] += 1
+        self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
+        return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
+
+    def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
+        pairs = zip(self._proposals, self._lengths, strict=True)
+        chains = [TokenTree.chain(proposal.tokens[:length]) for proposal, length in pairs]
+        return Draft(trees=TreeBatch.stack(chains, self._run.device))
+
+    def learn(self, outcome: Outcome, drafted: Plan[Source] | None) -> None:
+        """Compare the proposals with what the target said, whoever drafted.
+
+        Args:
+            drafted: the plan, if these were what was drafted.
+        """
+        bias, agreed = self._known.bias_at(len(outcome.tokens)), self._agreed(outcome)
+        if drafted is None:
+            bias.passed_over()
+        else:
+            bias.update(self._promised, sum(map(min, agreed, self._lengths)))
+        rows = zip(self._acceptances, self._proposals, outcome.tokens, agreed, strict=True)
+        for acceptance, proposal, tokens, num_accepted in rows:
+            acceptance.update_chain(proposal.probs[: len(tokens)], num_accepted)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        self._acceptances = [self._acceptances[row] for row in rows]
+
+    def join(self) -> None:
+        super().join()
+        self._acceptances.append(AcceptanceModel(self._known.acceptance))
+
+    def _agreed(self, outcome: Outcome) -> list[int]:
+        """For each row how many of the proposal's first tokens are those that were committed."""
+        return [num_shared(own.tokens, tokens) for own, tokens in zip(self._proposals, outcome.tokens, strict=True)]
+
+
+def _gains(reach: Sequence[float], share: float) -> list[float]:
+    """Of each token of a row's proposal: what it adds to the logarithm of the tokens that the row is to commit."""
+    gains, shorter = [], 1.0
+    for chance in reach:
+        longer = shorter + share * chance
+        gains.append(log(longer / shorter))
+        shorter = longer
+    return gains
+
+
+def _extensions(gains: Sequence[Sequence[float]], is_packed: bool) -> Iterable[tuple[float, Sequence[int]]]:
+    """What proposals may be made longer by, the best first: the gain, and the rows that get a token more. If packed it
+    is any row, else all."""
+    if not is_packed:
+        rows = range(len(gains))
+        return ((sum(column), rows) for column in zip_longest(*gains, fillvalue=0.0))
+    singly = [(gain, (row,)) for row, own in enumerate(gains) for gain in own]
+    return sorted(singly, key=itemgetter(0), reverse=True)  # along a chain they fall
