@@ -153,6 +153,9 @@ def train_head(
     length: Annotated[
         int, typer.Option("--length", min=8, help="Tokens of a conversation, and how far heads look back.")
     ] = 256,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", help="dspark, eagle3, jump: write layers in 8 bits, which only specdec reads.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is sampled, and of the order of training.")] = 0,
     loading: Annotated[ModelOptions, _LOADING] = _FLOAT32,
 ) -> None:
@@ -162,6 +165,8 @@ def train_head(
     """
     if (self_generate is None) == (data is None):
         raise ValueError("give either --self-generate N or --data FILE")
+    if quantize and kind in (Kind.EXIT, Kind.LAYERSKIP):
+        raise ValueError(f"--kind {kind} has no use for --quantize: leave it out")
     settings = {"epochs": epochs, "seed": seed, **recipe.given(kind)}
 
     with starting():
@@ -172,7 +177,7 @@ def train_head(
     source = _source(target, self_generate, data)
     collecting = {"length": length, "num_rows": rows or NUM_ROWS}
     others = {Kind.EXIT: _train_exits, Kind.LAYERSKIP: _train_model}
-    train = others.get(kind) or functools.partial(_train_network, kind)
+    train = others.get(kind) or functools.partial(_train_network, kind, quantize=quantize)
     train(target, source, out, settings, **collecting)
 
 
@@ -198,13 +203,22 @@ def _train_model(
 
 
 def _train_network(
-    kind: Kind, target: "LoadedModel", source: "Source", out: Path, settings: dict[str, Any], **collecting: int
+    kind: Kind,
+    target: "LoadedModel",
+    source: "Source",
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    quantize: bool,
+    **collecting: int,
 ) -> None:
     from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe
     from specdec.training.heads.run import HeadTraining
 
     recipes = {Kind.DSPARK: BlockRecipe, Kind.EAGLE3: EagleRecipe, Kind.MTP: MtpRecipe, Kind.JUMP: JumpRecipe}
-    training = HeadTraining(target.model, target.name, source, recipes[kind](**settings), out, **collecting)
+    training = HeadTraining(
+        target.model, target.name, source, recipes[kind](**settings), out, quantize=quantize, **collecting
+    )
     with naming(out):
         _show(training, ["accepted {:.2f}"])
         report = training.finish()

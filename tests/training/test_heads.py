@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from specdec import DraftError
 from specdec.cli.app import app
 from specdec.drafters import DraftHead
 from specdec.drafters.head.dspark import DSpark
@@ -160,6 +162,27 @@ class TestExport:
         for name, weight in written.named_parameters():
             assert torch.equal(read.get_parameter(name), weight.bfloat16()), name
         assert json.loads((tmp_path / "head" / "training.json").read_text()) == {"seed": 7}
+
+    def test_layers_may_be_written_in_8_bits(self, model: PreTrainedModel, corpus: Corpus, tmp_path: Path) -> None:
+        written = BlockTrainer(model, corpus, RECIPE).head
+        for name, is_small in (("large", False), ("small", True)):
+            save_head(tmp_path / name, written, model, "tiny", {}, 4, quantize=is_small)
+        large, small = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
+        assert small["fc.weight"].equal(large["fc.weight"])
+        assert {name for name, tensor in small.items() if tensor.dtype is torch.int8} == {
+            name.removesuffix("_scale") for name in small.keys() - large.keys()
+        }
+        read = DraftHead(tmp_path / "small").model
+        for name, weight in written.named_parameters():
+            step = weight.abs().amax(-1, keepdim=True) / 127
+            assert ((read.get_parameter(name) - weight).abs() <= 2 * step).all(), name
+
+    def test_scales_of_nothing_are_refused(self, model: PreTrainedModel, corpus: Corpus, tmp_path: Path) -> None:
+        save_head(tmp_path / "head", BlockTrainer(model, corpus, RECIPE).head, model, "tiny", {}, 4)
+        path = tmp_path / "head" / "model.safetensors"
+        save_file({**load_file(path), "layers.9.weight_scale": torch.ones(3, 1)}, path)
+        with pytest.raises(DraftError, match="fit none of its weights"):
+            DraftHead(tmp_path / "head")
 
     def test_its_drafts_are_accepted_and_output_is_the_models(
         self, model: PreTrainedModel, corpus: Corpus, trained: Trained, tmp_path: Path

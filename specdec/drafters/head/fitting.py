@@ -113,8 +113,7 @@ def _prepared_like(head: HeadNetwork, model: PreTrainedModel) -> HeadNetwork:
     """What reads the target's states as they are keeps float weights: of one row some are for states in the tens and
     thousands, others for embeddings or earlier layers below one, and a common scale leaves nothing of one of them (the
     demo model's jump head accepted 0.15 tokens a round instead of 0.5)."""
-    done = prepared(model)
-    if done is None or not done.weights or head.head_config.kind == MTP:  # MTP layers norm what they read
+    if prepared(model) is None or head.head_config.kind == MTP:  # whose layers norm what they read
         return prepare_like(head, model)
     fc, head.fc = head.fc, nn.Identity()  # type: ignore[assignment]
     made = prepare_like(head, model)

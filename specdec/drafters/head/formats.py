@@ -37,6 +37,8 @@ _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
 _MARKOV_RANK = 256
 _PEAGLE_DEPTHS = 8
+SCALE = "_scale"
+"""After the name of a weight in 8 bits: what a row of it is multiplied by (as compressed-tensors name it)."""
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -146,7 +148,8 @@ def read_config(folder: str | os.PathLike[str]) -> HeadConfig:
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a head by the names of the networks, without those that say nothing new.
+    """All tensors of a head by the names of the networks, without those that say nothing new; such as are stored in 8
+    bits are float again.
 
     Raises:
         DraftError: there are no safetensors files, or one is damaged.
@@ -164,7 +167,14 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
                 tensors |= {_renamed(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise DraftError(f"cannot read the head in {file}: {error}") from error
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
+    read = {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
+    scales = {name: read.pop(name) for name in sorted(read) if name.endswith(SCALE)}
+    for name, scale_N1 in scales.items():
+        weight = name.removesuffix(SCALE)
+        if weight not in read or read[weight].shape[:1] != scale_N1.shape[:1]:
+            raise DraftError(f"the head in {os.fspath(folder)} has scales {name} that fit none of its weights")
+        read[weight] = read[weight].float() * scale_N1
+    return read
 
 
 def read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:

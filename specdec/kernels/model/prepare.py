@@ -142,10 +142,14 @@ def check_whole(model: nn.Module) -> None:
 
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
-    """Does to a drafting module beside a model what `prepare` has done to the model, if anything. A quantised one has
-    8 bits: which of its linears is a head is not known."""
-    done = prepared(model)
-    return part if done is None else _prepare(part, done.weights and Int8Linear.weights, must_be_exact=False)
+    """Prepares a drafting module beside a model that has been prepared. It has 8 bits, beside float32 weights too: a
+    draft may be wrong, and costs a quarter so. Beside 4 bits it has 8, as which of its linears is a head is not known.
+    """
+    done, dtype = prepared(model), next(model.parameters()).dtype
+    if done is None:
+        return part
+    is_quantized = done.weights or (dtype is torch.float32 and native.library() is not None)
+    return _prepare(part, Int8Linear.weights if is_quantized else None, must_be_exact=False)
 
 
 def unprepare(model: Model) -> Model:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DSPARK, EAGLE3, FROM_SPECDEC, JUMP, MTP, HeadConfig
+from specdec.drafters.head.formats import DSPARK, EAGLE3, FROM_SPECDEC, JUMP, MTP, SCALE, HeadConfig
 from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
 
@@ -28,11 +29,15 @@ def save_head(
     name: str,
     training: Mapping[str, Any],
     length: int,
+    *,
+    quantize: bool = False,
 ) -> None:
     """Write a head: config.json, model.safetensors in bfloat16, and what was done to train it. The LM head of a jump
     head is the target's own rows, which need not be written.
 
     Args:
+        quantize: weights of layers have 8 bits and a scale for each row, as they are run beside a prepared target: a
+            half of the size. What reads the target's states keeps its bits, and only specdec reads such a file.
         folder: is made.
         name: of the target, a path or hub id.
         training: anything that json takes.
@@ -51,6 +56,9 @@ def save_head(
     if config.kind == JUMP:
         named.pop("lm_head.weight", None)
     tensors = {part: weight.detach().cpu().bfloat16().contiguous() for part, weight in named.items()}
+    if quantize:
+        for part in [part for part, weight in tensors.items() if weight.dim() == 2 and not part.startswith(_KEPT)]:
+            tensors[part], tensors[f"{part}{SCALE}"] = _quantized(named[part])
     if head.vocab_ids is not None and len(ids := head.vocab_ids.cpu()) < config.vocab_size:
         tensors["d2t"] = ids - torch.arange(len(ids))
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
@@ -58,6 +66,16 @@ def save_head(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
     (folder / "training.json").write_text(json.dumps(training, indent=2), encoding="utf-8")
+
+
+_KEPT = ("fc.", "lm_head.", "embed_tokens.")
+
+
+def _quantized(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K], and float32 scales [N, 1]."""
+    weight_NK = weight_NK.detach().cpu().float()
+    scale_N1 = weight_NK.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (weight_NK / scale_N1).round().to(torch.int8), scale_N1
 
 
 def _block_fields(config: HeadConfig, target: PreTrainedModel) -> dict[str, Any]:

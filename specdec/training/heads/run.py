@@ -208,9 +208,10 @@ class HeadTraining(_Training):
     Args:
         name: of the model, for whoever reads the head.
         out: the folder to write.
+        quantize: see `save_head`.
 
     Raises:
-        ValueError: the output exists, or there is unfinished work with other settings.
+        ValueError: the output exists, or there is unfinished work with other settings; `quantize` with an MTP layer.
         UnsupportedModelError: a model whose states are not to be had.
 
     Attributes:
@@ -227,8 +228,11 @@ class HeadTraining(_Training):
         *,
         length: int = 256,
         num_rows: int = NUM_ROWS,
+        quantize: bool = False,
     ):
         _check_new(out)
+        if quantize and isinstance(recipe, MtpRecipe):
+            raise ValueError("an MTP layer is written for other programs, which read no 8 bits: leave --quantize out")
         if recipe.reach >= length:
             raise ValueError(f"to draft {recipe.reach} tokens, conversations of more than {length} are needed")
         if not isinstance(model.get_input_embeddings(), nn.Embedding):
@@ -237,7 +241,7 @@ class HeadTraining(_Training):
             )
         final_norm(model)
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        self._name, self._recipe = name, recipe
+        self._name, self._recipe, self._quantize = name, recipe, quantize
         self._layers = _state_layers(recipe, num_layers)
         if isinstance(recipe, JumpRecipe):
             check_jump(model, jump_layers(recipe, num_layers))
@@ -269,7 +273,8 @@ class HeadTraining(_Training):
         training = {**self._plan, "held_out": dataclasses.asdict(report), "curve": curve}
         draft = self._folder / "head"
         shutil.rmtree(draft, ignore_errors=True)
-        save_head(draft, self._trainer.head, self._model, self._name, training, length)
+        head = self._trainer.head
+        save_head(draft, head, self._model, self._name, training, length, quantize=self._quantize)
         draft.replace(self._out)
         shutil.rmtree(self._folder)
         return report
