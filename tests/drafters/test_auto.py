@@ -324,4 +324,4 @@ def test_outcomes_of_others_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     repeating = {"input_ids": torch.tensor([[5, 6, 7, 8] * 6]), "attention_mask": torch.ones((1, 24), dtype=torch.long)}
     trace = speculate(model, repeating, Auto(Watcher()), max_new_tokens=NUM_NEW).stats.trace
     assert len(seen) == len(trace) + 1
-    assert seen[1:] == [choice["drafter"] != "PromptLookup" for choice in trace]
+    assert seen[1:] == [choice["drafter"] is None for choice in trace]

@@ -150,6 +150,16 @@ def test_jumps_and_exits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(drafting) == len(drafters)
 
 
+@pytest.mark.skipif(native.library() is None, reason="without kernels a target has no copy")
+def test_the_targets_copy_drafts_with_lookup_beside_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = small_vocab_model()
+    folder, _ = saved(tmp_path, target)
+    take_turns(monkeypatch)
+    out = speculate(target, PROMPTS, Auto(DraftHead(folder)), max_new_tokens=40)
+    assert_same_tokens(target, plain_alone(target, PROMPTS, 40), out.sequences, PROMPTS["attention_mask"])
+    assert {"Cascade", "DraftHead"} <= {str(each.get("drafter")) for each in out.stats.trace}
+
+
 def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:
     model = tiny_model("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=3, initializer_range=0.3)
     folder, _ = saved(tmp_path, model, landing=1, start=2)

@@ -63,7 +63,7 @@ class Auto(Drafter):
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
             float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
-            they draft too (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`), for
+            those draft too that can take back what they have read (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`), for
             which prompt lookup drafts.
 
     Raises:
@@ -124,9 +124,11 @@ def _own_drafters(run: Run, auto: Auto) -> list[Drafter]:
     has_room = _quantized_self.has_copy(model) or psutil.virtual_memory().available > 2 * num_bytes
     if not has_room:
         return []
+    cheap = auto
     if not auto.supports_rollback:
-        return [_quantized_self]
-    return [Cascade(auto, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
+        cheap = Auto(*(drafter for drafter in auto.drafters if drafter.supports_rollback))
+        cheap.clock = auto.clock
+    return [Cascade(cheap, _quantized_self, num_tokens=LONGEST_DRAFT, min_tokens=1)]
 
 
 def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
