@@ -43,10 +43,10 @@ _ROTATIONS = ("dynamic", "longrope")
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why a model's forwards are not captured; None if they are, as far as can be told without trying."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
     if graphs_for(home_device(model)) is None:
         return "it is not on a CUDA device"
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
     if num_processes(model) > 1 or len({weight.device for weight in model.parameters()}) > 1:
         return "it is split over devices"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
