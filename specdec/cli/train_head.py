@@ -177,7 +177,7 @@ def train_head(
     source = _source(target, self_generate, data)
     collecting = {"length": length, "num_rows": rows or NUM_ROWS}
     others = {Kind.EXIT: _train_exits, Kind.LAYERSKIP: _train_model}
-    train = others.get(kind) or functools.partial(_train_network, kind, quantize=quantize)
+    train = others.get(kind) or functools.partial(_train_network, kind, quantize)
     train(target, source, out, settings, **collecting)
 
 
@@ -204,12 +204,11 @@ def _train_model(
 
 def _train_network(
     kind: Kind,
+    quantize: bool,
     target: "LoadedModel",
     source: "Source",
     out: Path,
     settings: dict[str, Any],
-    *,
-    quantize: bool,
     **collecting: int,
 ) -> None:
     from specdec.training.heads.recipes import BlockRecipe, EagleRecipe, JumpRecipe, MtpRecipe

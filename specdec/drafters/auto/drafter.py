@@ -63,8 +63,8 @@ class Auto(Drafter):
     Args:
         drafters: to choose from, besides prompt lookup and what the target brings along: on a CPU the int8 copy of a
             float32 model (`QuantizedSelf`; made in the first run that may reach 32 tokens, if memory allows), for which
-            those draft too that can take back what they have read (`Cascade`), and from 2048 tokens on the target with a part of its past (`SparseSelf`), for
-            which prompt lookup drafts.
+            those draft too that can take back what they have read (`Cascade`), and from 2048 tokens on the target with
+            a part of its past (`SparseSelf`), for which prompt lookup drafts.
 
     Raises:
         UnsupportedOptionError: at the call, for a `tree`: the shape of drafts is part of the choice.
