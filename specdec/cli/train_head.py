@@ -165,7 +165,7 @@ def train_head(
     """
     if (self_generate is None) == (data is None):
         raise ValueError("give either --self-generate N or --data FILE")
-    if quantize and kind in (Kind.EXIT, Kind.LAYERSKIP):
+    if quantize and kind in (Kind.EXIT, Kind.LAYERSKIP, Kind.MTP):
         raise ValueError(f"--kind {kind} has no use for --quantize: leave it out")
     settings = {"epochs": epochs, "seed": seed, **recipe.given(kind)}
 

@@ -151,13 +151,26 @@ def test_jumps_and_exits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(native.library() is None, reason="without kernels a target has no copy")
-def test_the_targets_copy_drafts_with_lookup_beside_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["DraftHead", "EarlyExit"])
+def test_the_targets_copy_drafts_with_lookup_beside_what_cannot_take_back(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = small_vocab_model()
+    drafter = DraftHead(saved(tmp_path, target)[0]) if kind == "DraftHead" else EarlyExit(2)
+    take_turns(monkeypatch)
+    out = speculate(target, PROMPTS, Auto(drafter), max_new_tokens=40)
+    assert_same_tokens(target, plain_alone(target, PROMPTS, 40), out.sequences, PROMPTS["attention_mask"])
+    assert {"Cascade", kind} <= {str(each.get("drafter")) for each in out.stats.trace}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_targets_keep_their_type_of_head(dtype: torch.dtype, tmp_path: Path) -> None:
     target = small_vocab_model()
     folder, _ = saved(tmp_path, target)
-    take_turns(monkeypatch)
-    out = speculate(target, PROMPTS, Auto(DraftHead(folder)), max_new_tokens=40)
-    assert_same_tokens(target, plain_alone(target, PROMPTS, 40), out.sequences, PROMPTS["attention_mask"])
-    assert {"Cascade", "DraftHead"} <= {str(each.get("drafter")) for each in out.stats.trace}
+    fast = prepare(deepcopy(target).to(dtype))
+    out = speculate(fast, PROMPTS, DraftHead(folder), max_new_tokens=NUM_NEW)
+    assert_same_tokens(fast, plain_alone(fast, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
+    assert fitted(load_head(folder), fast).fc.weight.dtype is dtype
 
 
 def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:

@@ -117,5 +117,5 @@ def _prepared_like(head: HeadNetwork, model: PreTrainedModel) -> HeadNetwork:
         return prepare_like(head, model)
     fc, head.fc = head.fc, nn.Identity()  # type: ignore[assignment]
     made = prepare_like(head, model)
-    made.fc = fc.float()
+    made.fc = fc.to(made.norm.weight.dtype)
     return made

@@ -171,7 +171,7 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     scales = {name: read.pop(name) for name in sorted(read) if name.endswith(SCALE)}
     for name, scale_N1 in scales.items():
         weight = name.removesuffix(SCALE)
-        if weight not in read or read[weight].shape[:1] != scale_N1.shape[:1]:
+        if weight not in read or scale_N1.shape != (len(read[weight]), 1):
             raise DraftError(f"the head in {os.fspath(folder)} has scales {name} that fit none of its weights")
         read[weight] = read[weight].float() * scale_N1
     return read
