@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -33,6 +33,7 @@ from specdec.cli.options import (
     SamplingOptions,
     StopOption,
 )
+from specdec.cli.progress import Bars
 from specdec.specs import choose_drafter
 
 if TYPE_CHECKING:
@@ -156,11 +157,12 @@ def _run(
     """Answer the lines under a progress bar. Ctrl-C ends the command."""
     from specdec.batch import run_batch
 
-    with _bar() as bar:
-        task = bar.add_task("answering", total=None, speed=0.0)
+    with Bars(err_console, TaskProgressColumn()) as bar:
+        task = bar.add_task("answering", total=None)
 
         def show(progress: BatchProgress) -> None:
-            bar.update(task, total=progress.num_bytes, completed=progress.end, speed=progress.tokens_per_second)
+            note = f"{progress.tokens_per_second:.1f} tokens/s"
+            bar.update(task, total=progress.num_bytes, completed=progress.end, note=note)
 
         try:
             return run_batch(source, output, make_pool, settings, made_with=made_with, on_progress=show)
@@ -179,16 +181,6 @@ def _pool(worker: dict[str, Any], ray: str | None, workers: int | None, settings
 
     address = None if ray == _HERE else ray
     return ClusterPool(address, num_workers=workers, cpus=worker["threads"] or 1, worker_options=worker)
-
-
-class _SpeedColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['speed']:.1f} tokens/s", style="progress.data.speed")
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _SpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=err_console, disable=not err_console.is_terminal)
 
 
 def _summarise(done: BatchProgress, output: Path) -> None:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from specdec.cli.common import ModelOption, err_console, friendly_errors, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS, DraftOption
+from specdec.cli.progress import Bars
 from specdec.model_options import ModelOptions
 
 _LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("weights", "dtype", "device", "threads")}
@@ -69,8 +69,7 @@ def calibrate_router(
     calibrator = Calibrator(score=scores_of(router))
     writer, problems = choose_step_writer(step_writer, draft, model), read_problems(data)[:limit]
     pair = load_pair(model, draft, loading)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err_console) as bars:
+    with Bars(err_console) as bars:
         task = bars.add_task("calibrating", total=len(problems))
         for num_done in calibrate(
             pair.target.model,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from specdec.cli.common import ModelOption, err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
+from specdec.cli.progress import Bars
 from specdec.model_options import ModelOptions
 
 if TYPE_CHECKING:
@@ -249,12 +249,11 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 def _show(training: "ExitTraining | HeadTraining | FullTraining", notes: list[str]) -> None:
     """Run the stages with a progress bar each, and running means of what training shows."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console) as bars:
-        task = bars.add_task("collecting", total=None, note="")
+    with Bars(err_console) as bars:
+        task = bars.add_task("collecting", total=None)
         for state in training.collect():
             bars.update(task, completed=state.done, total=state.total)
-        task = bars.add_task("training", total=None, note="")
+        task = bars.add_task("training", total=None)
         means = [0.0] * len(notes)
         for num_shown, state in enumerate(training.train(), start=1):
             weight = max(0.02, 1 / num_shown)

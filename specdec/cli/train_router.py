@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from specdec.cli.common import err_console, friendly_errors, naming, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
+from specdec.cli.progress import Bars
 from specdec.errors import UnsupportedOptionError
 from specdec.model_options import ModelOptions
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     Load = Callable[[], LoadedPair]
 
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 _LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("weights", "dtype", "device", "threads")}
 _INT8 = ModelOptions(weights="int8")
 
@@ -161,8 +160,8 @@ def train_router(
 def _train_text(base: str, collection: "Collection", recipe: "LightRecipe") -> "TextRouter":
     from routers.text_router import TextRecipe, train_text
 
-    with Progress(*_COLUMNS, TextColumn("{task.fields[note]}"), console=err_console) as bars:
-        task = bars.add_task("training", total=None, note="")
+    with Bars(err_console) as bars:
+        task = bars.add_task("training", total=None)
 
         def show(done: int, total: int, loss: float) -> None:
             bars.update(task, completed=done, total=total, note=f"loss {loss:.3f}")
@@ -192,7 +191,7 @@ def _collect(folder: Path, problems: "Sequence[Problem]", plan: Mapping[str, Any
         return collection
     target, draft = load()
     assert draft is not None
-    with Progress(*_COLUMNS, console=err_console) as bars:
+    with Bars(err_console) as bars:
         task = bars.add_task("collecting", total=len(problems))
         for num_done in collect(
             target.model,
@@ -231,7 +230,7 @@ def _roll_out(
         hours = left.max_tokens / speed / 3600
         told = f"at {speed:.0f} tokens/s, as just measured: at most {hours:.1f} h; Ctrl-C keeps what is done"
         err_console.print(Text(told))
-    with Progress(*_COLUMNS, console=err_console) as bars:
+    with Bars(err_console) as bars:
         task = bars.add_task("rolling out", total=len({item.problem for item in tuples}))
         for num_done in label(model, target.tokenizer, tuples, problems, labelled, how):
             bars.update(task, completed=num_done)
