@@ -6,7 +6,8 @@
 
 With the same --rows, --length and --seed the text is that of `specdec train-head --kind jump --self-generate N`. The
 head has its place: one copied layer that ends where the state is taken, a linear predictor, a readout. Loss and
-optimiser are economize's own; steps and rows of a step are what --epochs epochs of ours come to.
+optimiser are economize's own, but for a warm-up of at most a tenth of the steps (its hundred are meant for thousands);
+steps and rows of a step are what --epochs epochs of ours come to.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from specdec.models.pair import load_target
 from specdec.training.heads.collect import NUM_ROWS, Collector, self_generation
 from specdec.training.heads.jumps import jump_layers
 from specdec.training.heads.recipes import JumpRecipe
+
+_WARM_UP_STEPS = 100
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,10 +69,12 @@ def main() -> None:
         target_layer=landing, source_layer=start, exit_layer=start, predictor="linear", adaptation="full"
     )
     model = economize.apply(target.model, config)
+    num_steps = arguments.epochs * -(-len(tokens) // arguments.batch_rows)
     import_module("economize.train").fit(
         model,
         tokens,
-        steps=arguments.epochs * -(-len(tokens) // arguments.batch_rows),
+        steps=num_steps,
+        warmup_steps=min(_WARM_UP_STEPS, num_steps // 10),
         batch_size=arguments.batch_rows,
         seq_len=arguments.length,
         seed=arguments.seed,
