@@ -6,7 +6,7 @@ Shape legend: B rows, M tokens of a layer, P tokens of all layers, T slots, V vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -52,6 +52,20 @@ class Draft:
         """Grown indices of a path's nodes that are among the first so many: nobody has forwarded the others."""
         indices = path if self.grown_indices is None else [self.grown_indices[row][node] for node in path]
         return [index for index in indices if 0 <= index < num_forwarded]
+
+    def in_vocabulary(self, ids_V: Tensor, vocab_size: int) -> Draft:
+        """The same draft over all of a vocabulary: it was grown from scores of some tokens, the others have no chance.
+
+        Args:
+            ids_V: int64, the tokens that the scores were of.
+        """
+        trees, q_BTV, q_layers = self.trees.with_tokens(ids_V), self.q_BTV, self.q_layers
+        if q_BTV is not None:
+            q_BTV = widened(q_BTV, ids_V, vocab_size, 0.0)
+        if q_layers is not None:
+            layers_BMV = [widened(scores_BMV, ids_V, vocab_size, -torch.inf) for scores_BMV in q_layers.layers_BMV]
+            q_layers = replace(q_layers, layers_BMV=layers_BMV)
+        return replace(self, trees=trees, q_BTV=q_BTV, q_layers=q_layers)
 
     def q_at(self, depth: int, rows_N: Tensor, slots_N: Tensor) -> Tensor:
         """Copies of the distributions of some slots, [N, V]; not meaningful for leaves and slots of other depths."""
@@ -112,3 +126,9 @@ class LayeredDistributions:
     def _places_BT(self) -> Tensor:
         starts = np.cumsum([0, *(layer.shape[1] for layer in self.layers_BMV)])
         return upload(starts[self.layer_BT] + self.column_BT, self.layers_BMV[0].device)
+
+
+def widened(narrow_BTV: Tensor, ids_V: Tensor, vocab_size: int, rest: float) -> Tensor:
+    """Numbers of some of a vocabulary's tokens, int64 `ids_V`, among those of all; the others' are `rest`."""
+    wide = narrow_BTV.new_full((*narrow_BTV.shape[:-1], vocab_size), rest)
+    return wide.index_copy_(-1, ids_V.to(wide.device), narrow_BTV)

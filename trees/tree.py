@@ -9,7 +9,7 @@ a tree without nodes is ordinary decoding. A *chain* is the tree in which node i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -224,6 +224,14 @@ class TreeBatch:
             derived = {"host_ancestors_BTT": self.host_ancestors_BTT, "host_depths_BT": self.host_depths_BT}
             vars(batch).update({name: value[one] for name, value in derived.items()})
         return batch
+
+    def with_tokens(self, ids_V: Tensor) -> TreeBatch:
+        """The same trees, whose tokens are places in `ids_V` (int64), with the tokens that stand there."""
+        tokens_BN, rows = ids_V[self.tokens_BN], self.rows
+        if rows is not None:
+            pairs = zip(rows, tokens_BN.tolist(), strict=True)
+            rows = tuple(replace(row, tokens=tokens[: len(row)]) for row, tokens in pairs)
+        return replace(self, tokens_BN=tokens_BN, rows=rows)
 
     @cached_property
     def row_depths(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from specdec.acceptance.coins import none
 from specdec.decoding.sequences import Sequences
 from trees import Draft, GrowingTrees, TreeBatch
 
-_POINTWISE = (
+_BLIND = (
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
     lp.TopPLogitsWarper,
@@ -31,8 +31,10 @@ _POINTWISE = (
     lp.EtaLogitsWarper,
     lp.InfNanRemoveLogitsProcessor,
     lp.LogitNormalization,
-    lp.SuppressTokensLogitsProcessor,
 )
+"""Processors that look at the scores only, and at which token one belongs to not even then."""
+
+_POINTWISE = (*_BLIND, lp.SuppressTokensLogitsProcessor)
 """Processors that look at the scores only."""
 
 _UNORDERED = (*_POINTWISE, lp.RepetitionPenaltyLogitsProcessor)
@@ -121,6 +123,11 @@ class Sampler:
         Those of another sampler with the same settings do for its rows what these would.
         """
         return _as_hashable([vars(each) | {"": type(each)} for each in self.processors]) if self._row_wise else None
+
+    @property
+    def reads_no_tokens(self) -> bool:
+        """Whether `process` treats all tokens alike: then scores may be those of some of them, in any order."""
+        return all(type(processor) in _BLIND for processor in self.processors)
 
     def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
         """Scores after the processors: float32 [B, T, V]; the logits are left as they are.

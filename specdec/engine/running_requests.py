@@ -132,6 +132,11 @@ class RequestSampler(Sampler):
         self._sequences = sequences
         self._noise = GumbelNoise()
 
+    @property
+    def reads_no_tokens(self) -> bool:
+        running = [self._requests[row] for row in self._sequences.rows]
+        return not any(each.sampler.processors or each.seed is not None for each in running)
+
     def process(self, logits_BTV: Tensor | Ragged, prefixes: Prefixes) -> Tensor | Ragged:  # type: ignore[override]
         requests = [self._requests[row] for row in prefixes.sequences.rows]
         is_changed = any(running.sampler.processors or running.seed is not None for running in requests)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
 from specdec.drafters import DraftHead, Plain
 from specdec.engine import Engine
@@ -51,6 +51,20 @@ def test_q_is_what_tokens_are_drawn_from(
     error, num_accepted = total_variation(drafts, target, verify, monkeypatch)
     assert error < ROUNDING < CAUGHT
     assert num_accepted > 0.5
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_processors_that_name_tokens_see_the_targets(
+    tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's own token 1 is the target's 2, which is not to be drafted."""
+    model = tiny_model("llama", vocab_size=4, num_hidden_layers=4)
+    head = TinyHead(vocab_size=4, drafts=(0, 2, 3), layers=(1, 2, 3), seed=1)
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(0.8), SuppressTokensLogitsProcessor([2])]
+    drafts = every_draft(model, DraftHead(save_speculators(tmp_path, head)), TREES[tree], warpers, monkeypatch)
+    assert {token for _, draft in drafts for token in draft.trees.row(0).tokens} == {0, 3}
+    error, _ = total_variation(drafts, ToyModel(3, vocab_size=4), "topdown", monkeypatch)
+    assert error < ROUNDING
 
 
 @pytest.mark.parametrize("verify", VERIFIERS)

@@ -334,15 +334,12 @@ class Listener:
         return self.said[:: max(1, len(self.said) // MOST_CHECKED)]
 
     def check(self, head: TinyHead, target: PreTrainedModel, bound: float = 1e-5) -> None:
-        """It is what the reference says, and tokens that the head does not know have no chance. Of much, samples."""
+        """It is what the reference says. Of much, samples."""
         exact = replace(head, tensors={name: tensor.to(target.dtype) for name, tensor in head.tensors.items()})
         for said in self.sample():
             expected_V = reference_logits(exact, target, said.text, said.drafted, said.first)
-            ids = list(range(head.vocab_size)) if head.drafts is None else list(head.drafts)
-            error = (said.logits_V[ids] - expected_V).abs().max()
+            error = (said.logits_V - expected_V).abs().max()
             assert error <= bound * (1 + expected_V.abs().max()), f"{error:.2e} after {said.text}, {said.drafted}"
-            others = sorted(set(range(len(said.logits_V))) - set(ids))
-            assert not said.logits_V.softmax(-1)[others].any()
 
 
 def _rows(session: Any) -> Iterator[tuple[int, tuple[tuple[int, ...], int]]]:

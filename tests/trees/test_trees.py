@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.strategies import token_trees
-from trees import ROOT, Chain, GrowingTrees, Layer, TokenTree, TreeBatch
+from trees import ROOT, Chain, DySpec, GrowingTrees, GrowthPolicy, Layer, Round, TokenTree, TreeBatch
 from trees.blocks import argmax, read_blocks, reduce_blocks
 
 EXAMPLE = TokenTree(tokens=[5, 6, 7, 8, 9], parents=[ROOT, ROOT, 0, 0, 2], probs=[0.5, 0.25, 1, 0.125, 0.75])
@@ -181,3 +181,27 @@ def test_blocks_share_the_vocabulary_out(vocab_size: int) -> None:
     for row, firsts in enumerate(first_MC.tolist()):
         for block, first in enumerate(firsts):
             assert torch.equal(entries_MCW[row, block], x_MV[row, first : first + entries_MCW.shape[2]])
+
+
+@pytest.mark.parametrize("policy", [Chain(2), DySpec(3)])
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_draft_from_some_tokens_is_one_of_the_whole_vocabulary(policy: GrowthPolicy, sample: bool) -> None:
+    ids, generator = torch.tensor([6, 0, 3]), torch.Generator().manual_seed(0)
+    grower = policy.start(Round(max_depths=[2, 1], sample=sample, generator=generator))
+    scores_BMV = torch.randn(2, 1, 3, generator=generator)
+    while grower.needs_scores:
+        layer = grower.grow(scores_BMV)
+        scores_BMV = torch.randn(2, layer.tokens_BM.shape[1], 3, generator=generator)
+    narrow = grower.finish()
+    wide = narrow.in_vocabulary(ids, 8)
+    assert torch.equal(wide.trees.tokens_BN, ids[narrow.trees.tokens_BN])
+    for row in range(2):
+        tree, before = wide.trees.row(row), narrow.trees.row(row)
+        assert list(tree.tokens) == [int(ids[token]) for token in before.tokens]
+        assert list(tree.parents) == list(before.parents)
+    assert wide.is_drawn == sample
+    if sample:
+        rows_B, root_B = torch.arange(2), torch.zeros(2, dtype=torch.long)
+        q_BV = wide.q_at(0, rows_B, root_B)
+        assert torch.allclose(q_BV[:, ids], narrow.q_at(0, rows_B, root_B))
+        assert not q_BV[:, [1, 2, 4, 5, 7]].any()

@@ -150,6 +150,10 @@ class _ExitSession(GrowingSession):
     def num_forwards(self) -> int:
         return self._num_forwards
 
+    @property
+    def _vocab_ids(self) -> Tensor | None:
+        return None if self._head is None else self._head.vocab_ids
+
     def observe(self, outcome: Outcome) -> None:
         if not self._has_begun:
             self._has_begun = True
@@ -177,12 +181,12 @@ class _ExitSession(GrowingSession):
     def _score_root(self) -> Tensor:
         roots_B1 = self._run.sequences.roots_B1
         assert self._head is not None
-        return self._head.widen(self._head.score_root(self._forward(roots_B1, torch.zeros_like(roots_B1), None)))
+        return self._head.score_root(self._forward(roots_B1, torch.zeros_like(roots_B1), None))
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         assert self._head is not None
         hidden_BMC = self._forward(grown.tokens_BM, grown.depths_BM, None if grown.is_chain else grown.seen_BMT)
-        return self._head.widen(self._head.score_nodes(hidden_BMC, grown))
+        return self._head.score_nodes(hidden_BMC, grown)
 
     def _forward(self, tokens_BM: Tensor, offsets_BM: Tensor, seen_BMK: Tensor | None) -> Tensor:
         assert self._head is not None

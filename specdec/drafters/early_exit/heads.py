@@ -24,9 +24,6 @@ from specdec.tree_model.layer_kinds import LayerKind
 from specdec.tree_model.model import TreeModel
 from trees import GrowingTrees
 
-_NEVER = -1e4
-"""Logit of tokens outside an exit's vocabulary: finite, so that processors may forbid all that are inside."""
-
 PROMPT_POSITIONS = 64
 """The last ones of a prompt, which a trained exit reads: more did not change what was accepted."""
 
@@ -35,6 +32,11 @@ class ExitHead(ABC):
     """Scores the tokens that follow a state of one exit layer."""
 
     layer: int
+
+    @property
+    def vocab_ids(self) -> Tensor | None:
+        """int64 [S]: the target's token that each logit stands for; None where they are the same."""
+        return None
 
     @property
     @abstractmethod
@@ -48,10 +50,6 @@ class ExitHead(ABC):
     @abstractmethod
     def score_nodes(self, hidden_BMC: Tensor, grown: GrowingTrees) -> Tensor:
         """Logits [B, M, S] after the newest layer of the growing trees."""
-
-    def widen(self, logits_BMS: Tensor) -> Tensor:
-        """Logits over the target's vocabulary, [B, M, V], from those of the exit's own."""
-        return logits_BMS
 
     @abstractmethod
     def timing_run(self, target: EarlyExitModel, num_rows: int) -> Callable[[Tensor], Tensor]:
@@ -116,6 +114,10 @@ class TrainedHead(ExitHead):
     def weights(self) -> nn.Module:
         return self._module
 
+    @property
+    def vocab_ids(self) -> Tensor | None:
+        return self._module.vocab_ids
+
     def score_root(self, hidden_B1C: Tensor) -> Tensor:
         inputs = [pending.take(hidden_1C) for pending, hidden_1C in zip(self._pending, hidden_B1C, strict=True)]
         sizes = [len(rows_WX) for rows_WX in inputs]
@@ -142,11 +144,6 @@ class TrainedHead(ExitHead):
         output_BMC, normed_BMC = self._block.run(fused_BMC, grown.depths_BM - 1, seen_BMK)
         self._outputs_BKC = torch.cat([self._outputs_BKC, output_BMC], 1)
         return self._module.head(normed_BMC)
-
-    def widen(self, logits_BMS: Tensor) -> Tensor:
-        logits_BMV = logits_BMS.new_full((*logits_BMS.shape[:2], self._target.vocab_size), _NEVER)
-        logits_BMV[..., self._module.vocab_ids] = logits_BMS
-        return logits_BMV
 
     def observe(self, slots: Sequence[Sequence[int]]) -> None:
         self._block.cache.rollback()

@@ -24,7 +24,7 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
 from specdec.drafters.head.loading import load_head
-from specdec.drafters.head.network import HeadNetwork
+from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
 from specdec.drafters.head.pending import PendingPairs
 from specdec.drafters.head.runner import HeadRunner
@@ -105,12 +105,18 @@ class _HeadSession(GrowingSession):
         self._drafter = drafter
         self._pending = PendingPairs(run.target, run.sequences, layers)
         self._runner = HeadRunner(fitted(drafter.model, run.target.model), run.target)
+        self._runners = [self._runner]
+        """Each begins a token after the one before it."""
         self._has_begun = not len(run.input_ids)  # in an engine nothing has been read at first
         self._longest = drafter.model.head_config.longest_draft or sys.maxsize
 
     @property
     def num_forwards(self) -> int:
-        return self._runner.num_forwards
+        return sum(runner.num_forwards for runner in self._runners)
+
+    @property
+    def _vocab_ids(self) -> Tensor | None:
+        return self._runner.head.vocab_ids
 
     @property
     def num_uncached_tokens(self) -> int:
@@ -131,9 +137,11 @@ class _HeadSession(GrowingSession):
         if not self._has_begun:
             self._has_begun = True
             counts = self._pending.begin()
-            self._runner.begin_rows(self._first(counts))
+            for lag, runner in enumerate(self._runners):
+                runner.begin_rows([position + lag for position in self._first(counts)])
             return
-        self._runner.forget_tail()
+        for runner in self._runners:
+            runner.forget_tail()
         self._pending.add(
             [
                 [0, *(node + 1 for node in path)][: len(tokens)]
@@ -142,12 +150,15 @@ class _HeadSession(GrowingSession):
         )
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        self._runner.select_rows(rows)
+        for runner in self._runners:
+            runner.select_rows(rows)
         self._pending.select_rows(rows)
 
     def join(self) -> None:
         count = self._pending.join()
-        self._runner.join_row(int(self._run.target.next_positions_B[-1]) - count)
+        first = int(self._run.target.next_positions_B[-1]) - count
+        for lag, runner in enumerate(self._runners):
+            runner.join_row(first + lag)
 
     def _first(self, counts: Sequence[int]) -> list[int]:
         """Positions of the first states, where the last ones are those before each row's next token."""
@@ -167,23 +178,33 @@ class _HeadSession(GrowingSession):
 class _EagleSession(_HeadSession):
     """A forward for each layer of the tree, in which the head's own output stands for the target's states."""
 
-    _outputs_BKC: Tensor
+    _outputs: list[Tensor]
+    """Of the root and every layer, [B, M, C]."""
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         output = self._runner.read_pairs(*self._pending.take(sizes), sizes)
-        self._outputs_BKC = output.states_BTC
+        self._outputs = [output.states_BTC]
         return self._runner.logits(output.normed_BTC)
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
+        return self._runner.logits(self._normed(grown))
+
+    def _normed(self, grown: GrowingTrees) -> Tensor:
+        """What the LM head reads [B, M, C] of the newest layer."""
+        output = self._forward(self._runner, self._outputs, grown)
+        self._outputs.append(output.states_BTC)
+        return output.normed_BTC
+
+    def _forward(self, runner: HeadRunner, outputs: Sequence[Tensor], grown: GrowingTrees) -> HeadOutput:
+        """The newest layer, each node with what stands in `outputs` for its parent."""
         if grown.is_chain:
-            before_BMC, seen_BMK = self._outputs_BKC[:, -1:], None
+            before_BMC, seen_BMK = outputs[-1], None
         else:
-            parents_BM1 = torch.from_numpy(grown.parents_BM).to(self._runner.device).unsqueeze(2) + 1
-            before_BMC = self._outputs_BKC.gather(1, parents_BM1.expand(-1, -1, self._outputs_BKC.shape[2]))
+            parents_BM1 = torch.from_numpy(grown.parents_BM).to(runner.device).unsqueeze(2) + 1
+            outputs_BKC = torch.cat(list(outputs), 1)
+            before_BMC = outputs_BKC.gather(1, parents_BM1.expand(-1, -1, outputs_BKC.shape[2]))
             seen_BMK = grown.seen_nodes_BMN
-        output = self._runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
-        self._outputs_BKC = torch.cat([self._outputs_BKC, output.states_BTC], 1)
-        return self._runner.logits(output.normed_BTC)
+        return runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
 
 
 class _BlockSession(_HeadSession):
@@ -199,7 +220,7 @@ class _BlockSession(_HeadSession):
     def _read(self, sizes: Sequence[int]) -> Tensor:
         roots_B1 = self._run.sequences.roots_B1
         self._slots_BTC = self._slots(roots_B1, sizes)
-        self._logits_BTV = self._runner.draft_logits(self._slots_BTC)
+        self._logits_BTV = self._runner.logits(self._slots_BTC)
         return self._after(torch.zeros_like(roots_B1), roots_B1)
 
     def _slots(self, roots_B1: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -220,7 +241,7 @@ class _BlockSession(_HeadSession):
         if isinstance(head, DSpark):
             self.confidence_BM = head.confidence(slots_BMC, tokens_BM)
             logits_BMV = head.follow(logits_BMV, slots_BMC, tokens_BM)
-        return self._runner.widen(logits_BMV)
+        return logits_BMV
 
     def _confidence(self) -> Tensor | None:
         return None if self.confidence_BM is None else self.confidence_BM.float().sigmoid()

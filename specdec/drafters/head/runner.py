@@ -7,6 +7,7 @@ V tokens that the head can draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,6 @@ from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
 from specdec.tree_model.model import TreeModel
-
-_NEVER = -1e4
-"""Logit of tokens that the head cannot draft: finite, so that processors may forbid all that it can."""
 
 
 class HeadRunner(TreeModel):
@@ -32,6 +30,9 @@ class HeadRunner(TreeModel):
         self._target_vocab_size = target.vocab_size
         self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
         self._forward = head.for_run()
+        self._table: Any = head.embed_tokens or target.model.get_input_embeddings()
+        is_plain = isinstance(self._table, nn.Embedding)  # else of a GGUF file's blocks, which scales nothing
+        self._last_token = (len(self._table.weight) if is_plain else self._table.num_embeddings) - 1
         self.begin()
 
     def begin_rows(self, first: Sequence[int]) -> None:
@@ -54,22 +55,31 @@ class HeadRunner(TreeModel):
         Args:
             states_BWX: the target's.
         """
+        output = self.append_pairs(tokens_BW, self.fused(states_BWX), sizes)
+        last_B = torch.tensor(sizes, device=self.device) - 1
+        rows_B = torch.arange(len(sizes), device=self.device)
+        return HeadOutput(*(part[rows_B, last_B].unsqueeze(1) for part in output))
+
+    def append_pairs(self, tokens_BW: Tensor, states_BWC: Tensor, sizes: Sequence[int]) -> HeadOutput:
+        """Commit the first `sizes` pairs of each row; the output at all of them, [B, W, C].
+
+        Args:
+            states_BWC: as `HeadNetwork.forward` takes them.
+        """
         offsets_BW = torch.arange(tokens_BW.shape[1], device=self.device).expand_as(tokens_BW)
         seen_BWW = None
         if tokens_BW.shape[1] > 1:
             seen_BWW = (offsets_BW[:, :, None] >= offsets_BW[:, None]).contiguous()
-        output = self.run_head(tokens_BW, self._fused(states_BWX), offsets_BW, seen_BWW)
+        output = self.run_head(tokens_BW, states_BWC, offsets_BW, seen_BWW)
         self.commit([range(size) for size in sizes])
-        last_B = torch.tensor(sizes, device=self.device) - 1
-        rows_B = torch.arange(len(sizes), device=self.device)
-        return HeadOutput(*(part[rows_B, last_B].unsqueeze(1) for part in output))
+        return output
 
     def read_states(self, states_BWX: Tensor, sizes: Sequence[int]) -> None:
         """Commit the first `sizes` states of each row, of a head that makes keys and values of nothing else."""
         assert isinstance(self.head, DFlash)
         offsets_BW = torch.arange(states_BWX.shape[1], device=self.device).expand(states_BWX.shape[:2])
         positions_BW = self.next_positions_B.unsqueeze(1) + offsets_BW
-        self.head.read(self._fused(states_BWX), positions_BW, self.cache)
+        self.head.read(self.fused(states_BWX), positions_BW, self.cache)
         self.commit([range(size) for size in sizes])
 
     def read_block(self, tokens_BW: Tensor, states_BWX: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -87,7 +97,7 @@ class HeadRunner(TreeModel):
         is_real_BT = (places_T < sizes_B1) | (places_T >= width)  # the others only make rows as long as each other
         seen_BTT = (places_T[:, None] >= places_T) & (is_real_BT[:, None] | (places_T[:, None] == places_T))
         masked_BM = tokens_BW.new_full((num_rows, num_masks), self.head.head_config.mask_token_id)
-        states_BTC = torch.cat([self._fused(states_BWX), masks_BMC], 1)
+        states_BTC = torch.cat([self.fused(states_BWX), masks_BMC], 1)
         output = self.run_head(torch.cat([tokens_BW, masked_BM], 1), states_BTC, offsets_BT, seen_BTT)
         self.commit([range(size) for size in sizes])
         slots_BS = torch.cat([sizes_B1 - 1, places_T[width:].expand(num_rows, -1)], 1)
@@ -120,35 +130,24 @@ class HeadRunner(TreeModel):
         self.num_forwards += 1
         return self._forward(**inputs)
 
-    def _fused(self, states_BTX: Tensor) -> Tensor:
+    def fused(self, states_BTX: Tensor) -> Tensor:
+        """The target's states as the head's layers take them."""
         if self._final_norm is not None:
             weight = next(self._final_norm.parameters(), states_BTX)
             states_BTX = self._final_norm(states_BTX.to(weight.device)).to(self.device)
         return self.head.fuse(states_BTX)
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
-        """Over the target's vocabulary."""
-        return self.widen(self.draft_logits(normed_BTC))
-
-    def draft_logits(self, normed_BTC: Tensor) -> Tensor:
         """Over what the head can draft."""
         head = self.head.lm_head or self._target.get_output_embeddings()
         logits_BTV: Tensor = head(normed_BTC)
         return logits_BTV if self.head.vocab_ids is not None else logits_BTV[..., : self._target_vocab_size]
 
-    def widen(self, logits_BTV: Tensor) -> Tensor:
-        """From what the head can draft to the target's vocabulary."""
-        if self.head.vocab_ids is None:
-            return logits_BTV
-        wide = logits_BTV.new_full((*logits_BTV.shape[:2], self._target_vocab_size), _NEVER)
-        wide[..., self.head.vocab_ids] = logits_BTV
-        return wide
-
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         """From the head's own table, or the target's as it is stored (some models scale what they read)."""
-        table = self.head.embed_tokens or self._target.get_input_embeddings()
-        if not isinstance(table, nn.Embedding):  # of a GGUF file's blocks, which scales nothing
-            embedded: Tensor = table(tokens_BT.clamp(max=table.num_embeddings - 1))
-            return embedded
-        weight: Tensor = table.weight
-        return embedding(tokens_BT.clamp(max=len(weight) - 1).to(weight.device), weight)
+        tokens_BT = tokens_BT.clamp(max=self._last_token)
+        if isinstance(self._table, nn.Embedding):
+            weight: Tensor = self._table.weight
+            return embedding(tokens_BT.to(weight.device), weight)
+        embedded: Tensor = self._table(tokens_BT)
+        return embedded

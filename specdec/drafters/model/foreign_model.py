@@ -28,9 +28,6 @@ from specdec.tree_model.layer_kinds import keeps_states
 from specdec.tree_model.model import TreeModel
 from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TokenTree, TreeBatch
 
-_NEVER = -1e4
-"""Logit of tokens that the draft does not have: finite, so that processors may forbid all that it has."""
-
 
 class ForeignModel(Drafter):
     """Drafts with a causal LM of another tokenizer.
@@ -211,10 +208,15 @@ class _SharedTokensSession(_ForeignSession, GrowingSession):
         pairs = [pair for pair in drafter.shared if pair[0] < sizes[0] and pair[1] < sizes[1]]
         if not pairs:
             raise DraftError("the draft's vocabulary and the target's have no token in common: take another draft")
-        self._own_S, self._target_S = torch.tensor(pairs, device=self._reader.model.device).unbind(1)
-        self._own_V = torch.zeros(run.vocab_size, dtype=torch.long, device=self._own_S.device)
-        self._own_V[self._target_S] = self._own_S
+        own_S, target_S = torch.tensor(pairs, device=self._reader.model.device).unbind(1)
+        self._own_V = torch.zeros(run.vocab_size, dtype=torch.long, device=own_S.device)
+        self._own_V[target_S] = own_S
+        self._own_S, self._target_S = own_S, target_S.to(run.device)
         self._draft: Draft | None = None
+
+    @property
+    def _vocab_ids(self) -> Tensor:
+        return self._target_S
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         self._draft = None
@@ -236,7 +238,7 @@ class _SharedTokensSession(_ForeignSession, GrowingSession):
         self._draft = None
 
     def _score_root(self) -> Tensor:
-        return self._in_target_vocabulary(self._reader.read())
+        return self._reader.read()[..., self._own_S]
 
     def _score_nodes(self, grown: GrowingTrees) -> Tensor:
         device = self._own_V.device
@@ -245,12 +247,7 @@ class _SharedTokensSession(_ForeignSession, GrowingSession):
             grown.depths_BM.to(device) - 1,
             None if grown.is_chain else grown.seen_nodes_BMN.to(device),
         )
-        return self._in_target_vocabulary(logits_BMV)
-
-    def _in_target_vocabulary(self, logits: Tensor) -> Tensor:
-        logits_BMV = logits.new_full((*logits.shape[:2], self._run.vocab_size), _NEVER)
-        logits_BMV[..., self._target_S] = logits[..., self._own_S]
-        return logits_BMV
+        return logits_BMV[..., self._own_S]
 
 
 def _common(cached: Sequence[int], wanted: Sequence[int]) -> int:

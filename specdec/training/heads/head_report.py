@@ -166,7 +166,7 @@ def _draft_block(runner: HeadRunner, head: DSpark) -> None:
     """Its forward, the LM head, and what the tokens before change."""
     root_11 = _zeros(runner, 1)
     slots_BTC = runner.run_block(root_11)
-    logits_BTV = runner.draft_logits(slots_BTC)
+    logits_BTV = runner.logits(slots_BTC)
     for slot in range(slots_BTC.shape[1]):
         head.follow(logits_BTV[:, slot : slot + 1], slots_BTC[:, slot : slot + 1], root_11)
 
@@ -176,5 +176,5 @@ def _draft_token(runner: HeadRunner) -> None:
     size = runner.head.config.hidden_size
     states_11C = torch.zeros(1, 1, size, dtype=runner.head.dtype, device=runner.device)
     output = runner.run_head(_zeros(runner, 1), states_11C, _zeros(runner, 1), None)
-    runner.draft_logits(output.normed_BTC)
+    runner.logits(output.normed_BTC)
     runner.forget_tail()
