@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -60,16 +61,43 @@ def test_layers_compute_what_transformers_does(
     assert {len(said.drafted) for said in listener.said} >= {0, 1, 2}
 
 
-def test_sampled_rows_follow_the_target(tmp_path: Path) -> None:
-    tiny = TinyMtp("deepseek", "llama", torch.float32, vocab_size=VOCAB_SIZE, initializer_range=0.6)
+@pytest.mark.parametrize(
+    ("layout", "family", "num_layers", "tree"),
+    [
+        ("deepseek", "deepseek_v3", 2, "dyspec"),
+        ("deepseek", "llama", 3, "dyspec"),
+        ("mimo", "qwen2", 3, "fixed"),
+        ("transformers", "llama", 3, "chain"),
+        ("speculators", "qwen3", 2, "fixed"),
+    ],
+)
+def test_several_layers_draft_a_token_each(
+    layout: str, family: str, num_layers: int, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafter, "_CHUNK", 7)
+    tiny, listener = TinyMtp(layout, family, num_layers=num_layers), Listener(monkeypatch)
+    prompts = random_prompts([5, 12, 1, 9])
+    out = speculate(tiny.target, prompts, DraftHead(tiny.save(tmp_path)), tree=TREES[tree], max_new_tokens=NUM_NEW)
+    expected = plain_alone(tiny.target, prompts, NUM_NEW)
+    assert_same_tokens(tiny.target, expected, out.sequences, prompts["attention_mask"])
+    tiny.check(listener)
+    assert 0 < out.stats.num_accepted < out.stats.num_drafted
+    assert {len(said.drafted) for said in listener.said} == set(range(num_layers))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_sampled_rows_follow_the_target(num_layers: int, tmp_path: Path) -> None:
+    settings = {"num_layers": num_layers, "vocab_size": VOCAB_SIZE, "initializer_range": 0.6}
+    tiny = TinyMtp("deepseek", "llama", torch.float32, **settings)
     head = DraftHead(tiny.save(tmp_path))
     assert_ragged_rows_are_exact(tiny.target, head, tree=DySpec(3, max_depth=2), verify="topdown")
 
 
-def test_requests_that_join_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_requests_that_join_and_leave(num_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request_of(random_prompt(length, length), max_new_tokens=15) for length in (9, 1, 41, 17, 5)]
     requests.append(request_of(requests[2].prompt[:34], max_new_tokens=9))
-    tiny, listener = TinyMtp("qwen", "qwen3"), Listener(monkeypatch)
+    tiny, listener = TinyMtp("deepseek", "qwen3", num_layers=num_layers), Listener(monkeypatch)
     engine = Engine(tiny.target, drafter=DraftHead(tiny.save(tmp_path)), max_rows=3, prefill_chunk=7)
     generations = [engine.submit(request) for request in requests]
     engine.run()
@@ -129,14 +157,15 @@ def cached(home: Path, hub_id: str) -> Path:
     return repository / "snapshots" / ("0" * 40)
 
 
-def test_the_first_of_several_layers_is_read(tmp_path: Path) -> None:
+def test_layers_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     tiny = TinyMtp("deepseek", "llama")
     file = tiny.save(tmp_path) / "model.safetensors"
     tensors = load_file(file)
     more = {name.replace("layers.2.", "layers.10."): -tensor for name, tensor in tensors.items() if "layers.2." in name}
     save_file({**tensors, **more}, file)
-    read, expected = load_head(tmp_path).get_parameter("fc.weight"), tiny.module.layers[0].eh_proj.weight
-    assert torch.equal(read, expected)
+    read, expected = load_head(tmp_path), tiny.module.layers[0].eh_proj.weight
+    assert torch.equal(read.get_parameter("fc.weight"), expected)
+    assert torch.equal(read.get_parameter("later.0.fc.weight"), -expected)
 
 
 def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
@@ -162,6 +191,71 @@ def test_what_transformers_saves_of_its_own_model_is_read(tmp_path: Path) -> Non
     for name, tensor in read.block.state_dict().items():
         assert torch.equal(tensor, layer.mtp_block.state_dict()[name])
     assert torch.equal(read.hnorm.weight, layer.hnorm.weight)
+
+
+_NAME = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("scales", ["block", "row", "tensor"])
+def test_layers_in_eight_bits(scales: str, family: str, tmp_path: Path) -> None:
+    """As DeepSeek and others publish them, beside the same numbers as floats; blocks do not divide all weights."""
+    tiny = TinyMtp("deepseek", family)
+    folders = [tiny.save(tmp_path / name) for name in ("quantised", "floats")]
+    narrow, wide = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, weight in [*narrow.items()]:
+        if name.startswith("model.layers.2.") and weight.dim() == 2:
+            block = {"block": (5, 12), "row": (1, weight.shape[1]), "tensor": tuple(weight.shape)}[scales]
+            narrow[name], scale, wide[name] = _in_eight_bits(weight, block)
+            narrow[f"{name}_scale{'_inv' if scales == 'block' else ''}"] = scale
+            narrow[name.replace("weight", "input_scale")] = torch.tensor(3.0)
+    for folder, tensors in zip(folders, (narrow, wide), strict=True):
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    _say_quantised(folders[0])
+    read, expected = (load_head(folder).state_dict() for folder in folders)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
+    out = speculate(tiny.target, PROMPTS, DraftHead(folders[0]), tree=Fixed((2, 2)), max_new_tokens=NUM_NEW)
+    expected_tokens = plain_alone(tiny.target, PROMPTS, NUM_NEW)
+    assert_same_tokens(tiny.target, expected_tokens, out.sequences, PROMPTS["attention_mask"])
+    assert out.stats.num_accepted
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{_NAME}_scale_inv"), "up_proj.weight is in 8 bits, and has no scales"),
+        (lambda tensors: tensors.update({f"{_NAME}_scale_inv": torch.ones(3, 3)}), r"\(3, 3\) that fit none"),
+        (lambda tensors: tensors.update({"model.layers.2.enorm.weight_scale": torch.ones(1)}), "fit none"),
+        (lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.qweight": torch.ones(1)}), "packed weights"),
+    ],
+)
+def test_damaged_scales_are_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    folder = TinyMtp("deepseek", "llama").save(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[_NAME], tensors[f"{_NAME}_scale_inv"], _ = _in_eight_bits(tensors[_NAME], (5, 12))
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    _say_quantised(folder)
+    with pytest.raises(DraftError, match=message):
+        DraftHead(folder)
+
+
+def _in_eight_bits(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weight, its scales, and what they say together."""
+    narrow, wide = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scales = torch.empty(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
+    for row, column in itertools.product(*map(range, scales.shape)):
+        part = tuple(slice(i * size, (i + 1) * size) for i, size in zip((row, column), block, strict=True))
+        scales[row, column] = weight[part].abs().max() / 448
+        narrow[part] = (weight[part] / scales[row, column]).to(narrow.dtype)
+        wide[part] = narrow[part].float() * scales[row, column]
+    return narrow, scales, wide
+
+
+def _say_quantised(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [5, 12]}
+    (folder / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.mark.parametrize(

@@ -53,27 +53,31 @@ class TinyMtp:
         layout: one of `LAYOUTS`.
         family: of the target.
         dtype: if absent float64, and float32 where recurrences or the choice of experts are computed in it.
+        num_layers: each of which drafts a token further ahead.
         settings: of the target.
     """
 
-    def __init__(self, layout: str, family: str, dtype: torch.dtype | None = None, **settings: Any):
+    def __init__(
+        self, layout: str, family: str, dtype: torch.dtype | None = None, num_layers: int = 1, **settings: Any
+    ):
         dtype = dtype or (torch.float64 if family in DENSE else torch.float32)
         self.layout = layout
         self.target = mtp_target(family, dtype, **settings)
-        self._place = str(self.target.config.num_hidden_layers)
+        self._first_place = self.target.config.num_hidden_layers
         config = copy.deepcopy(self.target.config)
-        config.num_mtp_layers = 1
+        config.num_mtp_layers = num_layers
         for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
             if getattr(config, name, None) is not None:
-                setattr(config, f"mtp_{name}", [kind])
+                setattr(config, f"mtp_{name}", [kind] * num_layers)
         shallow = copy.copy(self.target)
         shallow.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            self.module = MtpModel(shallow, 1).to(dtype).eval()
-            for name, weight in self.module.layers[0].named_parameters():
+            self.module = MtpModel(shallow, num_layers).to(dtype).eval()
+            for name, weight in self.module.layers.named_parameters():
                 torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.3)
-        self.module.layers[0].config.mtp_hidden_states_first = layout == "mimo"
+        for layer in self.module.layers:
+            layer.config.mtp_hidden_states_first = layout == "mimo"
 
     @property
     def feeds_normed(self) -> bool:
@@ -81,12 +85,14 @@ class TinyMtp:
 
     def save(self, folder: Path) -> Path:
         """Beside the model's own weights, in its folder, or alone."""
-        prefix, parts, block = LAYOUTS[self.layout]
-        prefix = prefix.replace("{N}", self._place)
+        begins, parts, block = LAYOUTS[self.layout]
         tensors = {}
-        for name, tensor in unpacked(self.module.layers[0].state_dict()).items():
-            part, rest = name.split(".", 1)
-            tensors[prefix + (block + rest if part == "mtp_block" else f"{parts[part]}.{rest}")] = tensor.contiguous()
+        for index, layer in enumerate(self.module.layers):
+            prefix = begins.replace("{N}", str(self._first_place + index)).replace(".0.", f".{index}.")
+            for name, tensor in unpacked(layer.state_dict()).items():
+                part, rest = name.split(".", 1)
+                stored = block + rest if part == "mtp_block" else f"{parts[part]}.{rest}"
+                tensors[prefix + stored] = tensor.contiguous()
         self.target.save_pretrained(folder)
         fields = json.loads((folder / "config.json").read_text())
         own = load_file(folder / "model.safetensors")
@@ -107,6 +113,8 @@ class TinyMtp:
         Args:
             first: tokens of the text whose states the layer has not seen.
         """
+        if len(self.module.layers) > 1:
+            return self._said_by_several(text, drafted, first)
         layer: Any = self.module.layers[0]
         states_1TC, tokens = hidden_states(self.target, tuple(text[:-1]))[-1][:, first:], list(text[first + 1 :])
         for token in (*drafted, None):
@@ -114,6 +122,16 @@ class TinyMtp:
             fed_back_1TC = normed_1TC if self.feeds_normed else output_1TC
             states_1TC = torch.cat([states_1TC, fed_back_1TC[:, -1:]], 1)
             tokens.append(token)
+        logits_V: Tensor = self.module.shared_head(normed_1TC[0, -1])
+        return logits_V
+
+    def _said_by_several(self, text: Sequence[int], drafted: Sequence[int], first: int) -> Tensor:
+        """As `MtpModel.forward`: the next layer reads the states of the one before, and tokens one further on."""
+        states_1TC, tokens = hidden_states(self.target, tuple(text[:-1]))[-1][:, first:], [*text[first + 1 :], *drafted]
+        for number in range(len(drafted) + 1):
+            own = tokens[number : number + states_1TC.shape[1]]
+            output_1TC, normed_1TC = self._run(self.module.layers[number], own, states_1TC, first + number)
+            states_1TC = normed_1TC if self.feeds_normed else output_1TC
         logits_V: Tensor = self.module.shared_head(normed_1TC[0, -1])
         return logits_V
 
@@ -137,6 +155,8 @@ class TinyMtp:
     def check(self, listener: Listener, bound: float = 1e-5) -> None:
         """What the drafter has said is what the reference says. Of much, samples."""
         for said in listener.sample():
+            if len(self.module.layers) > 1 and len(said.drafted) >= len(said.text) - said.first:
+                continue  # the row's draft has ended there
             expected_V = self.reference_logits(said.text, said.drafted, said.first)
             error = (said.logits_V - expected_V).abs().max()
             assert error <= bound * (1 + expected_V.abs().max()), f"{error:.2e} after {said.text}, {said.drafted}"

@@ -14,9 +14,11 @@ import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
@@ -24,6 +26,7 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
 from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.mtp import Mtp
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
 from specdec.drafters.head.pending import PendingPairs
@@ -207,6 +210,80 @@ class _EagleSession(_HeadSession):
         return runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
 
 
+class _StackSession(_EagleSession):
+    """Several MTP layers, each for a token further ahead.
+
+    Layer k reads a token beside what layer k - 1 has made of the token before, and layer 0 beside the target's state
+    there. So the first k tokens of a text are nothing to it. Before a drafted node of depth d there is no state of the
+    target, so that layer d is the first that it is something to, and drafts its children. What layers below say of it
+    is not read.
+    """
+
+    def __init__(self, drafter: DraftHead, run: Run, layers: Sequence[int]):
+        super().__init__(drafter, run, layers)
+        head = self._runner.head
+        assert isinstance(head, Mtp)
+        self._runners += [HeadRunner(cast(HeadNetwork, layer), run.target) for layer in head.later]
+        self._made: list[list[Tensor]] = []
+        """Of every layer but the last: of the root and every layer of nodes, [B, M, C]."""
+        self._newest: list[list[Tensor]] = [[] for _ in head.later]
+        """Of every layer but the last: for each row its output at the newest token, [1, C], or [0, C]."""
+
+    def propose(self, max_depths: Sequence[int]) -> Draft:
+        known = [length + size for length, size in zip(self._lengths, self._pending.sizes, strict=True)]
+        return super().propose([min(depth, 1 + count) for depth, count in zip(max_depths, known, strict=True)])
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._fill()
+        super().select_rows(rows)
+        self._newest = [[own[row] for row in rows] for own in self._newest]
+
+    @property
+    def _lengths(self) -> Sequence[int]:
+        """Tokens of each row that have been read."""
+        return self._runner.cache.lengths
+
+    def _fill(self) -> None:
+        """Rows have joined."""
+        weight_C = self._runner.head.norm.weight
+        for own in self._newest:
+            own += [weight_C.new_empty(0, len(weight_C))] * (len(self._pending.sizes) - len(own))
+
+    def _read(self, sizes: Sequence[int]) -> Tensor:
+        self._fill()
+        tokens_BW, states_BWX = self._pending.take(sizes)
+        output = self._runner.append_pairs(tokens_BW, self._runner.fused(states_BWX), sizes)
+        rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes) - 1
+        normed_B1C = output.normed_BTC[rows_B, last_B].unsqueeze(1)
+        tokens = [tokens_W[:size] for tokens_W, size in zip(tokens_BW, sizes, strict=True)]
+        made = [states_WC[:size] for states_WC, size in zip(output.states_BTC, sizes, strict=True)]
+        for newest, runner in zip(self._newest, self._runners[1:], strict=True):
+            states = [torch.cat([old, new[:-1]]) if len(new) else new for old, new in zip(newest, made, strict=True)]
+            newest[:] = [new[-1:] if len(new) else old for old, new in zip(newest, made, strict=True)]
+            tokens = [own[len(own) - len(before) :] for own, before in zip(tokens, states, strict=True)]
+            counts = [len(own) for own in tokens]
+            made = states
+            if max(counts):
+                pairs = pad_sequence(tokens, batch_first=True), pad_sequence(states, batch_first=True)
+                output = runner.append_pairs(*pairs, counts)
+                made = [states_WC[:count] for states_WC, count in zip(output.states_BTC, counts, strict=True)]
+        nothing_1C = torch.zeros_like(normed_B1C[0])
+        self._made = [[torch.stack([own if len(own) else nothing_1C for own in newest])] for newest in self._newest]
+        return self._runner.logits(normed_B1C)
+
+    def _normed(self, grown: GrowingTrees) -> Tensor:
+        runners = self._runners[1:]
+        outputs = [self._forward(runner, made, grown) for runner, made in zip(runners, self._made, strict=True)]
+        nothing_BMC = torch.zeros_like(outputs[0].states_BTC)
+        for made, new_BMC in zip(self._made, [nothing_BMC, *(output.states_BTC for output in outputs)], strict=False):
+            made.append(new_BMC)
+        layers_BM1 = (grown.depths_BM - 1).to(nothing_BMC.device).unsqueeze(2)
+        normed_BMC = outputs[0].normed_BTC
+        for number, output in enumerate(outputs[1:], start=1):
+            normed_BMC = torch.where(layers_BM1 == number, output.normed_BTC, normed_BMC)
+        return normed_BMC
+
+
 class _BlockSession(_HeadSession):
     """One forward a round. What it says of a depth holds for every node there (as in DDTree), but for what a DSpark
     head makes of the token before."""
@@ -257,4 +334,6 @@ class _ParallelSession(_BlockSession):
 def _session_of(head: HeadNetwork) -> type[_HeadSession]:
     if isinstance(head, PEagle):
         return _ParallelSession
+    if isinstance(head, Mtp) and head.later:
+        return _StackSession
     return _BlockSession if isinstance(head, DFlash) else _EagleSession

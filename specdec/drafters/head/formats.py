@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from specdec.drafters.head.quantised import dequantised
 from specdec.errors import DraftError
 
 EAGLE3 = "eagle3"
@@ -37,8 +38,6 @@ _FROM_SPECFORGE = "eagle_config"
 _DFLASH_SETTINGS = "dflash_config"
 _MARKOV_RANK = 256
 _PEAGLE_DEPTHS = 8
-SCALE = "_scale"
-"""After the name of a weight in 8 bits: what a row of it is multiplied by (as compressed-tensors name it)."""
 _STATE_LAYERS = "eagle_aux_hidden_state_layer_ids"
 _RENAMED = {"midlayer.": "layers.0.", "model.": ""}
 _UNREAD = ("t2d", "rotary_emb.", "verifier_", "layers.0.self_attn.rotary_emb.")
@@ -61,6 +60,7 @@ class HeadConfig:
         norm_before_fc: a norm over all of a position's states; `fc_norm`: one for each of them.
         norm_output: whether what is fed back to draft the next token is normed.
         hidden_first: whether an MTP layer's projection reads the state before the embedding.
+        num_mtp_layers: of which each drafts one token, if there are several.
         block_size: of a head that drafts blocks, the newest token included; `mask_token_id` fills it up.
         is_causal: whether the positions of a block see only those before them.
         drafts_at_root: whether the newest token's own position drafts too.
@@ -81,6 +81,7 @@ class HeadConfig:
     fc_norm: bool = False
     norm_output: bool = False
     hidden_first: bool = False
+    num_mtp_layers: int = 1
     block_size: int = 0
     mask_token_id: int = 0
     is_causal: bool = False
@@ -105,6 +106,8 @@ class HeadConfig:
     @property
     def longest_draft(self) -> int | None:
         """Tokens that it can draft in a row; None: any number."""
+        if self.num_mtp_layers > 1:
+            return self.num_mtp_layers
         return self.block_size - 1 + self.drafts_at_root if self.block_size else None
 
     def layers_read(self, num_layers: int) -> tuple[int, ...]:
@@ -168,13 +171,10 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise DraftError(f"cannot read the head in {file}: {error}") from error
     read = {name: tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
-    scales = {name: read.pop(name) for name in sorted(read) if name.endswith(SCALE)}
-    for name, scale_N1 in scales.items():
-        weight = name.removesuffix(SCALE)
-        if weight not in read or scale_N1.shape != (len(read[weight]), 1):
-            raise DraftError(f"the head in {os.fspath(folder)} has scales {name} that fit none of its weights")
-        read[weight] = read[weight].float() * scale_N1
-    return read
+    try:
+        return dequantised(read, read_fields(folder))
+    except ValueError as error:
+        raise DraftError(f"the weights of the head in {os.fspath(folder)} cannot be used: {error}") from error
 
 
 def read_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:

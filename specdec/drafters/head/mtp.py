@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.drafters.head.mtp_files import block_model, read_mtp
@@ -32,6 +32,8 @@ class Mtp(HeadNetwork):
         self.rotary_emb = type(decoder.rotary_emb)(self.config)
         self.block = decoder.layers[0]
         self.block.to(self.config.dtype or torch.float32).to_empty(device="cpu")
+        self.later = nn.ModuleList()
+        """Further layers, each for a token further ahead."""
 
     def forward(
         self,
@@ -59,7 +61,7 @@ class Mtp(HeadNetwork):
 
 
 def load_mtp(folder: str | os.PathLike[str]) -> Mtp | None:
-    """The MTP layer in a folder, in the dtype of its file; None if there is none.
+    """The MTP layers in a folder, in the dtype of its file, the first with the others in it; None if there is none.
 
     Raises:
         DraftError: it is damaged, or not one that can be read.
@@ -67,7 +69,10 @@ def load_mtp(folder: str | os.PathLike[str]) -> Mtp | None:
     read = read_mtp(folder)
     if read is None:
         return None
+    config, layers = read
     try:
-        return built(Mtp, *read)
+        first, *others = (built(Mtp, config, tensors) for tensors in layers)
+        first.later.extend(others)
+        return first
     except (RuntimeError, ValueError) as error:
         raise DraftError(f"the MTP layer in {os.fspath(folder)} does not fit its config.json: {error}") from error

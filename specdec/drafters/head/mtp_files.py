@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as hf_logging
 
 from specdec.drafters.head.formats import MTP, HeadConfig, read_fields
+from specdec.drafters.head.quantised import dequantised
 from specdec.errors import DraftError
 
 BLOCK = "block."
@@ -58,10 +59,10 @@ class _Layout:
 
 
 _LAYOUTS = (
-    _Layout(found_by=r"(mtp_layers\.0\.)hidden_layernorm\.weight", parts=_MIMO),  # speculators
-    _Layout(found_by=r"(model\.mtp_layers\.0\.)hidden_layernorm\.weight", parts=_MIMO, hidden_first=True),
+    _Layout(found_by=r"(mtp_layers\.\d+\.)hidden_layernorm\.weight", parts=_MIMO),  # speculators
+    _Layout(found_by=r"(model\.mtp_layers\.\d+\.)hidden_layernorm\.weight", parts=_MIMO, hidden_first=True),
     _Layout(found_by=r"(.*\bmtp\.)pre_fc_norm_hidden\.weight", parts=_QWEN, block="layers.0."),
-    _Layout(found_by=r"(layers\.0\.)hnorm\.weight", parts=_TRANSFORMERS, block="mtp_block."),
+    _Layout(found_by=r"(layers\.\d+\.)hnorm\.weight", parts=_TRANSFORMERS, block="mtp_block."),
     _Layout(found_by=r"()pre_fc_norm_hidden\.weight", parts=_QWEN, block="layers.0..)"),  # as 5.23 saves MtpModel
     _Layout(found_by=r"(.*\blayers\.\d+\.)hnorm\.weight", parts=_DEEPSEEK, feeds_normed=False),
 )
@@ -75,10 +76,8 @@ def holds_mtp(folder: str | os.PathLike[str]) -> bool:
         return False
 
 
-def read_mtp(folder: str | os.PathLike[str]) -> tuple[HeadConfig, dict[str, Tensor]] | None:
-    """An MTP layer's configuration, and its tensors by the names of `mtp.Mtp`; None if there is none.
-
-    Of several only the first is read, which drafts all tokens in turn, and serves for each.
+def read_mtp(folder: str | os.PathLike[str]) -> tuple[HeadConfig, list[dict[str, Tensor]]] | None:
+    """The configuration of MTP layers, and the tensors of each by the names of `mtp.Mtp`; None if there is none.
 
     Raises:
         DraftError: it is damaged, or inside a model that transformers does not know.
@@ -87,18 +86,14 @@ def read_mtp(folder: str | os.PathLike[str]) -> tuple[HeadConfig, dict[str, Tens
     found = _find(files)
     if found is None:
         return None
-    layout, prefix = found
-    names = {}
-    for stored in files:
-        ours = _our_name(stored.removeprefix(prefix), layout) if stored.startswith(prefix) else None
-        if ours is not None:
-            names[stored] = ours
+    layout, prefixes = found
+    names = [_names(files, layout, prefix) for prefix in prefixes]
     fields = read_fields(folder)
     try:
-        config = _config(fields, layout, names.values())
-        tensors = _read(files, names)
-        config.layers.dtype = tensors["fc.weight"].dtype
-        return config, _converted(config.layers, tensors)
+        config = replace(_config(fields, layout, names[0].values()), num_mtp_layers=len(names))
+        layers = [dequantised(_read(files, own), fields) for own in names]
+        config.layers.dtype = layers[0]["fc.weight"].dtype
+        return config, [_converted(config.layers, tensors) for tensors in layers]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DraftError(
             f"the MTP layer in {os.fspath(folder)} cannot be used ({type(error).__name__}: {error})"
@@ -129,14 +124,20 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
         raise DraftError(f"cannot read the head in {folder}: {error}") from error
 
 
-def _find(names: Collection[str]) -> tuple[_Layout, str] | None:
-    """The layout, and what the names of the first layer's parts begin with."""
+def _find(names: Collection[str]) -> tuple[_Layout, list[str]] | None:
+    """The layout, and what the names of each layer's parts begin with."""
     for layout in _LAYOUTS:
         prefixes = [match[1] for name in names if (match := re.fullmatch(layout.found_by, name))]
         prefixes = [prefix for prefix in prefixes if any(name.startswith(prefix + layout.block) for name in names)]
         if prefixes:
-            return layout, min(prefixes, key=lambda prefix: ([int(n) for n in re.findall(r"\d+", prefix)], prefix))
+            return layout, sorted(prefixes, key=lambda prefix: ([int(n) for n in re.findall(r"\d+", prefix)], prefix))
     return None
+
+
+def _names(files: Collection[str], layout: _Layout, prefix: str) -> dict[str, str]:
+    """Ours of the tensors of one layer."""
+    ours = {stored: _our_name(stored.removeprefix(prefix), layout) for stored in files if stored.startswith(prefix)}
+    return {stored: name for stored, name in ours.items() if name is not None}
 
 
 def _our_name(name: str, layout: _Layout) -> str | None:

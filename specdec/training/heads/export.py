@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.eagle import Eagle3
-from specdec.drafters.head.formats import DSPARK, EAGLE3, FROM_SPECDEC, JUMP, MTP, SCALE, HeadConfig
+from specdec.drafters.head.formats import DSPARK, EAGLE3, FROM_SPECDEC, JUMP, MTP, HeadConfig
 from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.mtp import Mtp
+from specdec.drafters.head.quantised import SCALE
 
 _VERSION = "0.9.0"
 """Of speculators, whose fields these are."""
