@@ -107,9 +107,11 @@ def test_requests_that_join_and_leave(num_layers: int, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
-@pytest.mark.parametrize("family", ["llama", "glm4_moe"])
-def test_a_prepared_target_has_a_prepared_layer(family: str, weights: str | None, tmp_path: Path) -> None:
-    tiny = TinyMtp("deepseek", family, torch.float32)
+@pytest.mark.parametrize(("family", "num_layers"), [("llama", 1), ("llama", 2), ("glm4_moe", 1)])
+def test_a_prepared_target_has_prepared_layers(
+    family: str, num_layers: int, weights: str | None, tmp_path: Path
+) -> None:
+    tiny = TinyMtp("deepseek", family, torch.float32, num_layers=num_layers)
     head = DraftHead(tiny.save(tmp_path))
     model = specdec.prepare(deepcopy(tiny.target), weights=weights)
     out = speculate(model, PROMPTS, head, tree=Fixed((2, 2)), max_new_tokens=NUM_NEW)
