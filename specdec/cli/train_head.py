@@ -16,6 +16,7 @@ from specdec.cli.model_argument import takes_model
 from specdec.cli.options import MODEL_OPTIONS
 from specdec.cli.progress import Bars
 from specdec.model_options import ModelOptions
+from specdec.stages import stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOADING: FieldOptions = {name: MODEL_OPTIONS[name] for name in ("device", "threads", "trust_remote_code")}
 _FLOAT32 = ModelOptions(dtype="float32")
+_REPORTING = "drafting on held-out text"
 
 
 class Kind(StrEnum):
@@ -199,7 +201,8 @@ def _train_model(
     training = FullTraining(target.model, source, out, **settings, **collecting)
     with naming(out):
         _show(training, ["loss {:.3f}", "of exits {:.3f}"])
-        training.finish(target.tokenizer)
+        with stage("writing the model"):
+            training.finish(target.tokenizer)
 
 
 def _train_network(
@@ -220,7 +223,8 @@ def _train_network(
     )
     with naming(out):
         _show(training, ["accepted {:.2f}"])
-        report = training.finish()
+        with stage(_REPORTING):
+            report = training.finish()
     console = Console(markup=False)
     console.print(_head_table(report, f"{target.name}: the head on held-out text, written to {out}"))
     console.print(_curve_table(training.curve))
@@ -236,7 +240,8 @@ def _train_exits(
     training = ExitTraining(target.model, source, recipe, out, **collecting)
     with naming(out):
         _show(training, [f"exit {layer}: {{:.1%}}" for layer in recipe.layers])
-        report = training.finish()
+        with stage(_REPORTING):
+            report = training.finish()
     Console(markup=False).print(_table(report, f"{target.name}: exits on held-out text, written to {out}"))
 
 
