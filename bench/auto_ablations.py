@@ -12,6 +12,7 @@ from specdec.control import costs, rounds
 from specdec.control import estimates as acceptance
 from specdec.drafters.auto import drafter as auto
 from specdec.drafters.auto import knowledge as auto_knowledge
+from specdec.drafters.auto import lookup_source as auto_lookup
 from specdec.drafters.auto import sources as auto_sources
 from trees import gain_limited
 
@@ -38,6 +39,7 @@ ABLATIONS: dict[str, list[Replacement]] = {
     "monotone-acceptance": [(acceptance, "monotone", _unchanged)],
     "acceptance-memory": [(acceptance.AcceptanceMemory, "update", _nothing)],
     "acceptance-of-run": [(acceptance, "_RUN_DECAY", 0.0)],
+    "proof": [(auto_lookup, "_UNPROVEN", inf)],
     # what they cost
     "monotone-prices": [(auto_sources, "monotone", _unchanged)],
     "learning-costs": [(costs.ForwardCosts, "update", _nothing)],

@@ -14,9 +14,9 @@ from rich.table import Table
 from specdec import __version__
 from specdec.cli.common import friendly_errors, starting
 from specdec.cli.model_argument import takes_model
-from specdec.disk_cache.folders import MEASUREMENTS, PACKED_WEIGHTS, CacheFolder, cache_folder
+from specdec.disk_cache.folders import MEASUREMENTS, PACKED_WEIGHTS, PREFIXES, CacheFolder, cache_folder
 
-CACHES = (MEASUREMENTS, PACKED_WEIGHTS)
+CACHES = (MEASUREMENTS, PACKED_WEIGHTS, PREFIXES)
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
 
@@ -38,7 +38,10 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     clear_cache: Annotated[
-        bool, typer.Option("--clear-cache", help="Remove measurements and packed weights first; they are made again.")
+        bool,
+        typer.Option(
+            "--clear-cache", help="Remove measurements, packed weights and kept prefixes first; they are made again."
+        ),
     ] = False,
 ) -> None:
     """Show versions, devices, threads, dtype advice, caches and the models found on this machine."""

@@ -55,6 +55,24 @@ def _drafter_option(names: Sequence[str]) -> Any:
 
 DrafterOption = Annotated[str | None, _drafter_option(DRAFTERS)]
 EngineDrafterOption = Annotated[str | None, _drafter_option(DRAFTERS_OF_AN_ENGINE)]
+PrefixCacheOption = Annotated[
+    float | None,
+    typer.Option(
+        "--prefix-cache",
+        metavar="GB",
+        min=0.001,
+        help="Keep the keys and values of what is read in the user's cache, at most so many GB: of a text that begins "
+        "like an earlier one, only the rest is read, also after a restart.",
+        show_default=False,
+    ),
+]
+
+
+def prefix_bytes(prefix_cache_gb: float | None) -> int | None:
+    """Of `PrefixCacheOption`."""
+    return None if prefix_cache_gb is None else int(prefix_cache_gb * 1e9)
+
+
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="Stop after this text; may be given several times.")
 ]
@@ -107,21 +125,15 @@ class Sampling:
             torch.manual_seed(self.seed)
 
 
-SamplingOptions = Annotated[
-    Sampling,
-    {
-        "sample": _SAMPLE,
-        "temperature": _TEMPERATURE,
-        "top_p": typer.Option(
-            "--top-p", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING
-        ),
-        "top_k": typer.Option(
-            "--top-k", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING
-        ),
-        "seed": typer.Option(
-            "--seed", min=0, help="With --sample: the same seed gives the same text.", rich_help_panel=_SAMPLING
-        ),
-    },
-]
+SAMPLING_OPTIONS: FieldOptions = {
+    "sample": _SAMPLE,
+    "temperature": _TEMPERATURE,
+    "top_p": typer.Option("--top-p", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
+    "top_k": typer.Option("--top-k", help="With --sample; the model's own value if absent.", rich_help_panel=_SAMPLING),
+    "seed": typer.Option(
+        "--seed", min=0, help="With --sample: the same seed gives the same text.", rich_help_panel=_SAMPLING
+    ),
+}
+SamplingOptions = Annotated[Sampling, SAMPLING_OPTIONS]
 GREEDY = Sampling()
 """The default values of `SamplingOptions`."""

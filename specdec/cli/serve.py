@@ -14,7 +14,14 @@ from rich.text import Text
 from specdec.cli.common import ModelOption, err_console, friendly_errors, starting
 from specdec.cli.grafting import FieldOptions, grafted
 from specdec.cli.model_argument import takes_model
-from specdec.cli.options import LOADING, EngineDrafterOption, EngineDraftOption, LoadingOptions
+from specdec.cli.options import (
+    LOADING,
+    EngineDrafterOption,
+    EngineDraftOption,
+    LoadingOptions,
+    PrefixCacheOption,
+    prefix_bytes,
+)
 from specdec.server.options import ServerOptions
 from specdec.specs import choose_drafter
 
@@ -93,6 +100,7 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
+    prefix_cache: PrefixCacheOption = None,
     lora_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,6 +118,8 @@ def serve(
     if server.api_key is not None and server.allows_no_key:
         raise ValueError("--no-api-key lets everyone in, and there is an API key: give only one of them")
     folders = _adapter_folders(lora_modules or [], name or model, loading)
+    if folders and prefix_cache is not None:
+        raise ValueError("--prefix-cache is for what the files of one model say: leave it or --lora-modules out")
 
     with starting():
         from specdec.engine import Engine, LoraEngine, check_adapters, load_adapters
@@ -128,6 +138,7 @@ def serve(
             max_rows=max_rows,
             max_waiting=max_waiting,
             max_cached_tokens=slots,
+            max_prefix_bytes=prefix_bytes(prefix_cache),
         )
 
     engine = LoraEngine(pair.target.model, adapters, make, max_cached_tokens) if adapters else make(max_cached_tokens)

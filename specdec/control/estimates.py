@@ -90,6 +90,11 @@ class AcceptanceModel:
         return found
 
     @property
+    def num_accepted(self) -> float:
+        """Tokens that this run has accepted; earlier ones count for less."""
+        return sum(self._accepted)
+
+    @property
     def mean_chance(self) -> float:
         """Of a token whose confidence is not known yet."""
         weights = [1.0 + memory + run for memory, run in zip(self._memory.seen, self._seen, strict=True)]

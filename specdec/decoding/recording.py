@@ -10,7 +10,8 @@ from transformers import DynamicCache, GenerationConfig
 
 from specdec.decoding.stats import DecodingStats, SpeculativeOutput
 from specdec.hf import CACHE
-from specdec.tree_model.cache import RowStates, TreeCache, refill
+from specdec.tree_model.cache import RowStates, TreeCache
+from specdec.tree_model.dynamic_cache import refill
 
 
 class Recorder:

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,12 +48,17 @@ class CacheFolder:
             for file in sorted(self.path.glob(pattern)):
                 check_access(file)
                 if file.is_file() and not file.is_symlink():
-                    with suppress(OSError):  # root's, for all users
-                        os.utime(file)
+                    self.touch([file])
                     return file
         except OSError as error:
             _log.debug("%s is not read: %s", self.path, error)
         return None
+
+    def touch(self, files: Iterable[Path]) -> None:
+        """These count as used now, the last of them last."""
+        for file in files:
+            with suppress(OSError):  # root's, for all users; or gone
+                os.utime(file)
 
     def write(self, write: Callable[[Path], str]) -> Path | None:
         """Add a file; other processes see no file or a whole one. None where the folder cannot be trusted or written.
@@ -111,3 +116,5 @@ class CacheFolder:
 MEASUREMENTS = CacheFolder("measurements", 4 << 20)
 PACKED_WEIGHTS = CacheFolder("packed-weights", 20 << 30)
 """As large as two models of twice 5 GB: what fits the machines that these files are for."""
+PREFIXES = CacheFolder("prefixes", 0)
+"""As large as who asks for it allows."""

@@ -35,6 +35,7 @@ from specdec.errors import CapacityError, DraftError, UnsupportedModelError
 from specdec.hf import num_processes
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.prefix_files import PrefixFiles
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +56,14 @@ class Engine:
             native layers a row takes what it has written, in pages, and shares those of its prefix; others are padded
             to the longest. If rows outgrow it, those that came last wait again, and go on later where they were. None
             takes half of the memory that is free now.
+        max_prefix_bytes: of the disk, in the user's cache: what prompts begin with is kept there, and known to the next
+            process with the same model (`tree_model/prefix_files.py`). None: nothing is.
         prefill_chunk: prompt tokens that are read between two rounds, at most. While others decode they are as many as
             take about 1.7 times what a round takes (`chunking`); with int8 weights and native layers, they
             go through the model together with the round's own.
 
     Raises:
-        UnsupportedModelError: the model cannot be decoded by tree.
+        UnsupportedModelError: the model cannot be decoded by tree, or its prefixes not be kept on disk.
         DraftError: the drafter does not fit the model, or cannot take rows that join.
         ValueError: a wrong argument.
     """
@@ -74,12 +77,13 @@ class Engine:
         max_rows: int = 16,
         max_waiting: int = 1024,
         max_cached_tokens: int | None = None,
+        max_prefix_bytes: int | None = None,
         prefill_chunk: int = 512,
     ):
         speculation = Speculation.of(drafter)
         limits = {"max_rows": max_rows, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
-        if max_cached_tokens is not None:
-            limits["max_cached_tokens"] = max_cached_tokens
+        optional = {"max_cached_tokens": max_cached_tokens, "max_prefix_bytes": max_prefix_bytes}
+        limits |= {name: value for name, value in optional.items() if value is not None}
         for name, value in limits.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it is a positive integer")
@@ -100,7 +104,8 @@ class Engine:
         self._replies = EarlierReplies()
         self._memory = KeyValueMemory(self.max_cached_tokens, self._prefixes, self._pool)
         self._waiting = TurnQueue(max_waiting)
-        self._reader = PromptReader(model, self._prefixes, self._pool)
+        files = None if max_prefix_bytes is None else PrefixFiles(model, max_prefix_bytes)
+        self._reader = PromptReader(model, self._prefixes, self._pool, files)
         self._chunks = ChunkSizer(prefill_chunk)
         self._clock = perf_counter
         self._admitted: deque[RunningRequest] = deque()

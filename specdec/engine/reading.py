@@ -14,6 +14,7 @@ from specdec.engine.running_requests import RunningRequest
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
+from specdec.tree_model.prefix_files import PrefixFiles, TextFiles
 
 
 class PromptReader:
@@ -22,12 +23,17 @@ class PromptReader:
     Args:
         prefixes: what is known of the beginnings of prompts.
         pool: whose pages prompts have; None if those of their own rows.
+        files: what is known of them from earlier processes, and kept for later ones; None: nothing is.
     """
 
-    def __init__(self, model: PreTrainedModel, prefixes: PrefixCache, pool: PagePool | None):
+    def __init__(
+        self, model: PreTrainedModel, prefixes: PrefixCache, pool: PagePool | None, files: PrefixFiles | None = None
+    ):
         self._model = TreeModel(model)
         self._prefixes = prefixes
         self._pool = pool
+        self._files = files
+        self._of_prompt: TextFiles | None = None
         self.request: RunningRequest | None = None
         """Whose prompt is being read."""
         self._tokens: list[int] = []
@@ -62,9 +68,18 @@ class PromptReader:
         self.request, self._tokens = running, running.prompt[:-1]
         self._model.begin(capacity=len(self._tokens), pool=self._pool)
         self._hidden = []
-        self._num_read, states = self._prefixes.match(self._tokens)
+        states = self._known()
+        self._num_read = 0 if states is None else states.length
         running.begin(self._num_read)
         self._model.join(states)
+
+    def _known(self) -> RowStates | None:
+        """The states of what is known of the prompt."""
+        _, states = self._prefixes.match(self._tokens)
+        if self._files is None:
+            return states
+        self._of_prompt = self._files.of_text(self._tokens)
+        return self._of_prompt.extend(states, self._pool)
 
     def read(self, most: int) -> int:
         """Read some tokens more; returns their number."""
@@ -74,8 +89,14 @@ class PromptReader:
             self._hidden.append(self._model.states)
             if part_1T.is_cuda:  # what is under way would count as the round's
                 torch.cuda.synchronize(part_1T.device)
-        self._num_read += part_1T.numel()
+        self._has_read(part_1T.numel())
         return part_1T.numel()
+
+    def _has_read(self, count: int) -> None:
+        """Count tokens, and keep what is whole of them on disk: a little at a time, for others wait."""
+        self._num_read += count
+        if self._of_prompt is not None:
+            self._of_prompt.keep(self._model.cache.row_views(0))
 
     @contextmanager
     def reading_along(self, target: TreeModel, most: int) -> Iterator[None]:
@@ -86,13 +107,14 @@ class PromptReader:
                 yield
             finally:  # what comes after the forward may fail
                 if along.is_read:
-                    self._num_read += part_1T.numel()
                     self._hidden.append(self._model.states)
+                    self._has_read(part_1T.numel())
 
     def forget(self, running: RunningRequest) -> None:
         """The request is gone, or has all that it needs."""
         if running is self.request:
             self.request, self._tokens, self._num_read, self._hidden = None, [], 0, []
+            self._of_prompt = None
             self._model.begin(pool=self._pool)
 
     def _next(self, most: int) -> Tensor:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.errors import ModelError
 from specdec.kernels.model.gguf_modules import BLOCK_TYPES, Blocks, GgufEmbedding, GgufLinear
+from specdec.kernels.model.origin import note_files
 from specdec.kernels.model.prepare import adopt
 from specdec.models.checkpoint import Checkpoint
+from specdec.models.files import fingerprint
 from specdec.models.gguf import Header, Tensor, read_header
 from specdec.stages import stage
 
@@ -62,7 +64,9 @@ def load_gguf_model(path: Path, checkpoint: Checkpoint) -> PreTrainedModel:
     with stage(f"repacking {path.name}"):
         with path.open("rb") as file:  # the embedding keeps the mapping
             _File(path, header, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).fill(model)
-        return adopt(model.requires_grad_(False).eval(), GgufLinear.weights)
+        adopted = adopt(model.requires_grad_(False).eval(), GgufLinear.weights)
+    note_files(adopted, f"{fingerprint([path])} {GgufLinear.weights}")
+    return adopted
 
 
 def _damaged(path: Path, why: str) -> ModelError:

@@ -1,4 +1,5 @@
-"""The cache of a tree-decoding model. Its layers are in `tree_layer.py` and `recurrent.py`; no others touch HF's.
+"""The cache of a tree-decoding model. Its layers are in `tree_layer.py` and `recurrent.py`; with `dynamic_cache.py`, no
+others touch HF's.
 
 Every row owns the slots `0 .. lengths[row] - 1`, without gaps between its committed tokens (padding to the left
 of a prompt included). After them comes the *tail*: the speculative slots that forwards wrote since the last
@@ -15,27 +16,22 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count, groupby
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, DummyLayer
 
 from specdec.errors import UnsupportedOptionError
 from specdec.kernels.model.layer_run import NewSlots
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
-from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates, refill_states
+from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
 from trees.uploads import upload
 
@@ -404,44 +400,3 @@ def _move(layers: Sequence[TreeLayer], places: Sequence[Tensor]) -> None:
         if device not in by_device:
             by_device[device] = [place.to(device) for place in places]
         layer.move(*by_device[device])
-
-
-def beginning(cache: DynamicCache, length: int) -> DynamicCache:
-    """A cache of the first `length` slots of another one, which stays as it is. Nothing is copied.
-
-    Args:
-        cache: without sliding windows and states (one made without a configuration): those forget their beginning.
-    """
-    shorter = DynamicCache()
-    if length:
-        shorter.layers = [copy.copy(layer) for layer in cache.layers]
-        shorter.crop(length - cache.get_seq_length())
-    return shorter
-
-
-def refill(cache: DynamicCache, rows: Sequence[RowStates]) -> None:
-    """Give a `DynamicCache` the states of finished rows, as plain decoding would have left them.
-
-    Rows are aligned to the left; a row that finished early is filled with zeros to the longest one's length.
-
-    Args:
-        rows: for each row what `TreeCache.row_states` returned.
-    """
-    cache.reset()
-    num_slots = max(row.length for row in rows)
-    kinds = (DummyLayer, LinearAttentionLayer)
-    places = [index for index, layer in enumerate(cache.layers) if type(layer) not in kinds]
-    by_layer = zip(*(row.slots for row in rows), strict=True)
-    for layer, index in zip(by_layer, chain(places, count(len(cache.layers))), strict=False):
-        parts = zip(*layer, strict=True)
-        keys, values, *indexed = (torch.stack([_pad_slots(states, num_slots) for states in part]) for part in parts)
-        cache.update(keys, values, index)
-        if indexed:
-            cache.update_indexer(indexed[0][:, 0], index)
-    with_states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
-    for layer, *states in zip(with_states, *(row.recurrent for row in rows), strict=True):
-        refill_states(layer, states)
-
-
-def _pad_slots(states: Tensor, num_slots: int) -> Tensor:
-    return torch.nn.functional.pad(states, (0, 0, 0, num_slots - states.shape[1]))

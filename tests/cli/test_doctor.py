@@ -59,7 +59,7 @@ def test_doctor_lists_and_clears_caches(cache: Path, tmp_path: Path) -> None:
     answered = run("generate", "hello", "--raw", "-n", "4", "--model", folder, "--weights", "int8", "--device", "cpu")
     assert answered.exit_code == 0
     listed = {kept["name"]: kept for kept in json.loads(run("doctor", "--json").stdout)["caches"]}
-    assert set(listed) == {"measurements", "packed-weights"}
+    assert set(listed) == {"measurements", "packed-weights", "prefixes"}
     assert listed["packed-weights"]["num_bytes"] > 0 or native.library() is None
     assert listed["measurements"]["num_files"] > 0
     assert "packed-weights (0 files, 0.0 MB)" in run("doctor", "--clear-cache").stdout

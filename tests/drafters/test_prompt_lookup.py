@@ -1,5 +1,6 @@
 """The suffix automaton beside brute force, and what prompt lookup makes of it."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from specdec import UnsupportedOptionError
 from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
 from specdec.drafters import Outcome, PromptLookup, Run
-from specdec.drafters.lookup.prompt_lookup import LookupSession
+from specdec.drafters.lookup.prompt_lookup import ChainSession, LookupSession
 from specdec.drafters.lookup.suffix_automaton import NOWHERE, Match, SuffixAutomaton
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from tests.support.goodness import assert_drawn_from
@@ -152,6 +153,97 @@ def test_position_that_predicted_more_is_copied_from() -> None:
     assert session.trees([9])[0].tokens == [30, 31]
     session.observe(Outcome(paths=[[]], tokens=[[50, 97, 1, 2]]))
     assert session.trees([9])[0].tokens == [50, 97], "the latest one, which had predicted the 50"
+
+
+LONG = 32_000
+
+
+def long_text(num_tokens: int) -> list[int]:
+    """As unequal as words are, with passages that come again: names, quotations, boilerplate."""
+    random = Random(num_tokens)
+    text: list[int] = []
+    while len(text) < num_tokens:
+        if len(text) > 200 and random.random() < 0.3:
+            start = random.randrange(len(text) - 100)
+            text += text[start : start + random.randrange(5, 100)]
+        else:
+            text += [int(random.paretovariate(0.7)) % 20_000 for _ in range(50)]
+    return text[:num_tokens]
+
+
+class Counting(list[Any]):
+    """Counts how often it is looked at or written to."""
+
+    num_steps = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_steps += 1
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.num_steps += 1
+        super().__setitem__(index, value)
+
+    def append(self, value: Any) -> None:
+        self.num_steps += 1 + (len(value) if isinstance(value, dict) else 0)  # a state that is split off is copied
+        super().append(value)
+
+
+def counted(text: SuffixAutomaton) -> list[Counting]:
+    """From here on, what the automaton consists of counts."""
+    lists = {name: Counting(value) for name, value in vars(text).items() if isinstance(value, list)}
+    vars(text).update(lists)
+    return list(lists.values())
+
+
+def num_steps(parts: list[Counting]) -> int:
+    return sum(part.num_steps for part in parts)
+
+
+def test_a_long_text_costs_no_more_a_token_than_a_short_one() -> None:
+    def steps_per_token(length: int) -> float:
+        text = SuffixAutomaton()
+        parts = counted(text)
+        for token in long_text(length):
+            text.append(token)
+        return num_steps(parts) / length
+
+    short, long = steps_per_token(LONG // 16), steps_per_token(LONG)
+    assert long < 1.5 * short
+    assert long < 100
+
+
+def test_asking_a_long_text_takes_as_few_steps_as_a_short_one() -> None:
+    def most_steps(length: int) -> int:
+        document = long_text(length)
+        session = session_of(PromptLookup(), [document])
+        parts = counted(session._rows[0].own)
+        asked, num_right = [], 0
+        for start in range(length // 3, length // 3 + 400):
+            before = num_steps(parts)
+            assert isinstance(session, ChainSession)
+            (proposal,) = session.proposals([20])
+            asked.append(num_steps(parts) - before)
+            num_right += proposal.tokens[:1] == [document[start]]
+            session.observe(Outcome(paths=[[]], tokens=[document[start : start + 1]]))
+        assert num_right > 300, "the document is copied"
+        assert min(asked) >= 1, "it was asked"
+        return max(asked)
+
+    assert most_steps(LONG) <= most_steps(LONG // 16) <= 40
+
+
+def test_in_a_long_document_the_place_that_has_predicted_is_copied_from() -> None:
+    """A phrase of one length stands at both; which of them was right before decides, not which was seen last."""
+    names = list(range(80, 88))
+    first, last = [50, 51, 52, 53], [60, 61, 62, 63]
+    filler = [token % 40 for token in long_text(LONG)]
+    document = [*filler[:9000], 90, *names, *first, *filler[9000:30_000], 91, *names, *last, *filler[30_000:], 92]
+    session = session_of(PromptLookup(num_tokens=4), [[*document, *names[:4]]])
+    session.observe(Outcome(paths=[[]], tokens=[names[4:]]))
+    assert session.trees([9])[0].tokens == last, "nothing has been predicted yet"
+    session.observe(Outcome(paths=[[]], tokens=[[*first, 70, *names]]))
+    assert session.trees([9])[0].tokens == first
 
 
 def test_draft_past_the_end_goes_on_with_the_period() -> None:

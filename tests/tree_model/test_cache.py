@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec import UnsupportedOptionError
 from specdec.hf import CACHE
 from specdec.testing import random_prompts, tiny_model
-from specdec.tree_model.cache import RowStates, TreeCache, refill
+from specdec.tree_model.cache import RowStates, TreeCache
+from specdec.tree_model.dynamic_cache import refill
 from specdec.tree_model.layer_kinds import LayerKind, layer_kinds
 from specdec.tree_model.model import TreeModel
 from tests.support.strategies import token_trees

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,11 +17,14 @@ from specdec.cli.options import (
     GREEDY,
     LOADING,
     MODEL_OPTIONS,
+    SAMPLING_OPTIONS,
     DrafterOption,
     DraftOption,
     LoadingOptions,
     MaxNewTokensOption,
+    PrefixCacheOption,
     SamplingOptions,
+    prefix_bytes,
 )
 from specdec.model_options import ModelOptions
 from specdec.specs import choose_drafter
@@ -28,7 +32,8 @@ from specdec.specs import choose_drafter
 if TYPE_CHECKING:
     from specdec.cli.chat.speakers import Speaker
 
-_OF_THE_SERVER = ("draft", "drafter", *MODEL_OPTIONS)
+_OF_THE_SERVER = ("draft", "drafter", "prefix_cache", *MODEL_OPTIONS)
+_OF_THE_FILE = ("system", "max_new_tokens", "greedy", *SAMPLING_OPTIONS)
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +76,11 @@ def chat(
         str | None,
         typer.Option("--prompt", "-p", help="Reply to this and leave; - reads it from stdin.", show_default=False),
     ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option("--load", metavar="FILE", help="Begin with a conversation that /save wrote.", show_default=False),
+    ] = None,
+    prefix_cache: PrefixCacheOption = None,
     loading: LoadingOptions = LOADING,
 ) -> None:
     """Talk with a model; /help lists what can be typed, Ctrl-C stops a reply, Ctrl-D leaves.
@@ -91,7 +101,7 @@ def chat(
         from specdec.cli.chat.session import ChatSession
 
     if url is None:
-        speaker = _local(model, drafter, draft, loading)
+        speaker = _local(model, drafter, draft, loading, prefix_bytes(prefix_cache))
     else:
         speaker = _remote(url, api_key, model if "model" in given else None)
     if speaker.samples and not greedy:
@@ -104,18 +114,22 @@ def chat(
         settings=settings,
         system=system,
     )
+    if load is not None:
+        session.load(str(load))
     if message is None:
         session.run()
     elif not session.reply_once(message):
         raise typer.Exit(INTERRUPTED)
 
 
-def _local(model: str, drafter: str | None, draft: str | None, options: ModelOptions) -> Speaker:
+def _local(
+    model: str, drafter: str | None, draft: str | None, options: ModelOptions, max_prefix_bytes: int | None
+) -> Speaker:
     drafter_spec = choose_drafter(drafter, draft)
     with starting():
         from specdec.cli.chat.speakers import LocalSpeaker
 
-    return LocalSpeaker.load(model, options, drafter_spec, draft)
+    return LocalSpeaker.load(model, options, drafter_spec, draft, max_prefix_bytes=max_prefix_bytes)
 
 
 def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
@@ -131,6 +145,11 @@ def _remote(url: str, api_key: str | None, model: str | None) -> Speaker:
 
 def _check_together(url: str | None, given: set[str]) -> None:
     """Raise `ValueError` for options that would have no effect."""
+    if "load" in given:
+        for name in _OF_THE_FILE:
+            if name in given:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is in the file that --load reads: change it with /set or /system, or there")
     if url is None:
         if "api_key" in given:
             raise ValueError("--api-key is for a server: give its --url too")

@@ -14,10 +14,13 @@ from specdec.cli.chat.dialogue import Dialogue
 from specdec.cli.chat.reply import Piece, Reply
 from specdec.cli.chat.streamer import ReplyStreamer
 from specdec.drafters import Drafter
+from specdec.stages import stage
 from specdec.text.prompting import NO_CHAT_TEMPLATE, Message, encode_chats, has_chat_template
-from specdec.tree_model.cache import beginning
+from specdec.tree_model.cache import RowStates
 from specdec.tree_model.compatibility import position_limit
+from specdec.tree_model.dynamic_cache import beginning, only_row, refill
 from specdec.tree_model.layer_kinds import keeps_states
+from specdec.tree_model.prefix_files import PrefixFiles
 
 
 class Conversation(Dialogue):
@@ -28,8 +31,13 @@ class Conversation(Dialogue):
     said it, or drops a part of it, costs reading from there on, and nothing else. A model whose layers keep states
     reads all of the prompt in every turn: a state has no beginning.
 
+    Args:
+        max_prefix_bytes: of the disk, in the user's cache: what has been read is kept there too, and known to the next
+            process with the same model. None: nothing is.
+
     Raises:
         ValueError: the model has no chat template.
+        UnsupportedModelError: nothing can be kept of this model on disk.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Conversation(Dialogue):
         drafter: Drafter | str | None = None,
         system: str | None = None,
         messages: Sequence[Message] = (),
+        max_prefix_bytes: int | None = None,
     ) -> None:
         if not has_chat_template(tokenizer):
             raise ValueError(NO_CHAT_TEMPLATE)
@@ -49,6 +58,7 @@ class Conversation(Dialogue):
         self._tokenizer = tokenizer
         self._num_positions = position_limit(model)
         self._kept = _KeptStates()
+        self._files = None if max_prefix_bytes is None else PrefixFiles(model, max_prefix_bytes)
 
     @property
     def num_kept(self) -> int:
@@ -69,7 +79,7 @@ class Conversation(Dialogue):
     ) -> Reply:
         kept_messages, ids = self._fit(messages, max_new_tokens)
         room = min(max_new_tokens, self._num_positions - len(ids))
-        cache = None if keeps_states(self._model.config) else self._kept.beginning_of(ids)
+        cache = None if keeps_states(self._model.config) else self._known(ids)
         num_kept = 0 if cache is None else cache.get_seq_length()
         streamer = ReplyStreamer(self._tokenizer, show)
         stats = None
@@ -91,7 +101,23 @@ class Conversation(Dialogue):
             cut=streamer.num_tokens == room,
         )
         self.messages = [*kept_messages, {"role": "assistant", "content": reply.text}]
+        if self._files is not None and stats is not None:
+            with stage("keeping what was read"):
+                self._files.of_text(self._kept.ids).keep(self._kept.states)
         return reply
+
+    def _known(self, ids: list[int]) -> DynamicCache:
+        """The states of the longest beginning that is known, without those of the last token: it is always read."""
+        kept = self._kept.beginning_of(ids[:-1])
+        if self._files is None:
+            return kept
+        states = only_row(kept)
+        longer = self._files.of_text(ids[:-1]).extend(states)
+        if longer is None or longer is states:
+            return kept
+        known = DynamicCache()
+        refill(known, [longer])
+        return known
 
     def _generate(
         self,
@@ -148,8 +174,13 @@ class _KeptStates:
         self.ids = list(ids[: self._cache.get_seq_length()])
 
     def beginning_of(self, ids: list[int]) -> DynamicCache:
-        """The states of the longest common beginning, without those of the last token: it is always read."""
-        return beginning(self._cache, min(_num_common(self.ids, ids), len(ids) - 1))
+        """Those of the longest common beginning."""
+        return beginning(self._cache, _num_common(self.ids, ids))
+
+    @property
+    def states(self) -> RowStates:
+        """All of them."""
+        return only_row(self._cache)
 
 
 def _num_common(ids: list[int], others: list[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from specdec.cli.chat.conversation import Conversation
@@ -61,6 +61,7 @@ class LocalSpeaker:
     Args:
         options: how models are loaded.
         draft: the draft model that was loaded for it, also while another drafter is at work.
+        max_prefix_bytes: as of a `Conversation`.
     """
 
     loaded: LoadedModel
@@ -69,10 +70,17 @@ class LocalSpeaker:
     drafter: Drafter | str
     draft: LoadedModel | None = None
     tells_drafted: bool = True
+    max_prefix_bytes: int | None = None
 
     @classmethod
     def load(
-        cls, model: str, options: ModelOptions, drafter_spec: DrafterSpec, draft: str | None = None
+        cls,
+        model: str,
+        options: ModelOptions,
+        drafter_spec: DrafterSpec,
+        draft: str | None = None,
+        *,
+        max_prefix_bytes: int | None = None,
     ) -> LocalSpeaker:
         """Load a model, and its draft model if one is named.
 
@@ -80,12 +88,8 @@ class LocalSpeaker:
             ModelError, DraftError: as `load_pair`.
         """
         pair = load_pair(model, draft, options, translates=drafter_spec.translates, to_chat=True)
-        return cls._of(pair, options, drafter_spec)
-
-    @classmethod
-    def _of(cls, pair: LoadedPair, options: ModelOptions, spec: DrafterSpec) -> LocalSpeaker:
-        drafter = pair.build(spec)
-        return cls(loaded=pair.target, options=options, drafter_spec=spec, drafter=drafter, draft=pair.draft)
+        speaker = cls(loaded=pair.target, options=options, drafter_spec=drafter_spec, drafter=pair.build(drafter_spec))
+        return replace(speaker, draft=pair.draft, max_prefix_bytes=max_prefix_bytes)
 
     @property
     def name(self) -> str:
@@ -101,11 +105,12 @@ class LocalSpeaker:
         return config is not None and bool(config.do_sample)
 
     def converse(self, **state: Any) -> Conversation:
-        return Conversation(self.loaded.model, self.loaded.tokenizer, drafter=self.drafter, **state)
+        model, tokenizer, _ = self.loaded
+        return Conversation(model, tokenizer, drafter=self.drafter, max_prefix_bytes=self.max_prefix_bytes, **state)
 
     def with_model(self, name: str) -> LocalSpeaker:
         kept = DrafterSpec.parse(AUTO) if self.drafter_spec.needs_draft else self.drafter_spec
-        return self.load(name, self.options, kept)
+        return self.load(name, self.options, kept, max_prefix_bytes=self.max_prefix_bytes)
 
     def with_drafter(self, name: str, draft: str | None = None) -> LocalSpeaker:
         spec = DrafterSpec.parse(name)
@@ -114,7 +119,8 @@ class LocalSpeaker:
             check_draft([spec], draft)
         if draft is not None:
             small = load_draft(draft, self.loaded, self.options, translates=spec.translates)
-        return self._of(LoadedPair(self.loaded, small), self.options, spec)
+        drafter = LoadedPair(self.loaded, small).build(spec)
+        return replace(self, drafter_spec=spec, drafter=drafter, draft=small)
 
     def _usable_draft(self, spec: DrafterSpec) -> LoadedModel | None:
         """The draft model that is there already, unless the drafter would use it and cannot."""

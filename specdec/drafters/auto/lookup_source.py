@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from math import exp, inf, log
@@ -18,6 +19,10 @@ LONGEST_LOOKUP = 24
 _HOPELESS = 0.01
 _HOPELESS_SHARE = 0.25
 """Gain below which the rest of a proposal is not looked at: so much, or this share of the least that a token costs."""
+_UNPROVEN, _PROOF = 0.15, 0.5
+"""What a row's proposal may cost, in rounds of plain decoding: before anything was right in this run, and more for each
+token that was. What other runs have shown says little about whether this one copies at all, and plain rounds, in which
+proposals are tested for nothing, soon tell; so no run loses much to a belief that it gives no reason for."""
 
 
 class LookupSource(Source):
@@ -41,7 +46,7 @@ class LookupSource(Source):
         neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
         down all others, and a batch ends with the last of them.
         """
-        self._proposals = self._lookup.proposals(context.max_depths)
+        self._proposals = self._lookup.proposals(self._proven_lengths(context))
         num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
         least = max(_HOPELESS, _HOPELESS_SHARE * throughput * context.least_seconds)
         least_of_row = least if context.is_packed else least / num_rows
@@ -72,6 +77,18 @@ class LookupSource(Source):
             self._lengths[row] += 1
         self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
         return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
+
+    def _proven_lengths(self, context: RoundContext) -> list[int]:
+        """How long each row's proposal may be."""
+        num_rows, seconds, lengths = context.num_rows, context.costs.seconds, []
+        plain = seconds(num_rows)
+        for acceptance, depth in zip(self._acceptances, context.max_depths, strict=True):
+            length = min(depth, LONGEST_LOOKUP)
+            allowed = plain * (1 + _UNPROVEN + _PROOF * acceptance.num_accepted)
+            if seconds(num_rows + length) > allowed:
+                length = max(bisect_right(range(1, length + 1), allowed, key=lambda n: seconds(num_rows + n)), 1)
+            lengths.append(length)
+        return lengths
 
     def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
         pairs = zip(self._proposals, self._lengths, strict=True)
