@@ -36,7 +36,7 @@ import httpx2
 import psutil
 
 from bench._script import add_instructions, command, log, parser_of, pipe_table, write_report
-from bench.served import Served, server, started
+from bench.served import START_SECONDS, Served, server, started
 from specdec import kernels
 from specdec.bench.peers import LLAMA_CPP
 from specdec.bench.peers.llama_cpp import LlamaFiles, describe, find_gguf
@@ -66,7 +66,7 @@ def serving(name: str, file: Path, arguments: argparse.Namespace) -> AbstractCon
 
 def load(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
     """AIPerf's own report."""
-    model = httpx2.get(f"{served.url}/v1/models").raise_for_status().json()["data"][0]["id"]
+    model = httpx2.get(f"{served.url}/v1/models", timeout=START_SECONDS).raise_for_status().json()["data"][0]["id"]
     with tempfile.TemporaryDirectory() as folder:
         prompts = load_suite().select(arguments.categories.split(",")).prompts
         Path(folder, "prompts.jsonl").write_text("".join(json.dumps({"text": one.text}) + "\n" for one in prompts))
@@ -78,7 +78,7 @@ def load(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
             *("--extra-inputs", "temperature:0", "--extra-inputs", f"max_tokens:{arguments.max_new_tokens}"),
             *("--concurrency", str(arguments.clients), "--benchmark-duration", str(arguments.seconds)),
             *("--warmup-request-count", str(min(4, arguments.clients)), "--artifact-dir", f"{folder}/found"),
-            *("--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"),
+            *("--benchmark-grace-period", "inf", "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"),
         ]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         found = Path(folder, "found", "profile_export_aiperf.json")

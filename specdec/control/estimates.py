@@ -81,6 +81,8 @@ class AcceptanceModel:
     def reaches(self, confidences: Sequence[float], least: float = 0.0) -> list[float]:
         """Of each token of a chain, up to the first with less than `least`: the chance that it and all before it are
         accepted."""
+        if not confidences:
+            return []
         chances, edges, reach, found = self._current(), self._memory.edges, 1.0, []
         for confidence in confidences:
             reach *= chances[bisect_right(edges, confidence)]

@@ -290,11 +290,12 @@ class TreeModel:
         """Whether rows have pages that the layers can read. If the model has changed they have not, from now on.
 
         Args:
-            look: at all of the model; else what has been noticed counts.
+            look: at all of the model; else only if something shows that it has changed.
         """
         if not self.is_packed:
             return False
-        if not ((self.can_pack or not look) and self.views.packed.is_current(look=look)):
+        packed = self.views.packed
+        if not ((packed.is_as_seen and not look) or (self.can_pack and packed.is_current())):
             self.cache = self._pages.copied()
         return self.is_packed
 

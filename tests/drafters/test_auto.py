@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from operator import methodcaller
 
 import pytest
 import torch
 
 import specdec
-from specdec.control import ForwardCosts
+from specdec.control import ForwardCosts, Plan
+from specdec.decoding.sampling import Sampler
+from specdec.decoding.sequences import Sequences
 from specdec.drafters import (
     Auto,
     Cascade,
@@ -26,8 +30,11 @@ from specdec.drafters import (
 from specdec.drafters.auto import drafter as auto
 from specdec.drafters.auto import sources
 from specdec.drafters.auto.knowledge import SelectionBias
+from specdec.drafters.auto.lookup_source import LookupSource
+from specdec.drafters.auto.sources import RoundContext
 from specdec.errors import DraftError, UnsupportedOptionError
 from specdec.testing import ScriptedDrafter, assert_same_tokens, random_prompts, tiny_model
+from specdec.tree_model.model import TreeModel
 from tests.support.references import PartlyWrongScript, forget_drafters, plain_alone, speculate, with_noise
 from tests.support.sampled_rows import assert_ragged_rows_are_exact, tiny
 from trees import Chain, Draft, TokenTree, TreeBatch
@@ -283,6 +290,42 @@ def test_chosen_proposals_are_trusted_as_far_as_they_keep_what_they_promise() ->
     for _ in range(50):
         trust.update(promised=2.0, kept=4.0)
     assert trust.share == 1.0
+
+
+@pytest.mark.parametrize("num_rows", [2, 6])
+def test_rows_of_a_batch_with_nothing_to_copy_are_looked_at_less_often(num_rows: int) -> None:
+    """The last row repeats itself; the others say what nobody has said before, and from round 20 on the same as it."""
+    fresh = itertools.count(100)
+    prompts = [[next(fresh) for _ in range(6)] for _ in range(num_rows - 1)] + [[1, 2, 3, 1, 2, 3]]
+    input_ids = torch.tensor(prompts)
+    run = Run(
+        target=TreeModel(tiny_model("llama")),
+        vocab_size=10_000,
+        sequences=Sequences(input_ids, None, capacity=6),
+        sampler=Sampler([], do_sample=False),
+        tree=None,
+        input_ids=input_ids,
+        attention_mask=None,
+    )
+    source, costs = LookupSource(run, PromptLookup(num_tokens=4, tokens_per_match=None)), ForwardCosts(WIDTHS)
+    plain: Plan[object] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
+    context = RoundContext(
+        max_depths=[8] * num_rows, costs=costs, plain=plain, throughput=num_rows / plain.seconds, is_packed=True
+    )
+    looks, proposals = [], source._lookup.proposals
+    source._lookup.proposals = lambda depths: (looks.append([*map(bool, depths)]), proposals(depths))[1]
+    for number in range(40):
+        plan = source.plan(context)
+        repeated = [number % 3 + 1]
+        tokens = [[next(fresh)] if number < 20 else repeated for _ in range(num_rows - 1)] + [repeated]
+        outcome = Outcome(paths=[[]] * num_rows, tokens=tokens)
+        source.tell(methodcaller("observe", outcome))
+        source.learn(outcome, plan)
+    by_row = list(zip(*looks, strict=True))
+    assert all(by_row[-1][3:]), "it is always worth it"
+    for row in by_row[:-1]:
+        assert all(row) if num_rows == 2 else sum(row[:20]) < 8
+        assert all(row[30:]), "it has begun to be worth it"
 
 
 def test_what_was_started_is_closed_where_another_drafter_does_not_fit() -> None:

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from specdec.control import AcceptanceMemory, AcceptanceModel, ForwardCosts
-from specdec.drafters.auto.lookup_source import LONGEST_LOOKUP, LookupSource
+from specdec.drafters.auto.lookup_source import LONGEST_LOOKUP, LookupSource, _Row
 
 DEAR = {1: 1.0, 2: 1.1, 4: 1.5, 8: 2.4, 16: 4.2, 32: 8.0}
 """As with AVX2: seconds by tokens."""
@@ -11,9 +11,9 @@ DEAR = {1: 1.0, 2: 1.1, 4: 1.5, 8: 2.4, 16: 4.2, 32: 8.0}
 
 def lengths(num_accepted: list[int], seconds: dict[int, float], max_depth: int = 99) -> list[int]:
     source = LookupSource.__new__(LookupSource)
-    source._acceptances = [AcceptanceModel(AcceptanceMemory()) for _ in num_accepted]
-    for acceptance, accepted in zip(source._acceptances, num_accepted, strict=True):
-        acceptance.update_chain([0.9] * accepted, accepted)
+    source._rows = [_Row(AcceptanceModel(AcceptanceMemory())) for _ in num_accepted]
+    for row, accepted in zip(source._rows, num_accepted, strict=True):
+        row.acceptance.update_chain([0.9] * accepted, accepted)
     num_rows = len(num_accepted)
     costs, depths = ForwardCosts(seconds), [max_depth] * num_rows
     return source._proven_lengths(SimpleNamespace(num_rows=num_rows, costs=costs, max_depths=depths))

@@ -17,6 +17,7 @@ from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
 from specdec.drafters.base import DraftSession
 from specdec.engine import Engine, Generation, Request
 from specdec.kernels import native
+from specdec.kernels.model.packed import PackedLayers
 from specdec.testing import tiny_model
 from specdec.tree_model.pages import PAGE, PagedCache, PagePool, as_pages, one_after_another, row_pages
 from tests.support.engine_requests import REQUESTS, TOKENIZER, BanAfter, random_prompt, request_of
@@ -252,6 +253,43 @@ def test_a_model_that_changes_under_way_goes_on_without_pages():
     finally:
         hook.remove()
     assert [first.tokens, second.tokens] == texts
+
+
+def test_a_change_is_noticed_by_the_next_round():
+    model = int8_model("qwen2")
+    request = request_of(random_prompt(5, 5), max_new_tokens=12)
+    text, engine, called = alone(model, request), Engine(model, drafter=PromptLookup(num_tokens=3)), []
+    generation = engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    assert engine._loop.target.is_packed
+    hook = model.get_decoder().layers[1].register_forward_hook(lambda *_: called.append(1))
+    try:
+        engine.step()
+        assert called
+        assert not engine._loop.target.is_packed
+        engine.run()
+    finally:
+        hook.remove()
+    assert generation.tokens == text
+
+
+def test_a_round_looks_at_every_weight_only_where_something_has_changed(monkeypatch: pytest.MonkeyPatch):
+    model, looks = int8_model.__wrapped__("qwen2"), []  # one of its own, as it is changed for good
+    is_current = PackedLayers.is_current
+    monkeypatch.setattr(PackedLayers, "is_current", lambda packed: (looks.append(1), is_current(packed))[1])
+    engine = Engine(model, drafter=Plain())
+    generation = engine.submit(request_of(random_prompt(5, 5), max_new_tokens=20))
+    for _ in range(3):
+        engine.step()
+    looks.clear()
+    engine.step()
+    assert not looks
+    attn = model.get_decoder().layers[0].self_attn
+    attn.q_proj = torch.nn.Linear(attn.q_proj.in_features, attn.q_proj.out_features)
+    engine.step()
+    assert not generation.is_finished
+    assert not engine._loop.target.is_packed
 
 
 def test_drafts_come_from_earlier_replies_of_a_kind():

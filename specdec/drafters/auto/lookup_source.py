@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from math import exp, inf, log
 from operator import itemgetter
@@ -23,6 +24,36 @@ _UNPROVEN, _PROOF = 0.15, 0.5
 """What a row's proposal may cost, in rounds of plain decoding: before anything was right in this run, and more for each
 token that was. What other runs have shown says little about whether this one copies at all, and plain rounds, in which
 proposals are tested for nothing, soon tell; so no run loses much to a belief that it gives no reason for."""
+_LONGEST_REST = 4
+"""Rounds that a row is not looked at, at most."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """What is known of a row, and when it is looked at next.
+
+    Args:
+        acceptance: its own: one repeats its prompt, its neighbour nothing. Together they would be taken for middling.
+        rest: rounds until then.
+        num_vain: looks since one that found something worth drafting.
+    """
+
+    acceptance: AcceptanceModel
+    rest: int = 0
+    num_vain: int = 0
+
+    def depth(self, most: int) -> int:
+        """To look so deep in this round, 0 while it rests."""
+        if self.rest:
+            self.rest -= 1
+            return 0
+        return most
+
+    def looked(self, length: int, num_rows: int) -> None:
+        """So much was worth drafting. All rows wait while one is looked at, and what it might have drafted would have
+        been one row's: the more there are, the longer it rests; of two, never."""
+        self.num_vain = 0 if length else self.num_vain + 1
+        self.rest = max(min(self.num_vain, num_rows - 2, _LONGEST_REST), 0)
 
 
 class LookupSource(Source):
@@ -32,8 +63,7 @@ class LookupSource(Source):
     def __init__(self, run: Run, drafter: PromptLookup):
         self._lookup = ChainSession(drafter, run, Chain(drafter.num_tokens))
         super().__init__(run, drafter, self._lookup)
-        self._acceptances = [AcceptanceModel(self._known.acceptance) for _ in run.sequences.rows]
-        """Of each row: one repeats its prompt, its neighbour nothing. Together they would be taken for middling."""
+        self._rows = [self._new_row() for _ in run.sequences.rows]
         self._proposals: list[Proposal] = []
         self._lengths: list[int] = []
         self._promised = 0.0
@@ -46,12 +76,21 @@ class LookupSource(Source):
         neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
         down all others, and a batch ends with the last of them.
         """
-        self._proposals = self._lookup.proposals(self._proven_lengths(context))
+        depths = [row.depth(most) for row, most in zip(self._rows, self._proven_lengths(context), strict=True)]
+        self._proposals, self._lengths = self._lookup.proposals(depths), [0] * context.num_rows
+        plan = self._best(context) if any(proposal.tokens for proposal in self._proposals) else None
+        for row, depth, length in zip(self._rows, depths, self._lengths, strict=True):
+            if depth:
+                row.looked(length, context.num_rows)
+        return plan
+
+    def _best(self, context: RoundContext) -> Plan[Source] | None:
+        """Of the proposals; sets their lengths."""
         num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
         least = max(_HOPELESS, _HOPELESS_SHARE * throughput * context.least_seconds)
         least_of_row = least if context.is_packed else least / num_rows
-        pairs = zip(self._acceptances, self._proposals, strict=True)
-        reaches = [acceptance.reaches(proposal.probs, least_of_row) for acceptance, proposal in pairs]
+        pairs = zip(self._rows, self._proposals, strict=True)
+        reaches = [row.acceptance.reaches(proposal.probs, least_of_row) for row, proposal in pairs]
         share = self._known.bias_at(num_rows).share
         plain, dearer = context.plain, costs.seconds(num_rows + 1) - context.plain.seconds
         if share * sum(map(sum, reaches)) * plain.seconds <= plain.tokens * dearer:
@@ -72,7 +111,6 @@ class LookupSource(Source):
                 most, best_tokens, best_seconds, num_best = worth, tokens, seconds, len(longer)
         if not num_best:
             return None
-        self._lengths = [0] * num_rows
         for row in chain.from_iterable(longer[:num_best]):
             self._lengths[row] += 1
         self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
@@ -82,9 +120,9 @@ class LookupSource(Source):
         """How long each row's proposal may be."""
         num_rows, seconds, lengths = context.num_rows, context.costs.seconds, []
         plain = seconds(num_rows)
-        for acceptance, depth in zip(self._acceptances, context.max_depths, strict=True):
+        for row, depth in zip(self._rows, context.max_depths, strict=True):
             length = min(depth, LONGEST_LOOKUP)
-            allowed = plain * (1 + _UNPROVEN + _PROOF * acceptance.num_accepted)
+            allowed = plain * (1 + _UNPROVEN + _PROOF * row.acceptance.num_accepted)
             if seconds(num_rows + length) > allowed:
                 length = max(bisect_right(range(1, length + 1), allowed, key=lambda n: seconds(num_rows + n)), 1)
             lengths.append(length)
@@ -101,22 +139,28 @@ class LookupSource(Source):
         Args:
             drafted: the plan, if these were what was drafted.
         """
-        bias, agreed = self._known.bias_at(len(outcome.tokens)), self._agreed(outcome)
+        bias = self._known.bias_at(len(outcome.tokens))
         if drafted is None:
             bias.passed_over()
-        else:
+        if not any(proposal.tokens for proposal in self._proposals):
+            return
+        agreed = self._agreed(outcome)
+        if drafted is not None:
             bias.update(self._promised, sum(map(min, agreed, self._lengths)))
-        rows = zip(self._acceptances, self._proposals, outcome.tokens, agreed, strict=True)
-        for acceptance, proposal, tokens, num_accepted in rows:
-            acceptance.update_chain(proposal.probs[: len(tokens)], num_accepted)
+        rows = zip(self._rows, self._proposals, outcome.tokens, agreed, strict=True)
+        for row, proposal, tokens, num_accepted in rows:
+            row.acceptance.update_chain(proposal.probs[: len(tokens)], num_accepted)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)
-        self._acceptances = [self._acceptances[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
 
     def join(self) -> None:
         super().join()
-        self._acceptances.append(AcceptanceModel(self._known.acceptance))
+        self._rows.append(self._new_row())
+
+    def _new_row(self) -> _Row:
+        return _Row(AcceptanceModel(self._known.acceptance))
 
     def _agreed(self, outcome: Outcome) -> list[int]:
         """For each row how many of the proposal's first tokens are those that were committed."""

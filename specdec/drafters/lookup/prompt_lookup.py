@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
@@ -130,12 +130,14 @@ class _RowText:
     Args:
         corpus: earlier texts; it may grow: what was found in it stays found.
         lead: how many tokens more the latest position of a suffix has predicted than its earliest, decayed.
+        unread: committed tokens that wait until the row is to draft: several at once take little more than one.
     """
 
     own: SuffixAutomaton
     corpus: SuffixAutomaton | None = None
     in_corpus: Context = NOWHERE
     lead: float = 0.0
+    unread: list[int] = field(default_factory=list)
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -173,7 +175,7 @@ class LookupSession(DraftSession):
 
     def observe(self, outcome: Outcome) -> None:
         for row, tokens in zip(self._rows, outcome.tokens, strict=True):
-            self._read(row, tokens)
+            row.unread += tokens
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
@@ -190,6 +192,10 @@ class LookupSession(DraftSession):
             corpus = self._corpora.setdefault(earlier, _EarlierCorpus()).update(earlier)
         self._rows.append(_RowText(SuffixAutomaton(), corpus))
         self._read(self._rows[-1], self._run.sequences.tokens[index])
+
+    def _catch_up(self, row: _RowText) -> None:
+        self._read(row, row.unread)
+        row.unread.clear()
 
     def _read(self, row: _RowText, tokens: Iterable[int]) -> None:
         for token in tokens:
@@ -220,12 +226,14 @@ class ChainSession(LookupSession):
         lengths = (min(self._policy.length, depth) for depth in max_depths)
         return [self._continuation(*row) for row in zip(self._rows, lengths, strict=True)]
 
-    def observe(self, outcome: Outcome) -> None:
-        for row, tokens in zip(self._rows, outcome.tokens, strict=True):
-            row.judge(tokens)
-        super().observe(outcome)
+    def _catch_up(self, row: _RowText) -> None:
+        row.judge(row.unread)
+        super()._catch_up(row)
 
     def _continuation(self, row: _RowText, length: int) -> Proposal:
+        if not length:
+            return _NOTHING
+        self._catch_up(row)
         text, suffix = self._longest_suffix(row)
         if suffix.length < self._drafter.min_match:
             return _NOTHING
@@ -251,6 +259,8 @@ class _TreeSession(LookupSession):
         policy = self._policy
         if policy.max_depth is not None:
             max_depths = [min(depth, policy.max_depth) for depth in max_depths]
+        for row in self._rows:
+            self._catch_up(row)
         sources = [
             Source(*self._longest_suffix(row), max_depth=depth)
             for row, depth in zip(self._rows, max_depths, strict=True)

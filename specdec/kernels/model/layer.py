@@ -87,6 +87,11 @@ class _TensorAddresses:
         except TypeError:  # a tensor has gone
             return [native.address(tensor) for tensor in tensors]
 
+    @property
+    def links(self) -> list[tuple[dict[str, Any], str]]:
+        """Where these modules are held."""
+        return list(zip(self._parents, self._children, strict=True))
+
     def hold_the_same(self) -> bool:
         """Whether the modules are still those that were compared with the layer's own forward."""
         return self._parts() == self._found
