@@ -159,7 +159,7 @@ def attention(session: Session) -> None:
         lengths = torch.full((1,), length, device=session.device)
         order = torch.arange(width, device=session.device)
         bits = tree_attention.seen_bits((order[:, None] >= order)[None])
-        given = (queries, keys, values, torch.zeros_like(lengths), lengths, bits)
+        given = (queries, keys, values, tree_attention.Seen(torch.zeros_like(bits), lengths, bits))
         lowest = torch.finfo(queries.dtype).min
         bias = torch.full((1, 1, width, num_slots), lowest, **like).masked_fill_(
             torch.arange(num_slots, device=session.device) <= length + order[:, None], 0

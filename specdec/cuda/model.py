@@ -10,14 +10,15 @@ Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cuda.arena import USES, Arena, StaticTreeCache
-from specdec.cuda.attention import TAIL_SLOTS, can_attend, seen_bits
+from specdec.cuda.attention import TAIL_SLOTS, Seen, can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
 from specdec.hf import home_device, num_processes
@@ -39,6 +40,7 @@ _ROUNDING = (1e-3, 0.05)
 """Share of the logits by which a graph's may differ from the ordinary forward's: in float32, and in 16 bits."""
 _ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that look at the positions on the host."""
+_ATTENDING = ("full_attention", "sliding_attention")
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -57,8 +59,11 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it has adapters, which may be switched"
     if rope.get("rope_type") in _ROTATIONS:
         return "its rotary embedding depends on the length"
-    if not all(kind is not None and kind.sees_all for kind in layer_kinds(config)):
-        return "a layer has a window, a state or a selection"
+    kinds = layer_kinds(config)
+    if not all(kind is not None and kind.name in _ATTENDING and not kind.num_states for kind in kinds):
+        return "a layer has chunks, a state or a selection"
+    if any(kind is not None and kind.reach is not None for kind in kinds) and (reason := reads_all(model)):
+        return f"a layer has a window, and {reason}"
     return profile_of(model).part(Arena).refusal
 
 
@@ -96,6 +101,8 @@ class GraphedTreeModel(TreeModel):
         self._arena = arena or profile_of(model).part(Arena)
         self._run_static = forward_of(model, self._cache_name)
         self._reads_all = reads_all(model)
+        reaches = {kind.reach for kind in self.kinds if kind is not None}
+        self._reaches = tuple(sorted(reaches, key=lambda reach: reach or 0))
         self._padding: tuple[object, Tensor | None] | None = None
         """The rows and their padding; where each text starts, if that is all there is to say."""
         self._steps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -182,7 +189,9 @@ class GraphedTreeModel(TreeModel):
             bucket = next((slots for slots in _BUCKETS if longest + TAIL_SLOTS <= slots), None)
             if bucket is None or num_rows * width * bucket > _MOST_PARTS:
                 return None
-            return Shape(num_rows, width, bucket, reads_used=True, kept=kept)
+            return Shape(num_rows, width, bucket, self._reaches, kept)
+        if self._reaches != (None,):
+            return None
         num_slots = longest + cache.tail + width
         return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()), kept=kept)
 
@@ -212,18 +221,34 @@ class GraphedTreeModel(TreeModel):
         """What the graph is to be given."""
         cache = self.cache
         first, padding = cache.tail, (0, shape.width - tokens_BT.shape[1])
-        steps_W, own_W = self._new_slots(first, shape.width)
+        steps_W, _ = self._new_slots(first, shape.width)
         lengths_B = cache.lengths_on(self.device)
         slots_BW = lengths_B.unsqueeze(1) + steps_W
         positions_BW = _filled_up(self.next_positions_B.unsqueeze(1) + offsets_BT, padding)
-        if not shape.reads_used:
-            seen: tuple[Tensor, ...] = (self._bias(shape, seen_BTK, slots_BW),)
+        if shape.reads_used:
+            seen = tuple(chain.from_iterable(self._seen(shape, offsets_BT, seen_BTK, lengths_B)))
         else:
-            assert self._starts_B is not None, "the shape says so"
-            # one that sees the whole tail needs no bit to be looked at
-            bits_BW = own_W | (_filled_up(seen_bits(seen_BTK), padding) if seen_BTK is not None else (1 << first) - 1)
-            seen = (self._starts_B, lengths_B, bits_BW.expand_as(slots_BW))
+            seen = (self._bias(shape, seen_BTK, slots_BW),)
         return Inputs(_filled_up(tokens_BT, padding), positions_BW, slots_BW, seen)
+
+    def _seen(
+        self, shape: Shape, offsets_BT: Tensor, seen_BTK: Tensor | None, lengths_B: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """A `Seen` for each of the reaches."""
+        first, padding, starts_B = self.cache.tail, (0, shape.width - offsets_BT.shape[1]), self._starts_B
+        assert starts_B is not None, "the shape says so"
+        starts_BW, own_W = starts_B.unsqueeze(1).expand(-1, shape.width), self._new_slots(first, shape.width)[1]
+        offsets_BK = torch.cat([self._offsets_BS, offsets_BT], 1) if first else offsets_BT
+        for reach in shape.reaches:
+            firsts_BW, seen = starts_BW, seen_BTK
+            if reach is not None:
+                ends_BT = lengths_B.unsqueeze(1) + offsets_BT + 1
+                firsts_BW = torch.maximum(starts_BW, _filled_up(ends_BT - reach, padding))
+                is_near_BTK = offsets_BT.unsqueeze(2) - offsets_BK.unsqueeze(1) < reach
+                seen = is_near_BTK if seen is None else seen & is_near_BTK
+            # one that sees the whole tail needs no bit to be looked at
+            bits_BW = own_W | (_filled_up(seen_bits(seen), padding) if seen is not None else (1 << first) - 1)
+            yield Seen(firsts_BW, lengths_B, bits_BW.expand_as(starts_BW))
 
     def _new_slots(self, first: int, width: int) -> tuple[Tensor, Tensor]:
         if (first, width) not in self._steps:
