@@ -198,9 +198,9 @@ def forwards(session: Session) -> None:
         log(f"forwards, {context} slots before: " + ", ".join(f"{width}: {each:.2f} ms" for width, each in ms.items()))
 
 
-def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor]) -> Callable[[], Tensor]:
+def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor], **options: Any) -> Callable[[], Any]:
     return lambda: specdec.generate(
-        session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False
+        session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False, **options
     )
 
 
@@ -314,6 +314,28 @@ def batch(session: Session) -> None:
         race(session, f"batch of {num_rows}", prompts, runs)
 
 
+def bits(session: Session) -> None:
+    """What `exact="bits"` costs, plainly and with drafts; that logits are the same bits, or the run fails."""
+    for num_rows in (1, 4):
+        prompts, drafters = session.prompts(num_rows, repeats=True), {"plain": Plain(), "prompt lookup": PromptLookup()}
+        race(
+            session,
+            f"bits, {num_rows} rows",
+            prompts,
+            {
+                f"specdec, {name}{' of one shape' * bool(exact)}": ours(session, drafter, prompts, exact=exact)
+                for exact in (None, "bits")
+                for name, drafter in drafters.items()
+            },
+        )
+        logits = [
+            ours(session, drafter, prompts, exact="bits", return_dict_in_generate=True, output_logits=True)().logits
+            for drafter in drafters.values()
+        ]
+        if not all(torch.equal(*pair) for pair in zip(*logits, strict=True)):
+            raise SystemExit(f"bits, {num_rows} rows: plain and speculative logits differ")
+
+
 PARTS: dict[str, Callable[[Session], None]] = {
     "memory": memory,
     "attention": attention,
@@ -322,6 +344,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "lookup": lookup,
     "assisted": assisted,
     "batch": batch,
+    "bits": bits,
 }
 
 

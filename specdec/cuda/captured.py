@@ -47,6 +47,10 @@ class Shape(NamedTuple):
         """Whether it reads the slots that are used, no others."""
         return bool(self.reaches)
 
+    def padding(self, part_BT: Tensor) -> tuple[int, int, int, int]:
+        """What is missing, as `pad` takes it."""
+        return 0, self.width - part_BT.shape[1], 0, self.num_rows - len(part_BT)
+
 
 class Inputs(NamedTuple):
     """Of a graph. `slots` are written; what is seen is a bias, or the parts of a `Seen` for each of the reaches."""
@@ -135,15 +139,27 @@ def _attend(
     return tree_attention(query, key, value, reads.seen[reach], scale=scale, num_slots=reads.num_slots), None
 
 
-def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cache, Shape], Outputs]:
+class Copies(dict[tuple[int, ...], tuple[View, PreTrainedModel]]):
+    """Views of a model by what they keep, and copies of them that have our attention."""
+
+
+def forward_of(
+    model: PreTrainedModel, cache_name: str, copies: Copies | None = None
+) -> Callable[[Inputs, Cache, Shape], Outputs]:
     """Logits [B, W, V], and the states [B, W, C] that a shape asks for. It does not keep the model, which graphs
-    belong to, nor a copy of it."""
+    belong to, nor a copy of it.
+
+    Args:
+        copies: where copies are kept, for forwards that are run and not captured; they keep the model.
+    """
     known = weakref.ref(model)
 
     def run(inputs: Inputs, cache: Cache, shape: Shape) -> Outputs:
         model = known()
         assert model is not None, "the graphs have outlived their model"
-        view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
+        view, twin = (copies or {}).get(shape.kept) or _with_twin(model, shape)
+        if copies is not None:
+            copies[shape.kept] = view, twin
         given: dict[str, Any] = {
             "input_ids": inputs.tokens_BW,
             "position_ids": inputs.positions_BW,
@@ -151,12 +167,17 @@ def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cac
             "use_cache": True,
         }
         if shape.reads_used:
-            logits = _read_used(view.model, given, _Reads(_by_reach(inputs, shape), shape.num_slots), len(cache.layers))
+            logits = _read_used(twin, given, _Reads(_by_reach(inputs, shape), shape.num_slots), len(cache.layers))
         else:
             logits = view.model(**given, attention_mask=inputs.seen[0]).logits
         return logits, *(view.states[depth] for depth in shape.kept)
 
     return run
+
+
+def _with_twin(model: PreTrainedModel, shape: Shape) -> tuple[View, PreTrainedModel]:
+    view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
+    return view, _with_attention(view.model) if shape.reads_used else view.model
 
 
 def _by_reach(inputs: Inputs, shape: Shape) -> dict[int | None, Seen]:
@@ -168,7 +189,7 @@ def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, 
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
     token = _under_way.set(reads)
     try:
-        logits: Tensor = _with_attention(model)(**given, attention_mask=None).logits
+        logits: Tensor = model(**given, attention_mask=None).logits
     finally:
         _under_way.reset(token)
     if reads.num_calls != num_layers:
