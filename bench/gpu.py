@@ -35,6 +35,7 @@ from specdec.cuda import attention as tree_attention
 from specdec.cuda import graphs
 from specdec.cuda.arena import Arena
 from specdec.cuda.model import reads_all, why_not
+from specdec.cuda.seen import TAIL_SLOTS, Seen
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
 from specdec.kernels.model.profile import profile_of
 from specdec.testing.equality import TIE_BOUND, Verdict, compare
@@ -152,14 +153,14 @@ def attention(session: Session) -> None:
     scale, group = config.head_dim**-0.5, config.num_attention_heads // config.num_key_value_heads
     for length, width in ATTENDED:
         length = min(length, 16 * session.prompt_length)
-        num_slots = 1 << (length + tree_attention.TAIL_SLOTS - 1).bit_length()
+        num_slots = 1 << (length + TAIL_SLOTS - 1).bit_length()
         like = {"device": session.device, "dtype": session.target.dtype}
         queries = torch.randn(1, config.num_attention_heads, width, config.head_dim, **like)
         keys, values = torch.randn(2, 1, config.num_key_value_heads, num_slots, config.head_dim, **like)
         lengths = torch.full((1,), length, device=session.device)
         order = torch.arange(width, device=session.device)
         bits = tree_attention.seen_bits((order[:, None] >= order)[None])
-        given = (queries, keys, values, tree_attention.Seen(torch.zeros_like(bits), lengths, bits))
+        given = (queries, keys, values, Seen(torch.zeros_like(bits), lengths, bits))
         lowest = torch.finfo(queries.dtype).min
         bias = torch.full((1, 1, width, num_slots), lowest, **like).masked_fill_(
             torch.arange(num_slots, device=session.device) <= length + order[:, None], 0

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TAIL_SLOTS = 64
-"""Bits of an integer: no tail is longer."""
-SPLIT_SLOTS = 256
-"""Slots whose scores are summed up together; splits are added up in their order."""
+from specdec.cuda.seen import SPLIT_SLOTS, TAIL_SLOTS, Seen
 
 
 @cache
@@ -26,20 +22,6 @@ def _has_triton() -> bool:
 def can_attend(device: torch.device) -> bool:
     """Whether `tree_attention` is worth calling: on CUDA it needs Triton, as comes with PyTorch on Linux."""
     return device.type != "cuda" or _has_triton()
-
-
-class Seen(NamedTuple):
-    """Which slots new slots see: committed ones from a first one on, and their path in the tail, which begins after.
-
-    Args:
-        firsts_BW: int64 past the padding of a row, and within a window.
-        lengths_B: int64 committed slots, padding included.
-        bits_BW: int64, bit k says that a new slot sees slot k of the tail.
-    """
-
-    firsts_BW: Tensor
-    lengths_B: Tensor
-    bits_BW: Tensor
 
 
 def tree_attention(

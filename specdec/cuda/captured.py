@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from specdec.cuda.attention import Seen, tree_attention
+from specdec.cuda.attention import tree_attention
 from specdec.cuda.graphs import Outputs
+from specdec.cuda.seen import Seen
 from specdec.tree_model.layer_views import LayerViews, View
 
 _ATTENTION = "specdec_tree_attention"

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cuda.arena import Arena, StaticTreeCache
-from specdec.cuda.attention import TAIL_SLOTS
 from specdec.cuda.captured import Copies, Inputs, Shape, forward_of
 from specdec.cuda.graphs import Outputs, graphs_for
 from specdec.cuda.model import GraphedTreeModel, say_the_same, why_no_static_shape, why_not
+from specdec.cuda.seen import TAIL_SLOTS
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cuda.arena import USES, Arena, StaticTreeCache
-from specdec.cuda.attention import TAIL_SLOTS, Seen, can_attend, seen_bits
+from specdec.cuda.attention import can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
+from specdec.cuda.seen import TAIL_SLOTS, Seen
 from specdec.hf import home_device, num_processes
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks

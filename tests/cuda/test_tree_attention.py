@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.cuda import attention
+from specdec.cuda.seen import Seen
 from tests.support.tree_attention import SHAPES, given
 
 interpreted = pytest.mark.skipif(
@@ -75,7 +76,7 @@ def test_nothing_but_what_a_query_sees_changes_its_bits(kernels: ModuleType) -> 
     inputs = given("ragged")
     output_BWQD = kernels.tree_attention(**inputs)
     one = {name: part[1:2] if isinstance(part, Tensor) else part for name, part in inputs.items()}
-    one["seen"] = attention.Seen(*(part[1:2] for part in inputs["seen"]))
+    one["seen"] = Seen(*(part[1:2] for part in inputs["seen"]))
     assert torch.equal(kernels.tree_attention(**{**one, "num_slots": 512}), output_BWQD[1:2])
     for part in ("keys_BHSD", "values_BHSD"):
         inputs[part][0, :, 255 + 64 :] = torch.nan
@@ -89,6 +90,6 @@ def test_a_query_alone_has_the_same_bits_as_among_others(kernels: ModuleType) ->
     inputs = given("odd head")
     output_BWQD = kernels.tree_attention(**inputs)
     firsts_BW, lengths_B, bits_BW = inputs["seen"]
-    alone = attention.Seen(firsts_BW[:, 1:2], lengths_B, bits_BW[:, 1:2])
+    alone = Seen(firsts_BW[:, 1:2], lengths_B, bits_BW[:, 1:2])
     few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, 1:2], "seen": alone}
     assert torch.equal(kernels.tree_attention(**few), output_BWQD[:, 1:2])

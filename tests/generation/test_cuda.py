@@ -19,8 +19,9 @@ import specdec
 from specdec import UnsupportedModelError
 from specdec.control.costs import measure_forwards
 from specdec.cuda.arena import Arena
-from specdec.cuda.attention import Seen, reference, tree_attention
+from specdec.cuda.attention import reference, tree_attention
 from specdec.cuda.model import reads_all, why_not
+from specdec.cuda.seen import Seen
 from specdec.cuda.timing import DeviceSpan
 from specdec.drafters import (
     Auto,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.cuda import attention
+from specdec.cuda.seen import Seen
 
 SHAPES = {
     "one token": (1, 4, 2, 1, 16, 128, [40]),
@@ -34,7 +35,7 @@ def given(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "queries_BQWD": normal(num_rows, width, num_heads, size).transpose(1, 2),
         "keys_BHSD": normal(num_rows, num_key_heads, num_slots, size),
         "values_BHSD": normal(num_rows, num_key_heads, num_slots, size),
-        "seen": attention.Seen(
+        "seen": Seen(
             firsts_BW=torch.minimum(firsts_BW, lengths_B.unsqueeze(1)),
             lengths_B=lengths_B,
             bits_BW=attention.seen_bits(seen_BWK),
