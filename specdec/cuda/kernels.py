@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.cuda import seen as told
+from specdec.cuda.seen import SPLIT_SLOTS as _SPLIT_SLOTS
+from specdec.cuda.seen import TAIL_SLOTS as _TAIL_SLOTS
 from specdec.cuda.seen import Seen
 
-TAIL_SLOTS = tl.constexpr(told.TAIL_SLOTS)
-SPLIT_SLOTS = tl.constexpr(told.SPLIT_SLOTS)
+TAIL_SLOTS = tl.constexpr(_TAIL_SLOTS)
+SPLIT_SLOTS = tl.constexpr(_SPLIT_SLOTS)
 _BLOCK_SLOTS = 64
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 """Of a tile of queries: what a matrix instruction takes, and what leaves registers for the sums."""
