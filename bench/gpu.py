@@ -35,6 +35,7 @@ from specdec.cuda import attention as tree_attention
 from specdec.cuda import graphs
 from specdec.cuda.arena import Arena
 from specdec.cuda.model import reads_all, why_not
+from specdec.cuda.seen import TAIL_SLOTS, Seen
 from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
 from specdec.kernels.model.profile import profile_of
 from specdec.testing.equality import TIE_BOUND, Verdict, compare
@@ -152,14 +153,14 @@ def attention(session: Session) -> None:
     scale, group = config.head_dim**-0.5, config.num_attention_heads // config.num_key_value_heads
     for length, width in ATTENDED:
         length = min(length, 16 * session.prompt_length)
-        num_slots = 1 << (length + tree_attention.TAIL_SLOTS - 1).bit_length()
+        num_slots = 1 << (length + TAIL_SLOTS - 1).bit_length()
         like = {"device": session.device, "dtype": session.target.dtype}
         queries = torch.randn(1, config.num_attention_heads, width, config.head_dim, **like)
         keys, values = torch.randn(2, 1, config.num_key_value_heads, num_slots, config.head_dim, **like)
         lengths = torch.full((1,), length, device=session.device)
         order = torch.arange(width, device=session.device)
         bits = tree_attention.seen_bits((order[:, None] >= order)[None])
-        given = (queries, keys, values, torch.zeros_like(lengths), lengths, bits)
+        given = (queries, keys, values, Seen(torch.zeros_like(bits), lengths, bits))
         lowest = torch.finfo(queries.dtype).min
         bias = torch.full((1, 1, width, num_slots), lowest, **like).masked_fill_(
             torch.arange(num_slots, device=session.device) <= length + order[:, None], 0
@@ -198,9 +199,9 @@ def forwards(session: Session) -> None:
         log(f"forwards, {context} slots before: " + ", ".join(f"{width}: {each:.2f} ms" for width, each in ms.items()))
 
 
-def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor]) -> Callable[[], Tensor]:
+def ours(session: Session, drafter: Drafter, prompts: dict[str, Tensor], **options: Any) -> Callable[[], Any]:
     return lambda: specdec.generate(
-        session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False
+        session.target, **prompts, drafter=drafter, max_new_tokens=session.num_tokens, do_sample=False, **options
     )
 
 
@@ -314,6 +315,28 @@ def batch(session: Session) -> None:
         race(session, f"batch of {num_rows}", prompts, runs)
 
 
+def bits(session: Session) -> None:
+    """What `exact="bits"` costs, plainly and with drafts; that logits are the same bits, or the run fails."""
+    for num_rows in (1, 4):
+        prompts, drafters = session.prompts(num_rows, repeats=True), {"plain": Plain(), "prompt lookup": PromptLookup()}
+        race(
+            session,
+            f"bits, {num_rows} rows",
+            prompts,
+            {
+                f"specdec, {name}{' of one shape' * bool(exact)}": ours(session, drafter, prompts, exact=exact)
+                for exact in (None, "bits")
+                for name, drafter in drafters.items()
+            },
+        )
+        logits = [
+            ours(session, drafter, prompts, exact="bits", return_dict_in_generate=True, output_logits=True)().logits
+            for drafter in drafters.values()
+        ]
+        if not all(torch.equal(*pair) for pair in zip(*logits, strict=True)):
+            raise SystemExit(f"bits, {num_rows} rows: plain and speculative logits differ")
+
+
 PARTS: dict[str, Callable[[Session], None]] = {
     "memory": memory,
     "attention": attention,
@@ -322,6 +345,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "lookup": lookup,
     "assisted": assisted,
     "batch": batch,
+    "bits": bits,
 }
 
 

@@ -51,7 +51,7 @@ from specdec.tree_model.compatibility import check_positions, position_limit
 from trees import GrowthPolicy
 
 _logger = logging.getLogger("specdec")
-_ONLY_HERE = ("generator", "router")
+_ONLY_HERE = ("generator", "router", "exact")
 """What the model's own `generate()` would not honour."""
 _MAX_RESERVED = 1024
 """Slots reserved past the prompt at the start; longer runs grow as they go."""
@@ -68,6 +68,7 @@ def generate(
     verify: str = "topdown",
     router: Router | None = None,
     generator: torch.Generator | None = None,
+    exact: str | None = None,
     **kwargs: Any,
 ) -> SpeculativeOutput | Tensor:
     """Generate what `model.generate()` would, sooner. Lossless, unless a router is passed.
@@ -92,6 +93,8 @@ def generate(
             only those that the router gives to it. LOSSY by design (see `docs/routing.md`): what the router keeps is
             the draft's. Needs `tokenizer=`, by which steps are told apart. `drafter` may be a `specdec.Endpoint` too.
         generator: source of randomness on the model's device; None for torch's global one.
+        exact: "bits": logits, and so greedy output, are the same bits whoever drafts, `drafters.Plain()` included, by
+            forwards of one shape, at some cost (`docs/hardware.md`). None: they are equal up to rounding.
 
     Returns:
         int64 [B, P + new], or with `return_dict_in_generate=True` a `SpeculativeOutput`.
@@ -109,7 +112,11 @@ def generate(
     if isinstance(model, Endpoint):
         target, model = model, local_model(model, drafter, router, kwargs.get("tokenizer"))
     drafter = _named(drafter) if isinstance(drafter, str) else drafter
-    speculation = Speculation.of(drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator)
+    if exact and router is not None:
+        raise UnsupportedOptionError(f"exact={exact!r}: {type(router).__name__} keeps what a draft says: leave it out")
+    speculation = Speculation.of(
+        drafter if router is None else Plain(), tree=tree, verify=verify, generator=generator, exact=exact
+    )
     speculation.check(model)
     if router is not None:
         check_writer(model)
@@ -177,7 +184,7 @@ def enable(
         drafter, tree, verify: as in `generate`; a call may override them.
         unsupported: what becomes of a call with options that are not possible here (beams, ...): "plain" leaves it to
             the model's own `generate()`, and warns once for each reason (logger `specdec`); "error" raises. What only
-            specdec has (`generator=`, `router=`) is never dropped: with one of them such a call raises.
+            specdec has (`generator=`, `router=`, `exact=`) is never dropped: with one of them such a call raises.
         verbose: print a line to stderr after each call: its tokens, its speed, and what was accepted.
 
     Raises:
@@ -347,7 +354,7 @@ class _DecodingMethod:
         config: GenerationConfig,
     ) -> DecodingLoop:
         num_rows, ranks = prompt.input_ids.shape[0], ranks_of(model)
-        target = self.speculation.drafter.make_target(model)
+        target = self.speculation.make_target(model, num_rows)
         sequences = Sequences(prompt.input_ids, prompt.attention_mask, _capacity(prompt, stop))
         run = Run(
             target=target,

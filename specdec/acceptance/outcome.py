@@ -85,6 +85,15 @@ class Accepted(NamedTuple):
     paths: list[list[int]]
     candidates: list[list[int]]
 
+    def in_chains(self) -> Accepted:
+        """What is left if nothing is kept but the chain of the first nodes. The first token beside it stays, as the
+        next one: what follows that is given up whatever it is, so tokens keep their distribution."""
+        lengths = [next((place for place, node in enumerate(path) if node != place), len(path)) for path in self.paths]
+        return Accepted(
+            [path[:length] for path, length in zip(self.paths, lengths, strict=True)],
+            [tokens[: length + 1] for tokens, length in zip(self.candidates, lengths, strict=True)],
+        )
+
 
 def to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
     """The outcome of a verification on the host, in one copy at most.

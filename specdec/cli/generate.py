@@ -18,6 +18,7 @@ from specdec.cli.options import (
     LOADING,
     DrafterOption,
     DraftOption,
+    ExactOption,
     LoadingOptions,
     MaxNewTokensOption,
     SamplingOptions,
@@ -60,6 +61,7 @@ def generate(
     drafter: DrafterOption = None,
     tree: _TreeOption = None,
     verify: VerifyOption = "topdown",
+    exact: ExactOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     sampling: SamplingOptions = GREEDY,
     system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
@@ -77,7 +79,7 @@ def generate(
         raise ValueError(f"--verify {verify} needs --sample: greedy output is verified in one way only")
     drafter_spec = choose_drafter(drafter, draft, tree, model=model)
     tree_spec = choose_tree(tree, drafter_spec)
-    speculation = {"tree": None if tree_spec is None else tree_spec.build(), "verify": verify}
+    speculation = {"tree": None if tree_spec is None else tree_spec.build(), "verify": verify, "exact": exact}
     if raw and system is not None:
         raise ValueError("--system is part of the chat template, which --raw leaves out: give only one of them")
     text = _read_prompt(prompt)

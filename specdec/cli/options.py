@@ -95,6 +95,15 @@ VerifyOption = Annotated[
     ),
 ]
 
+ExactOption = Annotated[
+    Literal["bits"] | None,
+    typer.Option(
+        "--exact",
+        metavar="bits",
+        help="Forwards of one shape: the output is the same bits whoever drafts, at some cost.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:

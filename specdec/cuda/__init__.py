@@ -28,4 +28,4 @@ def describe() -> str:
     if graphs_for(torch.device("cuda")) is None:
         return "none: PyTorch sees no CUDA device"
     read = "used slots" if can_attend(torch.device("cuda")) else "all slots of a shape (no Triton)"
-    return f"of forwards that come again, reading {read}, for models whose layers all see the whole text (not measured)"
+    return f"of forwards that come again, reading {read}, for models of attention, in full or in windows (not measured)"

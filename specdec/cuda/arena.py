@@ -134,6 +134,10 @@ class Arena:
         self.num_replays += 1
         return self._graphs[shape][:2]
 
+    def run(self, shape: Shape, filled: Inputs, run: Callable[[Inputs, Cache, Shape], Outputs]) -> Outputs:
+        """What a graph of the shape would return, without one."""
+        return run(filled, WrittenCache(self._buffers, filled, shape), shape)
+
 
 def _trim(arena: weakref.ref[Arena], _: object) -> None:
     if (found := arena()) is not None:
@@ -141,9 +145,14 @@ def _trim(arena: weakref.ref[Arena], _: object) -> None:
 
 
 class StaticTreeCache(TreeCache):
-    """A `TreeCache` whose buffers are those of an arena, if it has got them (see `Arena.lease`)."""
+    """A `TreeCache` whose buffers are those of an arena, if it has got them (see `Arena.lease`).
+
+    Attributes:
+        least_rows: that its buffers have.
+    """
 
     arena: Arena | None = None
+    least_rows = 0
 
     def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
         layer = super()._new_layer(index, capacity)
@@ -173,7 +182,7 @@ class _ArenaLayer(TreeLayer):
         if arena is None or not arena.is_owner(cache):
             return super()._zeros(states, num_rows)
         self._capacity = 1 << (self._capacity - 1).bit_length()
-        buffers = arena.zeros(self._index, states, num_rows, self._capacity)
+        buffers = arena.zeros(self._index, states, max(num_rows, cache.least_rows), self._capacity)
         self._capacity = buffers[0].shape[2]
         return buffers
 

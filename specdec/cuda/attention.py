@@ -11,8 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-TAIL_SLOTS = 64
-"""Bits of an integer: no tail is longer."""
+from specdec.cuda.seen import SPLIT_SLOTS, TAIL_SLOTS, Seen
 
 
 @cache
@@ -26,65 +25,56 @@ def can_attend(device: torch.device) -> bool:
 
 
 def tree_attention(
-    queries_BQWD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    starts_B: Tensor,
-    lengths_B: Tensor,
-    seen_BW: Tensor,
-    *,
-    scale: float,
-    num_slots: int,
+    queries_BQWD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, seen: Seen, *, scale: float, num_slots: int
 ) -> Tensor:
     """Softmax attention, [B, W, Q, D]; scores and sums in float32.
 
+    Nothing but what a new slot sees changes a bit of what it gets, and where that lies: no row or slot beside it, no
+    longer buffer, no other bound (as far as products of one shape are the same bits in all their rows).
+
     Args:
         keys_BHSD, values_BHSD: of all slots; every head is that of Q / H heads of queries, side by side.
-        starts_B: int64 slots of padding, before the text.
-        lengths_B: int64 committed slots, padding included; the tail begins there.
-        seen_BW: int64, bit k says that a new slot sees slot k of the tail.
         scale: of the scores.
         num_slots: bound of the longest row's slots, `TAIL_SLOTS` of the tail included.
     """
     if queries_BQWD.is_cuda:
         from specdec.cuda import kernels
 
-        return kernels.tree_attention(
-            queries_BQWD, keys_BHSD, values_BHSD, starts_B, lengths_B, seen_BW, scale=scale, num_slots=num_slots
-        )
-    return reference(
-        queries_BQWD, keys_BHSD, values_BHSD, starts_B, lengths_B, seen_BW, scale=scale, num_slots=num_slots
-    )
+        return kernels.tree_attention(queries_BQWD, keys_BHSD, values_BHSD, seen, scale=scale, num_slots=num_slots)
+    return reference(queries_BQWD, keys_BHSD, values_BHSD, seen, scale=scale, num_slots=num_slots)
 
 
 def reference(
-    queries_BQWD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    starts_B: Tensor,
-    lengths_B: Tensor,
-    seen_BW: Tensor,
-    *,
-    scale: float,
-    num_slots: int,
+    queries_BQWD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, seen: Seen, *, scale: float, num_slots: int
 ) -> Tensor:
-    """`tree_attention` by PyTorch's operators, on any device."""
-    num_slots = min(num_slots, keys_BHSD.shape[2])
-    group = queries_BQWD.shape[1] // keys_BHSD.shape[1]
-    keys, values = (
-        part[:, :, :num_slots].repeat_interleave(group, 1) if group > 1 else part[:, :, :num_slots]
-        for part in (keys_BHSD, values_BHSD)
-    )
-    slots_S = torch.arange(num_slots, device=keys.device)
-    places_BS = slots_S - lengths_B.unsqueeze(1)
-    in_tail_BWS = (seen_BW.unsqueeze(2) >> places_BS.clamp(0, TAIL_SLOTS - 1).unsqueeze(1)) & 1 == 1
-    in_tail_BWS = in_tail_BWS & (places_BS < TAIL_SLOTS).unsqueeze(1)
-    visible_BWS = torch.where((places_BS < 0).unsqueeze(1), True, in_tail_BWS)
-    visible_BWS = visible_BWS & (slots_S >= starts_B.unsqueeze(1)).unsqueeze(1)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        queries_BQWD, keys, values, attn_mask=visible_BWS.unsqueeze(1), scale=scale
-    )
-    return attended.transpose(1, 2)
+    """`tree_attention` by PyTorch's operators, on any device: split by split, as the kernels do."""
+    num_rows, num_heads, num_queries, size = queries_BQWD.shape
+    num_key_heads = keys_BHSD.shape[1]
+    group = num_heads // num_key_heads
+    queries = queries_BQWD.float().reshape(num_rows, num_key_heads, group * num_queries, size)
+    highest = queries.new_full((*queries.shape[:3], 1), -torch.inf)
+    weight, total = torch.zeros_like(highest), torch.zeros_like(queries)
+    for first in range(0, min(num_slots, keys_BHSD.shape[2]), SPLIT_SLOTS):
+        keys, values = (part[:, :, first : first + SPLIT_SLOTS].float() for part in (keys_BHSD, values_BHSD))
+        hidden_BWS = ~_visible(seen, torch.arange(first, first + keys.shape[2], device=keys.device))
+        scores = (queries @ keys.transpose(2, 3)) * scale
+        scores = scores.masked_fill(hidden_BWS.repeat(1, group, 1).unsqueeze(1), -torch.inf)
+        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        base = new_highest.masked_fill(new_highest == -torch.inf, 0)  # nothing seen yet: no -inf - -inf
+        parts, kept = (scores - base).exp(), (highest - base).exp()
+        weight = weight * kept + parts.sum(-1, keepdim=True)
+        total = total * kept + parts @ values
+        highest = new_highest
+    attended = (total / weight).view(num_rows, num_heads, num_queries, size)
+    return attended.transpose(1, 2).to(queries_BQWD.dtype)
+
+
+def _visible(seen: Seen, slots_S: Tensor) -> Tensor:
+    """bool [B, W, S]"""
+    places_B1S = (slots_S - seen.lengths_B.unsqueeze(1)).unsqueeze(1)
+    in_tail_BWS = (seen.bits_BW.unsqueeze(2) >> places_B1S.clamp(0, TAIL_SLOTS - 1)) & 1 == 1
+    in_tail_BWS = in_tail_BWS & (places_B1S >= 0) & (places_B1S < TAIL_SLOTS)
+    return in_tail_BWS | ((places_B1S < 0) & (slots_S >= seen.firsts_BW.unsqueeze(2)))
 
 
 def seen_bits(seen_BTK: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a graph is made of: transformers' own forward, given static inputs, in one of two ways.
 
 * *Reading used slots*: a copy of the model has another attention by name (`attention.py`), which is told each row's
-  length and what its new slots see of the tail. Names without a mask function make transformers build no mask.
+  length and what its new slots see. Names without a mask function make transformers build no mask.
 * *Biased*: the model's own attention, over as many slots as the graph was made for, with a bias [B, 1, W, S].
 
 Shape legend: B rows, W new slots, S slots, D head size.
@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,25 +25,36 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.cuda.attention import tree_attention
 from specdec.cuda.graphs import Outputs
+from specdec.cuda.seen import Seen
 from specdec.tree_model.layer_views import LayerViews, View
 
 _ATTENTION = "specdec_tree_attention"
-_NOT_TAKEN = ("softcap", "s_aux", "sliding_window", "position_bias")
+_NOT_TAKEN = ("softcap", "s_aux", "position_bias")
 """Of what models give to an attention function: what would change its result."""
 
 
 class Shape(NamedTuple):
-    """Of a graph: rows, new slots, bound of the slots of a row, its way, and the depths whose states it returns."""
+    """Of a graph: rows, new slots, bound of the slots of a row, what its layers see (windows, None for all; nothing
+    where they are biased), and the depths whose states it returns."""
 
     num_rows: int
     width: int
     num_slots: int
-    reads_used: bool = False
+    reaches: tuple[int | None, ...] = ()
     kept: tuple[int, ...] = ()
+
+    @property
+    def reads_used(self) -> bool:
+        """Whether it reads the slots that are used, no others."""
+        return bool(self.reaches)
+
+    def padding(self, part_BT: Tensor) -> tuple[int, int, int, int]:
+        """What is missing, as `pad` takes it."""
+        return 0, self.width - part_BT.shape[1], 0, self.num_rows - len(part_BT)
 
 
 class Inputs(NamedTuple):
-    """Of a graph. `slots` are written; what is seen is a bias, or starts, lengths and bits (see `tree_attention`)."""
+    """Of a graph. `slots` are written; what is seen is a bias, or the parts of a `Seen` for each of the reaches."""
 
     tokens_BW: Tensor
     positions_BW: Tensor
@@ -98,9 +110,9 @@ class _WrittenLayer(CacheLayerMixin):
 
 @dataclass(slots=True)
 class _Reads:
-    """What the attention of the forward under way is told, and how often it was called."""
+    """What the attention of the forward under way is told, by its reach, and how often it was called."""
 
-    seen: tuple[Tensor, ...]
+    seen: dict[int | None, Seen]
     num_slots: int
     num_calls: int = 0
 
@@ -117,24 +129,38 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    reads = _under_way.get()
+    reads, reach = _under_way.get(), options.get("sliding_window")
     given = [name for name in _NOT_TAKEN if options.get(name) is not None]
     if given or attention_mask is not None or value.shape[3] != query.shape[3]:
         raise RuntimeError(f"its attention takes {', '.join(given) or 'a mask, or values of another size'}")
+    if reach not in reads.seen:
+        raise RuntimeError(f"its attention has a window of {reach}, of which its configuration says nothing")
     reads.num_calls += 1
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return tree_attention(query, key, value, *reads.seen, scale=scale, num_slots=reads.num_slots), None
+    return tree_attention(query, key, value, reads.seen[reach], scale=scale, num_slots=reads.num_slots), None
 
 
-def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cache, Shape], Outputs]:
+class Copies(dict[tuple[int, ...], tuple[View, PreTrainedModel]]):
+    """Views of a model by what they keep, and copies of them that have our attention."""
+
+
+def forward_of(
+    model: PreTrainedModel, cache_name: str, copies: Copies | None = None
+) -> Callable[[Inputs, Cache, Shape], Outputs]:
     """Logits [B, W, V], and the states [B, W, C] that a shape asks for. It does not keep the model, which graphs
-    belong to, nor a copy of it."""
+    belong to, nor a copy of it.
+
+    Args:
+        copies: where copies are kept, for forwards that are run and not captured; they keep the model.
+    """
     known = weakref.ref(model)
 
     def run(inputs: Inputs, cache: Cache, shape: Shape) -> Outputs:
         model = known()
         assert model is not None, "the graphs have outlived their model"
-        view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
+        view, twin = (copies or {}).get(shape.kept) or _with_twin(model, shape)
+        if copies is not None:
+            copies[shape.kept] = view, twin
         given: dict[str, Any] = {
             "input_ids": inputs.tokens_BW,
             "position_ids": inputs.positions_BW,
@@ -142,7 +168,7 @@ def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cac
             "use_cache": True,
         }
         if shape.reads_used:
-            logits = _read_used(view.model, given, _Reads(inputs.seen, shape.num_slots), len(cache.layers))
+            logits = _read_used(twin, given, _Reads(_by_reach(inputs, shape), shape.num_slots), len(cache.layers))
         else:
             logits = view.model(**given, attention_mask=inputs.seen[0]).logits
         return logits, *(view.states[depth] for depth in shape.kept)
@@ -150,11 +176,21 @@ def forward_of(model: PreTrainedModel, cache_name: str) -> Callable[[Inputs, Cac
     return run
 
 
+def _with_twin(model: PreTrainedModel, shape: Shape) -> tuple[View, PreTrainedModel]:
+    view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
+    return view, _with_attention(view.model) if shape.reads_used else view.model
+
+
+def _by_reach(inputs: Inputs, shape: Shape) -> dict[int | None, Seen]:
+    parts = iter(inputs.seen)
+    return {reach: Seen(*islice(parts, len(Seen._fields))) for reach in shape.reaches}
+
+
 def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, num_layers: int) -> Tensor:
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
     token = _under_way.set(reads)
     try:
-        logits: Tensor = _with_attention(model)(**given, attention_mask=None).logits
+        logits: Tensor = model(**given, attention_mask=None).logits
     finally:
         _under_way.reset(token)
     if reads.num_calls != num_layers:

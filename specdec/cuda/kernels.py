@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TAIL_SLOTS = tl.constexpr(64)
-SPLIT_SLOTS = tl.constexpr(256)
+from specdec.cuda.seen import SPLIT_SLOTS as _SPLIT_SLOTS
+from specdec.cuda.seen import TAIL_SLOTS as _TAIL_SLOTS
+from specdec.cuda.seen import Seen
+
+TAIL_SLOTS = tl.constexpr(_TAIL_SLOTS)
+SPLIT_SLOTS = tl.constexpr(_SPLIT_SLOTS)
 _BLOCK_SLOTS = 64
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 """Of a tile of queries: what a matrix instruction takes, and what leaves registers for the sums."""
@@ -23,7 +27,7 @@ _LEAST_ROWS, _MOST_ROWS = 16, 64
 
 @triton.jit
 def _attend_to_split(
-    queries, keys, values, starts, lengths, seen, sums, maxima, weights,
+    queries, keys, values, firsts, lengths, bits, sums, maxima, weights,
     query_strides_0, query_strides_1, query_strides_2,
     key_strides_0, key_strides_1, key_strides_2,
     value_strides_0, value_strides_1, value_strides_2,
@@ -51,8 +55,9 @@ def _attend_to_split(
         mask=is_query[:, None] & is_channel[None, :],
         other=0.0,
     )
-    bits = tl.load(seen + row * num_queries + slots_new, mask=is_query, other=0)
-    start = tl.load(starts + row)
+    seen = tl.load(bits + row * num_queries + slots_new, mask=is_query, other=0)
+    since = tl.load(firsts + row * num_queries + slots_new, mask=is_query, other=0)
+    start = tl.min(tl.where(is_query, since, length), 0)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, PADDED_HEAD], tl.float32)
@@ -67,8 +72,9 @@ def _attend_to_split(
         value = tl.load(values + places_value + channels[None, :], mask=is_read, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         shifts = tl.minimum(tl.maximum(slots - length, 0), TAIL_SLOTS - 1).to(tl.int64)
-        in_tail = ((bits[:, None] >> shifts[None, :]) & 1) != 0
-        is_seen = is_slot[None, :] & ((slots < length)[None, :] | in_tail)
+        in_tail = ((seen[:, None] >> shifts[None, :]) & 1) != 0
+        is_committed = (slots < length)[None, :] & (slots[None, :] >= since[:, None])
+        is_seen = is_slot[None, :] & (is_committed | ((slots >= length)[None, :] & in_tail))
         scores = tl.where(is_seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen yet: no -inf - -inf
@@ -115,15 +121,7 @@ def _merge(
 
 
 def tree_attention(
-    queries_BQWD: Tensor,
-    keys_BHSD: Tensor,
-    values_BHSD: Tensor,
-    starts_B: Tensor,
-    lengths_B: Tensor,
-    seen_BW: Tensor,
-    *,
-    scale: float,
-    num_slots: int,
+    queries_BQWD: Tensor, keys_BHSD: Tensor, values_BHSD: Tensor, seen: Seen, *, scale: float, num_slots: int
 ) -> Tensor:
     """See `attention.tree_attention`."""
     num_rows, num_heads, num_queries, size = queries_BQWD.shape
@@ -131,6 +129,7 @@ def tree_attention(
     group = num_heads // num_key_heads
     rows = min(max(_LEAST_ROWS, triton.next_power_of_2(num_queries * group)), _MOST_ROWS)
     num_splits = triton.cdiv(num_slots, SPLIT_SLOTS.value)
+    seen = Seen(*(part.contiguous() for part in seen))
     queries_BQWD = _with_channels_last(queries_BQWD)
     keys_BHSD, values_BHSD = _with_channels_last(keys_BHSD), _with_channels_last(values_BHSD)
     sums = queries_BQWD.new_empty((num_splits, num_rows, num_heads, num_queries, size), dtype=torch.float32)
@@ -138,13 +137,22 @@ def tree_attention(
     output_BWQD = queries_BQWD.new_empty((num_rows, num_queries, num_heads, size))
     padded = max(16, triton.next_power_of_2(size))
     _attend_to_split[(num_rows * num_key_heads, num_splits, triton.cdiv(num_queries * group, rows))](
-        queries_BQWD, keys_BHSD, values_BHSD, starts_B, lengths_B, seen_BW, sums, maxima, weights,
+        queries_BQWD, keys_BHSD, values_BHSD, *seen, sums, maxima, weights,
         *queries_BQWD.stride()[:3], *keys_BHSD.stride()[:3], *values_BHSD.stride()[:3],
         scale, num_key_heads, num_queries,
         GROUP=group, HEAD=size, PADDED_HEAD=padded, ROWS=rows, SLOTS=_BLOCK_SLOTS,
     )  # fmt: skip
     _merge[(num_queries, num_heads, num_rows)](
-        sums, maxima, weights, lengths_B, output_BWQD, num_rows, num_heads, num_queries, HEAD=size, PADDED_HEAD=padded
+        sums,
+        maxima,
+        weights,
+        seen.lengths_B,
+        output_BWQD,
+        num_rows,
+        num_heads,
+        num_queries,
+        HEAD=size,
+        PADDED_HEAD=padded,
     )
     return output_BWQD
 

@@ -10,19 +10,22 @@ Shape legend: B rows, T new slots, W their number rounded up, K tail slots, S sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cuda.arena import USES, Arena, StaticTreeCache
-from specdec.cuda.attention import TAIL_SLOTS, can_attend, seen_bits
+from specdec.cuda.attention import can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
+from specdec.cuda.seen import TAIL_SLOTS, Seen
 from specdec.hf import home_device, num_processes
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks
+from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.model import TreeModel
 from trees.uploads import upload
@@ -39,27 +42,49 @@ _ROUNDING = (1e-3, 0.05)
 """Share of the logits by which a graph's may differ from the ordinary forward's: in float32, and in 16 bits."""
 _ROTATIONS = ("dynamic", "longrope")
 """Rotary embeddings that look at the positions on the host."""
+_ATTENDING = ("full_attention", "sliding_attention")
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why a model's forwards are not captured; None if they are, as far as can be told without trying."""
     if graphs_for(home_device(model)) is None:
         return "it is not on a CUDA device"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "it has hooks, which a replay would not call"
+    if any(hasattr(module, "active_adapters") for module in model.modules() if not isinstance(module, PreTrainedModel)):
+        return "it has adapters, which may be switched"
+    if (reason := _why_not_static(model)) is not None:
+        return reason
+    if _has_windows(model) and (reason := reads_all(model)):
+        return f"a layer has a window, and {reason}"
+    return profile_of(model).part(Arena).refusal
+
+
+def why_no_static_shape(model: PreTrainedModel) -> str | None:
+    """Why a model's forwards cannot read used slots from static inputs; None if they can, captured or not."""
+    return _why_not_static(model) or reads_all(model)
+
+
+def _why_not_static(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     if num_processes(model) > 1 or len({weight.device for weight in model.parameters()}) > 1:
         return "it is split over devices"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate moves its inputs or weights"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "it has hooks, which a replay would not call"
-    if any(hasattr(module, "active_adapters") for module in model.modules() if not isinstance(module, PreTrainedModel)):
-        return "it has adapters, which may be switched"
     if rope.get("rope_type") in _ROTATIONS:
         return "its rotary embedding depends on the length"
-    if not all(kind is not None and kind.sees_all for kind in layer_kinds(config)):
-        return "a layer has a window, a state or a selection"
-    return profile_of(model).part(Arena).refusal
+    if not all(
+        kind is not None and kind.name in _ATTENDING and not kind.num_states and kind.has_slots
+        for kind in layer_kinds(config)
+    ):
+        return "a layer has chunks, a state or a selection"
+    return None
+
+
+def _has_windows(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return any(kind is not None and kind.reach is not None for kind in layer_kinds(config))
 
 
 def reads_all(model: PreTrainedModel) -> str | None:
@@ -96,6 +121,8 @@ class GraphedTreeModel(TreeModel):
         self._arena = arena or profile_of(model).part(Arena)
         self._run_static = forward_of(model, self._cache_name)
         self._reads_all = reads_all(model)
+        reaches = {kind.reach for kind in self.kinds if kind is not None}
+        self._reaches = tuple(sorted(reaches, key=lambda reach: reach or 0))
         self._padding: tuple[object, Tensor | None] | None = None
         """The rows and their padding; where each text starts, if that is all there is to say."""
         self._steps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -117,20 +144,25 @@ class GraphedTreeModel(TreeModel):
         shape, pool = self._shape(tokens_BT), graphs_for(self.device)
         if shape is None or pool is None or not self._arena.is_worth(shape):
             return super().forward(tokens_BT, offsets_BT, seen_BTK)
-        cache, num_new = self.cache, tokens_BT.shape[1]
+        cache = self.cache
         assert isinstance(cache, StaticTreeCache)
         # before anything looks at the buffers: they may be others then
         cache.make_room(max(cache.lengths) + TAIL_SLOTS if shape.reads_used else shape.num_slots)
         filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK)
         if not self._arena.has(shape):
             return self._capture(shape, filled, pool, (tokens_BT, offsets_BT, seen_BTK))
-        logits_BTV, *states = self._replay(shape, filled, pool)
-        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if cache.tail else offsets_BT
-        for layer in cache.stored.values():
+        return self._append(shape, self._replay(shape, filled, pool), offsets_BT)
+
+    def _append(self, shape: Shape, outputs: Outputs, offsets_BT: Tensor) -> Tensor:
+        """Take what has been forwarded for the end of the tail; the logits."""
+        num_rows, num_new = offsets_BT.shape
+        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if self.cache.tail else offsets_BT
+        for layer in self.cache.stored.values():
             layer.append(num_new)
-        self.states = {depth: part[:, :num_new].clone() for depth, part in zip(shape.kept, states, strict=True)}
+        logits_BTV, *states = (part[:num_rows, :num_new].clone() for part in outputs)
+        self.states = dict(zip(shape.kept, states, strict=True))
         self.num_forwards += 1
-        return logits_BTV[:, :num_new].clone()
+        return logits_BTV
 
     def _replay(self, shape: Shape, filled: Inputs, pool: type[GraphPool]) -> Outputs:
         graph, inputs = self._arena.graph(shape, filled, self._run_static, pool)
@@ -151,7 +183,7 @@ class GraphedTreeModel(TreeModel):
         except Exception as raised:  # of PyTorch, Triton or the model: whatever it is, there is another way
             error = f"its forward could not be captured ({type(raised).__name__}: {raised})"
         logits_BTV = super().forward(*given)
-        if replayed is not None and not _say_the_same(replayed[:, : logits_BTV.shape[1]], logits_BTV):
+        if replayed is not None and not say_the_same(replayed[:, : logits_BTV.shape[1]], logits_BTV):
             error = "a captured forward gives other logits"
         if error is not None:
             self._refuse(shape, error)
@@ -179,12 +211,20 @@ class GraphedTreeModel(TreeModel):
             return None
         kept, longest = tuple(sorted(self._kept)), max(cache.lengths)
         if self._reads_all is None and cache.tail + width <= TAIL_SLOTS and self._starts_B is not None:
-            bucket = next((slots for slots in _BUCKETS if longest + TAIL_SLOTS <= slots), None)
-            if bucket is None or num_rows * width * bucket > _MOST_PARTS:
+            bucket = self.bound_of(cache)
+            if bucket > _BUCKETS[-1] or num_rows * width * bucket > _MOST_PARTS:
                 return None
-            return Shape(num_rows, width, bucket, reads_used=True, kept=kept)
+            return Shape(num_rows, width, bucket, self._reaches, kept)
+        if self._reaches != (None,):
+            return None
         num_slots = longest + cache.tail + width
         return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()), kept=kept)
+
+    @staticmethod
+    def bound_of(cache: TreeCache) -> int:
+        """Of the slots of all rows, of a few numbers."""
+        needed = max(cache.lengths) + TAIL_SLOTS
+        return next((slots for slots in _BUCKETS if needed <= slots), 1 << (needed - 1).bit_length())
 
     @property
     def _starts_B(self) -> Tensor | None:
@@ -211,19 +251,35 @@ class GraphedTreeModel(TreeModel):
     def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Inputs:
         """What the graph is to be given."""
         cache = self.cache
-        first, padding = cache.tail, (0, shape.width - tokens_BT.shape[1])
-        steps_W, own_W = self._new_slots(first, shape.width)
-        lengths_B = cache.lengths_on(self.device)
+        padding = shape.padding(tokens_BT)
+        steps_W, _ = self._new_slots(cache.tail, shape.width)
+        lengths_B = _filled_up(cache.lengths_on(self.device), padding[2:])
         slots_BW = lengths_B.unsqueeze(1) + steps_W
         positions_BW = _filled_up(self.next_positions_B.unsqueeze(1) + offsets_BT, padding)
-        if not shape.reads_used:
-            seen: tuple[Tensor, ...] = (self._bias(shape, seen_BTK, slots_BW),)
+        if shape.reads_used:
+            seen = tuple(chain.from_iterable(self._seen(shape, offsets_BT, seen_BTK, lengths_B)))
         else:
-            assert self._starts_B is not None, "the shape says so"
-            # one that sees the whole tail needs no bit to be looked at
-            bits_BW = own_W | (_filled_up(seen_bits(seen_BTK), padding) if seen_BTK is not None else (1 << first) - 1)
-            seen = (self._starts_B, lengths_B, bits_BW.expand_as(slots_BW))
+            seen = (self._bias(shape, seen_BTK, slots_BW),)
         return Inputs(_filled_up(tokens_BT, padding), positions_BW, slots_BW, seen)
+
+    def _seen(self, shape: Shape, offsets_BT: Tensor, seen_BTK: Tensor | None, lengths_B: Tensor) -> Iterator[Seen]:
+        """A `Seen` for each of the reaches."""
+        first, padding, starts_B = self.cache.tail, shape.padding(offsets_BT), self._starts_B
+        assert starts_B is not None, "the shape says so"
+        starts_BW = _filled_up(starts_B, padding[2:]).unsqueeze(1).expand(-1, shape.width)
+        own_W, offsets_BK = self._new_slots(first, shape.width)[1], offsets_BT
+        if first:
+            offsets_BK = torch.cat([self._offsets_BS, offsets_BT], 1)
+        for reach in shape.reaches:
+            firsts_BW, seen = starts_BW, seen_BTK
+            if reach is not None:
+                ends_BT = self.cache.lengths_on(self.device).unsqueeze(1) + offsets_BT + 1
+                firsts_BW = torch.maximum(starts_BW, _filled_up(ends_BT - reach, padding))
+                is_near_BTK = offsets_BT.unsqueeze(2) - offsets_BK.unsqueeze(1) < reach
+                seen = is_near_BTK if seen is None else seen & is_near_BTK
+            # one that sees the whole tail needs no bit to be looked at
+            bits_BW = own_W | (_filled_up(seen_bits(seen), padding) if seen is not None else (1 << first) - 1)
+            yield Seen(firsts_BW, lengths_B, bits_BW.expand_as(starts_BW))
 
     def _new_slots(self, first: int, width: int) -> tuple[Tensor, Tensor]:
         if (first, width) not in self._steps:
@@ -243,11 +299,11 @@ class GraphedTreeModel(TreeModel):
         return bias_B1WS.scatter_(3, slots_BW[:, None, :, None], 0)  # each sees itself
 
 
-def _filled_up(part_BT: Tensor, padding: tuple[int, int]) -> Tensor:
-    return torch.nn.functional.pad(part_BT, padding) if any(padding) else part_BT
+def _filled_up(part: Tensor, padding: tuple[int, ...]) -> Tensor:
+    return torch.nn.functional.pad(part, padding) if any(padding) else part
 
 
-def _say_the_same(logits: Tensor, expected: Tensor) -> bool:
+def say_the_same(logits: Tensor, expected: Tensor) -> bool:
     """As far as rounding allows; a slot too many or too few in an attention shows."""
     expected = expected.float()
     distance = (logits.float() - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()

@@ -115,6 +115,8 @@ class DecodingLoop:
         scores_BTV = self.sampler.process(logits_BTV, prefixes)
         acceptance = self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
         accepted = to_host(draft.trees, acceptance)
+        if self.target.keeps_bits:
+            accepted = accepted.in_chains()
         self._note_times()
         for row, (number, path) in enumerate(zip(self.sequences.rows, accepted.paths, strict=True)):
             if self.recorder.keeps(number):
@@ -186,8 +188,9 @@ class DecodingLoop:
 
     def _max_depths(self) -> list[int]:
         """Drafted tokens of each row that can be committed (one more always follows them) and have a position."""
+        most = self.target.most_drafted
         return [
-            max(0, min(limit - length, self.context_length - cached) - 1)
+            max(0, min(limit - length - 1, self.context_length - cached - 1, most))
             for limit, length, cached in zip(
                 self.stop.limits(self.sequences), self.sequences.lengths, self.target.cache.lengths, strict=True
             )

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from specdec.cuda.fixed_shape import bit_exact_model
 from specdec.decoding.drafter import Drafter
 from specdec.drafters.auto.drafter import Auto
 from specdec.drafters.head.drafter import DraftHead
 from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.lookup.prompt_lookup import PromptLookup
 from specdec.drafters.model.small_model import SmallModel
+from specdec.errors import UnsupportedOptionError
 from specdec.hf import home_device
 from specdec.tree_model.compatibility import check_model
+from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
 
@@ -31,8 +34,11 @@ class Speculation:
     tree: GrowthPolicy | None = None
     verify: str = "topdown"
     generator: torch.Generator | None = None
+    exact: str | None = None
 
     def __post_init__(self) -> None:
+        if self.exact not in (None, "bits"):
+            raise ValueError(f"exact={self.exact!r}: it is None or 'bits'")
         if self.tree is not None and not isinstance(self.tree, GrowthPolicy):
             raise ValueError(f"tree={self.tree!r}: pass a growth policy such as trees.Chain(5), or None")
         if self.verify not in ("topdown", "traversal"):
@@ -50,19 +56,22 @@ class Speculation:
         tree: GrowthPolicy | None = None,
         verify: str = "topdown",
         generator: torch.Generator | None = None,
+        exact: str | None = None,
     ) -> Speculation:
         """With the drafter that an argument stands for.
 
         Args:
             tree: where the caller names one, the drafter is the one that grows it: there is nothing left to choose.
         """
-        return cls(drafter=_as_drafter(drafter, tree), tree=tree, verify=verify, generator=generator)
+        drafter = _as_drafter(drafter, tree)
+        return cls(drafter=drafter, tree=tree, verify=verify, generator=generator, exact=exact)
 
     def check(self, model: Any) -> None:
         """Refuse a model that cannot be decoded like this.
 
         Raises:
             UnsupportedModelError: it cannot be decoded by tree.
+            UnsupportedOptionError: `exact`, with a drafter that runs some of its layers.
             ValueError: it is no model, or not where the generator is.
         """
         if not isinstance(model, PreTrainedModel):
@@ -74,7 +83,20 @@ class Speculation:
                 f"the generator is on {self.generator.device} and the model on {home_device(model)}: make it with "
                 f"torch.Generator({home_device(model).type!r})"
             )
+        if self.exact and self.drafter.needs_exits:
+            raise UnsupportedOptionError(
+                f"exact='bits' does not go with {self.drafter!r}, which runs layers of the target in forwards of other "
+                "shapes: take another drafter"
+            )
         check_model(model)
+
+    def make_target(self, model: PreTrainedModel, num_rows: int) -> TreeModel:
+        """The tree model that verifies.
+
+        Raises:
+            UnsupportedModelError: `exact` is not possible with the model.
+        """
+        return bit_exact_model(model, num_rows) if self.exact else self.drafter.make_target(model)
 
 
 def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None) -> Drafter:

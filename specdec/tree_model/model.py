@@ -10,6 +10,7 @@ Shape legend: A planes of positions (one for text, several past an image), B row
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class TreeModel:
             states are known.
     """
 
+    keeps_bits = False
+    """Whether logits are the same bits in whatever rounds a text is verified, as long as all that is committed has been
+    verified in one chain from the root."""
+    most_drafted = sys.maxsize
+    """Nodes of a tree that it can verify."""
     cache: TreeCache
     _prompt_BP: Tensor | None
     """bool: which prompt slots are no padding; None if all are."""

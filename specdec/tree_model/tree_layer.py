@@ -229,7 +229,7 @@ class TreeLayer(CacheLayerMixin):
             rows_B = upload(rows, self.keys.device)
             fewer = self._zeros(self.buffers, len(rows))
             for buffer, part in zip(self.buffers, fewer, strict=True):
-                part[:, :, :longest] = buffer[:, :, :longest].index_select(0, rows_B)
+                part[: len(rows), :, :longest] = buffer[:, :, :longest].index_select(0, rows_B)
             self._written = longest
             self._set(fewer)
 

@@ -30,6 +30,18 @@ def test_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert "no measurements" in found["device"]
 
 
+def test_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    found = run(monkeypatch, capsys, "--parts", "bits")
+    assert found["bits, 4 rows"].keys() == {
+        *(
+            "specdec, plain",
+            "specdec, prompt lookup",
+            "specdec, plain of one shape",
+            "specdec, prompt lookup of one shape",
+        )
+    }
+
+
 def test_a_part_after_the_budget_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     found = run(monkeypatch, capsys, "--parts", "memory,plain", "--seconds", "-1")
     assert found["left_out"] == ["memory", "plain"]

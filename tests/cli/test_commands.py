@@ -57,6 +57,19 @@ def test_generate_verifies_by_traversal(tiny: str, tiny_draft: str, monkeypatch:
     assert asked["verify"] == "traversal"
 
 
+def test_generate_is_exact_to_the_bit(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    generate = specdec.generate
+    monkeypatch.setattr(specdec, "generate", lambda *a, **kw: asked.update(kw) or generate(*a, **kw), raising=False)
+    options = ("--drafter", "prompt-lookup", "--weights", "stock", "-n", "16", "--json")
+    texts = [
+        json.loads(specdec_command("generate", PROMPT, "-m", tiny, *options, *more).stdout)["text"]
+        for more in ((), ("--exact", "bits"))
+    ]
+    assert asked["exact"] == "bits"
+    assert texts[0] == texts[1]
+
+
 def test_generate_reads_stdin(tiny: str) -> None:
     result = specdec_command("generate", "-m", tiny, "-n", "16", stdin=PROMPT + "\n")
     assert result.stdout == plain_text(tiny, PROMPT) + "\n"

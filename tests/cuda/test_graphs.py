@@ -79,10 +79,14 @@ def test_greedy_equality(name: str, prompts: dict[str, Tensor], reads_used: bool
         assert ways(draft) == {reads_used}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "opt", "gpt_neox", "mixtral", "olmo2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "qwen3", "opt", "gpt_neox", "mixtral", "olmo2", "mistral", "starcoder2", "gemma3_text"]
+)
 def test_families(family: str) -> None:
+    """Also of windows, which the longer prompts are past."""
     model = tiny_model(family)
     assert check(model, PromptLookup(), RAGGED) > 3
+    assert check(model, SmallModel(with_noise(tiny_model(family))), RAGGED, tree=DySpec(6)) > 3
     assert ways(model) == {True}
     assert model.config._attn_implementation == "sdpa"
 
@@ -219,7 +223,12 @@ def test_samples_are_those_without_graphs() -> None:
 
 
 def test_who_has_no_graphs() -> None:
-    assert why_not(tiny_model("mistral")) == "a layer has a window, a state or a selection"
+    assert (
+        why_not(tiny_model("lfm2", layer_types=["conv", "full_attention"]))
+        == "a layer has chunks, a state or a selection"
+    )
+    model = tiny_model("mistral", attn_implementation="eager")
+    assert why_not(model) == "a layer has a window, and its attention is not PyTorch's"
     model = tiny_model("llama")
 
     class Broken(StandInPool):
@@ -250,7 +259,7 @@ def test_moved_weights_are_captured_again() -> None:
         for weight in model.parameters():
             weight.data = weight.data.flip(0).contiguous()
     assert check(model, Plain(), ONE) > 3
-    assert not isinstance(tree_model_of(tiny_model("mistral")), GraphedTreeModel)
+    assert not isinstance(tree_model_of(tiny_model("lfm2", layer_types=["conv", "full_attention"])), GraphedTreeModel)
 
 
 def test_the_stand_in_spoils_what_a_graph_would() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.cuda import attention
+from specdec.cuda.seen import Seen
 from tests.support.tree_attention import SHAPES, given
 
 interpreted = pytest.mark.skipif(
@@ -26,9 +27,12 @@ def test_the_twin(name: str) -> None:
     inputs = given(name)
     output_BWQD = attention.tree_attention(**inputs)
     group = inputs["queries_BQWD"].shape[1] // inputs["keys_BHSD"].shape[1]
-    for row, (start, length) in enumerate(zip(inputs["starts_B"].tolist(), inputs["lengths_B"].tolist(), strict=True)):
-        for slot, bits in enumerate(inputs["seen_BW"][row].tolist()):
-            slots = [*range(start, length), *(length + place for place in range(64) if bits >> place & 1)]
+    seen = inputs["seen"]
+    for row, length in enumerate(seen.lengths_B.tolist()):
+        for slot, (first, bits) in enumerate(
+            zip(seen.firsts_BW[row].tolist(), seen.bits_BW[row].tolist(), strict=True)
+        ):
+            slots = [*range(first, length), *(length + place for place in range(64) if bits >> place & 1)]
             for head in range(inputs["queries_BQWD"].shape[1]):
                 keys, values = (inputs[part][row, head // group, slots] for part in ("keys_BHSD", "values_BHSD"))
                 weights = (keys @ inputs["queries_BQWD"][row, head, slot] * inputs["scale"]).softmax(0)
@@ -72,10 +76,11 @@ def test_nothing_but_what_a_query_sees_changes_its_bits(kernels: ModuleType) -> 
     inputs = given("ragged")
     output_BWQD = kernels.tree_attention(**inputs)
     one = {name: part[1:2] if isinstance(part, Tensor) else part for name, part in inputs.items()}
+    one["seen"] = Seen(*(part[1:2] for part in inputs["seen"]))
     assert torch.equal(kernels.tree_attention(**{**one, "num_slots": 512}), output_BWQD[1:2])
     for part in ("keys_BHSD", "values_BHSD"):
         inputs[part][0, :, 255 + 64 :] = torch.nan
-        inputs[part][1, :, : int(inputs["starts_B"][1])] = torch.nan
+        inputs[part][1, :, : int(inputs["seen"].firsts_BW[1].min())] = torch.nan
     again_BWQD = kernels.tree_attention(**inputs)
     assert torch.equal(again_BWQD, output_BWQD)
 
@@ -84,6 +89,7 @@ def test_nothing_but_what_a_query_sees_changes_its_bits(kernels: ModuleType) -> 
 def test_a_query_alone_has_the_same_bits_as_among_others(kernels: ModuleType) -> None:
     inputs = given("odd head")
     output_BWQD = kernels.tree_attention(**inputs)
-    few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, 1:2], "seen_BW": inputs["seen_BW"][:, 1:2]}
-    few["seen_BW"] = few["seen_BW"].contiguous()
+    firsts_BW, lengths_B, bits_BW = inputs["seen"]
+    alone = Seen(firsts_BW[:, 1:2], lengths_B, bits_BW[:, 1:2])
+    few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, 1:2], "seen": alone}
     assert torch.equal(kernels.tree_attention(**few), output_BWQD[:, 1:2])

@@ -21,6 +21,7 @@ from specdec.control.costs import measure_forwards
 from specdec.cuda.arena import Arena
 from specdec.cuda.attention import reference, tree_attention
 from specdec.cuda.model import reads_all, why_not
+from specdec.cuda.seen import Seen
 from specdec.cuda.timing import DeviceSpan
 from specdec.drafters import (
     Auto,
@@ -145,10 +146,13 @@ def test_forwards_are_replayed(dtype: torch.dtype) -> None:
 def test_tree_attention(name: str, dtype: torch.dtype) -> None:
     """The kernels, compiled, against their twin."""
     inputs = {key: part.cuda() if isinstance(part, Tensor) else part for key, part in given(name, dtype).items()}
+    firsts_BW, lengths_B, bits_BW = (part.cuda() for part in inputs["seen"])
+    inputs["seen"] = Seen(firsts_BW, lengths_B, bits_BW)
     bound = 2e-5 if dtype == torch.float32 else 2e-2
     actual, expected = tree_attention(**inputs), reference(**inputs)
     torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
-    few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, :1], "seen_BW": inputs["seen_BW"][:, :1].contiguous()}
+    alone = Seen(firsts_BW[:, :1], lengths_B, bits_BW[:, :1])
+    few = {**inputs, "queries_BQWD": inputs["queries_BQWD"][:, :, :1], "seen": alone}
     torch.testing.assert_close(tree_attention(**few), expected[:, :1], rtol=bound, atol=bound)
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from specdec.cuda import attention
-from trees.uploads import upload
+from specdec.cuda.seen import Seen
 
 SHAPES = {
     "one token": (1, 4, 2, 1, 16, 128, [40]),
     "ragged": (3, 4, 1, 8, 16, 1024, [255, 256, 700]),
     "odd head": (2, 4, 2, 5, 20, 384, [300, 0]),
     "many queries": (1, 8, 2, 24, 16, 384, [200]),
+    "windows": (2, 4, 2, 8, 16, 512, [300, 260]),
 }
 
 
@@ -28,13 +29,17 @@ def given(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
     seen_BWK = torch.rand((num_rows, width, 64), generator=generator) < 0.4
     seen_BWK[:, torch.arange(width), torch.arange(width)] = True
+    lengths_B = torch.tensor(lengths)
+    firsts_BW = torch.arange(num_rows).unsqueeze(1) + torch.arange(width) * (name == "windows") * 40
     return {
         "queries_BQWD": normal(num_rows, width, num_heads, size).transpose(1, 2),
         "keys_BHSD": normal(num_rows, num_key_heads, num_slots, size),
         "values_BHSD": normal(num_rows, num_key_heads, num_slots, size),
-        "starts_B": torch.arange(num_rows).clamp(max=min(lengths)),
-        "lengths_B": upload(lengths, torch.device("cpu")),
-        "seen_BW": attention.seen_bits(seen_BWK),
+        "seen": Seen(
+            firsts_BW=torch.minimum(firsts_BW, lengths_B.unsqueeze(1)),
+            lengths_B=lengths_B,
+            bits_BW=attention.seen_bits(seen_BWK),
+        ),
         "scale": size**-0.5,
         "num_slots": num_slots,
     }
