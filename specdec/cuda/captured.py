@@ -158,7 +158,8 @@ def forward_of(
     def run(inputs: Inputs, cache: Cache, shape: Shape) -> Outputs:
         model = known()
         assert model is not None, "the graphs have outlived their model"
-        view, twin = (copies or {}).get(shape.kept) or _with_twin(model, shape)
+        known_copy = None if copies is None else copies.get(shape.kept)
+        view, twin = known_copy or _with_twin(model, shape)
         if copies is not None:
             copies[shape.kept] = view, twin
         given: dict[str, Any] = {
