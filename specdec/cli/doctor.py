@@ -17,6 +17,7 @@ from specdec.cli.model_argument import takes_model
 from specdec.disk_cache.folders import MEASUREMENTS, PACKED_WEIGHTS, PREFIXES, CacheFolder, cache_folder
 
 CACHES = (MEASUREMENTS, PACKED_WEIGHTS, PREFIXES)
+_EXACT = "exact"
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
 
 
@@ -33,7 +34,7 @@ def doctor(
             "--model",
             "-m",
             metavar="MODEL",
-            help="Load this model and measure how many threads are best for it, and what forwards cost.",
+            help="Load this model, say whether and how it can be decoded by drafts, and measure threads and forwards.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
@@ -58,7 +59,7 @@ def doctor(
 def examine(model: str | None = None) -> dict[str, Any]:
     """The report of `specdec doctor`, ready for JSON; with a model, its threads and forwards are measured."""
     devices, measured = _devices(), {} if model is None else _measure(model)
-    threads = _threads() | ({"best": measured["threads"]} if measured else {})
+    threads = _threads() | ({"best": measured["threads"]} if "threads" in measured else {})
     return {
         "specdec": __version__,
         "python": platform.python_version(),
@@ -69,6 +70,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "cuda_graphs": _cuda_graphs(),
         "threads": threads,
         "forward_ms": measured.get("forward_ms"),
+        "verdict": measured.get("verdict"),
         "advice": _advice(devices, threads),
         "caches": [_described(folder) for folder in CACHES],
         "models": _demo_models() + _hub_models(),
@@ -122,17 +124,39 @@ def _threads() -> dict[str, int | None]:
 
 
 def _measure(source: str) -> dict[str, Any]:
-    """The best number of threads; with the present one, what forwards cost: tokens -> milliseconds."""
+    """The best number of threads; with the present one, what forwards cost: tokens -> milliseconds; what can be done
+    with the model at all."""
     from specdec.control.costs import measure_forwards
     from specdec.kernels import calibrate_threads
     from specdec.models import load
 
     loaded = load(source, device="cpu").model
+    verdict = _verdict(loaded)
+    if not verdict["speculation"].startswith(_EXACT):
+        return {"verdict": verdict}
     threads = calibrate_threads(loaded)
     return {
+        "verdict": verdict,
         "threads": threads,
         "forward_ms": {width: round(1000 * seconds, 1) for width, seconds in measure_forwards(loaded).items()},
     }
+
+
+def _verdict(model: Any) -> dict[str, str]:
+    """Of a model as it was loaded, quantised by another library, too: its weights, whether it can be decoded by drafts,
+    and what it would have on a GPU."""
+    from specdec import cuda
+    from specdec.errors import UnsupportedModelError
+    from specdec.tree_model.compatibility import check_model
+    from specdec.tree_model.quantised import weights_of
+
+    kinds = sorted(getattr(kind, "__name__", str(kind)) for kind in weights_of(model).kinds)
+    try:
+        check_model(model)
+        speculation = _EXACT
+    except UnsupportedModelError as error:
+        speculation = f"refused: {error}"
+    return {"weights": ", ".join(kinds) or str(model.dtype), "speculation": speculation, "gpu": cuda.describe(model)}
 
 
 def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
@@ -195,6 +219,9 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_row("CUDA graphs", report["cuda_graphs"])
     threads = report["threads"]
     table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
+    if (verdict := report["verdict"]) is not None:
+        table.add_row("this model", f"weights: {verdict['weights']}; drafts: {verdict['speculation']}")
+        table.add_row("on a GPU", verdict["gpu"])
     if report["forward_ms"]:
         costs = ", ".join(f"{width}: {ms:.1f}" for width, ms in report["forward_ms"].items())
         table.add_row("forward, ms", f"{costs} (by tokens verified at once)")

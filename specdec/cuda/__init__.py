@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.cuda.attention import can_attend
 from specdec.cuda.graphs import graphs_for
-from specdec.cuda.model import GraphedTreeModel, why_not
+from specdec.cuda.model import GraphedTreeModel, why_not, why_not_captured
 from specdec.tree_model.model import TreeModel
 
 __all__ = ["GraphedTreeModel", "describe", "tree_model_of"]
@@ -23,8 +23,11 @@ def tree_model_of(model: PreTrainedModel) -> TreeModel:
     return TreeModel(model) if why_not(model) else GraphedTreeModel(model)
 
 
-def describe() -> str:
-    """A line for people."""
+def describe(model: PreTrainedModel | None = None) -> str:
+    """A line for people: of this machine, or of what a model would have on a GPU."""
+    if model is not None:
+        reason = why_not_captured(model)
+        return "CUDA graphs, tried before they are used" if reason is None else f"no CUDA graphs: {reason}"
     if graphs_for(torch.device("cuda")) is None:
         return "none: PyTorch sees no CUDA device"
     read = "used slots" if can_attend(torch.device("cuda")) else "all slots of a shape (no Triton)"

@@ -49,6 +49,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     """Why a model's forwards are not captured; None if they are, as far as can be told without trying."""
     if graphs_for(home_device(model)) is None:
         return "it is not on a CUDA device"
+    return why_not_captured(model) or profile_of(model).part(Arena).refusal
+
+
+def why_not_captured(model: PreTrainedModel) -> str | None:
+    """Why a model's forwards are captured on no device; None if they are where there are graphs."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "it has hooks, which a replay would not call"
     if any(hasattr(module, "active_adapters") for module in model.modules() if not isinstance(module, PreTrainedModel)):
@@ -57,7 +62,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return reason
     if _has_windows(model) and (reason := reads_all(model)):
         return f"a layer has a window, and {reason}"
-    return profile_of(model).part(Arena).refusal
+    return None
 
 
 def why_no_static_shape(model: PreTrainedModel) -> str | None:

@@ -7,16 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 import typer
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import specdec
 from specdec import models
 from specdec.cli.app import app
 from specdec.cli.common import USER_ERROR, friendly_errors
+from specdec.cli.doctor import _verdict
 from specdec.errors import ModelError
 from specdec.kernels import native
 from tests.support.tiny_models import save_tiny_model
+from tests.support.wrapped import bare, quantised_dynamically
 
 COMMANDS = ("pull", "generate", "chat", "bench", "doctor")
 
@@ -72,6 +77,47 @@ def test_doctor_measures_threads_for_a_model(cache: Path, tmp_path: Path) -> Non
     assert 1 <= report["threads"]["best"] <= report["threads"]["cores"]
     assert report["forward_ms"]["1"] > 0
     assert f"--threads {report['threads']['best']}" in report["advice"][1]
+
+
+def test_doctor_says_what_can_be_done_with_a_model(cache: Path, tmp_path: Path) -> None:
+    verdict = json.loads(run("doctor", "--json", "--model", save_tiny_model(tmp_path / "tiny")).stdout)["verdict"]
+    assert verdict["speculation"] == "exact"
+    assert verdict["weights"] == "torch.float32"
+    assert verdict["gpu"].startswith("CUDA graphs")
+
+
+class PackedLinear(nn.Module):
+    """As a library packs weights: codes and a scale."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.codes.float() * self.scale)
+
+
+def test_doctor_knows_weights_of_other_libraries() -> None:
+    model = bare()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = PackedLinear(layer.mlp.up_proj)
+    verdict = _verdict(model)
+    assert verdict == {
+        "weights": "torch.int8",
+        "speculation": "exact",
+        "gpu": "CUDA graphs, tried before they are used",
+    }
+
+
+def test_doctor_refuses_activations_that_are_rounded() -> None:
+    assert _verdict(quantised_dynamically())["speculation"].startswith("refused: products of LlamaForCausalLM round")
+
+
+def test_doctor_names_what_keeps_a_model_from_graphs() -> None:
+    model = bare()
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in _verdict(model)["gpu"]
 
 
 def test_doctor_finds_the_models_of_the_cache(cache: Path) -> None:
