@@ -214,27 +214,24 @@ def test_a_long_text_costs_no_more_a_token_than_a_short_one() -> None:
 
 
 def test_asking_a_long_text_takes_as_few_steps_as_a_short_one() -> None:
-    """To be asked is to read what was said since, too."""
-
-    def steps(length: int) -> list[int]:
+    def most_steps(length: int) -> int:
         document = long_text(length)
         session = session_of(PromptLookup(), [document])
         parts = counted(session._rows[0].own)
         asked, num_right = [], 0
         for start in range(length // 3, length // 3 + 400):
-            before = num_steps(parts)
             assert isinstance(session, ChainSession)
+            session._catch_up(session._rows[0])  # reading has a test of its own
+            before = num_steps(parts)
             (proposal,) = session.proposals([20])
             asked.append(num_steps(parts) - before)
             num_right += proposal.tokens[:1] == [document[start]]
             session.observe(Outcome(paths=[[]], tokens=[document[start : start + 1]]))
         assert num_right > 300, "the document is copied"
         assert min(asked) >= 1, "it was asked"
-        return asked
+        return max(asked)
 
-    of_short, of_long = steps(LONG // 16), steps(LONG)
-    assert sum(of_long) <= 1.5 * sum(of_short)
-    assert max(of_long) <= 120
+    assert most_steps(LONG) <= most_steps(LONG // 16) <= 40
 
 
 def test_in_a_long_document_the_place_that_has_predicted_is_copied_from() -> None:

@@ -269,3 +269,8 @@ def test_a_chat_begins_with_a_saved_conversation(words_folder, tmp_path):
 def test_options_that_do_not_go_together(tmp_path, options, message):
     command, *rest = options
     assert message in error_of(specdec_command(command, "-m", save_tiny_model(tmp_path), *rest))
+
+
+def test_a_conversation_that_is_none_is_said_before_the_model_is_loaded(tmp_path):
+    missing = str(tmp_path / "nowhere.json")
+    assert missing in error_of(specdec_command("chat", "-m", str(tmp_path / "no-model"), "--load", missing))

@@ -99,7 +99,10 @@ def chat(
         from specdec.cli.chat.reading import make_reader
         from specdec.cli.chat.rendering import reply_console
         from specdec.cli.chat.session import ChatSession
+        from specdec.cli.chat.transcript import Transcript, transcript_path
 
+    path = None if load is None else transcript_path(str(load))
+    saved = None if path is None else Transcript.load(path)  # before a model is, which takes long
     if url is None:
         speaker = _local(model, drafter, draft, loading, prefix_bytes(prefix_cache))
     else:
@@ -114,8 +117,8 @@ def chat(
         settings=settings,
         system=system,
     )
-    if load is not None:
-        session.load(str(load))
+    if path is not None and saved is not None:
+        session.resume(saved, path)
     if message is None:
         session.run()
     elif not session.reply_once(message):

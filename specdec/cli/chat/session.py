@@ -17,7 +17,7 @@ from specdec.cli.chat.rendering import make_view, shows_styles, visible
 from specdec.cli.chat.reply import Reply
 from specdec.cli.chat.settings import Settings
 from specdec.cli.chat.speakers import Speaker
-from specdec.cli.chat.transcript import Transcript
+from specdec.cli.chat.transcript import Transcript, transcript_path
 from specdec.cli.common import Terminated, err_console
 from specdec.cli.status import await_output, make_way
 from specdec.errors import SpecdecError
@@ -137,7 +137,7 @@ class ChatSession:
 
     def save(self, file: str) -> None:
         """Write the conversation; "" is the file that it was last saved to or loaded from."""
-        path = _path(file) if file else self._file
+        path = transcript_path(file) if file else self._file
         if path is None:
             raise ValueError("there is no file yet: /save FILE")
         if path.exists() and path != self._file:
@@ -155,8 +155,11 @@ class ChatSession:
 
     def load(self, file: str) -> None:
         """Go on with a saved conversation, its system prompt and its settings; the model stays."""
-        path = _path(file)
-        saved = Transcript.load(path)
+        path = transcript_path(file)
+        self.resume(Transcript.load(path), path)
+
+    def resume(self, saved: Transcript, path: Path) -> None:
+        """Go on with what has been read of a file."""
         self._conversation.messages, self._conversation.system = saved.messages, saved.system
         self._settings, self._file = saved.settings, path
         saved.settings.sampling.seed_torch()
@@ -269,9 +272,3 @@ class ChatSession:
                 f"{stats.tokens_per_round:.2f} tokens per round, "
                 f"{stats.num_accepted} of {stats.num_drafted} drafted accepted"
             )
-
-
-def _path(text: str) -> Path:
-    """A file, `.json` if it has no suffix."""
-    path = Path(text).expanduser()
-    return path if path.suffix else path.with_suffix(".json")

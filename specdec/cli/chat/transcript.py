@@ -19,6 +19,12 @@ _KEYS = {"format", "version", "model", "drafter", "system", "settings", "message
 _MAX_BYTES = 64 << 20
 
 
+def transcript_path(text: str) -> Path:
+    """A file, `.json` if it has no suffix."""
+    path = Path(text).expanduser()
+    return path if path.suffix else path.with_suffix(".json")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
     """A conversation and the circumstances that it was held in.
