@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -56,9 +57,11 @@ class CacheFolder:
 
     def touch(self, files: Iterable[Path]) -> None:
         """These count as used now, the last of them last."""
-        for file in files:
+        now = time.time_ns()
+        for index, file in enumerate(files):
+            time_ns = now + 1_000 * index  # the system's own clock for files stands still for milliseconds
             with suppress(OSError):  # root's, for all users; or gone
-                os.utime(file)
+                os.utime(file, ns=(time_ns, time_ns))
 
     def write(self, write: Callable[[Path], str]) -> Path | None:
         """Add a file; other processes see no file or a whole one. None where the folder cannot be trusted or written.
@@ -92,7 +95,7 @@ class CacheFolder:
             return False
 
     def _trim(self, newest: Path) -> None:
-        others = sorted(set(self.files()) - {newest}, key=lambda file: file.stat().st_mtime, reverse=True)
+        others = sorted(set(self.files()) - {newest}, key=lambda file: file.stat().st_mtime_ns, reverse=True)
         num_bytes = newest.stat().st_size
         for file in others:
             num_bytes += file.stat().st_size

@@ -100,3 +100,11 @@ def test_files_are_the_users_own_and_an_error_leaves_nothing_behind():
     assert (file.name, file.stat().st_mode & 0o077) == ("whole", 0)
     MEASUREMENTS.clear()
     assert MEASUREMENTS.files() == []
+
+
+def test_files_that_are_used_together_have_an_order():
+    folder = CacheFolder("ordered", 100)
+    for name in "abc":
+        add(folder, name, 1)
+    folder.touch(folder.path / name for name in "bca")
+    assert sorted(folder.files(), key=lambda file: file.stat().st_mtime_ns) == [folder.path / name for name in "bca"]
