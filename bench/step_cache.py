@@ -160,7 +160,8 @@ class StepSource:
             logits_TV = logits_of[row][: len(request.drafted)]
             columns = log_probs_of(logits_TV, request.drafted), regrets_of(logits_TV, request.drafted)
             found.append((request.drafted, _rounded(columns)))
-        self._target.discard()
+        # a text most often goes on with the step: what has been read of it need not be read again
+        self._target.commit_scored({row: [list(request.drafted)] for row, request in rows.items()})
         return found
 
     def _values(self, row: int) -> list[list[float]]:

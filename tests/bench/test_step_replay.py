@@ -21,6 +21,7 @@ from routers import FirstTokenEntropy, OwnDoubt
 from specdec.drafters import QuantizedSelf
 from specdec.testing import ByteTokenizer, tiny_model
 from specdec.training.routers.collect import Problem, encode_problems
+from specdec.tree_model.model import TreeModel
 from tests.support.routed_steps import STEPS
 
 TOKENIZER = ByteTokenizer()
@@ -130,6 +131,28 @@ def test_a_replay_is_what_a_live_run_is(model, tmp_path):
     for name, router in all_routers(*thresholds).items():
         runs = replay_all(router, list(PROBLEMS), prompts, TOKENIZER.decode, again, refuse)
         assert [run.tokens for run in runs] == [run.tokens for run in replayed[name]]
+
+
+def test_steps_that_are_scored_one_after_the_other_are_read_once(model, monkeypatch):
+    """So that what a verification costs is not what reading the whole text again costs."""
+    widths: list[int] = []
+    verify = TreeModel.verify
+    monkeypatch.setattr(
+        TreeModel, "verify", lambda self, trees, roots: widths.append(trees.num_slots) or verify(self, trees, roots)
+    )
+
+    def job(source):
+        text: tuple[int, ...] = ()
+        for _ in range(4):
+            (step,) = source.write([Request("draft", 3, text)])
+            widths.clear()
+            source.write([Request("score", 3, text, tuple(step.tokens))])
+            assert widths == [len(step.tokens) + 1], "the step, after the last token before it"
+            text += tuple(step.tokens)
+
+    problem = {3: PROBLEMS[3]}
+    drafter = QuantizedSelf(weights="int4", num_tokens=3)
+    with_source(model, drafter, TOKENIZER, problem, job, max_new_tokens=NUM_NEW, steps=STEPS)
 
 
 def test_steps_of_another_plan_are_refused(tmp_path):
