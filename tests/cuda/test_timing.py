@@ -14,6 +14,8 @@ from specdec.cuda import graphs, timing
 from specdec.cuda.arena import Arena
 from specdec.cuda.timing import DeviceSpan
 from specdec.drafters import Auto, SmallModel
+from specdec.drafters.auto import drafter as auto
+from specdec.drafters.auto import sources
 from specdec.drafters.auto.sources import ModelSource
 from specdec.kernels.model.profile import profile_of
 from specdec.testing import random_prompts, tiny_model
@@ -69,6 +71,11 @@ def test_a_calls_seconds_are_the_devices() -> None:
 def test_auto_learns_what_the_device_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """To draft; what the host took to launch it would be nearly nothing."""
     model, seen, learn = tiny_model("llama"), [], ModelSource.learn
+    # drafts cost next to nothing beside the target, however busy the machine is: they have their turn
+    for module in (auto, sources):
+        monkeypatch.setattr(
+            module, "costs_of", lambda asked, num_rows=1: ForwardCosts({1: 1.0 if asked is model else 1e-6})
+        )
     monkeypatch.setattr(ModelSource, "learn", lambda *args: seen.append(args[3]) or learn(*args))
     with timing.standing_in(Ticking()):
         drafter = Auto(SmallModel(with_noise(model)))
