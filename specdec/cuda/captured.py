@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from specdec.cuda.seen import Seen
 from specdec.tree_model import masks
 from specdec.tree_model.layer_views import ALL_LAYERS, Layers, LayerViews, View
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 _ATTENTION = "specdec_tree_attention"
 _NOT_TAKEN = ("softcap", "s_aux", "position_bias")
 """Of what models give to an attention function: what would change its result."""
@@ -61,7 +62,7 @@ class Shape(NamedTuple):
 
 class Inputs(NamedTuple):
     """Of a graph. `slots` are written; what is seen is a bias, or the parts of a `Seen` for each of the reaches;
-    `hidden` are the states [B, W, C] before the layers, if there are layers before them."""
+    `hidden` are states [B, W, C] that it begins with, where it does not begin with tokens."""
 
     tokens_BW: Tensor
     positions_BW: Tensor
@@ -180,20 +181,30 @@ def forward_of(
             view.set_input_states(hidden_BWC)
         given: dict[str, Any] = {"input_ids": inputs.tokens_BW, "position_ids": inputs.positions_BW}
         given |= {cache_name: cache, "use_cache": True} if shape.num_slots else {"use_cache": False}
-        if shape.reads_used:
-            num_layers = len(range(len(cache.layers))[slice(*shape.layers)])
-            outputs = _read_used(view.model, given, _Reads(_by_reach(inputs, shape), shape.num_slots), num_layers)
-        else:
-            mask = inputs.seen[0] if shape.num_slots else masks.unread(inputs.tokens_BW.device)
-            outputs = view.model(**given, attention_mask=mask)
+        num_layers = len(range(len(cache.layers))[slice(*shape.layers)])
+        outputs = run_static(view.model, given, inputs, shape, num_layers)
         states = tuple(view.states[depth] for depth in shape.kept)
         return (outputs.logits, *states) if shape.layers.stop is None else states
 
     return run
 
 
+def run_static(model: PreTrainedModel, given: Mapping[str, Any], inputs: Inputs, shape: Shape, num_layers: int) -> Any:
+    """What a model makes of static inputs.
+
+    Args:
+        model: as `attending` gives it.
+        given: to it besides a mask.
+        num_layers: that attend.
+    """
+    if shape.reads_used:
+        return _read_used(model, given, _Reads(_by_reach(inputs, shape), shape.num_slots), num_layers)
+    mask = inputs.seen[0] if shape.num_slots else masks.unread(inputs.tokens_BW.device)
+    return model(**given, attention_mask=mask)
+
+
 def _view(model: PreTrainedModel, shape: Shape) -> View:
-    runs = _with_attention(model) if shape.reads_used else model
+    runs = attending(model, shape)
     if shape.has_all_layers and not shape.kept:  # there need not be a list of layers
         return View(runs)
     return LayerViews(runs).some(shape.layers, shape.kept)
@@ -216,8 +227,11 @@ def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, 
     return outputs
 
 
-def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules, with the same weights, whose configurations name our attention."""
+def attending(model: Model, shape: Shape) -> Model:
+    """A copy of the modules, with the same weights, whose configurations name our attention; the model itself where it
+    is given a bias."""
+    if not shape.reads_used:
+        return model
     copies: dict[int, Any] = {}
 
     def copied(module: nn.Module) -> nn.Module:
@@ -232,6 +246,4 @@ def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
                 twin.config = copies[id(config)]
         return copies[id(module)]
 
-    found = copied(model)
-    assert isinstance(found, PreTrainedModel)
-    return found
+    return cast(Model, copied(model))

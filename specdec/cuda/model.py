@@ -62,7 +62,7 @@ def why_not_captured(model: PreTrainedModel) -> str | None:
         return "it has adapters, which may be switched"
     if (reason := _why_not_static(model)) is not None:
         return reason
-    if _has_windows(model) and (reason := reads_all(model)):
+    if has_windows(model) and (reason := reads_all(model)):
         return f"a layer has a window, and {reason}"
     return None
 
@@ -89,7 +89,7 @@ def _why_not_static(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _has_windows(model: PreTrainedModel) -> bool:
+def has_windows(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     return any(kind is not None and kind.reach is not None for kind in layer_kinds(config))
 
@@ -153,9 +153,9 @@ class GraphedTreeModel(TreeModel):
         tokens_BT: Tensor,
         offsets_BT: Tensor,
         seen_BTK: Tensor | None,
-        hidden_BTC: Tensor | None = None,
+        hidden: Sequence[Tensor] = (),
     ) -> Forwarded:
-        ordinary = partial(super()._forward_layers, layers, tokens_BT, offsets_BT, seen_BTK, hidden_BTC)
+        ordinary = partial(super()._forward_layers, layers, tokens_BT, offsets_BT, seen_BTK, hidden)
         shape, pool = self._shape(layers, tokens_BT), graphs_for(self.device)
         if shape is None or pool is None or not self._arena.is_worth(shape):
             return ordinary()
@@ -163,7 +163,7 @@ class GraphedTreeModel(TreeModel):
         assert isinstance(cache, StaticTreeCache)
         # before anything looks at the buffers: they may be others then
         cache.make_room(max(cache.lengths) + TAIL_SLOTS if shape.reads_used else shape.num_slots)
-        filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK, hidden_BTC)
+        filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK, hidden)
         if not self._arena.has(shape):
             return self._capture(shape, filled, pool, ordinary)
         return self._append(shape, self._replay(shape, filled, pool), offsets_BT)
@@ -282,7 +282,7 @@ class GraphedTreeModel(TreeModel):
         tokens_BT: Tensor,
         offsets_BT: Tensor,
         seen_BTK: Tensor | None,
-        hidden_BTC: Tensor | None = None,
+        hidden: Sequence[Tensor] = (),
     ) -> Inputs:
         """What the graph is to be given."""
         cache = self.cache
@@ -295,8 +295,8 @@ class GraphedTreeModel(TreeModel):
             seen = tuple(chain.from_iterable(self._seen(shape, offsets_BT, seen_BTK, lengths_B)))
         else:
             seen = (self._bias(shape, seen_BTK, slots_BW),)
-        hidden = () if hidden_BTC is None else (filled_up(hidden_BTC, (0, 0, *padding)),)
-        return Inputs(filled_up(tokens_BT, padding), positions_BW, slots_BW, seen, hidden)
+        filled = tuple(filled_up(hidden_BTC, (0, 0, *padding)) for hidden_BTC in hidden)
+        return Inputs(filled_up(tokens_BT, padding), positions_BW, slots_BW, seen, filled)
 
     def _seen(self, shape: Shape, offsets_BT: Tensor, seen_BTK: Tensor | None, lengths_B: Tensor) -> Iterator[Seen]:
         """A `Seen` for each of the reaches."""

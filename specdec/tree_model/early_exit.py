@@ -102,7 +102,7 @@ class EarlyExitModel(TreeModel):
             self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
         states = partial.states()
         logits_BSV, above = self._forward_layers(
-            Layers(exit_layer), tokens_BS, offsets_BS, seen_BSS, states[exit_layer]
+            Layers(exit_layer), tokens_BS, offsets_BS, seen_BSS, [states[exit_layer]]
         )
         self.states = {depth: order.restore(states_BTC) for depth, states_BTC in (states | above).items()}
         self._partial = None

@@ -389,17 +389,20 @@ class TreeModel:
         tokens_BT: Tensor,
         offsets_BT: Tensor,
         seen_BTK: Tensor | None,
-        hidden_BTC: Tensor | None = None,
+        hidden: Sequence[Tensor] = (),
     ) -> Forwarded:
         """Append T slots to the tail of some layers.
 
         Args:
-            hidden_BTC: the states before them, if there are layers before them.
+            hidden: the states [B, T, C] before them, if there are layers before them.
         """
+        return self._run_layers(layers, self._inputs(self._tail_of(layers), tokens_BT, offsets_BT, seen_BTK), hidden)
+
+    def _run_layers(self, layers: Layers, inputs: dict[str, Any], hidden: Sequence[Tensor]) -> Forwarded:
         view = self._whole() if layers == ALL_LAYERS else self.views.some(layers, self._kept)
-        if hidden_BTC is not None:
+        for hidden_BTC in hidden:
             view.set_input_states(hidden_BTC)
-        outputs = self._call(view, self._tail_of(layers), tokens_BT, offsets_BT, seen_BTK)
+        outputs = self._run(view, inputs)
         return outputs.logits if layers.stop is None else None, self._at_home(view.states)
 
     def _tail_of(self, layers: Layers) -> int:

@@ -130,7 +130,7 @@ def test_states_and_logits_of_the_parts() -> None:
             each.cache.commit([range(0)] * 4)
             parts = [each.forward_below(2, tokens_BT[:, i : i + 1], offsets_BT[:, i : i + 1], None) for i in range(3)]
             seen_BTT = (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
-            logits, states = each._forward_layers(Layers(2), tokens_BT, offsets_BT, seen_BTT, torch.cat(parts, 1))
+            logits, states = each._forward_layers(Layers(2), tokens_BT, offsets_BT, seen_BTT, [torch.cat(parts, 1)])
             found.append([*parts, each.exit_logits(parts[0]), logits, states[3]])
             each.forget_tail()
             each.select_rows([])
