@@ -19,15 +19,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig
 
 import specdec
 from bench._script import log, parser_of, pipe_table
 from specdec.cuda import graphs
 from specdec.decoding.loop import DecodingLoop
-from specdec.drafters import Drafter, EarlyExit, Plain, PromptLookup, SmallModel
+from specdec.drafters import Drafter, DraftHead, EarlyExit, Plain, PromptLookup, SmallModel
+from specdec.drafters.head.eagle import Eagle3
+from specdec.drafters.head.formats import EAGLE3
 from specdec.testing import random_prompts, tiny_model
 from specdec.testing.fake_gpu import FakeGpu
+from specdec.training.heads.initial import initial_block, initial_mtp, layer_sizes, new_head, seeded
+from specdec.training.heads.recipes import BlockRecipe, MtpRecipe
 from trees import DySpec, Sequoia
 
 NUM_NEW = 30
@@ -50,9 +54,13 @@ class Kind:
     """A kind of round."""
 
     name: str
-    make: Callable[[PreTrainedModel], Drafter]
+    make: Callable[[Models], Drafter]
     prompts: dict[str, torch.Tensor]
     options: dict[str, Any]
+
+
+def _small(models: Models) -> Drafter:
+    return SmallModel(models.draft)
 
 
 KINDS = [
@@ -60,35 +68,47 @@ KINDS = [
     Kind("plain, sampled", lambda _: Plain(), ONE, SAMPLED),
     Kind("prompt lookup", lambda _: PromptLookup(), ONE, {}),
     Kind("early exit", lambda _: EarlyExit(2), ONE, {}),
-    Kind("chain of 5", SmallModel, ONE, {}),
-    Kind("chain of 5, sampled", SmallModel, ONE, SAMPLED),
-    Kind("DySpec(16)", SmallModel, ONE, {"tree": DySpec(16)}),
-    Kind("DySpec(16), sampled", SmallModel, ONE, {"tree": DySpec(16), **SAMPLED}),
+    Kind("chain of 5", _small, ONE, {}),
+    Kind("chain of 5, sampled", _small, ONE, SAMPLED),
+    Kind("DySpec(16)", _small, ONE, {"tree": DySpec(16)}),
+    Kind("DySpec(16), sampled", _small, ONE, {"tree": DySpec(16), **SAMPLED}),
     Kind(
         "Sequoia(16), traversal",
-        SmallModel,
+        _small,
         ONE,
         {"tree": Sequoia(16, (0.5, 0.2)), "verify": "traversal", **SAMPLED},
     ),
+    Kind("EAGLE-3 head, chain of 5", lambda models: DraftHead(models.eagle), ONE, {}),
+    Kind("MTP layer, chain of 5", lambda models: DraftHead(models.mtp), ONE, {}),
+    Kind("DSpark head, block", lambda models: DraftHead(models.block), ONE, {}),
     Kind("4 ragged rows, plain", lambda _: Plain(), FOUR, {}),
     Kind("4 ragged rows, prompt lookup", lambda _: PromptLookup(min_match=1), FOUR, {}),
-    Kind("4 ragged rows, chain of 5", SmallModel, FOUR, {}),
+    Kind("4 ragged rows, chain of 5", _small, FOUR, {}),
+    Kind("4 ragged rows, EAGLE-3 head", lambda models: DraftHead(models.eagle), FOUR, {}),
 ]
 
 
 class Models:
-    """A target and a draft that agrees with it now and then, on the host and on the GPU."""
+    """A target and a draft that agrees with it now and then, on the host and on the GPU; there heads that have learnt
+    nothing too, of as many layers as the target (an MTP layer is one)."""
 
-    def __init__(self, num_layers: int, gpu: FakeGpu) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.host = tiny_model("llama", num_hidden_layers=num_layers)
         self.target = tiny_model("llama", num_hidden_layers=num_layers)
         self.draft = tiny_model("llama", num_hidden_layers=num_layers)
         generator = torch.Generator().manual_seed(0)
         for weight in self.draft.parameters():
             weight.data += 0.05 * weight.data.std() * torch.randn(weight.shape, generator=generator)
+        layers, drafted = LlamaConfig(**layer_sizes(self.host, num_layers)), torch.arange(self.host.config.vocab_size)
+        with seeded(0):
+            self.eagle = new_head(Eagle3, EAGLE3, layers, (1, 2), self.host, drafted)
+        self.mtp = initial_mtp(self.host, MtpRecipe())
+        self.block = initial_block(self.host, drafted[:-1], BlockRecipe(num_layers=num_layers), (1, 2))
+
+    def move_to(self, gpu: FakeGpu) -> None:
         with gpu:
-            gpu.take(self.target)
-            gpu.take(self.draft)
+            for model in (self.target, self.draft, self.eagle, self.mtp, self.block):
+                gpu.take(model)
 
 
 def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
@@ -101,7 +121,7 @@ def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
     with gpu, _counting(gpu, rounds):
         prompts = {name: tensor.to(gpu.device()) for name, tensor in kind.prompts.items()}
         torch.manual_seed(0)
-        tokens = specdec.generate(models.target, **prompts, drafter=kind.make(models.draft), **settings).cpu()
+        tokens = specdec.generate(models.target, **prompts, drafter=kind.make(models), **settings).cpu()
     if not settings["do_sample"]:
         expected = specdec.generate(models.host, **kind.prompts, drafter=Plain(), max_new_tokens=NUM_NEW)
         if not torch.equal(tokens, expected):
@@ -148,8 +168,9 @@ def main() -> None:
     parser.add_argument("--sites", action="store_true", help="name where the host waits")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     arguments = parser.parse_args()
-    gpu = FakeGpu()
-    models, found = Models(arguments.layers, gpu), {}
+    models, found = Models(arguments.layers), {}
+    gpu = FakeGpu()  # from now on nothing can be seeded
+    models.move_to(gpu)
     for kind in KINDS:
         if arguments.only not in (None, kind.name):
             continue

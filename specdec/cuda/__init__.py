@@ -10,17 +10,29 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from specdec.cuda.arena import Arena
 from specdec.cuda.attention import can_attend
+from specdec.cuda.early_exit import GraphedExitModel
 from specdec.cuda.graphs import graphs_for
 from specdec.cuda.model import GraphedTreeModel, why_not, why_not_captured
+from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
 
-__all__ = ["GraphedTreeModel", "describe", "tree_model_of"]
+__all__ = ["GraphedExitModel", "GraphedTreeModel", "describe", "exit_model_of", "tree_model_of"]
 
 
 def tree_model_of(model: PreTrainedModel) -> TreeModel:
     """The tree model of a causal LM: with CUDA graphs where the model is on a GPU and they can be had."""
     return TreeModel(model) if why_not(model) else GraphedTreeModel(model)
+
+
+def exit_model_of(model: PreTrainedModel, arena: Arena | None = None) -> EarlyExitModel:
+    """The same of a model that drafts for itself.
+
+    Args:
+        arena: in the place of the model's own, for trials beside a run.
+    """
+    return EarlyExitModel(model) if why_not(model) else GraphedExitModel(model, arena)
 
 
 def describe(model: PreTrainedModel | None = None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from threading import Lock
@@ -29,22 +30,35 @@ from specdec.tree_model.tree_layer import TreeLayer
 USES = 2
 """The forward of a shape that captures it: most shapes of a short run come once."""
 _MOST_GRAPHS = 64
+"""Of all layers, and of some."""
 _KEPT_BYTES, _KEPT_SHARE = 1 << 28, 0.25
 """Of buffers after a run, the second of what the model has: those of a long text are not kept for the next one."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What trials have shown of a model's forwards.
+
+    Attributes:
+        refusal: why they are not captured.
+        reads_all: why their graphs read all slots that they were made for.
+    """
+
+    refusal: str | None = None
+    reads_all: str | None = None
 
 
 class Arena:
     """Of one model.
 
     Attributes:
-        refusal: why the model is not captured, once that is known.
-        reads_all: why its graphs read all slots that they were made for, once that is known.
+        known: of forwards of all layers.
+        known_of_parts: of those of some layers. If these are not captured the others still are.
         num_replays: of all graphs so far.
     """
 
     def __init__(self) -> None:
-        self.refusal: str | None = None
-        self.reads_all: str | None = None
+        self.known, self.known_of_parts = Known(), Known()
         self.num_replays = 0
         self._owner: Callable[[], StaticTreeCache | None] = lambda: None
         self._captured: tuple[object, ...] = ()
@@ -109,7 +123,9 @@ class Arena:
     def is_worth(self, shape: Shape) -> bool:
         """Whether a shape that comes now has a graph, or is to get one."""
         self._uses[shape] += 1
-        return shape in self._graphs or (self._uses[shape] >= USES and len(self._graphs) < _MOST_GRAPHS)
+        if shape in self._graphs or self._uses[shape] < USES:
+            return shape in self._graphs
+        return sum(each.has_all_layers == shape.has_all_layers for each in self._graphs) < _MOST_GRAPHS
 
     def has(self, shape: Shape) -> bool:
         return shape in self._graphs

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +26,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specdec.cuda.attention import tree_attention
 from specdec.cuda.graphs import Outputs
 from specdec.cuda.seen import Seen
-from specdec.tree_model.layer_views import LayerViews, View
+from specdec.tree_model import masks
+from specdec.tree_model.layer_views import ALL_LAYERS, Layers, LayerViews, View
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 _ATTENTION = "specdec_tree_attention"
 _NOT_TAKEN = ("softcap", "s_aux", "position_bias")
 """Of what models give to an attention function: what would change its result."""
 
 
 class Shape(NamedTuple):
-    """Of a graph: rows, new slots, bound of the slots of a row, what its layers see (windows, None for all; nothing
-    where they are biased), and the depths whose states it returns."""
+    """Of a graph: rows, new slots, bound of the slots of a row (0 where nothing attends), what its layers see (windows,
+    None for all; nothing where they are biased), the depths whose states it returns, and the layers that it runs."""
 
     num_rows: int
     width: int
     num_slots: int
     reaches: tuple[int | None, ...] = ()
     kept: tuple[int, ...] = ()
+    layers: Layers = ALL_LAYERS
 
     @property
     def reads_used(self) -> bool:
         """Whether it reads the slots that are used, no others."""
         return bool(self.reaches)
+
+    @property
+    def has_all_layers(self) -> bool:
+        return self.layers == ALL_LAYERS
 
     def padding(self, part_BT: Tensor) -> tuple[int, int, int, int]:
         """What is missing, as `pad` takes it."""
@@ -54,20 +61,28 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of a graph. `slots` are written; what is seen is a bias, or the parts of a `Seen` for each of the reaches."""
+    """Of a graph. `slots` are written; what is seen is a bias, or the parts of a `Seen` for each of the reaches;
+    `hidden` are states [B, W, C] that it begins with, where it does not begin with tokens."""
 
     tokens_BW: Tensor
     positions_BW: Tensor
     slots_BW: Tensor
     seen: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (*self[:3], *self.seen)
+        return (*self[:3], *self.seen, *self.hidden)
 
     def clone(self) -> Inputs:
-        seen = tuple(part.clone() for part in self.seen)
-        return Inputs(self.tokens_BW.clone(), self.positions_BW.clone(), self.slots_BW.clone(), seen)
+        seen, hidden = (tuple(part.clone() for part in parts) for parts in (self.seen, self.hidden))
+        return Inputs(self.tokens_BW.clone(), self.positions_BW.clone(), self.slots_BW.clone(), seen, hidden)
+
+    def take(self, filled: Inputs) -> None:
+        """Copy others into these: in one launch what is of one dtype."""
+        torch._foreach_copy_(self[:3] + self.seen, filled[:3] + filled.seen)
+        for own, part in zip(self.hidden, filled.hidden, strict=True):
+            own.copy_(part)
 
 
 class WrittenCache(Cache):
@@ -140,15 +155,15 @@ def _attend(
     return tree_attention(query, key, value, reads.seen[reach], scale=scale, num_slots=reads.num_slots), None
 
 
-class Copies(dict[tuple[int, ...], tuple[View, PreTrainedModel]]):
-    """Views of a model by what they keep, and copies of them that have our attention."""
+class Copies(dict[tuple[Layers, tuple[int, ...]], View]):
+    """Views of a model, or of a copy that has our attention, by their layers and by what they keep."""
 
 
 def forward_of(
     model: PreTrainedModel, cache_name: str, copies: Copies | None = None
 ) -> Callable[[Inputs, Cache, Shape], Outputs]:
-    """Logits [B, W, V], and the states [B, W, C] that a shape asks for. It does not keep the model, which graphs
-    belong to, nor a copy of it.
+    """Logits [B, W, V] if a shape has the head, and the states [B, W, C] that it asks for. It does not keep the model,
+    which graphs belong to, nor a copy of it.
 
     Args:
         copies: where copies are kept, for forwards that are run and not captured; they keep the model.
@@ -158,28 +173,41 @@ def forward_of(
     def run(inputs: Inputs, cache: Cache, shape: Shape) -> Outputs:
         model = known()
         assert model is not None, "the graphs have outlived their model"
-        known_copy = None if copies is None else copies.get(shape.kept)
-        view, twin = known_copy or _with_twin(model, shape)
+        key = shape.layers, shape.kept
+        view = (None if copies is None else copies.get(key)) or _view(model, shape)
         if copies is not None:
-            copies[shape.kept] = view, twin
-        given: dict[str, Any] = {
-            "input_ids": inputs.tokens_BW,
-            "position_ids": inputs.positions_BW,
-            cache_name: cache,
-            "use_cache": True,
-        }
-        if shape.reads_used:
-            logits = _read_used(twin, given, _Reads(_by_reach(inputs, shape), shape.num_slots), len(cache.layers))
-        else:
-            logits = view.model(**given, attention_mask=inputs.seen[0]).logits
-        return logits, *(view.states[depth] for depth in shape.kept)
+            copies[key] = view
+        for hidden_BWC in inputs.hidden:
+            view.set_input_states(hidden_BWC)
+        given: dict[str, Any] = {"input_ids": inputs.tokens_BW, "position_ids": inputs.positions_BW}
+        given |= {cache_name: cache, "use_cache": True} if shape.num_slots else {"use_cache": False}
+        num_layers = len(range(len(cache.layers))[slice(*shape.layers)])
+        outputs = run_static(view.model, given, inputs, shape, num_layers)
+        states = tuple(view.states[depth] for depth in shape.kept)
+        return (outputs.logits, *states) if shape.layers.stop is None else states
 
     return run
 
 
-def _with_twin(model: PreTrainedModel, shape: Shape) -> tuple[View, PreTrainedModel]:
-    view = LayerViews(model).whole(shape.kept) if shape.kept else View(model)
-    return view, _with_attention(view.model) if shape.reads_used else view.model
+def run_static(model: PreTrainedModel, given: Mapping[str, Any], inputs: Inputs, shape: Shape, num_layers: int) -> Any:
+    """What a model makes of static inputs.
+
+    Args:
+        model: as `attending` gives it.
+        given: to it besides a mask.
+        num_layers: that attend.
+    """
+    if shape.reads_used:
+        return _read_used(model, given, _Reads(_by_reach(inputs, shape), shape.num_slots), num_layers)
+    mask = inputs.seen[0] if shape.num_slots else masks.unread(inputs.tokens_BW.device)
+    return model(**given, attention_mask=mask)
+
+
+def _view(model: PreTrainedModel, shape: Shape) -> View:
+    runs = attending(model, shape)
+    if shape.has_all_layers and not shape.kept:  # there need not be a list of layers
+        return View(runs)
+    return LayerViews(runs).some(shape.layers, shape.kept)
 
 
 def _by_reach(inputs: Inputs, shape: Shape) -> dict[int | None, Seen]:
@@ -187,20 +215,23 @@ def _by_reach(inputs: Inputs, shape: Shape) -> dict[int | None, Seen]:
     return {reach: Seen(*islice(parts, len(Seen._fields))) for reach in shape.reaches}
 
 
-def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, num_layers: int) -> Tensor:
+def _read_used(model: PreTrainedModel, given: Mapping[str, Any], reads: _Reads, num_layers: int) -> Any:
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
     token = _under_way.set(reads)
     try:
-        logits: Tensor = model(**given, attention_mask=None).logits
+        outputs = model(**given, attention_mask=None)
     finally:
         _under_way.reset(token)
     if reads.num_calls != num_layers:
         raise RuntimeError("not all of its layers call the attention that its configuration names")
-    return logits
+    return outputs
 
 
-def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules, with the same weights, whose configurations name our attention."""
+def attending(model: Model, shape: Shape) -> Model:
+    """A copy of the modules, with the same weights, whose configurations name our attention; the model itself where it
+    is given a bias."""
+    if not shape.reads_used:
+        return model
     copies: dict[int, Any] = {}
 
     def copied(module: nn.Module) -> nn.Module:
@@ -215,6 +246,4 @@ def _with_attention(model: PreTrainedModel) -> PreTrainedModel:
                 twin.config = copies[id(config)]
         return copies[id(module)]
 
-    found = copied(model)
-    assert isinstance(found, PreTrainedModel)
-    return found
+    return cast(Model, copied(model))

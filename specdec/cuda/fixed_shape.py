@@ -26,7 +26,7 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of
 from specdec.stages import stage
-from specdec.tree_model.model import TreeModel
+from specdec.tree_model.model import Forwarded, TreeModel
 
 _logger = logging.getLogger("specdec")
 WIDTH = 16
@@ -113,9 +113,11 @@ class FixedShapeModel(GraphedTreeModel):
         for start in range(0, num_new, WIDTH):
             part = slice(start, min(start + WIDTH, num_new))
             seen = None if seen_BTK is None else seen_BTK[:, part, : part.stop]
-            logits.append(self._forward_part(tokens_BT[:, part], offsets_BT[:, part], seen))
-            states.append(self.states)
-        self.states = {depth: torch.cat([kept[depth] for kept in states], 1) for depth in states[0]}
+            logits_BTV, kept = self._forward_part(tokens_BT[:, part], offsets_BT[:, part], seen)
+            assert logits_BTV is not None
+            logits.append(logits_BTV)
+            states.append(kept)
+        self.states = {depth: torch.cat([part[depth] for part in states], 1) for depth in states[0]}
         return torch.cat(logits, 1)
 
     def _check(self, num_new: int) -> None:
@@ -132,13 +134,14 @@ class FixedShapeModel(GraphedTreeModel):
                 "exact='bits' is for prompts of text that are padded on the left at most: leave it out"
             )
 
-    def _forward_part(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
+    def _forward_part(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Forwarded:
         cache = self.cache
         assert isinstance(cache, StaticTreeCache)
         cache.make_room(max(cache.lengths) + TAIL_SLOTS)
         # no bit depends on the bound
         shape = Shape(self._num_rows, WIDTH, self.bound_of(cache), self._reaches, tuple(sorted(self._kept)))
         outputs = self._outputs(shape, self._fill(shape, tokens_BT, offsets_BT, seen_BTK))
+        self.num_forwards += 1
         return self._append(shape, outputs, offsets_BT)
 
     def _outputs(self, shape: Shape, filled: Inputs) -> Outputs:

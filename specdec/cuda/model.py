@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cuda.arena import USES, Arena, StaticTreeCache
+from specdec.cuda.arena import USES, Arena, Known, StaticTreeCache
 from specdec.cuda.attention import can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
@@ -27,7 +28,8 @@ from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.layer_kinds import layer_kinds
-from specdec.tree_model.model import TreeModel
+from specdec.tree_model.layer_views import ALL_LAYERS, Layers
+from specdec.tree_model.model import Forwarded, TreeModel
 from trees.uploads import upload
 
 _logger = logging.getLogger("specdec")
@@ -49,7 +51,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     """Why a model's forwards are not captured; None if they are, as far as can be told without trying."""
     if graphs_for(home_device(model)) is None:
         return "it is not on a CUDA device"
-    return why_not_captured(model) or profile_of(model).part(Arena).refusal
+    return why_not_captured(model) or profile_of(model).part(Arena).known.refusal
 
 
 def why_not_captured(model: PreTrainedModel) -> str | None:
@@ -60,7 +62,7 @@ def why_not_captured(model: PreTrainedModel) -> str | None:
         return "it has adapters, which may be switched"
     if (reason := _why_not_static(model)) is not None:
         return reason
-    if _has_windows(model) and (reason := reads_all(model)):
+    if has_windows(model) and (reason := reads_all(model)):
         return f"a layer has a window, and {reason}"
     return None
 
@@ -87,7 +89,7 @@ def _why_not_static(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _has_windows(model: PreTrainedModel) -> bool:
+def has_windows(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     return any(kind is not None and kind.reach is not None for kind in layer_kinds(config))
 
@@ -98,7 +100,7 @@ def reads_all(model: PreTrainedModel) -> str | None:
         return "its attention is not PyTorch's"
     if not can_attend(home_device(model)):
         return "Triton is not installed"
-    return profile_of(model).part(Arena).reads_all
+    return profile_of(model).part(Arena).known.reads_all
 
 
 def scratch_of(model: PreTrainedModel) -> TreeModel:
@@ -145,85 +147,106 @@ class GraphedTreeModel(TreeModel):
             self.forward(tokens_BT, offsets_BT, seen_BTK)
             self.forget_tail()
 
-    def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
-        shape, pool = self._shape(tokens_BT), graphs_for(self.device)
+    def _forward_layers(
+        self,
+        layers: Layers,
+        tokens_BT: Tensor,
+        offsets_BT: Tensor,
+        seen_BTK: Tensor | None,
+        hidden: Sequence[Tensor] = (),
+    ) -> Forwarded:
+        ordinary = partial(super()._forward_layers, layers, tokens_BT, offsets_BT, seen_BTK, hidden)
+        shape, pool = self._shape(layers, tokens_BT), graphs_for(self.device)
         if shape is None or pool is None or not self._arena.is_worth(shape):
-            return super().forward(tokens_BT, offsets_BT, seen_BTK)
+            return ordinary()
         cache = self.cache
         assert isinstance(cache, StaticTreeCache)
         # before anything looks at the buffers: they may be others then
         cache.make_room(max(cache.lengths) + TAIL_SLOTS if shape.reads_used else shape.num_slots)
-        filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK)
+        filled = self._fill(shape, tokens_BT, offsets_BT, seen_BTK, hidden)
         if not self._arena.has(shape):
-            return self._capture(shape, filled, pool, (tokens_BT, offsets_BT, seen_BTK))
+            return self._capture(shape, filled, pool, ordinary)
         return self._append(shape, self._replay(shape, filled, pool), offsets_BT)
 
-    def _append(self, shape: Shape, outputs: Outputs, offsets_BT: Tensor) -> Tensor:
-        """Take what has been forwarded for the end of the tail; the logits."""
-        num_rows, num_new = offsets_BT.shape
-        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if self.cache.tail else offsets_BT
-        for layer in self.cache.stored.values():
-            layer.append(num_new)
-        logits_BTV, *states = (part[:num_rows, :num_new].clone() for part in outputs)
-        self.states = dict(zip(shape.kept, states, strict=True))
-        self.num_forwards += 1
-        return logits_BTV
+    def _append(self, shape: Shape, outputs: Outputs, offsets_BT: Tensor) -> Forwarded:
+        """Take what has been forwarded for the end of the tail."""
+        has_tail = self._tail_of(shape.layers) > 0
+        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if has_tail else offsets_BT
+        for layer in self.cache.stored_in(*shape.layers):
+            layer.append(offsets_BT.shape[1])
+        return forwarded(shape, outputs, *offsets_BT.shape)
 
     def _replay(self, shape: Shape, filled: Inputs, pool: type[GraphPool]) -> Outputs:
         graph, inputs = self._arena.graph(shape, filled, self._run_static, pool)
-        torch._foreach_copy_(inputs.tensors, filled.tensors)  # in one launch, where they are of one dtype
+        inputs.take(filled)
         return graph.replay()
 
     def _capture(
-        self,
-        shape: Shape,
-        filled: Inputs,
-        pool: type[GraphPool],
-        given: tuple[Tensor, Tensor, Tensor | None],
-    ) -> Tensor:
+        self, shape: Shape, filled: Inputs, pool: type[GraphPool], ordinary: Callable[[], Forwarded]
+    ) -> Forwarded:
         """The forward, by the way that needs no graph; the graph is kept if it says the same."""
         replayed, error = None, None
         try:
             replayed = self._replay(shape, filled, pool)[0].clone()
         except Exception as raised:  # of PyTorch, Triton or the model: whatever it is, there is another way
             error = f"its forward could not be captured ({type(raised).__name__}: {raised})"
-        logits_BTV = super().forward(*given)
-        if replayed is not None and not say_the_same(replayed[:, : logits_BTV.shape[1]], logits_BTV):
-            error = "a captured forward gives other logits"
+        logits, states = forwarded = ordinary()
+        expected = states[shape.kept[0]] if logits is None else logits
+        if replayed is not None and not say_the_same(replayed[:, : expected.shape[1]], expected):
+            error = f"a captured forward gives other {'states' if logits is None else 'logits'}"
         if error is not None:
             self._refuse(shape, error)
-        return logits_BTV
+        return forwarded
 
     def _refuse(self, shape: Shape, error: str) -> None:
-        name = type(self.model).__name__
+        """Take the next way down, with forwards like this one."""
+        name, known = type(self.model).__name__, self._known(shape.layers)[-1]
+        if not shape.has_all_layers:
+            name = f"some layers of {name}"
         if shape.reads_used:
-            self._arena.reads_all = self._reads_all = error
+            known.reads_all = error
             _logger.warning("the CUDA graphs of %s read more slots than are used: %s", name, error)
         else:
-            self._arena.refusal = error
-            _logger.warning("%s runs without CUDA graphs: %s", name, error)
+            known.refusal = error
+            _logger.warning("%s: no CUDA graphs, %s", name, error)
         self._arena.forget()
 
-    def _shape(self, tokens_BT: Tensor) -> Shape | None:
+    def _known(self, layers: Layers) -> Sequence[Known]:
+        """What may be in the way of graphs of these layers, their own last."""
+        arena = self._arena
+        return [arena.known] if layers == ALL_LAYERS else [arena.known, arena.known_of_parts]
+
+    def _shape(self, layers: Layers, tokens_BT: Tensor) -> Shape | None:
         """Of the graph for new tokens; None where there is to be none."""
         cache, (num_rows, num_new) = self.cache, tokens_BT.shape
-        if self._arena.refusal is not None or len(self._lag_AB) > 1:
+        width = self._width(layers, num_rows, num_new)
+        if width is None or len(self._lag_AB) > 1 or not any(cache.lengths):
             return None
-        if not isinstance(cache, StaticTreeCache) or not self._arena.is_owner(cache) or not any(cache.lengths):
-            return None
-        width = 1 << (num_new - 1).bit_length()
-        if num_rows > _MOST_ROWS or width > _MOST_NEW or num_rows * width > _MOST_TOKENS:
-            return None
-        kept, longest = tuple(sorted(self._kept)), max(cache.lengths)
-        if self._reads_all is None and cache.tail + width <= TAIL_SLOTS and self._starts_B is not None:
+        kept, tail = self._kept_of(layers), self._tail_of(layers)
+        reads_used = self._reads_all is None and not any(each.reads_all for each in self._known(layers))
+        if reads_used and tail + width <= TAIL_SLOTS and self._starts_B is not None:
             bucket = self.bound_of(cache)
             if bucket > _BUCKETS[-1] or num_rows * width * bucket > _MOST_PARTS:
                 return None
-            return Shape(num_rows, width, bucket, self._reaches, kept)
+            return Shape(num_rows, width, bucket, self._reaches, kept, layers)
         if self._reaches != (None,):
             return None
-        num_slots = longest + cache.tail + width
-        return Shape(num_rows, width, max(_FEWEST_SLOTS, 1 << (num_slots - 1).bit_length()), kept=kept)
+        num_slots = max(_FEWEST_SLOTS, 1 << (max(cache.lengths) + tail + width - 1).bit_length())
+        return Shape(num_rows, width, num_slots, kept=kept, layers=layers)
+
+    def _width(self, layers: Layers, num_rows: int, num_new: int) -> int | None:
+        """New slots of the graph for so many; None where there is to be none."""
+        width = 1 << (num_new - 1).bit_length()
+        if any(each.refusal for each in self._known(layers)) or not self._arena.is_owner(self.cache):
+            return None
+        fits = num_rows <= _MOST_ROWS and width <= _MOST_NEW and num_rows * width <= _MOST_TOKENS
+        return width if fits else None
+
+    def _kept_of(self, layers: Layers) -> tuple[int, ...]:
+        """After how many layers states are returned; those after the last of them come first, where no head follows."""
+        start, stop = layers
+        kept = sorted(depth for depth in self._kept if start < depth < (self.num_layers + 1 if stop is None else stop))
+        return tuple(kept) if stop is None else (stop, *kept)
 
     @staticmethod
     def bound_of(cache: TreeCache) -> int:
@@ -253,25 +276,33 @@ class GraphedTreeModel(TreeModel):
         if known is not None and known[1] is not None:  # to find it anew, the host would wait
             self._padding = self._padded, known[1].index_select(0, upload(list(rows), self.device))
 
-    def _fill(self, shape: Shape, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Inputs:
+    def _fill(
+        self,
+        shape: Shape,
+        tokens_BT: Tensor,
+        offsets_BT: Tensor,
+        seen_BTK: Tensor | None,
+        hidden: Sequence[Tensor] = (),
+    ) -> Inputs:
         """What the graph is to be given."""
         cache = self.cache
         padding = shape.padding(tokens_BT)
-        steps_W, _ = self._new_slots(cache.tail, shape.width)
-        lengths_B = _filled_up(cache.lengths_on(self.device), padding[2:])
+        steps_W, _ = self._new_slots(self._tail_of(shape.layers), shape.width)
+        lengths_B = filled_up(cache.lengths_on(self.device), padding[2:])
         slots_BW = lengths_B.unsqueeze(1) + steps_W
-        positions_BW = _filled_up(self.next_positions_B.unsqueeze(1) + offsets_BT, padding)
+        positions_BW = filled_up(self.next_positions_B.unsqueeze(1) + offsets_BT, padding)
         if shape.reads_used:
             seen = tuple(chain.from_iterable(self._seen(shape, offsets_BT, seen_BTK, lengths_B)))
         else:
             seen = (self._bias(shape, seen_BTK, slots_BW),)
-        return Inputs(_filled_up(tokens_BT, padding), positions_BW, slots_BW, seen)
+        filled = tuple(filled_up(hidden_BTC, (0, 0, *padding)) for hidden_BTC in hidden)
+        return Inputs(filled_up(tokens_BT, padding), positions_BW, slots_BW, seen, filled)
 
     def _seen(self, shape: Shape, offsets_BT: Tensor, seen_BTK: Tensor | None, lengths_B: Tensor) -> Iterator[Seen]:
         """A `Seen` for each of the reaches."""
-        first, padding, starts_B = self.cache.tail, shape.padding(offsets_BT), self._starts_B
+        first, padding, starts_B = self._tail_of(shape.layers), shape.padding(offsets_BT), self._starts_B
         assert starts_B is not None, "the shape says so"
-        starts_BW = _filled_up(starts_B, padding[2:]).unsqueeze(1).expand(-1, shape.width)
+        starts_BW = filled_up(starts_B, padding[2:]).unsqueeze(1).expand(-1, shape.width)
         own_W, offsets_BK = self._new_slots(first, shape.width)[1], offsets_BT
         if first:
             offsets_BK = torch.cat([self._offsets_BS, offsets_BT], 1)
@@ -279,11 +310,11 @@ class GraphedTreeModel(TreeModel):
             firsts_BW, seen = starts_BW, seen_BTK
             if reach is not None:
                 ends_BT = self.cache.lengths_on(self.device).unsqueeze(1) + offsets_BT + 1
-                firsts_BW = torch.maximum(starts_BW, _filled_up(ends_BT - reach, padding))
+                firsts_BW = torch.maximum(starts_BW, filled_up(ends_BT - reach, padding))
                 is_near_BTK = offsets_BT.unsqueeze(2) - offsets_BK.unsqueeze(1) < reach
                 seen = is_near_BTK if seen is None else seen & is_near_BTK
             # one that sees the whole tail needs no bit to be looked at
-            bits_BW = own_W | (_filled_up(seen_bits(seen), padding) if seen is not None else (1 << first) - 1)
+            bits_BW = own_W | (filled_up(seen_bits(seen), padding) if seen is not None else (1 << first) - 1)
             yield Seen(firsts_BW, lengths_B, bits_BW.expand_as(starts_BW))
 
     def _new_slots(self, first: int, width: int) -> tuple[Tensor, Tensor]:
@@ -295,7 +326,8 @@ class GraphedTreeModel(TreeModel):
     def _bias(self, shape: Shape, seen_BTK: Tensor | None, slots_BW: Tensor) -> Tensor:
         """[B, 1, W, S] in the model's dtype."""
         if seen_BTK is None:
-            seen_BTK = slots_BW.new_ones((shape.num_rows, 1, self.cache.tail + 1), dtype=torch.bool)
+            num_tail = self._tail_of(shape.layers) + 1
+            seen_BTK = slots_BW.new_ones((shape.num_rows, 1, num_tail), dtype=torch.bool)
         visible_BTS = masks.visible_slots(seen_BTK, self.cache.lengths, self._prompt_BP)
         _, num_new, num_visible = visible_BTS.shape
         lowest, size = torch.finfo(self.model.dtype).min, (shape.num_rows, 1, shape.width, shape.num_slots)
@@ -304,8 +336,15 @@ class GraphedTreeModel(TreeModel):
         return bias_B1WS.scatter_(3, slots_BW[:, None, :, None], 0)  # each sees itself
 
 
-def _filled_up(part: Tensor, padding: tuple[int, ...]) -> Tensor:
+def filled_up(part: Tensor, padding: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(part, padding) if any(padding) else part
+
+
+def forwarded(shape: Shape, outputs: Outputs, num_rows: int, num_new: int) -> Forwarded:
+    """What a graph has given for so many rows and slots, copied."""
+    parts = [part[:num_rows, :num_new].clone() for part in outputs]
+    logits = parts.pop(0) if shape.layers.stop is None else None
+    return logits, dict(zip(shape.kept, parts, strict=True))
 
 
 def say_the_same(logits: Tensor, expected: Tensor) -> bool:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cuda import tree_model_of
+from specdec.cuda import exit_model_of, tree_model_of
 from specdec.decoding.sampling import Sampler
 from specdec.decoding.sequences import Sequences
-from specdec.tree_model.early_exit import EarlyExitModel
 from specdec.tree_model.model import TreeModel
 from trees import Draft, GrowthPolicy, TreeBatch
 
@@ -207,7 +206,7 @@ class Drafter(ABC):
 
     def make_target(self, model: PreTrainedModel) -> TreeModel:
         """The tree model that verifies what this drafter proposes."""
-        return EarlyExitModel(model) if self.needs_exits else tree_model_of(model)
+        return exit_model_of(model) if self.needs_exits else tree_model_of(model)
 
     @abstractmethod
     def start(self, run: Run) -> DraftSession:

@@ -191,16 +191,18 @@ class TreeCache(Cache):
         starts_B1 = self.lengths_on(sources_BK.device).unsqueeze(1)
         rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
         targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
-        _move(self._first(num_layers), (rows_B1, starts_B1 + sources_BK, targets_BK))
+        _move(self.stored_in(0, num_layers), (rows_B1, starts_B1 + sources_BK, targets_BK))
         self.cut_tail(num_layers, num_kept)
 
     def cut_tail(self, num_layers: int, num_kept: int) -> None:
         """Forget all but the first slots of the tail of the first layers."""
-        for layer in self._first(num_layers):
+        for layer in self.stored_in(0, num_layers):
             layer.tail = num_kept
 
-    def _first(self, num_layers: int) -> list[TreeLayer]:
-        return [layer for index, layer in self.stored.items() if index < num_layers]
+    def stored_in(self, start: int, stop: int | None) -> list[TreeLayer]:
+        """Those of the model's layers from `start` on and before `stop` that have keys and values."""
+        numbers = range(len(self.layers))[start:stop]
+        return [layer for index, layer in self.stored.items() if index in numbers]
 
     def buffers_change(self) -> None:
         """To be called when a layer gets other buffers."""

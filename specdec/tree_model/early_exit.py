@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.tree_model import masks
+from specdec.tree_model.layer_views import Layers
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
 from specdec.tree_model.tail_order import PartialForward, TailOrder, tail_order
@@ -54,10 +56,9 @@ class EarlyExitModel(TreeModel):
         if self._partial is None:
             self._partial = PartialForward(exit_layer)
         assert self._partial.exit_layer == exit_layer, "one exit layer a round"
-        below = self.views.below(exit_layer, self._kept)
-        self._call(below, self.cache.layers[0].tail, tokens_BT, offsets_BT, seen_BTK)
-        self._partial.add(self._at_home(below.states))
-        return below.states[exit_layer]
+        _, states = self._forward_layers(Layers(0, exit_layer), tokens_BT, offsets_BT, seen_BTK)
+        self._partial.add(states)
+        return states[exit_layer]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The states before the first layer, [B, T, C]."""
@@ -70,8 +71,7 @@ class EarlyExitModel(TreeModel):
         head = self.views.head()
         head.set_input_states(hidden_BTC)
         unread = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long, device=self.device)
-        # no layer attends; without a mask transformers would look whether the positions are those of several texts
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+        mask = masks.unread(self.device)
         return head.model(input_ids=unread, attention_mask=mask, position_ids=unread, use_cache=False).logits
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
@@ -101,14 +101,14 @@ class EarlyExitModel(TreeModel):
         if split < tokens_BS.shape[1]:
             self.forward_below(exit_layer, tokens_BS[:, split:], offsets_BS[:, split:], seen_BSS[:, split:])
         states = partial.states()
-        above = self.views.above(exit_layer, self._kept)
-        above.set_input_states(states[exit_layer])
-        outputs = self._call(above, 0, tokens_BS, offsets_BS, seen_BSS)
-        kept = {**states, **self._at_home(above.states)}
-        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in kept.items()}
+        logits_BSV, above = self._forward_layers(
+            Layers(exit_layer), tokens_BS, offsets_BS, seen_BSS, [states[exit_layer]]
+        )
+        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in (states | above).items()}
         self._partial = None
         self.num_forwards += 1
-        return order.restore(outputs.logits)
+        assert logits_BSV is not None, "the head is above all exits"
+        return order.restore(logits_BSV)
 
     def _rearrange(self, partial: PartialForward, order: TailOrder, offsets_BK: Tensor) -> None:
         """Bring the lower layers' tail into the order of verification."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +25,17 @@ from specdec.tree_model.module_copies import with_modules
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _MAX_VIEWS = 128
 """Views are cheap to make, but those that keep states are many: one for each set of depths."""
+
+
+class Layers(NamedTuple):
+    """Some of a model's layers, one after the other: those from `start` on and before `stop`; None: to the last, with
+    final norm and head."""
+
+    start: int = 0
+    stop: int | None = None
+
+
+ALL_LAYERS = Layers()
 
 
 class _Given(nn.Module):
@@ -132,11 +143,12 @@ class LayerViews:
 
     def whole(self, kept: Iterable[int] = ()) -> View:
         """All layers; the states after `kept` layers (each from 1 on) are kept."""
-        return self._view(0, self.num_layers, kept)
+        return self.some(ALL_LAYERS, kept)
 
-    def below(self, stop: int, kept: Iterable[int] = ()) -> View:
-        """The first `stop` layers without head; the state after them is kept too."""
-        return self._view(0, stop, kept)
+    def some(self, layers: Layers, kept: Iterable[int] = ()) -> View:
+        """These layers: from given states if they are not the first ones; what the last one leaves is kept too if there
+        are others."""
+        return self._view(layers.start, self.num_layers if layers.stop is None else layers.stop, kept)
 
     def body(self) -> View:
         """All layers without norm and head, if the layers are fused: for tokens that nobody asks about."""
@@ -145,13 +157,13 @@ class LayerViews:
             self._views["body"] = View(self._model, _fused=self._fused(self.layers, None, None, has_head=False))
         return self._views["body"]
 
-    def above(self, start: int, kept: Iterable[int] = ()) -> View:
-        """The layers from `start` on, and the head, from given states."""
-        return self._view(start, self.num_layers, kept)
+    def below(self, stop: int) -> View:
+        """The first `stop` layers without head; the state after them is kept."""
+        return self.some(Layers(0, stop))
 
     def head(self) -> View:
         """Final norm and head alone, of given states."""
-        return self._view(self.num_layers, self.num_layers, ())
+        return self.some(Layers(self.num_layers))
 
     def block(self, block: nn.Module) -> View:
         """Another layer in the place of all, and the final norm, of given states; the layer's output is kept as 0."""

@@ -23,6 +23,12 @@ _UNMASKED: dict[str, Any] = {"linear_attention": None, "conv": None}
 """No padding is stepped."""
 
 
+def unread(device: torch.device) -> Tensor:
+    """For a forward in which nothing attends: without a mask transformers would look whether its positions are those
+    of several texts."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
 def by_kind(
     kinds: Sequence[LayerKind],
     seen_BTK: Tensor | None,

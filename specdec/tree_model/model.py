@@ -27,7 +27,7 @@ from specdec.kernels import native, prepared
 from specdec.tree_model import masks
 from specdec.tree_model.cache import RowStates, TreeCache
 from specdec.tree_model.layer_kinds import layer_kinds
-from specdec.tree_model.layer_views import LayerViews, View
+from specdec.tree_model.layer_views import ALL_LAYERS, Layers, LayerViews, View
 from specdec.tree_model.packing import pack_tokens, pack_trees, run_packed
 from specdec.tree_model.pages import PagedCache, PagePool, RowPages
 from specdec.tree_model.positions import next_positions, positions_read
@@ -46,6 +46,9 @@ class Along:
     is_read: bool = False
 
 
+Forwarded = tuple[Tensor | None, dict[int, Tensor]]
+"""Of some layers: logits [B, T, V] if the head is among them; the states that are kept, and those after the last of
+them if it is not."""
 _STEPS = 16
 """Tokens of a prompt that are stepped before their states are forgotten."""
 
@@ -375,11 +378,38 @@ class TreeModel:
             Logits after every new slot, [B, T, V], in the model's dtype.
         """
         assert not self.is_packed, "rows in pages are verified"
-        whole = self._whole()
-        outputs = self._run(whole, self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK))
-        self.states = self._at_home(whole.states)
+        logits_BTV, self.states = self._forward_layers(ALL_LAYERS, tokens_BT, offsets_BT, seen_BTK)
         self.num_forwards += 1
-        return outputs.logits
+        assert logits_BTV is not None
+        return logits_BTV
+
+    def _forward_layers(
+        self,
+        layers: Layers,
+        tokens_BT: Tensor,
+        offsets_BT: Tensor,
+        seen_BTK: Tensor | None,
+        hidden: Sequence[Tensor] = (),
+    ) -> Forwarded:
+        """Append T slots to the tail of some layers.
+
+        Args:
+            hidden: the states [B, T, C] before them, if there are layers before them.
+        """
+        return self._run_layers(layers, self._inputs(self._tail_of(layers), tokens_BT, offsets_BT, seen_BTK), hidden)
+
+    def _run_layers(self, layers: Layers, inputs: dict[str, Any], hidden: Sequence[Tensor]) -> Forwarded:
+        view = self._whole() if layers == ALL_LAYERS else self.views.some(layers, self._kept)
+        for hidden_BTC in hidden:
+            view.set_input_states(hidden_BTC)
+        outputs = self._run(view, inputs)
+        return outputs.logits if layers.stop is None else None, self._at_home(view.states)
+
+    def _tail_of(self, layers: Layers) -> int:
+        """How much of a tail some layers hold."""
+        if layers == ALL_LAYERS:
+            return self.cache.tail
+        return min((layer.tail for layer in self.cache.stored_in(*layers)), default=0)
 
     def visible_slots(self, row: int) -> Tensor:
         """int64 [S] the committed slots of a row that are no padding, in order."""

@@ -41,7 +41,7 @@ def check(model: PreTrainedModel, drafter: Drafter, prompts: dict[str, Tensor], 
     before = arena_of(model).num_replays
     out = specdec.generate(model, **prompts, drafter=drafter, max_new_tokens=NUM_NEW, do_sample=False, **options)
     assert_same_tokens(model, plain_alone(model, prompts, NUM_NEW), out, prompts["attention_mask"])
-    assert arena_of(model).refusal is None
+    assert arena_of(model).known.refusal is None
     return arena_of(model).num_replays - before
 
 
@@ -95,7 +95,7 @@ def test_families_whose_graphs_read_all() -> None:
     for model in (tiny_model("llama", attn_implementation="eager"), tiny_model("falcon")):
         assert check(model, PromptLookup(), RAGGED) > 3
         assert ways(model) == {False}
-    assert "TypeError" in (arena_of(model).reads_all or "")
+    assert "TypeError" in (arena_of(model).known.reads_all or "")
 
 
 def test_padding_in_the_middle_of_a_prompt() -> None:
@@ -121,7 +121,7 @@ def test_a_graph_that_says_otherwise_is_not_used() -> None:
         patch.setattr("specdec.cuda.model.seen_bits", lambda seen_BTK: torch.zeros_like(seen_BTK[:, :, 0].long()))
         assert check(model, PromptLookup(), RAGGED) > 3
     assert ways(model) == {False}
-    assert arena_of(model).reads_all == "a captured forward gives other logits"
+    assert arena_of(model).known.reads_all == "a captured forward gives other logits"
 
 
 @pytest.mark.parametrize("prompts", [RAGGED, ONE], ids=["ragged", "one"])
@@ -129,7 +129,7 @@ def test_a_graph_that_says_otherwise_is_not_used() -> None:
 def test_states_of_a_replay(prompts: dict[str, Tensor]) -> None:
     """As those of the ordinary forward, for drafters that read them."""
     given, plain = prompts["input_ids"], tiny_model("llama")
-    arena_of(plain).refusal = "not in this test"
+    arena_of(plain).known.refusal = "not in this test"
     models = [tree_model_of(tiny_model("llama")), tree_model_of(plain)]
     for _ in range(4):
         states = []
@@ -217,7 +217,7 @@ def test_samples_are_those_without_graphs() -> None:
     replayed = specdec.generate(model, **RAGGED, drafter=SmallModel(draft), **settings)
     assert arena_of(model).num_replays > 3
     plain = tiny_model("llama")
-    arena_of(plain).refusal = arena_of(draft).refusal = "not in this test"
+    arena_of(plain).known.refusal = arena_of(draft).known.refusal = "not in this test"
     torch.manual_seed(0)
     assert torch.equal(replayed, specdec.generate(plain, **RAGGED, drafter=SmallModel(draft), **settings))
 

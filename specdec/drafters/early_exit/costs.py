@@ -13,6 +13,8 @@ import torch
 
 from specdec.control import ForwardCosts
 from specdec.control.costs import measuring, varied_tokens
+from specdec.cuda import GraphedExitModel, exit_model_of
+from specdec.cuda.arena import USES, Arena
 from specdec.drafters.early_exit.heads import ExitHead
 from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of
@@ -91,7 +93,7 @@ def exit_costs(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> E
 @torch.no_grad()
 def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> ExitCosts:
     """Time verifications, and draft steps from the lowest and the highest exit: all heads of a run are alike."""
-    scratch = EarlyExitModel(target.model)
+    scratch = exit_model_of(target.model, Arena())
     context = max(min(_CONTEXT, position_limit(target.model) - 2), 1)
     scratch.prefill(varied_tokens(scratch, num_rows, context))
     forward = _time({num_rows * width: partial(_verify, scratch, num_rows, width) for width in _WIDTHS}, scratch)
@@ -101,6 +103,10 @@ def _measure(target: TreeModel, heads: Sequence[ExitHead], num_rows: int) -> Exi
 
 def _time(parts: Mapping[int, Callable[[], object]], scratch: EarlyExitModel) -> dict[int, float]:
     """The shortest of several interleaved runs of each part: a busy machine only ever adds."""
+    for _ in range(USES if isinstance(scratch, GraphedExitModel) else 0):  # what is replayed is timed as a replay
+        for part in parts.values():
+            part()
+            scratch.forget_tail()
     clock, began = clock_of(scratch.device), perf_counter()
     seconds = dict.fromkeys(parts, float("inf"))
     for repetition in range(_REPETITIONS):

@@ -25,6 +25,7 @@ from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
+from specdec.drafters.head.graphed import runner_of
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.mtp import Mtp
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
@@ -107,7 +108,7 @@ class _HeadSession(GrowingSession):
         super().__init__(run, run.tree or drafter.policy)
         self._drafter = drafter
         self._pending = PendingPairs(run.target, run.sequences, layers)
-        self._runner = HeadRunner(fitted(drafter.model, run.target.model), run.target)
+        self._runner = runner_of(fitted(drafter.model, run.target.model), run.target)
         self._runners = [self._runner]
         """Each begins a token after the one before it."""
         self._has_begun = not len(run.input_ids)  # in an engine nothing has been read at first
@@ -223,7 +224,7 @@ class _StackSession(_EagleSession):
         super().__init__(drafter, run, layers)
         head = self._runner.head
         assert isinstance(head, Mtp)
-        self._runners += [HeadRunner(cast(HeadNetwork, layer), run.target) for layer in head.later]
+        self._runners += [runner_of(cast(HeadNetwork, layer), run.target) for layer in head.later]
         self._made: list[list[Tensor]] = []
         """Of every layer but the last: of the root and every layer of nodes, [B, M, C]."""
         self._newest: list[list[Tensor]] = [[] for _ in head.later]

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.decoding.sequences import Sequences
 from specdec.tree_model.model import TreeModel
+from trees.uploads import upload
 
 
 class PendingPairs:
@@ -73,8 +74,12 @@ class PendingPairs:
 
     def _of_row(self, row: int, kept: Sequence[int]) -> Tensor:
         """States [W, X] of these slots of the last forward; a copy, so that it does not keep those of all."""
-        index = slice(kept.start, kept.stop) if isinstance(kept, range) else list(kept)
-        return torch.cat([self._target.states[layer][row, index] for layer in self._layers], -1)
+        parts = [self._target.states[layer][row] for layer in self._layers]
+        if not isinstance(kept, range) and kept and kept[-1] == len(kept) - 1:  # slots increase: these are the first
+            kept = range(len(kept))
+        if isinstance(kept, range):
+            return torch.cat([states_TC[kept.start : kept.stop] for states_TC in parts], -1)
+        return torch.cat(parts, -1).index_select(0, upload(list(kept), parts[0].device))
 
     def _nothing(self) -> Tensor:
         known = next(part for parts in self._states for part in parts)

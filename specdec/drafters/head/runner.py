@@ -17,7 +17,12 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
-from specdec.tree_model.model import TreeModel
+from specdec.tree_model.layer_views import ALL_LAYERS, Layers
+from specdec.tree_model.model import Forwarded, TreeModel
+from trees.uploads import upload
+
+FED_BACK = 0
+"""Among the states of a step: what stands for the target's in the next one."""
 
 
 class HeadRunner(TreeModel):
@@ -56,7 +61,7 @@ class HeadRunner(TreeModel):
             states_BWX: the target's.
         """
         output = self.append_pairs(tokens_BW, self.fused(states_BWX), sizes)
-        last_B = torch.tensor(sizes, device=self.device) - 1
+        last_B = upload(list(sizes), self.device) - 1
         rows_B = torch.arange(len(sizes), device=self.device)
         return HeadOutput(*(part[rows_B, last_B].unsqueeze(1) for part in output))
 
@@ -89,7 +94,7 @@ class HeadRunner(TreeModel):
             states_BWX: the target's.
         """
         assert isinstance(self.head, PEagle)
-        (num_rows, width), sizes_B1 = tokens_BW.shape, torch.tensor(sizes, device=self.device).unsqueeze(1)
+        (num_rows, width), sizes_B1 = tokens_BW.shape, upload(list(sizes), self.device).unsqueeze(1)
         masks_BMC = self.head.masks(num_rows)
         num_masks = masks_BMC.shape[1]
         places_T = torch.arange(width + num_masks, device=self.device)
@@ -125,10 +130,19 @@ class HeadRunner(TreeModel):
         Args:
             states_BTC: as `HeadNetwork.forward` takes them.
         """
-        inputs = self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
-        inputs |= {"embeds_BTC": self._embed(inputs.pop("input_ids")), "states_BTC": states_BTC}
+        hidden = [self._embed(tokens_BT), *([] if states_BTC is None else [states_BTC])]
+        normed_BTC, states = self._forward_layers(ALL_LAYERS, tokens_BT, offsets_BT, seen_BTK, hidden)
         self.num_forwards += 1
-        return self._forward(**inputs)
+        assert normed_BTC is not None
+        return HeadOutput(states[FED_BACK], normed_BTC)
+
+    def _run_layers(self, layers: Layers, inputs: dict[str, Any], hidden: Sequence[Tensor]) -> Forwarded:
+        """What the LM head reads, in the place of logits, and what is fed back."""
+        embeds_BTC, *states = hidden
+        given = {name: value for name, value in inputs.items() if name != "input_ids"}
+        given |= {"embeds_BTC": embeds_BTC, "states_BTC": states[0] if states else None}
+        output = self._forward(**given)
+        return output.normed_BTC, {FED_BACK: output.states_BTC}
 
     def fused(self, states_BTX: Tensor) -> Tensor:
         """The target's states as the head's layers take them."""

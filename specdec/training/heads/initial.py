@@ -31,7 +31,7 @@ def initial_block(
     model: PreTrainedModel, vocab_ids: Tensor, recipe: BlockRecipe, state_layers: tuple[int, ...]
 ) -> DSpark:
     """A head whose layers are the model's last ones, that reads the last state, and whose LM head is the model's."""
-    layers = Qwen3Config(**_sizes(model, recipe.num_layers))
+    layers = Qwen3Config(**layer_sizes(model, recipe.num_layers))
     block = {
         "block_size": recipe.reach,
         "mask_token_id": _unused_token(vocab_ids, layers.vocab_size),
@@ -59,7 +59,7 @@ def initial_block(
 def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe, corpus: Corpus) -> Eagle3:
     """A head of Llama layers, the model's last ones; the first attends with the model's own queries, keys and values of
     the state, and hardly looks at the embedding."""
-    layers = LlamaConfig(**_sizes(model, recipe.num_layers))
+    layers = LlamaConfig(**layer_sizes(model, recipe.num_layers))
     with seeded(recipe.seed):
         head = new_head(Eagle3, EAGLE3, layers, corpus.layers, model, vocab_ids)
         _read_last_state(head, model)
@@ -72,7 +72,7 @@ def initial_eagle(model: PreTrainedModel, vocab_ids: Tensor, recipe: EagleRecipe
 
 def initial_mtp(model: PreTrainedModel, recipe: MtpRecipe) -> Mtp:
     """A layer of Qwen3, which speculators reads, like the model's last one; it looks at the state first."""
-    layers = Qwen3Config(**_sizes(model, recipe.num_layers), dtype=torch.float32)
+    layers = Qwen3Config(**layer_sizes(model, recipe.num_layers), dtype=torch.float32)
     with seeded(recipe.seed):
         head = new_head(Mtp, MTP, layers, None, model, norm_output=True)
         for weight in head.block.parameters():
@@ -97,7 +97,7 @@ def linear_fit(inputs: Tensor, outputs: Tensor) -> Tensor:
     return (torch.linalg.solve(gram_DD, inputs_ND.T @ outputs_NC) / scales_D.unsqueeze(1)).T
 
 
-def _sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
+def layer_sizes(model: PreTrainedModel, num_layers: int) -> dict[str, Any]:
     """Of layers like the model's."""
     text = model.config.get_text_config(decoder=True)
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
