@@ -97,7 +97,8 @@ def _divide(model: nn.Module, dtype: torch.dtype | None = DTYPE) -> tuple[list[n
         dtype: that weights need; None if any will do.
     """
     head, read = head_of(model), read_by_others(model)
-    chosen, left = [], set()
+    chosen: list[nn.Linear] = []
+    left: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
             continue
