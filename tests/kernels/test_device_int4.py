@@ -180,3 +180,26 @@ def test_samples_have_the_targets_distribution() -> None:
     drafter = QuantizedSelf(weights="int4")
     outs = [specdec.generate(target, prompt.expand(150, -1), drafter=drafter, **settings) for _ in range(8)]
     assert_drawn_from(continuations(torch.cat(outs), 3), exact_distribution(target, prompt))
+
+
+@pytest.mark.slow
+def test_torchaos_weights_with_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the two operators that are the GPU's."""
+    pytest.importorskip("torchao")
+
+    def packed(pairs: Tensor, _: int) -> Tensor:
+        numbers = torch.stack([pairs >> 4, pairs & 15], 2).flatten(1).int()
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", packed)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", torch.ops.aten._weight_int4pack_mm_for_cpu)
+    target, drafter = build(), QuantizedSelf(weights="int4")
+    expected = plain_alone(target, RAGGED, NUM_NEW)
+    with device_int4.standing_in(device_int4._quantise_by_torchao), graphs.standing_in():
+        out = speculate(target, RAGGED, drafter, max_new_tokens=NUM_NEW)
+        assert_same_tokens(target, expected, out.sequences, RAGGED["attention_mask"])
+        made = drafter.copy_of(target)
+    assert type(made.model.layers[0].mlp.up_proj.weight).__name__ == "Int4TilePackedTo4dTensor"
+    assert type(target.model.layers[0].mlp.up_proj.weight) is nn.Parameter
+    assert profile_of(made).part(Arena).num_replays
