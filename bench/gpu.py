@@ -14,13 +14,14 @@ The last line is JSON.
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from specdec.cuda import graphs
 from specdec.cuda.arena import Arena
 from specdec.cuda.model import reads_all, why_not
 from specdec.cuda.seen import TAIL_SLOTS, Seen
-from specdec.drafters import Auto, Drafter, Plain, PromptLookup, SmallModel
+from specdec.drafters import Auto, Drafter, Plain, PromptLookup, QuantizedSelf, SmallModel
+from specdec.kernels.model import device_int4
+from specdec.kernels.model.changes import parts_of
 from specdec.kernels.model.profile import profile_of
 from specdec.testing.equality import TIE_BOUND, Verdict, compare
 
@@ -71,7 +74,8 @@ class Session:
     def weight_bytes(self) -> int:
         """That a plain step reads: all but the embedding, of which it reads a row."""
         embedding = self.target.get_input_embeddings().weight
-        return sum(w.numel() * w.element_size() for w in self.target.parameters() if w is not embedding)
+        weights = (weight for weight in self.target.parameters() if weight is not embedding)
+        return sum(part.nbytes for weight in weights for part in parts_of(weight))
 
     def prompts(self, num_rows: int, *, repeats: bool = False) -> dict[str, Tensor]:
         """Of random tokens; with `repeats` the same few again and again."""
@@ -337,6 +341,42 @@ def bits(session: Session) -> None:
             raise SystemExit(f"bits, {num_rows} rows: plain and speculative logits differ")
 
 
+def int4(session: Session) -> None:
+    """A copy of the target with weights of 4 bits (`pip install torchao`): as its draft, and decoded itself."""
+    stand_in = nullcontext()
+    if session.device.type != "cuda":  # of nothing, in the dtype that is asked for
+        session = replace(session, target=copy.deepcopy(session.target).to(torch.bfloat16))
+        stand_in = device_int4.standing_in(lambda *_: None)
+    elif not device_int4.is_installed():
+        log(f"int4: left out, it {device_int4.describe()}")
+        return
+    with stand_in:
+        prompts, drafter = session.prompts(1), QuantizedSelf(num_tokens=4, weights="int4")
+        seconds = seconds_of(session.device, lambda: drafter.copy_of(session.target))
+        quantised = replace(session, target=drafter.copy_of(session.target))
+        runs = {
+            "transformers, eager": theirs(session, prompts),
+            "specdec, plain": ours(session, Plain(), prompts),
+            "specdec, copy of 4 bits drafts": ours(session, drafter, prompts),
+        }
+        race(session, "int4, as a draft", prompts, runs)
+        runs = {
+            "transformers, eager": theirs(quantised, prompts),
+            "specdec, plain": ours(quantised, Plain(), prompts),
+            "specdec, prompt lookup": ours(quantised, PromptLookup(), prompts),
+        }
+        race(quantised, "int4, as the target", prompts, runs)
+        forwarded = measure_forwards(quantised.target, time_limit_s=30)
+        read = seconds_of(session.device, lambda: quantised.target(**prompts))
+    session.found["int4"] = {
+        "making_the_copy_seconds": seconds,
+        "gigabytes": {"float": session.weight_bytes / 1e9, "int4": quantised.weight_bytes / 1e9},
+        "forwards_ms": {width: 1000 * forwarded[width] for width in sorted(forwarded)},
+        "reading_the_prompt_ms": 1000 * read,
+    }
+    log(f"int4: {session.found['int4']}")
+
+
 PARTS: dict[str, Callable[[Session], None]] = {
     "memory": memory,
     "attention": attention,
@@ -346,6 +386,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "assisted": assisted,
     "batch": batch,
     "bits": bits,
+    "int4": int4,
 }
 
 

@@ -19,8 +19,8 @@ class ModelOptions:
         device: anything `torch.device` takes, or "auto": the first CUDA device if there is one, else the CPU.
         threads: CPU threads for torch, process-wide; None leaves torch's setting alone.
         weights: "float": as loaded, in products that are quick for a few tokens on a CPU; "stock": in torch's own;
-            "int8", "int4": weights of 8 or 4 bits on a CPU, which is another model than the float one; "gguf": the
-            blocks of a .gguf file as they lie in it, on a CPU.
+            "int8", "int4": weights of 8 or 4 bits on a CPU ("int4" on a CUDA device too), which is another model than
+            the float one; "gguf": the blocks of a .gguf file as they lie in it, on a CPU.
         trust_remote_code: run the Python code that comes with a model.
 
     Raises:

@@ -53,6 +53,10 @@ class DySpec(GrowthPolicy):
                 f"DySpec(calibration={self.calibration!r}): calibration is a trees.Calibration, or None for none"
             )
 
+    @property
+    def most_nodes(self) -> int | None:
+        return None if self.shared else self.budget
+
     def start(self, round_: Round) -> Grower:
         round_ = _capped(round_, self.max_depth)
         return ValueGrower(round_, budget=self.budget, threshold=0.0, shared=self.shared, calibration=self.calibration)
@@ -84,6 +88,10 @@ class DySpecThreshold(GrowthPolicy):
         _check_positive(self, "max_nodes")
         if self.max_depth is not None:
             _check_positive(self, "max_depth")
+
+    @property
+    def most_nodes(self) -> int:
+        return self.max_nodes
 
     def start(self, round_: Round) -> Grower:
         previous = round_.previous

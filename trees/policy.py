@@ -95,6 +95,11 @@ class Round:
 class GrowthPolicy(ABC):
     """Decides the shape of the trees."""
 
+    @property
+    def most_nodes(self) -> int | None:
+        """That a row's tree may have, however deep it is; None if nothing but the depth bounds them."""
+        return None
+
     @abstractmethod
     def start(self, round_: Round) -> Grower:
         """Begin a round."""

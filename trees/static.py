@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -31,6 +33,10 @@ class Fixed(GrowthPolicy):
         if not all(isinstance(width, int) and width > 0 for width in self.branching):
             raise ValueError(f"Fixed(branching={self.branching!r}): numbers of children are positive integers")
         object.__setattr__(self, "branching", tuple(self.branching))
+
+    @property
+    def most_nodes(self) -> int:
+        return sum(accumulate(self.branching, mul))
 
     def start(self, round_: Round) -> Grower:
         return ShapedGrower(round_, _fixed_shape(self.branching))
@@ -60,6 +66,10 @@ class Sequoia(GrowthPolicy):
         if not all(isinstance(chance, int | float) and 0 <= chance <= 1 for chance in self.acceptance):
             raise ValueError(f"Sequoia(acceptance={self.acceptance!r}): chances lie between 0 and 1")
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
+
+    @property
+    def most_nodes(self) -> int:
+        return self.budget
 
     def start(self, round_: Round) -> Grower:
         return ShapedGrower(round_, _sequoia_shape(self.budget, self.acceptance))

@@ -18,7 +18,7 @@ from specdec.disk_cache.folders import MEASUREMENTS, PACKED_WEIGHTS, PREFIXES, C
 
 CACHES = (MEASUREMENTS, PACKED_WEIGHTS, PREFIXES)
 _EXACT = "exact"
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf", "torchao")
 
 
 def register(app: typer.Typer) -> None:
@@ -68,6 +68,7 @@ def examine(model: str | None = None) -> dict[str, Any]:
         "devices": devices,
         "kernels": _kernels(),
         "cuda_graphs": _cuda_graphs(),
+        "cuda_int4": _cuda_int4(),
         "threads": threads,
         "forward_ms": measured.get("forward_ms"),
         "verdict": measured.get("verdict"),
@@ -113,6 +114,12 @@ def _cuda_graphs() -> str:
     return cuda.describe()
 
 
+def _cuda_int4() -> str:
+    from specdec.kernels.model import device_int4
+
+    return device_int4.describe()
+
+
 def _threads() -> dict[str, int | None]:
     import torch
 
@@ -147,6 +154,7 @@ def _verdict(model: Any) -> dict[str, str]:
     and what it would have on a GPU."""
     from specdec import cuda
     from specdec.errors import UnsupportedModelError
+    from specdec.kernels.model import device_int4
     from specdec.tree_model.compatibility import check_model
     from specdec.tree_model.quantised import weights_of
 
@@ -156,7 +164,12 @@ def _verdict(model: Any) -> dict[str, str]:
         speculation = _EXACT
     except UnsupportedModelError as error:
         speculation = f"refused: {error}"
-    return {"weights": ", ".join(kinds) or str(model.dtype), "speculation": speculation, "gpu": cuda.describe(model)}
+    return {
+        "weights": ", ".join(kinds) or str(model.dtype),
+        "speculation": speculation,
+        "gpu": cuda.describe(model),
+        "gpu_int4": device_int4.describe(model),
+    }
 
 
 def _advice(devices: list[dict[str, Any]], threads: dict[str, int | None]) -> list[str]:
@@ -217,11 +230,12 @@ def _table(report: dict[str, Any]) -> Table:
         table.add_row(device["device"], f"{device['name']}{memory}")
     table.add_row("kernels", report["kernels"])
     table.add_row("CUDA graphs", report["cuda_graphs"])
+    table.add_row("int4 on a GPU", report["cuda_int4"])
     threads = report["threads"]
     table.add_row("threads", f"{threads['torch']} for torch ({threads['cores']} cores)")
     if (verdict := report["verdict"]) is not None:
         table.add_row("this model", f"weights: {verdict['weights']}; drafts: {verdict['speculation']}")
-        table.add_row("on a GPU", verdict["gpu"])
+        table.add_row("on a GPU", f"{verdict['gpu']}; with int4: {verdict['gpu_int4']}")
     if report["forward_ms"]:
         costs = ", ".join(f"{width}: {ms:.1f}" for width, ms in report["forward_ms"].items())
         table.add_row("forward, ms", f"{costs} (by tokens verified at once)")

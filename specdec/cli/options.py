@@ -25,7 +25,8 @@ MODEL_OPTIONS: FieldOptions = {
         "--weights",
         metavar="FORMAT",
         help="Of both models. float: as loaded, with faster kernels on a CPU. stock: with torch's own. int8, int4: "
-        "weights of 8 or 4 bits on a CPU, which change the output. gguf: the blocks of a .gguf file, as they are.",
+        "weights of 8 or 4 bits on a CPU (int4: on a GPU too), which change the output. gguf: the blocks of a .gguf "
+        "file, as they are.",
         rich_help_panel=MODEL_PANEL,
     ),
     "trust_remote_code": typer.Option(

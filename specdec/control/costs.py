@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.cuda.fixed_shape import WIDTH, FixedShapeModel
 from specdec.cuda.model import GraphedTreeModel, filling_up, scratch_of
+from specdec.cuda.seen import TAIL_SLOTS
 from specdec.disk_cache.measurements import keep, recall
 from specdec.kernels.model.changes import structure_name, structure_of
 from specdec.kernels.model.origin import files_of
@@ -213,6 +215,27 @@ def costs_of(model: PreTrainedModel, num_rows: int = 1) -> ForwardCosts:
             measured = {width: known[key].measured(width) for width in WIDTHS}
             known[sized] = ForwardCosts(measured, num_rows, known[key]._slopes, filled_up)
         return known[sized]
+
+
+def costs_of_one_shape(target: FixedShapeModel, num_rows: int) -> ForwardCosts:
+    """The same where every forward has one shape (`exact="bits"`): a token costs what a whole one does.
+
+    Args:
+        num_rows: that are left of those that the run began with, all of which are forwarded.
+    """
+    model = target.model
+    with measuring:
+        key, known = (*_state(model), "one shape", target.num_rows, num_rows), profile_of(model).part(_Known)
+        if key not in known:
+            ordinary, in_one = costs_of(model), num_rows * WIDTH
+            seconds = ordinary.measured(target.num_rows * WIDTH)
+            known[key] = ForwardCosts(
+                {in_one * count: seconds * count for count in range(1, TAIL_SLOTS // WIDTH + 1)},
+                num_rows,
+                ordinary._slopes,
+                lambda num_tokens: -(-num_tokens // in_one) * in_one,
+            )
+        return known[key]
 
 
 def _slopes(model: ref[PreTrainedModel], short: Mapping[int, float]) -> dict[int, float] | None:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DummyLayer
 
 from specdec.cuda.captured import Inputs, Shape, WrittenCache
 from specdec.cuda.graphs import Graph, GraphPool, Outputs
+from specdec.kernels.model.changes import parts_of
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.recurrent import StateLayer
 from specdec.tree_model.tree_layer import TreeLayer
@@ -84,7 +85,8 @@ class Arena:
         if captured != self._captured:
             self._captured = captured
             self.forget()
-        self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * sum(weight.nbytes for weight in model.parameters()))
+        num_bytes = sum(part.nbytes for weight in model.parameters() for part in parts_of(weight))
+        self._most_kept = max(_KEPT_BYTES, _KEPT_SHARE * num_bytes)
         return True
 
     def trim(self) -> None:
@@ -205,5 +207,6 @@ class _ArenaLayer(TreeLayer):
 
 def _what_is_captured(model: PreTrainedModel) -> tuple[object, ...]:
     """What a graph depends on besides its inputs and the buffers."""
-    addresses = [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())]
+    tensors = chain(model.parameters(), model.buffers())
+    addresses = [part.data_ptr() for tensor in tensors for part in parts_of(tensor)]  # another library's has none
     return (model.training, model.config.get_text_config(decoder=True)._attn_implementation, *addresses)

@@ -27,6 +27,7 @@ from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of
 from specdec.stages import stage
 from specdec.tree_model.model import Forwarded, TreeModel
+from trees import GrowthPolicy
 
 _logger = logging.getLogger("specdec")
 WIDTH = 16
@@ -37,14 +38,16 @@ _NATIVE_PIECES = (1, 1, 2, 4, 8, 16, 32)
 """Of the text of a trial, which is forwarded in one piece too: so most tokens stand elsewhere, among others."""
 
 
-def bit_exact_model(model: PreTrainedModel, num_rows: int) -> TreeModel:
+def bit_exact_model(model: PreTrainedModel, num_rows: int, tree: GrowthPolicy | None = None) -> TreeModel:
     """A tree model whose logits for a text in its chain are the same bits, in whatever rounds it comes to them.
 
     Args:
         num_rows: R, the rows that it will be prefilled with.
+        tree: that it is going to verify, if that is known.
 
     Raises:
         UnsupportedModelError: says why there is none.
+        UnsupportedOptionError: the tree has no place in its forwards.
     """
     name, done = type(model).__name__, prepared(model)
     is_native = done is not None and done.num_fused_layers > 0
@@ -54,6 +57,8 @@ def bit_exact_model(model: PreTrainedModel, num_rows: int) -> TreeModel:
         reason = None if is_native else why_no_static_shape(model)
     if reason is not None:
         raise UnsupportedModelError(f"exact='bits' is not possible with {name}: {reason}. Leave it out")
+    if tree is not None and tree.most_nodes is not None and not is_native:
+        _check_number(tree.most_nodes, repr(tree))
     tried = profile_of(model).part(_Tried)
     key = num_rows, done, model.device, model.dtype, torch.get_num_threads()
     if key not in tried:
@@ -63,6 +68,14 @@ def bit_exact_model(model: PreTrainedModel, num_rows: int) -> TreeModel:
         advice = "load it with weights='stock', or leave it out" if is_native else "leave it out"
         raise UnsupportedModelError(f"exact='bits' is not possible with {name} here: {fault}; {advice}")
     return _make(model, num_rows, is_native)
+
+
+def _check_number(num_drafted: int, tree: str) -> None:
+    if num_drafted > _MOST_DRAFTED:
+        raise UnsupportedOptionError(
+            f"exact='bits' verifies up to {_MOST_DRAFTED} drafted tokens of a row, and {tree} has {num_drafted}: draft "
+            "less"
+        )
 
 
 class _Tried(dict[object, str | None]):
@@ -83,7 +96,7 @@ class _NativeModel(TreeModel):
 class FixedShapeModel(GraphedTreeModel):
     """Forwards of one shape: replayed where there are graphs, otherwise simply run.
 
-    Args:
+    Attributes:
         num_rows: R; the rows that it is prefilled with.
     """
 
@@ -92,7 +105,7 @@ class FixedShapeModel(GraphedTreeModel):
 
     def __init__(self, model: PreTrainedModel, num_rows: int):
         super().__init__(model)
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._pool = None if why_not(model) else graphs_for(self.device)
         self._run_now = forward_of(model, self._cache_name, Copies())
 
@@ -102,7 +115,7 @@ class FixedShapeModel(GraphedTreeModel):
             self._arena = Arena()
             self._arena.lease(cache, self.model)
             cache.arena = self._arena
-        cache.least_rows = self._num_rows
+        cache.least_rows = self.num_rows
         return cache
 
     def forward(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Tensor:
@@ -125,10 +138,7 @@ class FixedShapeModel(GraphedTreeModel):
         Raises:
             UnsupportedOptionError: what is asked for has no place in the shape.
         """
-        if num_new > TAIL_SLOTS:
-            raise UnsupportedOptionError(
-                f"exact='bits' verifies up to {_MOST_DRAFTED} drafted tokens, this tree has {num_new - 1}: draft less"
-            )
+        _check_number(num_new - 1, "this tree")
         if len(self._lag_AB) > 1 or self._starts_B is None:
             raise UnsupportedOptionError(
                 "exact='bits' is for prompts of text that are padded on the left at most: leave it out"
@@ -139,7 +149,7 @@ class FixedShapeModel(GraphedTreeModel):
         assert isinstance(cache, StaticTreeCache)
         cache.make_room(max(cache.lengths) + TAIL_SLOTS)
         # no bit depends on the bound
-        shape = Shape(self._num_rows, WIDTH, self.bound_of(cache), self._reaches, tuple(sorted(self._kept)))
+        shape = Shape(self.num_rows, WIDTH, self.bound_of(cache), self._reaches, tuple(sorted(self._kept)))
         outputs = self._outputs(shape, self._fill(shape, tokens_BT, offsets_BT, seen_BTK))
         self.num_forwards += 1
         return self._append(shape, outputs, offsets_BT)

@@ -95,8 +95,9 @@ class Speculation:
 
         Raises:
             UnsupportedModelError: `exact` is not possible with the model.
+            UnsupportedOptionError: or not with the tree.
         """
-        return bit_exact_model(model, num_rows) if self.exact else self.drafter.make_target(model)
+        return bit_exact_model(model, num_rows, self.tree) if self.exact else self.drafter.make_target(model)
 
 
 def _as_drafter(drafter: Drafter | PreTrainedModel | str | None, tree: GrowthPolicy | None) -> Drafter:

@@ -22,11 +22,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *op
 
 def test_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     found = run(monkeypatch, capsys)
-    assert {"memory", "plain", "lookup", "assisted", "batch of 4", "batch of 16"} <= found.keys()
+    assert {"memory", "plain", "lookup", "assisted", "batch of 4", "batch of 16", "int4"} <= found.keys()
     assert found["graphs"]["replays"] > 0
     assert found["graphs"]["refused"] is None
     assert found["plain"]["specdec, plain"]["share_of_copy_bandwidth"] > 0
     assert found["assisted"]["specdec, small model"]["verdict"] in ("identical", "tie")
+    assert found["int4, as a draft"]["specdec, copy of 4 bits drafts"]["verdict"] in ("identical", "tie")
     assert "no measurements" in found["device"]
 
 

@@ -20,6 +20,7 @@ from specdec.cli.common import USER_ERROR, friendly_errors
 from specdec.cli.doctor import _verdict
 from specdec.errors import ModelError
 from specdec.kernels import native
+from specdec.testing import tiny_model
 from tests.support.tiny_models import save_tiny_model
 from tests.support.wrapped import bare, quantised_dynamically
 
@@ -107,7 +108,13 @@ def test_doctor_knows_weights_of_other_libraries() -> None:
         "weights": "torch.int8",
         "speculation": "exact",
         "gpu": "CUDA graphs, tried before they are used",
+        "gpu_int4": "12 linears of 4 bits",
     }
+
+
+def test_doctor_names_what_would_not_be_quantised_on_a_gpu() -> None:
+    words = _verdict(tiny_model("llama", intermediate_size=72))["gpu_int4"]
+    assert words == "12 linears of 4 bits; stay as they are: model.layers.*.mlp.down_proj"
 
 
 def test_doctor_refuses_activations_that_are_rounded() -> None:

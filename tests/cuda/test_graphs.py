@@ -262,6 +262,47 @@ def test_moved_weights_are_captured_again() -> None:
     assert not isinstance(tree_model_of(tiny_model("lfm2", layer_types=["conv", "full_attention"])), GraphedTreeModel)
 
 
+class Packed(torch.Tensor):
+    """As other libraries keep quantised weights: a tensor without an address, of others that have one."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            return func(args[0], args[1].inner, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0].inner)
+
+
+def test_packed_weights_that_are_replaced_are_captured_again() -> None:
+    """Of such weights a graph reads the parts: it would have gone on with memory that is another's by now."""
+    model = tiny_model("llama")
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(Packed(linear.weight.detach()), requires_grad=False)
+    check(model, Plain(), ONE)
+    before = dict(arena_of(model)._graphs)
+    check(model, Plain(), ONE)
+    assert arena_of(model)._graphs == before
+    linear.weight.inner = linear.weight.inner.flip(0).contiguous()
+    check(model, Plain(), ONE)
+    assert not set(map(id, before.values())) & set(map(id, arena_of(model)._graphs.values()))
+
+
 def test_the_stand_in_spoils_what_a_graph_would() -> None:
     pool, inputs = StandInPool(), torch.ones(2)
     graphs = [pool.capture(lambda: (inputs * 2,), [inputs]), pool.capture(lambda: (inputs + 1,), [inputs])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from math import inf
 from operator import methodcaller
@@ -20,7 +20,14 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.control import Plan, RoundControl, capped_throughput, costs_of
-from specdec.control.costs import costs_are_known, measure_forwards, remember_costs
+from specdec.control.costs import (
+    ForwardCosts,
+    costs_are_known,
+    costs_of_one_shape,
+    measure_forwards,
+    remember_costs,
+)
+from specdec.cuda.fixed_shape import FixedShapeModel
 from specdec.cuda.timing import DeviceSpan
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
 from specdec.drafters.auto.dropped import drop, is_dropped, take_back
@@ -35,6 +42,7 @@ from specdec.errors import SpecdecError, UnsupportedOptionError
 from specdec.hf import num_processes
 from specdec.kernels import native, prepared
 from specdec.kernels.model.linear import is_dense
+from specdec.tree_model.model import TreeModel
 from trees import Draft, TreeBatch
 
 _MIN_COPY_TOKENS = 32
@@ -141,6 +149,12 @@ def _pays(model: PreTrainedModel, seconds_left: float) -> bool:
     return is_quick or _quantized_self.has_copy(model)
 
 
+def _costs_of_target(target: TreeModel, num_rows: int) -> ForwardCosts:
+    if isinstance(target, FixedShapeModel):
+        return costs_of_one_shape(target, num_rows)
+    return costs_of(target.model, num_rows)
+
+
 class _AutoSession(DraftSession):
     def __init__(self, run: Run, lookup: LookupSource, auto: Auto | None, clock: Callable[[], float]):
         self._run = run
@@ -156,7 +170,7 @@ class _AutoSession(DraftSession):
         self._round: _Round | None = None
         self._control_seconds = 0.0
         # what they depend on does not change in a run, and takes long to look up
-        self._costs_of = cache(lambda num_rows: costs_of(run.target.model, num_rows))
+        self._costs_of = cache(partial(_costs_of_target, run.target))
 
     def add(self, drafter: Drafter) -> None:
         """Start a drafter that the caller has named, unless it has been dropped.

@@ -1,7 +1,8 @@
 """The target's own copy of 8 or 4 bits drafts for the float target: the output is exactly the float model's.
 
-The copy reads the target's own keys and values, so it needs no prefill and no memory for a cache, and its context is
-the true one; what it adds while drafting is forgotten before the target verifies.
+The copy of a float32 target reads the target's own keys and values, so it needs no prefill and no memory for a cache,
+and its context is the true one; what it adds while drafting is forgotten before the target verifies. Another one is a
+small model that happens to be the target's size: on a GPU its steps are captured like those of any draft.
 
 Shape legend: B rows, M nodes of a layer, V vocabulary.
 """
@@ -32,12 +33,16 @@ class QuantizedSelf(Drafter):
     memory of the linears (int4: a sixth). It agrees with the target on most tokens, and pays where its forward is
     several times cheaper (float32 on a CPU).
 
+    On a CUDA device there is a copy of 4 bits (`specdec.prepare`; not measured), of a bfloat16 target. It shares all
+    that is not quantised, the LM head too, and has a cache of its own.
+
     Args:
         num_tokens: length of the chain that it drafts, unless the call names a tree.
         weights: of the copy. "int4" is quicker still, and agrees a little less.
 
     Raises:
-        UnsupportedModelError: at the first call, for a target that is not on the CPU or has no `nn.Linear`.
+        UnsupportedModelError: at the first call, for a target that `specdec.prepare` refuses such weights.
+        UnsupportedOptionError: at the first call on a CUDA device, without torchao.
         ValueError: `num_tokens` is not a positive integer, or `weights` is something else.
     """
 

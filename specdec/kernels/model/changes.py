@@ -60,15 +60,15 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     if module._buffers:
         temporary = module._non_persistent_buffers_set
         tensors += [own for name, own in module._buffers.items() if own is not None and name not in temporary]
-    return [part for tensor in tensors for part in _parts(tensor)]
+    return [part for tensor in tensors for part in parts_of(tensor)]
 
 
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What a tensor of another library is made of, such as the integers and scales of a quantised weight."""
     if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(tensor, name))]
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
 
 
 def _sample(tensor: torch.Tensor, size: int) -> torch.Tensor:

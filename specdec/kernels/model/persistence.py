@@ -1,4 +1,5 @@
-"""What may be done with an int8 or int4 model: it is pickled and copied whole, and stays float32 on the CPU.
+"""What may be done with an int8 or int4 model: it is pickled and copied whole, and stays float32 on the CPU (bfloat16
+on its device, if that is a GPU).
 
 The kernels read scales as float32 from the addresses that they are given, so a cast or a move would make them read
 something else; and a state dict would come without the linears. Both are refused before anything has changed.
@@ -23,45 +24,57 @@ of 256 weights."""
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
-def guard(module: nn.Module, weights: str) -> None:
-    """For a module that holds quantised linears: refuse what they refuse before its other parts have changed."""
-    module.__dict__["_apply"] = _Conversion(module, weights)
+def guard(module: nn.Module, weights: str, like: torch.Tensor | None = None) -> None:
+    """For a module that holds quantised linears: refuse what they refuse before its other parts have changed.
+
+    Args:
+        like: a tensor of the dtype and on the device where they stay; None for float32 on the CPU.
+    """
+    module.__dict__["_apply"] = _Conversion(module, weights, torch.zeros(1) if like is None else like)
     module.register_load_state_dict_pre_hook(functools.partial(refuse_loading, weights))
     for name in ("save_pretrained", "push_to_hub"):
         if hasattr(type(module), name):
             module.__dict__[name] = functools.partial(refuse_saving, weights)
 
 
-def check_conversion(convert: Convert, weights: str) -> None:
-    """What `to`, `half`, `cuda`, ... are about to do with every tensor must leave float32 on the CPU as it is.
+def check_conversion(convert: Convert, weights: str, like: torch.Tensor | None = None) -> None:
+    """What `to`, `half`, `cuda`, ... are about to do with every tensor must leave such a one as it is.
+
+    Args:
+        like: float32 on the CPU, if it is not given.
 
     Raises:
         UnsupportedOptionError: it does not.
     """
+    like = torch.zeros(1) if like is None else like
     try:
-        converted = convert(torch.zeros(1))
-        where = f"{str(converted.dtype).removeprefix('torch.')} on {converted.device.type}"
+        converted = convert(like)
     except (RuntimeError, AssertionError) as error:  # a device that is not there
-        raise UnsupportedOptionError(_stays(weights, f"what was asked for ({error})")) from error
-    if where != "float32 on cpu":
-        raise UnsupportedOptionError(_stays(weights, where))
+        raise UnsupportedOptionError(_stays(weights, like, f"what was asked for ({error})")) from error
+    if (converted.dtype, converted.device) != (like.dtype, like.device):
+        raise UnsupportedOptionError(_stays(weights, like, _place(converted)))
 
 
-def _stays(weights: str, what: str) -> str:
+def _stays(weights: str, like: torch.Tensor, what: str) -> str:
     return (
-        f"an {weights}-prepared model stays float32 on the CPU, and cannot become {what}: load the checkpoint again, "
-        f"convert that, and leave prepare(weights={weights!r}) out (or prepare it here, on the CPU)"
+        f"an {weights}-prepared model stays {_place(like)}, and cannot become {what}: load the checkpoint again, "
+        f"convert that, and leave prepare(weights={weights!r}) out (or prepare it as it is now)"
     )
+
+
+def _place(tensor: torch.Tensor) -> str:
+    where = "the CPU" if tensor.is_cpu else str(tensor.device)
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {where}"
 
 
 class _Conversion:
     """In the place of a module's `_apply`, through which all conversions go, children first."""
 
-    def __init__(self, module: nn.Module, weights: str) -> None:
-        self.module, self.weights = module, weights
+    def __init__(self, module: nn.Module, weights: str, stays: torch.Tensor) -> None:
+        self.module, self.weights, self.stays = module, weights, stays
 
     def __call__(self, fn: Convert, recurse: bool = True) -> nn.Module:
-        check_conversion(fn, self.weights)
+        check_conversion(fn, self.weights, self.stays)
         return type(self.module)._apply(self.module, fn, recurse)
 
 

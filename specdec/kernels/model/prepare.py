@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.hf import CACHE, num_processes
 from specdec.kernels import native
+from specdec.kernels.model import device_int4
 from specdec.kernels.model.layer import FusedLayer, contiguous, is_supported
 from specdec.kernels.model.layer_trial import matches_reference
 from specdec.kernels.model.linear import BANDS, NATIVE, calibrate, is_dense, is_plain, small_batch_forward
@@ -31,7 +32,7 @@ _log = logging.getLogger("specdec")
 
 
 def prepare(model: Model, weights: str | None = None, compile: bool = False) -> Model:
-    """Makes forwards of 1 to 64 rows cheap on a CPU; returns the model, changed in place. Inference only.
+    """Makes forwards of 1 to 64 rows cheap; returns the model, changed in place. Inference only. On a CPU:
 
     weights: None or "float" keeps the float32 weights and logits within rounding (a float32 model gets linears that
         stream the weights once for up to 32 rows). A bfloat16 model keeps its weights as they are, in 2 bytes, and its
@@ -46,12 +47,15 @@ def prepare(model: Model, weights: str | None = None, compile: bool = False) -> 
         too, for more speed, where all of the model is native and a token's logits are the same bits whatever else is in
         its forward (the layout of Llama, Mistral, Qwen2 and Qwen3); elsewhere they stay float32 (weight-only), so that
         a token verified beside others gets the logits that it gets alone, up to rounding.
+        On a CUDA device there is "int4" alone, by torchao (the extra `int4`; not measured), for bfloat16 models: 5 bits
+        in all again, without the LM head and linears whose inputs are no multiple of 32, which stay as they are; all
+        else stays bfloat16 on the device, and the same is refused.
     compile: refused: torch.compile was slower than the native kernels on CPUs, and CUDA is not covered yet.
 
     Idempotent. Weights of a float model may change in between. Where nothing could be done, a warning says so (logger
     `specdec`); it says at level INFO what was done.
-    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is not
-    on the CPU ("int8", "int4") or has no `nn.Linear`.
+    Raises UnsupportedOptionError for an unknown or impossible option, UnsupportedModelError for a model that is on
+    another device, or has no `nn.Linear` that can have such weights.
     """
     weights = None if weights == "float" else weights
     before = prepared(model)
@@ -69,7 +73,8 @@ def _tell(model: nn.Module) -> None:
     assert done is not None
     if done.num_linears or done.num_fused_layers:
         counts = f"{done.num_linears} linears and {done.num_fused_layers} layers"
-        _log.info("prepared %s: %s, %s", type(model).__name__, counts, native.describe())
+        by = device_int4.describe() if done.weights and device_int4.serves(model) else native.describe()
+        _log.info("prepared %s: %s, %s", type(model).__name__, counts, by)
         return
     first = next(model.parameters())
     _log.warning(
@@ -100,6 +105,9 @@ def _prepare(
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UnsupportedModelError(f"{type(model).__name__} has no nn.Linear to prepare (GPT-2 uses Conv1D)")
     files = files_of(model)
+    if weights and device_int4.serves(model):
+        _to_device_int4(model, weights, files)
+        return model
     num_linears = _to_quantized(model, weights, files, is_copy=is_copy) if weights else _to_small_batch(model)
     _finish(model, weights, num_linears, must_be_exact)
     if files is not None and weights is not None:
@@ -143,10 +151,11 @@ def check_whole(model: nn.Module) -> None:
 
 def prepare_like(part: Model, model: nn.Module) -> Model:
     """Prepares a drafting module beside a model that has been prepared. It has 8 bits, beside float32 weights too: a
-    draft may be wrong, and costs a quarter so. Beside 4 bits it has 8, as which of its linears is a head is not known.
+    draft may be wrong, and costs a quarter so. Beside 4 bits it has 8, as which of its linears is a head is not known;
+    on a CUDA device, where there are no 8, it stays as it is.
     """
     done, dtype = prepared(model), next(model.parameters()).dtype
-    if done is None:
+    if done is None or device_int4.serves(part):
         return part
     is_quantized = done.weights or (dtype is torch.float32 and native.library() is not None)
     return _prepare(part, Int8Linear.weights if is_quantized else None, must_be_exact=False)
@@ -172,9 +181,10 @@ def unprepare(model: Model) -> Model:
 
 
 def quantized_copy(model: Model, weights: QuantizedWeights = "int8") -> Model:
-    """An int8 (or int4) copy of a float CPU model, which is left as it is. Embeddings and norms in float32 are shared,
+    """An int8 (or int4) copy of a float model, which is left as it is. Embeddings and norms in float32 are shared,
     so it costs only the int8 weights: a quarter of the float ones (int4: a sixth, and a quarter of the LM head). It is
-    a draft, and may be wrong: its activations are always quantised."""
+    a draft, and may be wrong: its activations are always quantised on a CPU. On a CUDA device (int4 alone) all that is
+    not quantised is shared, the LM head too."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared)
     if (files := files_of(model)) is not None:
@@ -208,6 +218,19 @@ def _to_quantized(model: nn.Module, weights: str, files: str | None, *, is_copy:
     _to_float32(model, packed)
     _guard(model, quantized.weights)
     return len(replaced)
+
+
+def _to_device_int4(model: nn.Module, weights: str, files: str | None) -> None:
+    linears, left = device_int4.quantise(model, weights)
+    if left:
+        _log.warning("%s: no weights of 4 bits for %s", type(model).__name__, ", ".join(left))
+    like, taken = torch.zeros(1, dtype=device_int4.DTYPE, device=linears[0].weight.device), set(linears)
+    for module in model.modules():
+        if any(part in taken for part in module.modules()):
+            guard(module, weights, like)
+    setattr(model, MARK, Prepared(weights, len(linears), 0))
+    if files is not None:
+        note_files(model, f"{files} {weights} of a device")
 
 
 def _guard(model: nn.Module, weights: str) -> None:
