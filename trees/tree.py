@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -168,8 +168,7 @@ class TreeBatch:
     @classmethod
     def empty(cls, num_rows: int, device: torch.device | str = "cpu") -> TreeBatch:
         """No drafts at all: verifying it is one step of ordinary decoding."""
-        nothing = torch.empty((num_rows, 0), dtype=torch.long, device=device)
-        return cls(tokens_BN=nothing, parents_BN=nothing, sizes=(0,) * num_rows, depth=0, is_chain=True)
+        return _empty(num_rows, torch.device(device))
 
     @classmethod
     def chains(cls, tokens_BN: Tensor, sizes: Sequence[int] | None = None) -> TreeBatch:
@@ -325,3 +324,10 @@ class TreeBatch:
     def real_BT(self) -> Tensor:
         """bool: root or node, not padding."""
         return torch.nn.functional.pad(self.real_BN, (1, 0), value=True)
+
+
+@lru_cache(64)
+def _empty(num_rows: int, device: torch.device) -> TreeBatch:
+    """The same each time: most rounds of a batch draft nothing."""
+    nothing = torch.empty((num_rows, 0), dtype=torch.long, device=device)
+    return TreeBatch(tokens_BN=nothing, parents_BN=nothing, sizes=(0,) * num_rows, depth=0, is_chain=True)

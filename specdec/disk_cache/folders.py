@@ -5,8 +5,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice, takewhile
+from operator import methodcaller
 from pathlib import Path
 
 from specdec.disk_cache.access import check_access, check_folder
@@ -42,18 +45,27 @@ class CacheFolder:
     def path(self) -> Path:
         return (cache_folder() / self.name).resolve()
 
-    def find(self, pattern: str) -> Path | None:
-        """A file that only the user and root can have written, and which now counts as used."""
+    def find(self, beginning: str) -> Path | None:
+        """A file whose name begins so, that only the user and root can have written, and which now counts as used."""
+        files = self.find_all([beginning])
+        self.touch(files)
+        return files[0] if files else None
+
+    def find_all(self, beginnings: Sequence[str]) -> list[Path]:
+        """A file for each of these beginnings, up to the first that there is none for. The folder is listed once."""
+        found: list[Path] = []
         try:
-            check_folder(self.path)
-            for file in sorted(self.path.glob(pattern)):
-                check_access(file)
-                if file.is_file() and not file.is_symlink():
-                    self.touch([file])
-                    return file
+            folder = self.path
+            check_folder(folder)
+            names = sorted(os.listdir(folder)) if beginnings else []
+            for beginning in beginnings:
+                file = next(filter(_is_trusted, _beginning_with(beginning, names, folder)), None)
+                if file is None:
+                    break
+                found.append(file)
         except OSError as error:
             _log.debug("%s is not read: %s", self.path, error)
-        return None
+        return found
 
     def touch(self, files: Iterable[Path]) -> None:
         """These count as used now, the last of them last."""
@@ -114,6 +126,18 @@ class CacheFolder:
     def clear(self) -> None:
         for file in self.files():
             file.unlink(missing_ok=True)
+
+
+def _beginning_with(beginning: str, names: Sequence[str], folder: Path) -> Iterator[Path]:
+    """names: in order."""
+    those = islice(names, bisect_left(names, beginning), None)
+    return (folder / name for name in takewhile(methodcaller("startswith", beginning), those))
+
+
+def _is_trusted(file: Path) -> bool:
+    """Raises OSError where somebody else could have written the file; False for what is none."""
+    check_access(file)
+    return file.is_file() and not file.is_symlink()
 
 
 MEASUREMENTS = CacheFolder("measurements", 4 << 20)

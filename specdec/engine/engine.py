@@ -278,11 +278,15 @@ class Engine:
                     self._join(running)
 
     def _next_prompt(self) -> RunningRequest | None:
-        """The first admitted request with tokens to read; those before it, which are known already, join."""
+        """The first admitted request with tokens to read; those before it, which are known already, join. None also
+        while what is known is being loaded, a block at a time if others decode."""
         while self._admitted:
             running = self._admitted[0]
             with self._own_errors(running):
                 self._reader.begin(running)
+                while self._reader.load_block():
+                    if self._loop.requests:
+                        return None
                 if self._reader.num_left:
                     return running
                 self._join(running)

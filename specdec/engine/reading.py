@@ -14,7 +14,7 @@ from specdec.engine.running_requests import RunningRequest
 from specdec.tree_model.cache import RowStates
 from specdec.tree_model.model import TreeModel
 from specdec.tree_model.pages import PagePool
-from specdec.tree_model.prefix_files import PrefixFiles, TextFiles
+from specdec.tree_model.prefix_files import PrefixFiles, TextFiles, joined
 
 
 class PromptReader:
@@ -39,6 +39,12 @@ class PromptReader:
         self._tokens: list[int] = []
         """Of the prompt but the last, which is the root of the first round."""
         self._num_read = 0
+        self._known: RowStates | None = None
+        """Of its beginning, from earlier prompts."""
+        self._blocks: list[RowStates] = []
+        """After that, from files, as far as they have been loaded."""
+        self._loading: Iterator[RowStates] | None = None
+        """Those to come; None: all that is known of the prompt is in the cache."""
         self._hidden: list[dict[int, Tensor]] = []
 
     def keep_states(self, depths: Iterable[int]) -> None:
@@ -53,7 +59,7 @@ class PromptReader:
 
     @property
     def num_left(self) -> int:
-        """Tokens of the prompt that are still to be read."""
+        """Tokens of the prompt that are still to be read, or loaded."""
         return len(self._tokens) - self._num_read
 
     @property
@@ -67,19 +73,28 @@ class PromptReader:
             return
         self.request, self._tokens = running, running.prompt[:-1]
         self._model.begin(capacity=len(self._tokens), pool=self._pool)
-        self._hidden = []
-        states = self._known()
-        self._num_read = 0 if states is None else states.length
-        running.begin(self._num_read)
-        self._model.join(states)
+        self._hidden, self._blocks, self._loading = [], [], iter(())
+        self._num_read, self._known = self._prefixes.match(self._tokens)
+        if self._files is not None:
+            self._of_prompt = self._files.of_text(self._tokens)
+            self._loading = self._of_prompt.blocks_after(self._num_read, self._pool)
 
-    def _known(self) -> RowStates | None:
-        """The states of what is known of the prompt."""
-        _, states = self._prefixes.match(self._tokens)
-        if self._files is None:
-            return states
-        self._of_prompt = self._files.of_text(self._tokens)
-        return self._of_prompt.extend(states, self._pool)
+    def load_block(self) -> bool:
+        """Load one more of the blocks that files have of the prompt; False: there is none, and `read` may be called."""
+        if self._loading is None:
+            return False
+        block = next(self._loading, None)
+        if block is not None:
+            self._blocks.append(block)
+            self._num_read += block.length - self._num_read % block.length
+            return True
+        states = joined(self._known, self._blocks)
+        self._known, self._blocks, self._loading = None, [], None
+        self._num_read = 0 if states is None else states.length
+        assert self.request is not None
+        self.request.begin(self._num_read)
+        self._model.join(states)
+        return False
 
     def read(self, most: int) -> int:
         """Read some tokens more; returns their number."""
@@ -114,7 +129,7 @@ class PromptReader:
         """The request is gone, or has all that it needs."""
         if running is self.request:
             self.request, self._tokens, self._num_read, self._hidden = None, [], 0, []
-            self._of_prompt = None
+            self._of_prompt, self._known, self._blocks, self._loading = None, None, [], None
             self._model.begin(pool=self._pool)
 
     def _next(self, most: int) -> Tensor:

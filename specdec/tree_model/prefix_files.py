@@ -79,30 +79,32 @@ class TextFiles:
         self._files: list[Path] = []
         """Of the first blocks: those that are there."""
 
-    def extend(self, states: RowStates | None, pool: PagePool | None = None) -> RowStates | None:
-        """The states of the longest beginning that is known.
+    def extend(self, states: RowStates | None) -> RowStates | None:
+        """The states of the longest beginning that is known; those given, if the files have no more.
 
         Args:
             states: of the first tokens, as far as they are known without the files.
-            pool: whose pages the states of the others are to have; None: they are as a `TreeCache` has them.
-
-        Returns:
-            Those given, if the files have no more.
         """
-        length = 0 if states is None else states.length
+        return joined(states, list(self.blocks_after(0 if states is None else states.length)))
+
+    def blocks_after(self, length: int, pool: PagePool | None = None) -> Iterator[RowStates]:
+        """The states of the blocks that bring more than the first tokens (see `joined`), each read when it is asked
+        for: in a long text there is time for others between them.
+
+        Args:
+            length: of the beginning that is known without the files.
+            pool: whose pages the states are to have; None: they are as a `TreeCache` has them.
+        """
         if BLOCK * len(self._names) > length:
             self._find()
         if BLOCK * len(self._files) <= length:
-            return states
-        first = length // BLOCK
-        parts = [] if states is None or not first else [states.part(0, BLOCK * first)]
-        for index, file in enumerate(self._files[first:], first):
-            part = self._read(file)
+            return
+        for index in range(length // BLOCK, len(self._files)):
+            part = self._read(self._files[index])
             if part is None:
                 del self._files[index:]
-                break
-            parts.append(part if pool is None else as_pages(pool, part))
-        return one_after_another(parts) if BLOCK * len(self._files) > length else states
+                return
+            yield part if pool is None else as_pages(pool, part)
 
     def keep(self, states: RowStates) -> None:
         """Write the blocks that are not there yet, as far as they are full and within the bound.
@@ -110,31 +112,25 @@ class TextFiles:
         Args:
             states: of the first tokens; copied.
         """
-        num_before = len(self._files)
-        for index in range(num_before, min(len(self._names), states.length // BLOCK)):
-            file = self._folder.find(self._pattern(index)) or self._write(index, states)
-            if file is None:
-                break
-            self._files.append(file)
-        if len(self._files) > num_before:
-            self._touch()
-
-    def _find(self) -> None:
-        """Look which of the first blocks are there."""
-        self._files = []
-        for index in range(len(self._names)):
-            file = self._folder.find(self._pattern(index))
+        num_before, num_full = len(self._files), min(len(self._names), states.length // BLOCK)
+        if num_full <= num_before:
+            return
+        self._files += self._folder.find_all(self._names[num_before:num_full])
+        for index in range(len(self._files), num_full):
+            file = self._write(index, states)
             if file is None:
                 break
             self._files.append(file)
         self._touch()
 
+    def _find(self) -> None:
+        """Look which of the first blocks are there."""
+        self._files = self._folder.find_all(self._names)
+        self._touch()
+
     def _touch(self) -> None:
         """The beginning counts as used last: what follows is worth nothing without it."""
         self._folder.touch(reversed(self._files))
-
-    def _pattern(self, index: int) -> str:
-        return f"{self._names[index]}-*.safetensors"
 
     def _read(self, file: Path) -> RowStates | None:
         """None for a file that is gone or damaged."""
@@ -170,6 +166,16 @@ class TextFiles:
             return f"{self._names[index]}-{hashlib.sha256(content).hexdigest()}.safetensors"
 
         return self._folder.write(write)
+
+
+def joined(states: RowStates | None, blocks: Sequence[RowStates]) -> RowStates | None:
+    """These states of the first tokens, and those of the blocks from the one on that they end in, if that is more."""
+    length = 0 if states is None else states.length
+    first = length // BLOCK
+    if BLOCK * (first + len(blocks)) <= length:
+        return states
+    beginning = [] if states is None or not first else [states.part(0, BLOCK * first)]
+    return one_after_another([*beginning, *blocks])
 
 
 def _slots(file: Path, device: torch.device) -> list[tuple[torch.Tensor, ...]]:

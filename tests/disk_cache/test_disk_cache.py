@@ -89,6 +89,20 @@ def test_the_files_that_were_not_used_for_longest_go_first():
     assert (folder.has_room(50), folder.has_room(101)) == (True, False)
 
 
+def test_many_files_are_looked_for_in_one_list(monkeypatch):
+    folder, lists = CacheFolder("listed", 100), []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: (lists.append(path), listdir(path))[1])
+    for name in ("b-1", "a-2", "a-1", "c", "ab", "e"):
+        add(folder, name, 1)
+    lists.clear()
+    found = folder.find_all(["b-", "a", "a-2", "ab", "d", "e"])
+    assert [file.name for file in found] == ["b-1", "a-1", "a-2", "ab"], "up to the first that there is none for"
+    assert len(lists) == 1
+    assert folder.find_all([]) == []
+    assert CacheFolder("nowhere", 1).find_all(["a"]) == []
+
+
 def test_files_are_the_users_own_and_an_error_leaves_nothing_behind():
     def fail(part):
         part.write_text("half")

@@ -292,28 +292,36 @@ def test_chosen_proposals_are_trusted_as_far_as_they_keep_what_they_promise() ->
     assert trust.share == 1.0
 
 
-@pytest.mark.parametrize("num_rows", [2, 6])
-def test_rows_of_a_batch_with_nothing_to_copy_are_looked_at_less_often(num_rows: int) -> None:
-    """The last row repeats itself; the others say what nobody has said before, and from round 20 on the same as it."""
-    fresh = itertools.count(100)
-    prompts = [[next(fresh) for _ in range(6)] for _ in range(num_rows - 1)] + [[1, 2, 3, 1, 2, 3]]
-    input_ids = torch.tensor(prompts)
+def lookup_of(
+    prompts: list[list[int]], widths: dict[int, float]
+) -> tuple[LookupSource, RoundContext, list[list[bool]]]:
+    """A source for packed rows, a round of them, and at which of them it looks in each round to come."""
+    input_ids, num_rows = torch.tensor(prompts), len(prompts)
     run = Run(
         target=TreeModel(tiny_model("llama")),
         vocab_size=10_000,
-        sequences=Sequences(input_ids, None, capacity=6),
+        sequences=Sequences(input_ids, None, capacity=input_ids.shape[1]),
         sampler=Sampler([], do_sample=False),
         tree=None,
         input_ids=input_ids,
         attention_mask=None,
     )
-    source, costs = LookupSource(run, PromptLookup(num_tokens=4, tokens_per_match=None)), ForwardCosts(WIDTHS)
+    source, costs = LookupSource(run, PromptLookup(num_tokens=4, tokens_per_match=None)), ForwardCosts(widths)
     plain: Plan[object] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
     context = RoundContext(
         max_depths=[8] * num_rows, costs=costs, plain=plain, throughput=num_rows / plain.seconds, is_packed=True
     )
-    looks, proposals = [], source._lookup.proposals
+    looks, proposals = list[list[bool]](), source._lookup.proposals
     source._lookup.proposals = lambda depths: (looks.append([*map(bool, depths)]), proposals(depths))[1]
+    return source, context, looks
+
+
+@pytest.mark.parametrize("num_rows", [2, 6])
+def test_rows_of_a_batch_with_nothing_to_copy_are_looked_at_less_often(num_rows: int) -> None:
+    """The last row repeats itself; the others say what nobody has said before, and from round 20 on the same as it."""
+    fresh = itertools.count(100)
+    prompts = [[next(fresh) for _ in range(6)] for _ in range(num_rows - 1)] + [[1, 2, 3, 1, 2, 3]]
+    source, context, looks = lookup_of(prompts, WIDTHS)
     for number in range(40):
         plan = source.plan(context)
         repeated = [number % 3 + 1]
@@ -326,6 +334,15 @@ def test_rows_of_a_batch_with_nothing_to_copy_are_looked_at_less_often(num_rows:
     for row in by_row[:-1]:
         assert all(row) if num_rows == 2 else sum(row[:20]) < 8
         assert all(row[30:]), "it has begun to be worth it"
+
+
+def test_rows_whose_proposals_are_not_worth_their_price_rest_too() -> None:
+    """All copy, but a token more takes as long as a row, so that one row's would have to be worth a round of it."""
+    source, context, looks = lookup_of([[1, 2, 3, 1, 2, 3]] * 6, {width: float(width) for width in WIDTHS})
+    for number in range(20):
+        assert source.plan(context) is None
+        source.tell(methodcaller("observe", Outcome(paths=[[]] * 6, tokens=[[number % 3 + 1]] * 6)))
+    assert all(2 <= sum(row) < 8 for row in zip(*looks, strict=True))
 
 
 def test_what_was_started_is_closed_where_another_drafter_does_not_fit() -> None:

@@ -1,22 +1,34 @@
 """How long a proposal of `Auto`'s lookup may be, by what it costs and what has been right in the run."""
 
-from types import SimpleNamespace
-
-from specdec.control import AcceptanceMemory, AcceptanceModel, ForwardCosts
+from specdec.control import AcceptanceMemory, AcceptanceModel, ForwardCosts, Plan
 from specdec.drafters.auto.lookup_source import LONGEST_LOOKUP, LookupSource, _Row
+from specdec.drafters.auto.sources import RoundContext
 
 DEAR = {1: 1.0, 2: 1.1, 4: 1.5, 8: 2.4, 16: 4.2, 32: 8.0}
 """As with AVX2: seconds by tokens."""
 
 
-def lengths(num_accepted: list[int], seconds: dict[int, float], max_depth: int = 99) -> list[int]:
-    source = LookupSource.__new__(LookupSource)
-    source._rows = [_Row(AcceptanceModel(AcceptanceMemory())) for _ in num_accepted]
-    for row, accepted in zip(source._rows, num_accepted, strict=True):
+def lengths(
+    num_accepted: list[int], seconds: dict[int, float], max_depth: int = 99, *, is_packed: bool = True
+) -> list[int]:
+    rows = [_Row(AcceptanceModel(AcceptanceMemory())) for _ in num_accepted]
+    for row, accepted in zip(rows, num_accepted, strict=True):
         row.acceptance.update_chain([0.9] * accepted, accepted)
-    num_rows = len(num_accepted)
-    costs, depths = ForwardCosts(seconds), [max_depth] * num_rows
-    return source._proven_lengths(SimpleNamespace(num_rows=num_rows, costs=costs, max_depths=depths))
+    source = LookupSource.__new__(LookupSource)
+    context = context_of(len(rows), seconds, is_packed=is_packed)
+    return [source._proven_length(row, max_depth, context) for row in rows]
+
+
+def context_of(num_rows: int, seconds: dict[int, float], *, is_packed: bool) -> RoundContext:
+    costs = ForwardCosts(seconds)
+    plain: Plan[object] = Plan(source=None, length=0, tokens=num_rows, seconds=costs.seconds(num_rows))
+    return RoundContext(
+        max_depths=[99] * num_rows,
+        costs=costs,
+        plain=plain,
+        throughput=num_rows / plain.seconds,
+        is_packed=is_packed,
+    )
 
 
 def test_before_anything_was_right_little_may_be_lost() -> None:
@@ -42,3 +54,8 @@ def test_rows_prove_themselves() -> None:
 def test_no_longer_than_what_can_be_committed() -> None:
     assert lengths([0, 30], DEAR, max_depth=0) == [0, 0]
     assert lengths([0, 30], DEAR, max_depth=2) == [1, 2]
+
+
+def test_where_rows_are_padded_a_proposal_widens_all_of_them() -> None:
+    packed, padded = (lengths([2] * 4, DEAR, is_packed=is_packed)[0] for is_packed in (True, False))
+    assert 1 <= padded < packed

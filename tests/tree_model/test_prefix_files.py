@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ from transformers import PreTrainedModel
 from specdec import prepare
 from specdec.cli.chat.conversation import Conversation
 from specdec.disk_cache.folders import PREFIXES
-from specdec.drafters import PromptLookup
+from specdec.drafters import Plain, PromptLookup
 from specdec.engine import Engine, Generation
 from specdec.errors import UnsupportedModelError
 from specdec.kernels import native
 from specdec.models import load
 from specdec.testing import ByteTokenizer, tiny_model
-from specdec.tree_model.prefix_files import BLOCK, PrefixFiles
+from specdec.tree_model.prefix_files import BLOCK, PrefixFiles, TextFiles
 from tests.support.commands import error_of, specdec_command
 from tests.support.engine_requests import random_prompt, request_of
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -121,6 +122,54 @@ def test_drafts_are_copied_from_what_was_not_read(tmp_path):
     again = run(fresh(folder), [repeated, [1]], drafter=PromptLookup())
     assert reused(again) == [2 * BLOCK, 0]
     assert tokens_of(again) == expected
+
+
+@pytest.fixture
+def a_decoding_row(tmp_path, monkeypatch):
+    """An engine with a row that decodes, and what happens next: "read" of a file, tokens of that row."""
+    folder, happened = save(tmp_path), list[object]()
+    expected = tokens_of(run(fresh(folder), [[3, 1, 4], DOCUMENT]))
+    engine = Engine(fresh(folder), drafter=Plain(), max_rows=3, max_prefix_bytes=MAX_BYTES)
+    request = replace(request_of([3, 1, 4], max_new_tokens=10), on_tokens=happened.append)
+    running = engine.submit(request)
+    engine.step()
+    read = TextFiles._read
+    monkeypatch.setattr(TextFiles, "_read", lambda *arguments: (happened.append("read"), read(*arguments))[1])
+    happened.clear()
+    yield engine, happened
+    engine.run()
+    assert running.tokens == expected[0]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_others_decode_between_the_blocks_of_a_prompt(a_decoding_row, is_damaged):
+    engine, happened = a_decoding_row
+    if is_damaged:
+        first = max(PREFIXES.files(), key=lambda file: file.stat().st_mtime_ns)
+        first.write_bytes(damaged(first.read_bytes(), "flipped"))
+    long = engine.submit(request_of(DOCUMENT, max_new_tokens=10, do_sample=True, seed=5))
+    while not long.tokens:
+        engine.step()
+    reads = [index for index, what in enumerate(happened) if what == "read"]
+    assert len(reads) == (1 if is_damaged else 2)
+    assert all(isinstance(happened[index + 1], list) for index in reads), "a round comes after each"
+    assert long.stats.num_reused_tokens == (0 if is_damaged else 2 * BLOCK)
+    engine.run()
+    assert long.tokens == tokens_of(run(engine.model, [DOCUMENT], None))[0]
+
+
+def test_a_request_may_be_cancelled_while_its_prompt_is_loaded(a_decoding_row):
+    engine, happened = a_decoding_row
+    num_used = engine.num_cached_tokens
+    long = engine.submit(request_of(DOCUMENT, max_new_tokens=10))
+    engine.step()
+    assert happened.count("read") == 1
+    engine.cancel(long)
+    assert long.finish_reason == "cancelled"
+    assert engine.num_cached_tokens <= num_used + 1
+    again = engine.submit(request_of(DOCUMENT, max_new_tokens=10))
+    engine.run()
+    assert again.tokens == tokens_of(run(engine.model, [DOCUMENT, [1]], None))[0]
 
 
 def damaged(content: bytes, damage: str) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from math import exp, inf, log
 from operator import itemgetter
 
-from specdec.control import AcceptanceModel, Plan
+from specdec.control import AcceptanceModel, Plan, capped_throughput
 from specdec.decoding.drafter import Outcome, Run
 from specdec.decoding.sequences import num_shared
 from specdec.drafters.auto.sources import RoundContext, Source
@@ -42,12 +43,11 @@ class _Row:
     rest: int = 0
     num_vain: int = 0
 
-    def depth(self, most: int) -> int:
-        """To look so deep in this round, 0 while it rests."""
-        if self.rest:
-            self.rest -= 1
-            return 0
-        return most
+    def rests(self) -> bool:
+        """Whether it is not looked at in this round."""
+        is_resting = self.rest > 0
+        self.rest -= is_resting
+        return is_resting
 
     def looked(self, length: int, num_rows: int) -> None:
         """So much was worth drafting. All rows wait while one is looked at, and what it might have drafted would have
@@ -76,7 +76,8 @@ class LookupSource(Source):
         neighbours (proportional fairness; Kelly 1997). By the sum of tokens one row that repeats its prompt would slow
         down all others, and a batch ends with the last of them.
         """
-        depths = [row.depth(most) for row, most in zip(self._rows, self._proven_lengths(context), strict=True)]
+        rows = zip(self._rows, context.max_depths, strict=True)
+        depths = [0 if row.rests() else self._proven_length(row, most, context) for row, most in rows]
         self._proposals, self._lengths = self._lookup.proposals(depths), [0] * context.num_rows
         plan = self._best(context) if any(proposal.tokens for proposal in self._proposals) else None
         for row, depth, length in zip(self._rows, depths, self._lengths, strict=True):
@@ -85,7 +86,7 @@ class LookupSource(Source):
         return plan
 
     def _best(self, context: RoundContext) -> Plan[Source] | None:
-        """Of the proposals; sets their lengths."""
+        """Of the proposals; sets their lengths. None if none is worth more than plain decoding: then rows rest."""
         num_rows, costs, throughput = context.num_rows, context.costs, context.throughput
         least = max(_HOPELESS, _HOPELESS_SHARE * throughput * context.least_seconds)
         least_of_row = least if context.is_packed else least / num_rows
@@ -111,22 +112,28 @@ class LookupSource(Source):
                 most, best_tokens, best_seconds, num_best = worth, tokens, seconds, len(longer)
         if not num_best:
             return None
-        for row in chain.from_iterable(longer[:num_best]):
-            self._lengths[row] += 1
+        counts = Counter(chain.from_iterable(longer[:num_best]))
+        plan: Plan[Source] = Plan(source=self, length=max(counts.values()), tokens=best_tokens, seconds=best_seconds)
+        throughput = capped_throughput(throughput, [plain, plan])
+        if plan.worth(throughput) <= plain.worth(throughput):
+            return None
+        self._lengths = [counts[row] for row in range(num_rows)]
         self._promised = sum(sum(reach[:length]) for reach, length in zip(reaches, self._lengths, strict=True))
-        return Plan(source=self, length=max(self._lengths), tokens=best_tokens, seconds=best_seconds)
+        return plan
 
-    def _proven_lengths(self, context: RoundContext) -> list[int]:
-        """How long each row's proposal may be."""
-        num_rows, seconds, lengths = context.num_rows, context.costs.seconds, []
-        plain = seconds(num_rows)
-        for row, depth in zip(self._rows, context.max_depths, strict=True):
-            length = min(depth, LONGEST_LOOKUP)
-            allowed = plain * (1 + _UNPROVEN + _PROOF * row.acceptance.num_accepted)
-            if seconds(num_rows + length) > allowed:
-                length = max(bisect_right(range(1, length + 1), allowed, key=lambda n: seconds(num_rows + n)), 1)
-            lengths.append(length)
-        return lengths
+    def _proven_length(self, row: _Row, most: int, context: RoundContext) -> int:
+        """How long a row's proposal may be."""
+        length = min(most, LONGEST_LOOKUP)
+        allowed = context.plain.seconds * (1 + _UNPROVEN + _PROOF * row.acceptance.num_accepted)
+        if self._seconds_alone(length, context) > allowed:
+            lengths = range(1, length + 1)
+            length = max(bisect_right(lengths, allowed, key=lambda n: self._seconds_alone(n, context)), 1)
+        return length
+
+    @staticmethod
+    def _seconds_alone(length: int, context: RoundContext) -> float:
+        """Of a round in which one row drafts so many tokens; if padded, it verifies as many in every row."""
+        return context.costs.seconds(context.num_rows + length) if context.is_packed else context.seconds(length)
 
     def draft(self, plan: Plan[Source], context: RoundContext) -> Draft:
         pairs = zip(self._proposals, self._lengths, strict=True)

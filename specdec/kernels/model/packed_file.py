@@ -59,7 +59,7 @@ class PackedFile:
 
     def open(self) -> Mapping[str, torch.Tensor] | None:
         """The tensors, mapped: memory is taken by what is read of them. None if there is no intact file."""
-        file = PACKED_WEIGHTS.find(f"{self._key}-*.safetensors")
+        file = PACKED_WEIGHTS.find(f"{self._key}-")
         if file is None:
             return None
         try:
