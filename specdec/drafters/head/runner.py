@@ -7,11 +7,9 @@ V tokens that the head can draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch import Tensor
 
 from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
@@ -26,13 +24,9 @@ class HeadRunner(TreeModel):
     def __init__(self, head: HeadNetwork, target: TreeModel):
         super().__init__(head)
         self.head = head
-        self._target = target.model
         self._target_vocab_size = target.vocab_size
         self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
-        self._forward = head.for_run()
-        self._table: Any = head.embed_tokens or target.model.get_input_embeddings()
-        is_plain = isinstance(self._table, nn.Embedding)  # else of a GGUF file's blocks, which scales nothing
-        self._last_token = (len(self._table.weight) if is_plain else self._table.num_embeddings) - 1
+        self._forward = head.for_run(target.model)
         self.begin()
 
     def begin_rows(self, first: Sequence[int]) -> None:
@@ -126,9 +120,8 @@ class HeadRunner(TreeModel):
             states_BTC: as `HeadNetwork.forward` takes them.
         """
         inputs = self._inputs(self.cache.tail, tokens_BT, offsets_BT, seen_BTK)
-        inputs |= {"embeds_BTC": self._embed(inputs.pop("input_ids")), "states_BTC": states_BTC}
         self.num_forwards += 1
-        return self._forward(**inputs)
+        return self._forward(states_BTC=states_BTC, **inputs)
 
     def fused(self, states_BTX: Tensor) -> Tensor:
         """The target's states as the head's layers take them."""
@@ -139,15 +132,5 @@ class HeadRunner(TreeModel):
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
         """Over what the head can draft."""
-        head = self.head.lm_head or self._target.get_output_embeddings()
-        logits_BTV: Tensor = head(normed_BTC)
+        logits_BTV = self._forward.logits(normed_BTC)
         return logits_BTV if self.head.vocab_ids is not None else logits_BTV[..., : self._target_vocab_size]
-
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        """From the head's own table, or the target's as it is stored (some models scale what they read)."""
-        tokens_BT = tokens_BT.clamp(max=self._last_token)
-        if isinstance(self._table, nn.Embedding):
-            weight: Tensor = self._table.weight
-            return embedding(tokens_BT.to(weight.device), weight)
-        embedded: Tensor = self._table(tokens_BT)
-        return embedded
