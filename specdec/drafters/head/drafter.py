@@ -34,10 +34,14 @@ from specdec.drafters.head.pending import PendingPairs
 from specdec.drafters.head.runner import HeadRunner
 from specdec.drafters.model.growing import GrowingSession
 from specdec.tree_model.compatibility import check_layers
-from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
+from trees import Chain, ConfidentChain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _CHUNK = 1024
 """Tokens of a row that are read in one forward: of a long prompt there are several."""
+
+_SURE = 0.5
+"""Probability of a token below which a chain ends. A further step and its verification take a fifth of a plain round
+(demo model, int8, AVX2), and of tokens that follow an accepted one two in five are accepted."""
 
 _logger = logging.getLogger("specdec")
 
@@ -53,7 +57,8 @@ class DraftHead(Drafter):
             EAGLE-3, DFlash or DSpark, of SpecForge or of speculators, or written by `specdec train-head`; the folder of
             a model that was published with an MTP layer; or a head that has been loaded
             (`specdec.drafters.head.loading.load_head`).
-        num_tokens: length of the chain that it drafts, unless the call names a tree.
+        num_tokens: most tokens of the chain that it drafts, unless the call names a tree. On a CPU the chain ends where
+            the head is unsure; on a GPU, where asking after each token takes as long as a step, it is as long as that.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
             a file may be silent about which: if hardly anything is accepted, try one more or one less for each.
@@ -71,7 +76,9 @@ class DraftHead(Drafter):
         num_tokens: int = 5,
         state_layers: Sequence[int] | None = None,
     ):
-        self.policy: GrowthPolicy = Chain(num_tokens)
+        self.policy: GrowthPolicy = ConfidentChain(num_tokens, _SURE)
+        self.queued_policy: GrowthPolicy = Chain(num_tokens)
+        """Whose next token is not waited for."""
         if not isinstance(head, HeadNetwork | str | os.PathLike):
             raise ValueError(f"DraftHead({type(head).__name__}): pass a folder, or a head that has been loaded")
         self.model = head if isinstance(head, HeadNetwork) else load_head(head)
@@ -105,7 +112,8 @@ class _HeadSession(GrowingSession):
     takes_rows = True
 
     def __init__(self, drafter: DraftHead, run: Run, layers: Sequence[int]):
-        super().__init__(run, run.tree or drafter.policy)
+        own = drafter.policy if run.device.type == "cpu" else drafter.queued_policy
+        super().__init__(run, run.tree or own)
         self._drafter = drafter
         self._pending = PendingPairs(run.target, run.sequences, layers)
         self._runner = HeadRunner(fitted(drafter.model, run.target.model), run.target)
