@@ -1,6 +1,6 @@
 """What a round does, decided from what rounds have shown and what they cost."""
 
-from specdec.control.costs import ForwardCosts, costs_of
+from specdec.control.costs import ForwardCosts, StepSeconds, costs_of
 from specdec.control.estimates import LEAF_EDGES, AcceptanceMemory, AcceptanceModel, monotone
 from specdec.control.rounds import (
     Plan,
@@ -22,6 +22,7 @@ __all__ = [
     "RoundControl",
     "RunAverages",
     "RunHistory",
+    "StepSeconds",
     "capped_throughput",
     "costs_of",
     "monotone",

@@ -185,6 +185,31 @@ class ForwardCosts:
         return seconds[left] + slope * (num_tokens - widths[left])
 
 
+class StepSeconds:
+    """Seconds of the steps after a draft's first one, which reads what was committed and gets the draft under way.
+
+    Several threads may read it and update it.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, ...] = ()
+        """Drafts of one step, and what each further step of longer ones has added to the median of these."""
+        self._later: tuple[float, ...] = ()
+
+    def update(self, num_steps: int, seconds: float) -> None:
+        """A draft of so many steps took so long."""
+        with _noting:
+            if num_steps == 1:
+                self._first = (*self._first, seconds)[-_MEMORY:]
+            elif len(self._first) >= _MIN_OWN:
+                self._later = (*self._later, (seconds - median(self._first)) / (num_steps - 1))[-_MEMORY:]
+
+    def expected(self, average: float) -> float:
+        """Between a quarter and all of what steps take on average; all of it as long as nothing is known."""
+        known = self._later
+        return average if len(known) < _MIN_OWN else min(max(median(known), average / 4), average)
+
+
 def _octave(num_tokens: int) -> int:
     return (num_tokens - 1).bit_length()
 

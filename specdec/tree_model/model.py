@@ -87,6 +87,7 @@ class TreeModel:
         self._additive = config._attn_implementation == "eager"
         self.vocab_size: int = config.vocab_size
         self.num_layers = len(self.kinds)
+        self._sees_all = all(kind is not None and kind.sees_all for kind in self.kinds)
         self._cache_name = cache_name(model)
         kinds = list(enumerate(self.kinds))
         self._layers: dict[str, Any] = {
@@ -502,6 +503,10 @@ class TreeModel:
 
     def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
         """The 4-D mask of a forward, one for each kind of layer if they differ; None where every slot is visible."""
+        if seen_BTK is None and self._sees_all and self._prompt_BP is None:
+            lengths = self.cache.lengths
+            if min(lengths) == max(lengths):
+                return None
         by_name = masks.by_kind(
             [kind for kind in self.kinds if kind is not None],
             seen_BTK,

@@ -18,6 +18,7 @@ from specdec.control import (
     RoundControl,
     RunAverages,
     RunHistory,
+    StepSeconds,
     prior_averages,
 )
 from specdec.control import costs as costs_module
@@ -158,6 +159,22 @@ class TestForwardCosts:
         for _ in range(40):
             model.update(0.05, False)
         assert model.chance(0.05) < 0.1, "until it shows that it does not"
+
+
+class TestStepSeconds:
+    def test_steps_are_told_from_the_first(self) -> None:
+        steps = StepSeconds()
+        assert steps.expected(3.0) == 3.0
+        for num_steps, seconds in ((1, 5.0), (1, 5.0), (1, 90.0), (1, 5.0), (3, 9.0), (2, 7.0), (4, 70.0), (5, 13.0)):
+            steps.update(num_steps, seconds)
+        assert steps.expected(3.0) == pytest.approx(2.0)
+
+    def test_they_are_not_dearer_than_all_on_average_nor_much_cheaper(self) -> None:
+        for seconds, expected in ((12.0, 3.0), (1.0, 0.75)):
+            steps = StepSeconds()
+            for num_steps in (1, 1, 1, 2, 2, 2):
+                steps.update(num_steps, seconds if num_steps > 1 else 1.0)
+            assert steps.expected(3.0) == expected
 
 
 class TestAcceptance:

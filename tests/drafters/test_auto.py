@@ -238,6 +238,34 @@ def test_a_good_drafter_is_used_almost_always(clock: Clock, case: tuple) -> None
     assert Counter(choice["drafter"] for choice in trace)["OracleDrafter"] > 0.8 * len(trace)
 
 
+def test_further_steps_are_priced_without_the_first(clock: Clock, case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head reads what was accepted in its first step."""
+
+    class DearStart(OracleDrafter):
+        def start(self, run: Run) -> DraftSession:
+            return _DearStartSession(self, run)
+
+    class _DearStartSession(_OracleSession):
+        grows_trees = True
+
+        def propose(self, max_depths: Sequence[int]) -> Draft:
+            clock.spend(STEP_S)
+            return super().propose([min(depth, 1 + 2 * (self._steps % 2)) for depth in max_depths])
+
+    told: list[float] = []
+    prices = RoundContext.prices
+
+    def noted(context: RoundContext, step_seconds: float, leaf_prices: Sequence[float]) -> list[float]:
+        told.append(step_seconds)
+        return prices(context, step_seconds, leaf_prices)
+
+    monkeypatch.setattr(RoundContext, "prices", noted)
+    model, prompt, output = case
+    seconds_of(clock, model, prompt, Auto(DearStart(clock, output, 0.95)), 200)
+    assert told[-1] == pytest.approx(STEP_S, rel=0.01)
+    assert max(told) > 1.2 * STEP_S
+
+
 def test_of_two_drafters_the_better_one(clock: Clock, case: tuple) -> None:
     class Worse(OracleDrafter):
         pass

@@ -118,6 +118,14 @@ def test_long_texts_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     listener.check(TinyHead(), DOUBLE)
 
 
+def test_a_chain_ends_where_the_head_is_unsure(tmp_path: Path) -> None:
+    """Unless the call says how long it is to be."""
+    folder = save_speculators(tmp_path, TinyHead())
+    own, named = check_equality(folder), check_equality(folder, tree=Chain(5))
+    assert 0 < own.num_accepted < own.num_drafted < named.num_drafted
+    assert own.draft_forwards < named.draft_forwards
+
+
 def test_a_cache_that_is_continued_hides_its_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head reads what the call has read, at the positions where it stands."""
     prompt_1P = PROMPTS["input_ids"][1:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from specdec.drafters.head.fitting import fitted
 from specdec.drafters.head.formats import JUMP, HeadConfig
 from specdec.drafters.head.jump import Jump
 from specdec.drafters.head.loading import load_head
+from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.model.growing import GrowingSession
 from specdec.engine import Engine
 from specdec.kernels import native, prepare
-from specdec.kernels.model.layer_run import LayerRun
+from specdec.kernels.model.head_step import HeadStep
 from specdec.kernels.model.linear import BANDS, NATIVE
 from specdec.testing import assert_same_tokens, random_prompts, tiny_model
 from specdec.training.heads.export import save_head
@@ -105,22 +106,16 @@ def test_heads_compute_what_the_layers_between_do(
 def test_fused_layers_say_the_same(tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     target = small_vocab_model(**sizes, head_dim=32)
-    folder, head = saved(tmp_path, target)
-    fused: list[object] = []
-    run = LayerRun.__call__
-
-    def noted(self: LayerRun, *args: Any, **kwargs: Any) -> Tensor | None:
-        out_BTC = run(self, *args, **kwargs)
-        fused.extend([len(self.layers)] * (out_BTC is not None))
-        return out_BTC
-
-    monkeypatch.setattr(LayerRun, "__call__", noted)
+    folder, _ = saved(tmp_path, target)
+    native_calls: list[str] = []
+    for name in ("states", "logits"):
+        monkeypatch.setattr(HeadStep, name, _noted(getattr(HeadStep, name), native_calls))
     monkeypatch.setattr("specdec.kernels.model.prepare.calibrate", lambda _: dict.fromkeys(BANDS, NATIVE))
     said = []
     for is_fused in (True, False):
         with monkeypatch.context() as one:
             if not is_fused:
-                one.setattr(Jump, "for_run", lambda head: head)
+                one.setattr(Jump, "for_run", HeadNetwork.for_run)
             listener = Listener(one)
             fast = prepare(deepcopy(target))
             out = speculate(fast, PROMPTS, DraftHead(folder), tree=TREES[tree], max_new_tokens=NUM_NEW)
@@ -129,7 +124,28 @@ def test_fused_layers_say_the_same(tree: str, tmp_path: Path, monkeypatch: pytes
     assert said[0].keys() == said[1].keys()
     for key, logits_V in said[0].items():
         torch.testing.assert_close(logits_V, said[1][key], rtol=1e-3, atol=1e-3)
-    assert fused.count(len(head.layers)) > NUM_NEW
+    assert min(map(native_calls.count, ("states", "logits"))) > NUM_NEW
+
+
+def _noted(method: Callable[..., Tensor | None], calls: list[str]) -> Callable[..., Tensor | None]:
+    """The method, whose calls that gave something are noted by its name."""
+
+    def noted(*args: Any) -> Tensor | None:
+        out = method(*args)
+        calls.extend([method.__name__] * (out is not None))
+        return out
+
+    return noted
+
+
+def test_the_first_map_is_narrowed_only_without_loss(tmp_path: Path) -> None:
+    _, head = saved(tmp_path, small_vocab_model())
+    fine = deepcopy(head)
+    with torch.no_grad():
+        fine.fc.weight[0, 0] = 1 + 2**-20
+    assert torch.equal(head.narrow_fc_NK.float(), head.fc.weight)
+    assert head.narrow_fc_NK.dtype is torch.bfloat16
+    assert torch.equal(fine.narrow_fc_NK, fine.fc.weight)
 
 
 def test_jumps_and_exits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

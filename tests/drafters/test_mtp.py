@@ -27,7 +27,7 @@ from tests.support.mtp_heads import TinyMtp
 from tests.support.recurrent_models import RECURRENT
 from tests.support.references import plain_alone, speculate
 from tests.support.sampled_rows import VOCAB_SIZE, assert_ragged_rows_are_exact
-from trees import Chain, DySpec, Fixed, GrowthPolicy
+from trees import Chain, DySpec, Fixed, Grower, GrowthPolicy, Round
 
 NUM_NEW = 16
 PROMPTS = random_prompts([5, 12, 2, 9])
@@ -83,6 +83,40 @@ def test_several_layers_draft_a_token_each(
     tiny.check(listener)
     assert 0 < out.stats.num_accepted < out.stats.num_drafted
     assert {len(said.drafted) for said in listener.said} == set(range(num_layers))
+
+
+def test_layers_that_draft_nothing_are_not_run(tmp_path: Path) -> None:
+    """They read what they have missed once a deeper tree asks for them."""
+    tiny = TinyMtp("deepseek", "llama", num_layers=3)
+    folder, expected = tiny.save(tmp_path), plain_alone(tiny.target, PROMPTS, NUM_NEW)
+    for tree, most_forwards in ((Fixed((2,)), 1), (Fixed((2, 2)), 3), (Chain(3), 5)):
+        out = speculate(tiny.target, PROMPTS, DraftHead(folder), tree=tree, max_new_tokens=NUM_NEW)
+        assert_same_tokens(tiny.target, expected, out.sequences, PROMPTS["attention_mask"])
+        assert 0 < out.stats.draft_forwards <= most_forwards * out.stats.num_rounds
+
+
+class _Alternating(GrowthPolicy):
+    """Now a chain of one token, now a deep tree."""
+
+    def __init__(self) -> None:
+        self._policies = itertools.cycle([Chain(1), Chain(1), Fixed((2, 1, 1)), Chain(2)])
+
+    def start(self, round_: Round) -> Grower:
+        return next(self._policies).start(round_)
+
+
+def test_layers_catch_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter, "_CHUNK", 2)
+    tiny, listener = TinyMtp("deepseek", "llama", num_layers=3), Listener(monkeypatch)
+    requests = [request_of(random_prompt(length, length), max_new_tokens=25) for length in (9, 1, 14, 5)]
+    head = DraftHead(tiny.save(tmp_path))
+    head.policy = _Alternating()
+    engine = Engine(tiny.target, drafter=head, max_rows=3)
+    generations = [engine.submit(request) for request in requests]
+    engine.run()
+    assert [generation.tokens for generation in generations] == [alone(tiny.target, request) for request in requests]
+    tiny.check(listener)
+    assert {len(said.drafted) for said in listener.said} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from threading import Lock
 
-from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, RunHistory, prior_averages
+from specdec.control import LEAF_EDGES, AcceptanceMemory, ForwardCosts, RunHistory, StepSeconds, prior_averages
 from specdec.decoding.drafter import Drafter, Run
 from specdec.kernels.model.profile import profile_of
 
@@ -57,6 +57,8 @@ class Known:
     """Selection bias of proposals, by number of rows."""
     steps: dict[int, ForwardCosts] = field(default_factory=dict)
     """Of drafters without a model of their own, by rows."""
+    later_steps: dict[int, StepSeconds] = field(default_factory=dict)
+    """By rows."""
     failures: int = 0
     """Runs in a row in which it was at work and did not pay."""
     seconds_without: float = 0.0

@@ -24,6 +24,7 @@ from specdec.control import (
     Plan,
     RoundAverages,
     RunAverages,
+    StepSeconds,
     costs_of,
     monotone,
 )
@@ -84,7 +85,7 @@ class RoundContext:
         return self.costs.seconds(round(self.num_rows * (width + 1)))
 
     def prices(self, step_seconds: float, leaf_prices: Sequence[float]) -> list[float]:
-        """Of the tokens of a chain, see `GainLimitedChain`."""
+        """Of the tokens of a chain, see `GainLimitedChain`; `step_seconds` are those of a step after the first."""
         longest = min(LONGEST_DRAFT, max(self.max_depths))
         drafting = self.throughput * step_seconds
         return [drafting + (0.0 if self.is_packed else price) for price in leaf_prices[1:longest]]
@@ -219,7 +220,7 @@ class ModelSource(Source):
         if self.session.grows_trees:
             leaf_prices = context.leaf_prices()
             self.session.policy = GainLimitedChain(
-                prices=context.prices(self._step_seconds(context), leaf_prices),
+                prices=context.prices(self._later_steps(context).expected(self._step_seconds(context)), leaf_prices),
                 chance=self.acceptance.chance,
                 next_chance=self.acceptance.mean_chance,
                 leaf_prices=leaf_prices,
@@ -236,6 +237,7 @@ class ModelSource(Source):
         self._averages.update(sum(map(len, outcome.tokens)) / num_rows, steps, nodes)
         if steps and self._reading < _READING_SHARE * draft_seconds:
             self._step_costs(context).update(num_rows, (draft_seconds - self._reading) / steps)
+            self._later_steps(context).update(steps, draft_seconds - self._reading)
         for row, path in zip(trees.rows or (), outcome.paths, strict=trees.rows is not None):
             if row.probs is not None:
                 self._learn_leaves(row, row.probs, path)
@@ -294,6 +296,9 @@ class ModelSource(Source):
 
     def _step_seconds(self, context: RoundContext) -> float:
         return self._step_costs(context).seconds(context.num_rows)
+
+    def _later_steps(self, context: RoundContext) -> StepSeconds:
+        return self._known.later_steps.setdefault(context.num_rows, StepSeconds())
 
     def _step_costs(self, context: RoundContext) -> ForwardCosts:
         num_rows = context.num_rows

@@ -16,9 +16,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from specdec.decoding.drafter import Drafter, DraftSession, Outcome, Run
@@ -26,18 +26,22 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.dspark import DSpark
 from specdec.drafters.head.fitting import check_fit, fitted
 from specdec.drafters.head.graphed import runner_of
+from specdec.drafters.head.later_layer import LaterLayer
 from specdec.drafters.head.loading import load_head
 from specdec.drafters.head.mtp import Mtp
-from specdec.drafters.head.network import HeadNetwork, HeadOutput
+from specdec.drafters.head.network import HeadNetwork
 from specdec.drafters.head.peagle import PEagle
 from specdec.drafters.head.pending import PendingPairs
-from specdec.drafters.head.runner import HeadRunner
 from specdec.drafters.model.growing import GrowingSession
 from specdec.tree_model.compatibility import check_layers
-from trees import Chain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
+from trees import Chain, ConfidentChain, Draft, GrowingTrees, GrowthPolicy, TreeBatch
 
 _CHUNK = 1024
 """Tokens of a row that are read in one forward: of a long prompt there are several."""
+
+_SURE = 0.5
+"""Probability of a token below which a chain ends. A further step and its verification take a fifth of a plain round
+(demo model, int8, AVX2), and of tokens that follow an accepted one two in five are accepted."""
 
 _logger = logging.getLogger("specdec")
 
@@ -53,7 +57,8 @@ class DraftHead(Drafter):
             EAGLE-3, DFlash or DSpark, of SpecForge or of speculators, or written by `specdec train-head`; the folder of
             a model that was published with an MTP layer; or a head that has been loaded
             (`specdec.drafters.head.loading.load_head`).
-        num_tokens: length of the chain that it drafts, unless the call names a tree.
+        num_tokens: most tokens of the chain that it drafts, unless the call names a tree. On a CPU the chain ends where
+            the head is unsure; on a GPU, where asking after each token takes as long as a step, it is as long as that.
         state_layers: after how many of the target's layers the states are taken that the head reads (as the indices of
             `output_hidden_states`); None: as its config.json says. Projects number layers in two ways, and
             a file may be silent about which: if hardly anything is accepted, try one more or one less for each.
@@ -71,7 +76,9 @@ class DraftHead(Drafter):
         num_tokens: int = 5,
         state_layers: Sequence[int] | None = None,
     ):
-        self.policy: GrowthPolicy = Chain(num_tokens)
+        self.policy: GrowthPolicy = ConfidentChain(num_tokens, _SURE)
+        self.queued_policy: GrowthPolicy = Chain(num_tokens)
+        """Whose next token is not waited for."""
         if not isinstance(head, HeadNetwork | str | os.PathLike):
             raise ValueError(f"DraftHead({type(head).__name__}): pass a folder, or a head that has been loaded")
         self.model = head if isinstance(head, HeadNetwork) else load_head(head)
@@ -105,7 +112,8 @@ class _HeadSession(GrowingSession):
     takes_rows = True
 
     def __init__(self, drafter: DraftHead, run: Run, layers: Sequence[int]):
-        super().__init__(run, run.tree or drafter.policy)
+        own = drafter.policy if run.device.type == "cpu" else drafter.queued_policy
+        super().__init__(run, run.tree or own)
         self._drafter = drafter
         self._pending = PendingPairs(run.target, run.sequences, layers)
         self._runner = runner_of(fitted(drafter.model, run.target.model), run.target)
@@ -194,21 +202,20 @@ class _EagleSession(_HeadSession):
         return self._runner.logits(self._normed(grown))
 
     def _normed(self, grown: GrowingTrees) -> Tensor:
-        """What the LM head reads [B, M, C] of the newest layer."""
-        output = self._forward(self._runner, self._outputs, grown)
-        self._outputs.append(output.states_BTC)
-        return output.normed_BTC
-
-    def _forward(self, runner: HeadRunner, outputs: Sequence[Tensor], grown: GrowingTrees) -> HeadOutput:
-        """The newest layer, each node with what stands in `outputs` for its parent."""
+        """What the LM head reads [B, M, C] of the newest layer, each node with the output for its parent."""
+        runner = self._runner
         if grown.is_chain:
-            before_BMC, seen_BMK = outputs[-1], None
+            offsets_BM = torch.full_like(grown.tokens_BM, grown.num_slots - 2)
+            before_BMC, seen_BMK = self._outputs[-1], None
         else:
+            offsets_BM = grown.depths_BM - 1
             parents_BM1 = torch.from_numpy(grown.parents_BM).to(runner.device).unsqueeze(2) + 1
-            outputs_BKC = torch.cat(list(outputs), 1)
+            outputs_BKC = torch.cat(self._outputs, 1)
             before_BMC = outputs_BKC.gather(1, parents_BM1.expand(-1, -1, outputs_BKC.shape[2]))
             seen_BMK = grown.seen_nodes_BMN
-        return runner.run_head(grown.tokens_BM, before_BMC, grown.depths_BM - 1, seen_BMK)
+        output = runner.run_head(grown.tokens_BM, before_BMC, offsets_BM, seen_BMK)
+        self._outputs.append(output.states_BTC)
+        return output.normed_BTC
 
 
 class _StackSession(_EagleSession):
@@ -216,73 +223,78 @@ class _StackSession(_EagleSession):
 
     Layer k reads a token beside what layer k - 1 has made of the token before, and layer 0 beside the target's state
     there. So the first k tokens of a text are nothing to it. Before a drafted node of depth d there is no state of the
-    target, so that layer d is the first that it is something to, and drafts its children. What layers below say of it
-    is not read.
+    target, so that layer d is the first that it is something to, and drafts its children. Layers above read it when
+    they are asked for the first time, layers below never need it.
     """
+
+    _parents: list[np.ndarray]
+    """Of every layer of nodes."""
 
     def __init__(self, drafter: DraftHead, run: Run, layers: Sequence[int]):
         super().__init__(drafter, run, layers)
         head = self._runner.head
         assert isinstance(head, Mtp)
-        self._runners += [runner_of(cast(HeadNetwork, layer), run.target) for layer in head.later]
-        self._made: list[list[Tensor]] = []
-        """Of every layer but the last: of the root and every layer of nodes, [B, M, C]."""
-        self._newest: list[list[Tensor]] = [[] for _ in head.later]
-        """Of every layer but the last: for each row its output at the newest token, [1, C], or [0, C]."""
+        self._later = [LaterLayer(cast(HeadNetwork, layer), run.target) for layer in head.later]
+        self._runners += [layer.runner for layer in self._later]
 
     def propose(self, max_depths: Sequence[int]) -> Draft:
         known = [length + size for length, size in zip(self._lengths, self._pending.sizes, strict=True)]
         return super().propose([min(depth, 1 + count) for depth, count in zip(max_depths, known, strict=True)])
 
+    def observe(self, outcome: Outcome) -> None:
+        if not self._has_begun:
+            for layer in self._later:
+                for _ in outcome.tokens:
+                    layer.join()
+        super().observe(outcome)
+
+    def join(self) -> None:
+        super().join()
+        for layer in self._later:
+            layer.join()
+
     def select_rows(self, rows: Sequence[int]) -> None:
-        self._fill()
         super().select_rows(rows)
-        self._newest = [[own[row] for row in rows] for own in self._newest]
+        for layer in self._later:
+            layer.select_rows(rows)
 
     @property
     def _lengths(self) -> Sequence[int]:
         """Tokens of each row that have been read."""
         return self._runner.cache.lengths
 
-    def _fill(self) -> None:
-        """Rows have joined."""
-        weight_C = self._runner.head.norm.weight
-        for own in self._newest:
-            own += [weight_C.new_empty(0, len(weight_C))] * (len(self._pending.sizes) - len(own))
-
     def _read(self, sizes: Sequence[int]) -> Tensor:
-        self._fill()
         tokens_BW, states_BWX = self._pending.take(sizes)
         output = self._runner.append_pairs(tokens_BW, self._runner.fused(states_BWX), sizes)
-        rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes) - 1
-        normed_B1C = output.normed_BTC[rows_B, last_B].unsqueeze(1)
         tokens = [tokens_W[:size] for tokens_W, size in zip(tokens_BW, sizes, strict=True)]
-        made = [states_WC[:size] for states_WC, size in zip(output.states_BTC, sizes, strict=True)]
-        for newest, runner in zip(self._newest, self._runners[1:], strict=True):
-            states = [torch.cat([old, new[:-1]]) if len(new) else new for old, new in zip(newest, made, strict=True)]
-            newest[:] = [new[-1:] if len(new) else old for old, new in zip(newest, made, strict=True)]
-            tokens = [own[len(own) - len(before) :] for own, before in zip(tokens, states, strict=True)]
-            counts = [len(own) for own in tokens]
-            made = states
-            if max(counts):
-                pairs = pad_sequence(tokens, batch_first=True), pad_sequence(states, batch_first=True)
-                output = runner.append_pairs(*pairs, counts)
-                made = [states_WC[:count] for states_WC, count in zip(output.states_BTC, counts, strict=True)]
-        nothing_1C = torch.zeros_like(normed_B1C[0])
-        self._made = [[torch.stack([own if len(own) else nothing_1C for own in newest])] for newest in self._newest]
-        return self._runner.logits(normed_B1C)
+        self._later[0].feed(tokens, [made_WC[:size] for made_WC, size in zip(output.states_BTC, sizes, strict=True)])
+        self._parents = []
+        for layer in self._later:
+            layer.begin_round()
+        rows_B, last_B = torch.arange(len(sizes)), torch.tensor(sizes) - 1
+        return self._runner.logits(output.normed_BTC[rows_B, last_B].unsqueeze(1))
 
     def _normed(self, grown: GrowingTrees) -> Tensor:
-        runners = self._runners[1:]
-        outputs = [self._forward(runner, made, grown) for runner, made in zip(runners, self._made, strict=True)]
-        nothing_BMC = torch.zeros_like(outputs[0].states_BTC)
-        for made, new_BMC in zip(self._made, [nothing_BMC, *(output.states_BTC for output in outputs)], strict=False):
-            made.append(new_BMC)
-        layers_BM1 = (grown.depths_BM - 1).to(nothing_BMC.device).unsqueeze(2)
-        normed_BMC = outputs[0].normed_BTC
-        for number, output in enumerate(outputs[1:], start=1):
-            normed_BMC = torch.where(layers_BM1 == number, output.normed_BTC, normed_BMC)
+        self._parents.append(grown.parents_BM)
+        depths_BM = grown.host_depths_BT[:, grown.newest.start :]
+        normed = {depth: self._ask(depth, grown) for depth in np.unique(depths_BM).tolist()}
+        first, *others = normed
+        normed_BMC = normed[first]
+        for depth in others:
+            is_there_BM1 = torch.from_numpy(depths_BM == depth).to(normed_BMC.device).unsqueeze(2)
+            normed_BMC = torch.where(is_there_BM1, normed[depth], normed_BMC)
         return normed_BMC
+
+    def _ask(self, depth: int, grown: GrowingTrees) -> Tensor:
+        """What the LM head reads [B, M, C] of the newest nodes, by the layer that drafts children of this depth.
+
+        Their parents have been scored: by the layer before, which has read all that this one is to read.
+        """
+        layer, *above = self._later[depth - 1 :]
+        read = layer.read(_CHUNK)
+        if above:
+            above[0].feed(*read)
+        return layer.score(grown, np.concatenate(self._parents, 1), self._later[depth - 2] if depth > 1 else None)
 
 
 class _BlockSession(_HeadSession):

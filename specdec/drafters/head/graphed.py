@@ -6,9 +6,10 @@ Embeddings and LM head, which may be the target's, stay outside, so that a graph
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from specdec.cuda.captured import Inputs, Shape, attending, run_static
@@ -30,6 +31,16 @@ class GraphedHeadRunner(HeadRunner, GraphedTreeModel):
 
     def _kept_of(self, layers: Layers) -> tuple[int, ...]:
         return (FED_BACK,)
+
+    def _fill(
+        self,
+        shape: Shape,
+        tokens_BT: Tensor,
+        offsets_BT: Tensor,
+        seen_BTK: Tensor | None,
+        hidden: Sequence[Tensor] = (),
+    ) -> Inputs:
+        return super()._fill(shape, tokens_BT, offsets_BT, seen_BTK, [self._forward.embed(tokens_BT), *hidden])
 
 
 def runner_of(head: HeadNetwork, target: TreeModel) -> HeadRunner:

@@ -11,15 +11,17 @@ Shape legend: B rows, T positions, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from specdec.drafters.head.mtp_files import block_model
-from specdec.drafters.head.network import HeadNetwork, HeadOutput
+from specdec.drafters.head.network import HeadNetwork, HeadOutput, HeadRun
 from specdec.hf import CACHE
+from specdec.kernels.model.head_step import HeadStep
 from specdec.kernels.model.stack import FusedLayers, Rotations, is_fused
 
 
@@ -67,29 +69,44 @@ class Jump(HeadNetwork):
         """What the last layer leaves, and what the LM head reads of it."""
         return HeadOutput(states_BTC, self.norm(self.readout(states_BTC)))
 
-    def for_run(self) -> Callable[..., HeadOutput]:
-        return _FusedJump(self) if all(map(is_fused, self.layers)) else self
+    def for_run(self, target: PreTrainedModel) -> HeadRun:
+        return _FusedJump(self, target) if all(map(is_fused, self.layers)) else HeadRun(self, target)
+
+    @cached_property
+    def narrow_fc_NK(self) -> Tensor:
+        """The weights of `fc`, in two bytes where these hold them: as the files of heads mostly have them."""
+        weight_NK = self.fc.weight.detach()
+        narrow_NK = weight_NK.bfloat16()
+        return narrow_NK if torch.equal(narrow_NK.to(weight_NK.dtype), weight_NK) else weight_NK
 
 
-class _FusedJump:
-    """All layers of a prepared head in one native call, and angles that are looked up."""
+class _FusedJump(HeadRun):
+    """A prepared head, whose layers are one native call, and mostly with all that is before and after them."""
 
-    def __init__(self, head: Jump):
-        self._head = head
+    def __init__(self, head: Jump, target: PreTrainedModel):
+        super().__init__(head, target)
+        self._jump = head
         self._rotations = Rotations(head.rotary_emb, head.config)
         self._layers = FusedLayers(head.layers)
+        parts: dict[str, Any] = {"layers": head.layers, "last": head.readout, "norm": head.norm}
+        parts |= {"lm_head": head.lm_head, "embeddings": self.embeddings}
+        self._step = None
+        if HeadStep.covers(first=head.fc, **parts):
+            self._step = HeadStep(first_NK=head.narrow_fc_NK, rotations=self._rotations, **parts)
 
-    def __call__(
-        self,
-        *,
-        embeds_BTC: Tensor,
-        states_BTC: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        use_cache: bool,
-        **kwargs: Any,
-    ) -> HeadOutput:
-        landed_BTC = self._head.land(embeds_BTC, states_BTC)
-        rotation = self._rotations(landed_BTC, position_ids)
-        output_BTC = self._layers(landed_BTC, attention_mask, kwargs[CACHE], rotation, use_cache=use_cache)
-        return self._head.read_out(output_BTC)
+    def __call__(self, *, input_ids: Tensor, states_BTC: Tensor | None, **inputs: Any) -> HeadOutput:
+        assert states_BTC is not None
+        output_BTC = None
+        positions, mask, cache = inputs["position_ids"], inputs["attention_mask"], inputs[CACHE]
+        if self._step is not None:
+            output_BTC = self._step.states(input_ids, states_BTC, positions, mask, cache)
+        if output_BTC is None:
+            landed_BTC = self._jump.land(self.embed(input_ids), states_BTC)
+            rotation = self._rotations(landed_BTC, positions)
+            output_BTC = self._layers(landed_BTC, mask, cache, rotation, use_cache=inputs["use_cache"])
+        return HeadOutput(output_BTC, output_BTC)
+
+    def logits(self, normed_BTC: Tensor) -> Tensor:
+        """Of what the layers have left."""
+        logits_BTV = None if self._step is None else self._step.logits(normed_BTC)
+        return super().logits(self._jump.read_out(normed_BTC).normed_BTC) if logits_BTV is None else logits_BTV

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -27,6 +28,7 @@ class HeadOutput(NamedTuple):
 
     states_BTC: Tensor
     normed_BTC: Tensor
+    """What `HeadRun.logits` reads: normed, unless that norms it."""
 
 
 class HeadNetwork(PreTrainedModel):
@@ -76,9 +78,9 @@ class HeadNetwork(PreTrainedModel):
         """The target's states side by side, as one vector a position, [B, T, C]; those of one layer are one."""
         return states_BTX
 
-    def for_run(self) -> Callable[..., HeadOutput]:
-        """What computes `forward` in one run; it may know what is that run's alone."""
-        return self
+    def for_run(self, target: PreTrainedModel) -> HeadRun:
+        """What computes the head's outputs in one run."""
+        return HeadRun(self, target)
 
     @abstractmethod
     def forward(self, embeds_BTC: Tensor, states_BTC: Tensor | None, *args: Any, **kwargs: Any) -> HeadOutput:
@@ -88,6 +90,45 @@ class HeadNetwork(PreTrainedModel):
             states_BTC: fused, or what the head has given in the step before; None where it drafts without.
             args, kwargs: mask (4-D; by kind of layer where there are several), positions and cache, as of models.
         """
+
+
+class HeadRun:
+    """A head's forwards and what it says, in one run of a target, whose embeddings and LM head are read where the head
+    has none."""
+
+    def __init__(self, head: HeadNetwork, target: PreTrainedModel):
+        self.head = head
+        self._target = target
+        self._table: Any = head.embed_tokens or target.get_input_embeddings()
+        self._last_token = (self._table.num_embeddings if self.embeddings is None else len(self.embeddings)) - 1
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """By token [tokens, C], as they are stored (some models scale what they read); None where they are blocks of a
+        GGUF file, which nothing scales."""
+        return self._table.weight if isinstance(self._table, nn.Embedding) else None
+
+    def __call__(self, *, input_ids: Tensor, states_BTC: Tensor | None, **inputs: Any) -> HeadOutput:
+        """
+        Args:
+            input_ids: int64 [B, T].
+            states_BTC, inputs: as of `HeadNetwork.forward`.
+        """
+        output: HeadOutput = self.head(embeds_BTC=self.embed(input_ids), states_BTC=states_BTC, **inputs)
+        return output
+
+    def logits(self, normed_BTC: Tensor) -> Tensor:
+        """Over the rows of the LM head."""
+        lm_head = self.head.lm_head or self._target.get_output_embeddings()
+        logits_BTV: Tensor = lm_head(normed_BTC)
+        return logits_BTV
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        tokens_BT, weight = tokens_BT.clamp(max=self._last_token), self.embeddings
+        if weight is not None:
+            return embedding(tokens_BT.to(weight.device), weight)
+        embedded: Tensor = self._table(tokens_BT)
+        return embedded
 
 
 def load_network(kind: type[Head], config: HeadConfig, folder: str | os.PathLike[str]) -> Head:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch import Tensor
 
 from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
@@ -31,13 +30,9 @@ class HeadRunner(TreeModel):
     def __init__(self, head: HeadNetwork, target: TreeModel):
         super().__init__(head)
         self.head = head
-        self._target = target.model
         self._target_vocab_size = target.vocab_size
         self._final_norm = target.views.final_norm if head.head_config.kind == MTP else None
-        self._forward = head.for_run()
-        self._table: Any = head.embed_tokens or target.model.get_input_embeddings()
-        is_plain = isinstance(self._table, nn.Embedding)  # else of a GGUF file's blocks, which scales nothing
-        self._last_token = (len(self._table.weight) if is_plain else self._table.num_embeddings) - 1
+        self._forward = head.for_run(target.model)
         self.begin()
 
     def begin_rows(self, first: Sequence[int]) -> None:
@@ -130,7 +125,7 @@ class HeadRunner(TreeModel):
         Args:
             states_BTC: as `HeadNetwork.forward` takes them.
         """
-        hidden = [self._embed(tokens_BT), *([] if states_BTC is None else [states_BTC])]
+        hidden = [] if states_BTC is None else [states_BTC]
         normed_BTC, states = self._forward_layers(ALL_LAYERS, tokens_BT, offsets_BT, seen_BTK, hidden)
         self.num_forwards += 1
         assert normed_BTC is not None
@@ -138,10 +133,7 @@ class HeadRunner(TreeModel):
 
     def _run_layers(self, layers: Layers, inputs: dict[str, Any], hidden: Sequence[Tensor]) -> Forwarded:
         """What the LM head reads, in the place of logits, and what is fed back."""
-        embeds_BTC, *states = hidden
-        given = {name: value for name, value in inputs.items() if name != "input_ids"}
-        given |= {"embeds_BTC": embeds_BTC, "states_BTC": states[0] if states else None}
-        output = self._forward(**given)
+        output = self._forward(states_BTC=hidden[0] if hidden else None, **inputs)
         return output.normed_BTC, {FED_BACK: output.states_BTC}
 
     def fused(self, states_BTX: Tensor) -> Tensor:
@@ -153,15 +145,5 @@ class HeadRunner(TreeModel):
 
     def logits(self, normed_BTC: Tensor) -> Tensor:
         """Over what the head can draft."""
-        head = self.head.lm_head or self._target.get_output_embeddings()
-        logits_BTV: Tensor = head(normed_BTC)
+        logits_BTV = self._forward.logits(normed_BTC)
         return logits_BTV if self.head.vocab_ids is not None else logits_BTV[..., : self._target_vocab_size]
-
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        """From the head's own table, or the target's as it is stored (some models scale what they read)."""
-        tokens_BT = tokens_BT.clamp(max=self._last_token)
-        if isinstance(self._table, nn.Embedding):
-            weight: Tensor = self._table.weight
-            return embedding(tokens_BT.to(weight.device), weight)
-        embedded: Tensor = self._table(tokens_BT)
-        return embedded

@@ -41,7 +41,7 @@ def is_supported(layer: DecoderLayer) -> bool:
     if _children(attn) not in (_ATTENTION, _ATTENTION | _HEAD_NORMS) or not hasattr(attn, "layer_idx"):
         return False
     linears = _linears(layer)
-    if not all(map(_is_native, linears)):
+    if not all(map(is_native, linears)):
         return False
     bits = set(map(weight_bits, linears))
     if len(bits) > 1 and bits & {8, 16, 32}:  # they want rows of their own kind
@@ -292,7 +292,7 @@ class FusedLayer:
         num_heads = attn.q_proj.out_features // attn.head_dim
         num_kv_heads = attn.k_proj.out_features // attn.head_dim
         linears = _linears(self.layer)
-        matrices = list(map(_matrix, linears))
+        matrices = list(map(matrix_of, linears))
         norms = [norm and norm.weight.detach().float() for norm in (first, second, q_norm, k_norm)]
         pairs = [(norm.weight, copy) for norm, copy in zip((first, second, q_norm, k_norm), norms, strict=True) if norm]
         pairs += [(linear.bias, matrix.alive[2]) for linear, matrix in zip(linears, matrices, strict=True)]
@@ -334,7 +334,8 @@ def _linears(layer: DecoderLayer) -> list[Any]:
     return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _is_native(linear: nn.Module) -> bool:
+def is_native(linear: nn.Module) -> bool:
+    """Whether the products of a linear are native, whatever the number of rows."""
     if isinstance(linear, QuantizedLinear):
         return linear.library is not None
     forward: Any = linear.__dict__.get("forward")  # of a float linear whose calibration chose the native product
@@ -348,5 +349,6 @@ def weight_bits(linear: Any) -> int:
     return linear.bits if isinstance(linear, QuantizedLinear) else 8 * linear.weight.element_size()
 
 
-def _matrix(linear: Any) -> structs.Matrix:
+def matrix_of(linear: Any) -> structs.Matrix:
+    """Of a linear for which `is_native` holds."""
     return linear.matrix() if isinstance(linear, QuantizedLinear) else float_matrix(linear)

@@ -37,6 +37,19 @@ class NewSlots(NamedTuple):
     num_slots: int
 
 
+class StackCall(NamedTuple):
+    """A native call that is ready to be made. `forward` holds on to what it points into.
+
+    Args:
+        out_BTC: where it leaves the states.
+        queries_LBTHD: rotated queries of each layer, or of the last.
+    """
+
+    forward: structs.StackForward
+    out_BTC: Tensor
+    queries_LBTHD: Tensor
+
+
 class SlotCache(Protocol):
     """A cache that keys and values can be written to directly (a `TreeCache`)."""
 
@@ -72,8 +85,25 @@ class LayerRun:
             mask: broadcasts to [B, H, T, S].
             is_checked: nobody has changed a layer since the last call of this run.
         """
-        library, (B, T, _) = native.library(), hidden_BTC.shape
-        if library is None or not _is_slot_cache(cache) or cache.num_rows != B:
+        library, call = native.library(), self.begin(hidden_BTC, mask, cache, rotation, is_checked=is_checked)
+        if library is None or call is None:
+            return None
+        library.stack_forward(call.forward, torch.get_num_threads())
+        if (watch := getattr(cache, "watch", None)) is not None:  # see `tree_model/selection.py`
+            for constants, query_BTHD in zip(self._constants, call.queries_LBTHD, strict=True):
+                watch(constants.layer_idx, query_BTHD.transpose(1, 2), constants.scale)
+        return call.out_BTC
+
+    def begin(
+        self, hidden_BTC: Tensor, mask: Tensor | None, cache: object, rotation: Rotation, *, is_checked: bool
+    ) -> StackCall | None:
+        """The call that does it, for which the cache has made room; None, and nothing has happened, as above.
+
+        Args:
+            hidden_BTC, rotation: contiguous, they may be written before the call is made.
+        """
+        B, T, _ = hidden_BTC.shape
+        if native.library() is None or not _is_slot_cache(cache) or cache.num_rows != B:
             return None
         if mask is None and T > 1:  # which may be the sign for a prefill, see `FusedLayer`
             return None
@@ -84,9 +114,8 @@ class LayerRun:
             return None
         first = self._constants[0]
         H, K, D = first.num_heads, first.num_kv_heads, first.head_dim
-        x_BTC = hidden_BTC.contiguous()
-        watch = getattr(cache, "watch", None)  # see `tree_model/selection.py`
-        query_LBTHD = torch.empty(1 if watch is None else len(self._fused), B, T, H, D)
+        x_BTC, is_watched = hidden_BTC.contiguous(), getattr(cache, "watch", None) is not None
+        query_LBTHD = torch.empty(len(self._fused) if is_watched else 1, B, T, H, D)
         key_BTKD, value_BTKD = torch.empty(B, T, K, D), torch.empty(B, T, K, D)
         scratch_BTC, out_BTC = torch.empty_like(x_BTC), torch.empty_like(x_BTC)
         cos, sin = self._fused[0].angles(rotation, B) if first.rotates else (None, None)
@@ -96,16 +125,13 @@ class LayerRun:
             *(*visible.fields, first.scale),
         )
         forward = structs.StackForward(
-            *(ctypes.addressof(self._structs), len(self._fused), 0 if watch is None else query_LBTHD[0].numel()),
+            *(ctypes.addressof(self._structs), len(self._fused), B * T * H * D if is_watched else 0),
             *(x_BTC.data_ptr(), native.address(cos), native.address(sin), ctypes.addressof(attention)),
             *(ctypes.addressof(slots.keys), ctypes.addressof(slots.values), ctypes.addressof(slots.firsts)),
             *(part.data_ptr() for part in (query_LBTHD, key_BTKD, value_BTKD, scratch_BTC, out_BTC)),
         )
-        library.stack_forward(forward, torch.get_num_threads())
-        if watch is not None:
-            for constants, query_BTHD in zip(self._constants, query_LBTHD, strict=True):
-                watch(constants.layer_idx, query_BTHD.transpose(1, 2), constants.scale)
-        return out_BTC
+        forward.alive = self._structs, attention, slots, visible, x_BTC, cos, sin, key_BTKD, value_BTKD, scratch_BTC
+        return StackCall(forward, out_BTC, query_LBTHD)
 
     def _covers(self, hidden_BTC: Tensor, mask: Tensor | None, rotation: Rotation) -> bool:
         B, T, _ = hidden_BTC.shape

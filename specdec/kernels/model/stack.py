@@ -57,19 +57,30 @@ class Rotations:
         rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
         self._rotate = rotary_emb
         self._is_static = rope.get("rope_type", "default") in _STATIC
-        self._tables: tuple[Tensor, ...] = ()
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, hidden_BTC: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [B, T, head size]."""
-        if not self._is_static:
+        tables = self.tables(hidden_BTC, int(position_ids.max()) + 1)
+        if tables is None:
             cos, sin = self._rotate(hidden_BTC, position_ids)
             return cos, sin
-        num_needed = int(position_ids.max()) + 1
-        if not self._tables or len(self._tables[0]) < num_needed:
-            positions = torch.arange(num_needed + max(256, num_needed // 2), device=position_ids.device)
-            self._tables = tuple(table[0] for table in self._rotate(hidden_BTC[:1], positions.unsqueeze(0)))
-        cos, sin = self._tables
+        cos, sin = tables
         return cos[position_ids], sin[position_ids]
+
+    def tables(self, hidden_BTC: Tensor, num_positions: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of so many positions and more, each [positions, head size]; None where positions do not say it.
+
+        Args:
+            hidden_BTC: of the dtype and on the device that they are to have; any states.
+        """
+        if not self._is_static:
+            return None
+        if self._tables is None or len(self._tables[0]) < num_positions:
+            positions = torch.arange(num_positions + max(256, num_positions // 2), device=hidden_BTC.device)
+            cos_1ND, sin_1ND = self._rotate(hidden_BTC[:1], positions.unsqueeze(0))
+            self._tables = cos_1ND[0], sin_1ND[0]
+        return self._tables
 
 
 def rotations_of(model: PreTrainedModel) -> Rotations:

@@ -24,6 +24,8 @@ from specdec.kernels.native.compiling import sources_digest
 from specdec.kernels.native.structs import (
     Attention,
     Candidates,
+    HeadForward,
+    HeadLogits,
     Int,
     Layer,
     Matrix,
@@ -47,7 +49,8 @@ _OUT_OF_MEMORY = -2  # see common.h
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(Matrix, Layer, Attention, PackedForward, StackForward, Candidates, Taken, Visibility, Verification),
+    *(Matrix, Layer, Attention, PackedForward, StackForward, HeadForward, HeadLogits),
+    *(Candidates, Taken, Visibility, Verification),
 )
 PAGE_SLOTS = 16  # mirrors common.h
 
@@ -83,6 +86,8 @@ _FUNCTIONS = {
     ),
     "packed_forward": _Function((ctypes.POINTER(PackedForward), _Threads), Int, True),
     "stack_forward": _Function((ctypes.POINTER(StackForward), _Threads), Int, True),
+    "head_forward": _Function((ctypes.POINTER(HeadForward), _Threads), Int, True),
+    "head_logits": _Function((ctypes.POINTER(HeadLogits), _Threads), Int, True),
     "take": _Function(
         (ctypes.POINTER(Candidates), Pointer, Int, ctypes.POINTER(Taken), Int, *(Pointer,) * 3), Int, True
     ),
@@ -147,6 +152,8 @@ class Library:
     attention_and_mlp: Callable[..., int]
     packed_forward: Callable[..., int]
     stack_forward: Callable[..., int]
+    head_forward: Callable[..., int]
+    head_logits: Callable[..., int]
     take: Callable[..., int]
     verify: Callable[..., int]
     write_mask: Callable[..., None]

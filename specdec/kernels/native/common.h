@@ -88,6 +88,27 @@ typedef struct {
     float *q, *k, *v, *hidden, *out; /* scratch [B][T][heads][head_dim] and [B][T][channels]; out is the result */
 } StackForward;
 
+/* The layers of a draft head, of which the first reads what a product makes of a token's embedding and a state beside it. */
+typedef struct {
+    StackForward layers; /* x, cos and sin are filled in: x [B][T][channels], cos and sin [B][T][head_dim] */
+    Matrix first;
+    const float *embeddings; /* [num_embeddings][channels]; tokens past them have the last one */
+    int64_t num_embeddings;
+    const int64_t *tokens, *positions; /* [B][T] */
+    const float *states;               /* [B][T][first.k - channels] */
+    const float *cos, *sin;            /* by position: [positions][head_dim] */
+} HeadForward;
+
+/* What a draft head's layers leave, through a product, a norm and an LM head. */
+typedef struct {
+    Matrix last, lm_head;
+    const float *norm;
+    float eps;
+    const float *x; /* [rows][last.k] */
+    int64_t rows;
+    float *logits; /* [rows][lm_head.n] */
+} HeadLogits;
+
 /* Rows of scores whose tokens are taken out. What a scan of a row finds is kept; a norm is NaN before it. Blocks are
  * draws.h's, padded. */
 typedef struct {
@@ -138,6 +159,8 @@ typedef struct {
     void (*attention_and_mlp)(const Layer *l, Attention *a, const float *x, float *out);
     void (*packed_layer)(const PackedForward *f, int64_t layer, const float *x, float *out);
     void (*stack_layer)(const StackForward *f, int64_t layer, const float *x, float *out);
+    void (*head_inputs)(const HeadForward *f);
+    void (*head_logits)(const HeadLogits *f);
     void (*take_from)(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                       const double *coins, int64_t *tokens, double *probs);
     void (*verify)(Verification *v, int rule);

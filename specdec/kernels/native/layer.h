@@ -260,5 +260,32 @@ static void stack_layer(const StackForward *f, int64_t layer, const float *x, fl
     attention_and_mlp(l, a, x, out);
 }
 
+/* ---- what a draft head has around its layers ---- */
+
+static void head_inputs(const HeadForward *f) {
+    const StackForward *s = &f->layers;
+    const int64_t rows = s->attention->B * s->attention->T, D = s->attention->D, channels = f->first.n,
+                  state_size = f->first.k - channels;
+    float *inputs = take((size_t)(rows * f->first.k) * sizeof(float));
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t token = f->tokens[row] < f->num_embeddings ? f->tokens[row] : f->num_embeddings - 1;
+        float *input = inputs + row * f->first.k;
+        memcpy(input, f->embeddings + token * channels, (size_t)channels * sizeof(float));
+        memcpy(input + channels, f->states + row * state_size, (size_t)state_size * sizeof(float));
+        memcpy((float *)s->cos + row * D, f->cos + f->positions[row] * D, (size_t)D * sizeof(float));
+        memcpy((float *)s->sin + row * D, f->sin + f->positions[row] * D, (size_t)D * sizeof(float));
+    }
+    linear(&f->first, inputs, rows, 0, (float *)s->x);
+}
+
+static void head_logits(const HeadLogits *f) {
+    float *hidden = take((size_t)(f->rows * f->last.n) * sizeof(float));
+    linear(&f->last, f->x, f->rows, 0, hidden);
+    Quantized quantized;
+    const float *ready = ready_rows(&f->lm_head, hidden, f->norm, f->eps, f->rows, &quantized);
+    Products all = {.count = 1, .products = {{&f->lm_head, ready, &quantized, f->rows, f->logits, NULL}}};
+    multiply(&all);
+}
+
 const Kernels KERNELS = {INSTRUCTION_SET, pack, repack, linear, attend, attention_inputs, attention_and_mlp,
-                         packed_layer, stack_layer, take_from, verify};
+                         packed_layer, stack_layer, head_inputs, head_logits, take_from, verify};

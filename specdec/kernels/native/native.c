@@ -131,6 +131,21 @@ EXPORT int64_t specdec_stack_forward(const StackForward *f, int num_threads) {
     return 0;
 }
 
+static int64_t head_inputs(const HeadForward *f, int num_threads) {
+    CALL(num_threads, head_inputs(f));
+}
+
+/* A draft head's layers, and what is before them. */
+EXPORT int64_t specdec_head_forward(const HeadForward *f, int num_threads) {
+    if (head_inputs(f, num_threads)) return OUT_OF_MEMORY;
+    return specdec_stack_forward(&f->layers, num_threads);
+}
+
+/* What is after them. */
+EXPORT int64_t specdec_head_logits(const HeadLogits *f, int num_threads) {
+    CALL(num_threads, head_logits(f));
+}
+
 /* Takes `count` tokens from each of some rows of scores: the next likeliest, or drawn if there are coins. */
 EXPORT int64_t specdec_take(const Candidates *u, const int64_t *slots, int64_t num_slots, const Taken *taken, int64_t count,
                          const double *coins, int64_t *tokens, double *probs) {

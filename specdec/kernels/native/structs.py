@@ -67,6 +67,31 @@ class StackForward(ctypes.Structure):
     )
 
 
+class HeadForward(ctypes.Structure):
+    """The layers of a draft head, and what is before them; mirrors common.h, as does the next."""
+
+    alive: tuple[object, ...]
+    _fields_ = (
+        ("layers", StackForward),
+        ("first", Matrix),
+        ("embeddings", Pointer),
+        ("num_embeddings", Int),
+        *((name, Pointer) for name in ("tokens", "positions", "states", "cos", "sin")),
+    )
+
+
+class HeadLogits(ctypes.Structure):
+    alive: tuple[object, ...]
+    _fields_ = (
+        *((name, Matrix) for name in ("last", "lm_head")),
+        ("norm", Pointer),
+        ("eps", ctypes.c_float),
+        ("x", Pointer),
+        ("rows", Int),
+        ("logits", Pointer),
+    )
+
+
 class Candidates(ctypes.Structure):
     """Rows of scores whose tokens are taken out, and what was found of them; mirrors common.h, as does the next."""
 
