@@ -164,7 +164,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="of target and draft")
     parser.add_argument("--graphs", action="store_true", help="replay forwards that come again")
-    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="this kind of round")
+    names = [kind.name for kind in KINDS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these kinds of rounds")
     parser.add_argument("--sites", action="store_true", help="name where the host waits")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     arguments = parser.parse_args()
@@ -172,7 +173,7 @@ def main() -> None:
     gpu = FakeGpu()  # from now on nothing can be seeded
     models.move_to(gpu)
     for kind in KINDS:
-        if arguments.only not in (None, kind.name):
+        if kind.name not in arguments.only:
             continue
         with _graphs(gpu) if arguments.graphs else nullcontext():
             found[kind.name] = count(kind, models, gpu)
