@@ -1,6 +1,6 @@
 """What a round asks of a GPU: kernels launched, copies queued, and how often the host waits. Needs none.
 
-    python -m bench.launches [--layers 4] [--graphs] [--only KIND] [--sites] [--json]
+    python -m bench.launches [--layers 4] [--graphs] [--only KIND ...] [--sites] [--json]
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
