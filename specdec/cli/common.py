@@ -1,5 +1,6 @@
 """What every command shares: the model's name, the console for people, and errors as one line."""
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -116,8 +117,15 @@ def starting() -> Iterator[None]:
     finally:
         if len(sys.modules) > num_before:  # a caller who has imported all of it may hold garbage that is to go
             gc.freeze()
+            atexit.register(_unfreeze)
         if was_enabled:
             gc.enable()
+
+
+def _unfreeze() -> None:
+    """Triton's bindings report as leaks what nobody has looked through when the process ends."""
+    if "triton" in sys.modules:
+        gc.unfreeze()
 
 
 class Terminated(KeyboardInterrupt):

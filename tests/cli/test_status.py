@@ -179,3 +179,20 @@ def test_bench_reports_what_was_measured_before_sigterm(tiny: str, tmp_path: Pat
     assert any("tokens/s" in line for line in told)
     assert "interrupted" in rest
     assert "plain" in table
+
+
+_STARTS = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))
+from specdec.cli.common import starting
+with starting():
+    import triton
+print(gc.get_freeze_count() > 0)
+"""
+
+
+def test_what_triton_would_report_as_leaks_is_looked_through_at_the_end(tmp_path):
+    (tmp_path / "triton.py").touch()
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(specdec.__file__).parents[1]}"}
+    command = [sys.executable, "-c", _STARTS]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "True\n0\n"
