@@ -4,8 +4,9 @@
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
-With `--graphs` forwards that come again are replayed, each as one launch. A greedy output that is not the CPU's fails
-the run, and so does a forward that would wait while it is captured.
+With `--graphs` forwards that come again are replayed, each as one launch, and what is accepted of drafts likewise; counted
+is a second call, which finds the graphs of the first. A greedy output that is not the CPU's fails the run, and so does
+a forward that would wait while it is captured.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ KINDS = [
     Kind("plain", lambda _: Plain(), ONE, {}),
     Kind("plain, sampled", lambda _: Plain(), ONE, SAMPLED),
     Kind("prompt lookup", lambda _: PromptLookup(), ONE, {}),
+    Kind("prompt lookup, sampled", lambda _: PromptLookup(min_match=1), ONE, SAMPLED),
     Kind("early exit", lambda _: EarlyExit(2), ONE, {}),
     Kind("chain of 5", _small, ONE, {}),
     Kind("chain of 5, sampled", _small, ONE, SAMPLED),
@@ -84,6 +86,8 @@ KINDS = [
     Kind("4 ragged rows, plain", lambda _: Plain(), FOUR, {}),
     Kind("4 ragged rows, prompt lookup", lambda _: PromptLookup(min_match=1), FOUR, {}),
     Kind("4 ragged rows, chain of 5", _small, FOUR, {}),
+    Kind("4 ragged rows, chain of 5, sampled", _small, FOUR, SAMPLED),
+    Kind("4 ragged rows, chain of 5, repetition penalty", _small, FOUR, {"repetition_penalty": 1.1}),
     Kind("4 ragged rows, EAGLE-3 head", lambda models: DraftHead(models.eagle), FOUR, {}),
 ]
 
@@ -111,8 +115,8 @@ class Models:
                 gpu.take(model)
 
 
-def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
-    """Of the median round, by launches.
+def count(kind: Kind, models: Models, gpu: FakeGpu, num_calls: int) -> Counts:
+    """Of the median round of the last of so many calls, by launches.
 
     Raises `SystemExit` if a greedy output is not the CPU's.
     """
@@ -120,10 +124,12 @@ def count(kind: Kind, models: Models, gpu: FakeGpu) -> Counts:
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False, **kind.options}
     with gpu, _counting(gpu, rounds):
         prompts = {name: tensor.to(gpu.device()) for name, tensor in kind.prompts.items()}
-        torch.manual_seed(0)
-        tokens = specdec.generate(models.target, **prompts, drafter=kind.make(models), **settings).cpu()
+        for _ in range(num_calls):
+            rounds.clear()
+            torch.manual_seed(0)
+            tokens = specdec.generate(models.target, **prompts, drafter=kind.make(models), **settings).cpu()
     if not settings["do_sample"]:
-        expected = specdec.generate(models.host, **kind.prompts, drafter=Plain(), max_new_tokens=NUM_NEW)
+        expected = specdec.generate(models.host, **kind.prompts, drafter=Plain(), **{**settings, "tree": None})
         if not torch.equal(tokens, expected):
             raise SystemExit(f"{kind.name}: another output than on the CPU")
     return sorted(rounds, key=lambda each: each.launches)[len(rounds) // 2]
@@ -176,7 +182,7 @@ def main() -> None:
         if kind.name not in arguments.only:
             continue
         with _graphs(gpu) if arguments.graphs else nullcontext():
-            found[kind.name] = count(kind, models, gpu)
+            found[kind.name] = count(kind, models, gpu, 2 if arguments.graphs else 1)
         log(kind.name)
     if arguments.json:
         print(json.dumps({name: asdict(counts) for name, counts in found.items()}))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trees.blocks import block_width, read_blocks, reduce_blocks
+from trees.randomness import Randomness, uniform
 from trees.uploads import upload
 
 
@@ -39,7 +40,7 @@ class CandidateSampler:
         generator: source of randomness, None for torch's global one.
     """
 
-    def __init__(self, q_MV: Tensor, *, sample: bool, generator: torch.Generator | None = None):
+    def __init__(self, q_MV: Tensor, *, sample: bool, generator: Randomness = None):
         self._q_MV = q_MV
         self._sample = sample
         self._generator = generator
@@ -116,10 +117,10 @@ class TorchSource(TokenSource):
         return told_2NK[0].tolist(), told_2NK[1].view(torch.float64).tolist()
 
 
-def draw_index(weights_NW: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def draw_index(weights_NW: Tensor, count: int, generator: Randomness) -> Tensor:
     """Independent indices of each row in proportion to its weights: int64 [N, count]."""
     exact = torch.float32 if weights_NW.device.type == "mps" else torch.float64
     cumulative_NW = weights_NW.cumsum(-1, dtype=exact)
-    coins_NK = torch.rand((len(weights_NW), count), dtype=exact, generator=generator, device=weights_NW.device)
-    points_NK = coins_NK.mul_(cumulative_NW[:, -1:])
+    coins_NK = uniform((len(weights_NW), count), exact, weights_NW.device, generator)
+    points_NK = coins_NK * cumulative_NW[:, -1:]
     return torch.searchsorted(cumulative_NW, points_NK, right=True).clamp_max_(weights_NW.shape[1] - 1)

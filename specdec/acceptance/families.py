@@ -113,6 +113,17 @@ def links_of(draft: Draft) -> list[Links]:
     return found
 
 
+def most_tests(draft: Draft) -> int:
+    """Of the tests that a row can come to, children of the root and of whatever is kept, as many as there can be."""
+    tests: dict[tuple[int, int], int] = defaultdict(int)
+    most = 0
+    for row, slot, _, children in _own_families(draft):
+        for rank, child in enumerate(children, 1):
+            tests[row, child] = tests[row, slot] + rank
+            most = max(most, tests[row, child])
+    return most
+
+
 class Contest(NamedTuple):
     """Children of one depth, source and rank, which are tested together; the largest families come first.
 

@@ -5,7 +5,7 @@ Shape legend: B rows, D depth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from specdec.errors import NumericalError
 from trees import TreeBatch
+
+_NUM_HEADS = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +43,13 @@ class Acceptance:
         """int64 slot at which the path ends."""
         slots_BT = torch.nn.functional.pad(self.path_BD + 1, (1, 0))
         return slots_BT.gather(1, self.counts_B[:, None])[:, 0]
+
+    def if_finite(self, scores_BTV: Tensor) -> Acceptance:
+        """The same where scores make a distribution. Where they make none no child is accepted, so that only the last
+        slot can be such a one: then `next_B` is -1."""
+        rows_B = torch.arange(len(scores_BTV), device=scores_BTV.device)
+        is_finite_B = scores_BTV[rows_B, self.last_B].amax(-1).isfinite()
+        return replace(self, next_B=torch.where(is_finite_B, self.next_B, -1))
 
 
 class HostAcceptance(Acceptance):
@@ -77,6 +86,30 @@ class HostAcceptance(Acceptance):
 
     def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=vars(self)["_device"])
+
+
+class TabledAcceptance(Acceptance):
+    """One that lies in a table, which is read in one copy.
+
+    Attributes:
+        table_BX: see `table_of`.
+    """
+
+    table_BX: Tensor
+
+    def __init__(self, table_BX: Tensor):
+        depth = (table_BX.shape[1] - _NUM_HEADS) // 2
+        super().__init__(
+            counts_B=table_BX[:, 0], next_B=table_BX[:, 1], path_BD=table_BX[:, _NUM_HEADS : _NUM_HEADS + depth]
+        )
+        vars(self).update(table_BX=table_BX)
+
+
+def table_of(trees: TreeBatch, acceptance: Acceptance) -> Tensor:
+    """int64 [B, 2 + 2D]: for each row the count, the next token, the path, and the path's tokens."""
+    path_BD = acceptance.path_BD
+    token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
+    return torch.cat([acceptance.counts_B[:, None], acceptance.next_B[:, None], path_BD, token_BD], 1)
 
 
 class Accepted(NamedTuple):
@@ -117,12 +150,10 @@ def _to_host(trees: TreeBatch, acceptance: Acceptance) -> Accepted:
         found = zip(trees.rows, acceptance.paths, acceptance.following, strict=True)
         candidates = [[*(tree.tokens[node] for node in path), token] for tree, path, token in found]
         return Accepted(acceptance.paths, candidates)
-    path_BD = acceptance.path_BD
-    token_BD = trees.tokens_BN.gather(1, path_BD) if trees.width else path_BD
-    heads_B2 = torch.stack([acceptance.counts_B, acceptance.next_B], 1)
-    depth = path_BD.shape[1]
+    table_BX = acceptance.table_BX if isinstance(acceptance, TabledAcceptance) else table_of(trees, acceptance)
+    depth = (table_BX.shape[1] - _NUM_HEADS) // 2
     paths, candidates = [], []
-    for count, next_token, *rest in torch.cat([heads_B2, path_BD, token_BD], 1).tolist():
+    for count, next_token, *rest in table_BX.tolist():
         paths.append(rest[:count])
         candidates.append([*rest[depth : depth + count], next_token])
     return Accepted(paths, candidates)

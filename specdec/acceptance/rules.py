@@ -22,6 +22,7 @@ from specdec.acceptance.outcome import Acceptance, HostAcceptance
 from specdec.kernels.trees import verification
 from trees import Draft, Ragged, TreeBatch
 from trees.blocks import argmax
+from trees.randomness import Randomness
 
 
 def walk(trees: TreeBatch, chosen_BT: Tensor) -> Acceptance:
@@ -48,9 +49,14 @@ def follow(trees: TreeBatch, scores_BTV: Tensor | Ragged) -> Acceptance:
     if verification.can_verify(draft, scores_BTV):
         return HostAcceptance(*verification.verify(draft, scores_BTV, "walk"), trees.device)
     assert not isinstance(scores_BTV, Ragged), "packed layers are native"
+    return walk(trees, greatest(scores_BTV))
+
+
+def greatest(scores_BTV: Tensor) -> Tensor:
+    """int64 [B, T] the token of the greatest score after every slot; -1 where a score is not a number."""
     best_BT = argmax(scores_BTV.flatten(0, 1)).view(scores_BTV.shape[:2])
     is_nan_BT = scores_BTV.gather(2, best_BT.unsqueeze(2))[:, :, 0].isnan()
-    return walk(trees, torch.where(is_nan_BT, -1, best_BT))
+    return torch.where(is_nan_BT, -1, best_BT)
 
 
 def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None = None) -> Acceptance:
@@ -69,7 +75,8 @@ def topdown(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None 
     if verification.can_verify(draft, scores_BTV):
         return HostAcceptance(*verification.verify(draft, scores_BTV, "topdown", generator), trees.device)
     if trees.is_chain and draft.parts is None:
-        return _topdown_chain(draft, scores_BTV, generator)
+        q_BNV = drawn_from(draft, trees.width) if trees.width else scores_BTV[:, :0]
+        return topdown_chain(trees, scores_BTV, q_BNV, generator)
     tokens_BT = torch.nn.functional.pad(trees.tokens_BN, (1, 0))
     rows_B = torch.arange(trees.num_rows, device=trees.device)
     slot_B, counts_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B)
@@ -202,15 +209,27 @@ def _descend(trees: TreeBatch, open_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return torch.stack(path, 1), counts_B, slot_B
 
 
-def _topdown_chain(draft: Draft, scores_BTV: Tensor, generator: torch.Generator | None) -> Acceptance:
-    """`topdown`, but the residual is computed only where a chain breaks."""
-    trees = draft.trees
+def drawn_from(draft: Draft, num_slots: int) -> Tensor:
+    """float32 [B, S, V] the distributions of the first so many slots of drawn trees. Not to be written to."""
+    num_rows, device = draft.trees.num_rows, draft.trees.device
+    if draft.q_BTV is not None:
+        return draft.q_BTV[:, :num_slots]
+    slots_BS = torch.arange(num_slots, device=device).expand(num_rows, num_slots)
+    rows_BS = torch.arange(num_rows, device=device).unsqueeze(1).expand(num_rows, num_slots)
+    return draft.q_at(0, rows_BS.flatten(), slots_BS.flatten()).unflatten(0, slots_BS.shape)
+
+
+def topdown_chain(trees: TreeBatch, scores_BTV: Tensor, q_BNV: Tensor, generator: Randomness) -> Acceptance:
+    """`topdown` of chains, whose residual is computed only where one breaks.
+
+    Args:
+        q_BNV: float32, what every node was drawn from.
+    """
     rows_B = torch.arange(trees.num_rows, device=trees.device)
     p_BTV = scores_BTV.softmax(-1)
     if not trees.width:
         nothing_B = torch.zeros_like(rows_B)
         return Acceptance(path_BD=trees.tokens_BN, counts_B=nothing_B, next_B=coins.sample(p_BTV[:, 0], generator))
-    q_BNV = torch.stack([draft.q_at(slot, rows_B, torch.full_like(rows_B, slot)) for slot in range(trees.width)], 1)
     drafted_BN1 = trees.tokens_BN.unsqueeze(-1)
     p_BN, q_BN = (x.gather(2, drafted_BN1).squeeze(-1) for x in (p_BTV[:, :-1], q_BNV))
     path_BD, counts_B, _ = _descend(trees, coins.bernoulli(p_BN / q_BN, generator))
@@ -219,3 +238,43 @@ def _topdown_chain(draft: Draft, scores_BTV: Tensor, generator: torch.Generator 
     left_BV = (final_BV - q_BNV[rows_B, counts_B.clamp_max(trees.width - 1)]).clamp_min(0)
     final_BV = torch.where(refused_B[:, None], coins.or_else(left_BV, final_BV), final_BV)
     return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=coins.sample(final_BV, generator))
+
+
+def topdown_steps(
+    trees: TreeBatch,
+    scores_BTV: Tensor,
+    q_BTV: Tensor,
+    links: tuple[Tensor, Tensor],
+    num_steps: int,
+    generator: Randomness,
+) -> Acceptance:
+    """`topdown` of trees that one source has drawn, in steps of one test a row: the host need not know where rows are.
+
+    Args:
+        q_BTV: float32, what the children of every slot were drawn from.
+        links: int64 [B, T] the first child and the next sibling of every slot, 0 where there is none.
+        num_steps: at least as many as there are tests on the longest way; see `families.most_tests`.
+    """
+    num_rows, num_slots, (first_child_BT, next_sibling_BT) = trees.num_rows, trees.num_slots, links
+    tokens_BT, rows_B = torch.nn.functional.pad(trees.tokens_BN, (1, 0)), torch.arange(num_rows, device=trees.device)
+    slot_B, counts_B, path_BX = torch.zeros_like(rows_B), torch.zeros_like(rows_B), torch.zeros_like(tokens_BT)
+    child_B, left_BV, q_BV = first_child_BT[:, 0], scores_BTV[:, 0].softmax(-1), q_BTV[:, 0]
+    for _ in range(num_steps):
+        is_tested_B, token_B1 = child_B > 0, tokens_BT.gather(1, child_B[:, None])
+        scale_B = left_BV.sum(-1) / q_BV.sum(-1)
+        chance_B = (left_BV.gather(1, token_B1) / q_BV.gather(1, token_B1))[:, 0] / scale_B
+        kept_B = coins.bernoulli(torch.where(is_tested_B, chance_B, 0), generator)
+        refused_B = is_tested_B & ~kept_B
+        residual_BV = left_BV.addcmul(q_BV, scale_B[:, None], value=-1).clamp_min_(0)
+        left_BV = torch.where((refused_B & (residual_BV.sum(-1) > 0))[:, None], residual_BV, left_BV)
+        q_BV = q_BV.scatter(1, token_B1, 0)
+        # a row that goes on writes its node, another one past the end
+        place_B1 = torch.where(kept_B, counts_B, num_slots - 1)[:, None]
+        path_BX = path_BX.scatter(1, place_B1, (child_B - 1)[:, None])
+        slot_B, counts_B = torch.where(kept_B, child_B, slot_B), counts_B + kept_B
+        left_BV = torch.where(kept_B[:, None], scores_BTV[rows_B, slot_B].softmax(-1), left_BV)
+        q_BV = torch.where(kept_B[:, None], q_BTV[rows_B, slot_B], q_BV)
+        sibling_B = torch.where(refused_B, next_sibling_BT[rows_B, child_B], 0)
+        child_B = torch.where(kept_B, first_child_BT[rows_B, slot_B], sibling_B)
+    path_BD = path_BX[:, : trees.depth].clamp_min(0)
+    return Acceptance(path_BD=path_BD, counts_B=counts_B, next_B=coins.sample(left_BV, generator))

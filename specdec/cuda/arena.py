@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer
 
 from specdec.cuda.captured import Inputs, Shape, WrittenCache
+from specdec.cuda.functions import GraphedFunctions
 from specdec.cuda.graphs import Graph, GraphPool, Outputs
 from specdec.kernels.model.changes import parts_of
 from specdec.tree_model.cache import TreeCache
@@ -55,12 +56,14 @@ class Arena:
     Attributes:
         known: of forwards of all layers.
         known_of_parts: of those of some layers. If these are not captured the others still are.
-        num_replays: of all graphs so far.
+        num_replays: of all graphs of forwards so far.
+        functions: graphs of what is made of the logits.
     """
 
     def __init__(self) -> None:
         self.known, self.known_of_parts = Known(), Known()
         self.num_replays = 0
+        self.functions = GraphedFunctions()
         self._owner: Callable[[], StaticTreeCache | None] = lambda: None
         self._captured: tuple[object, ...] = ()
         self._lock = Lock()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec.cuda.arena import USES, Arena, Known, StaticTreeCache
 from specdec.cuda.attention import can_attend, seen_bits
 from specdec.cuda.captured import Inputs, Shape, forward_of
+from specdec.cuda.functions import GraphedFunctions
 from specdec.cuda.graphs import GraphPool, Outputs, graphs_for
 from specdec.cuda.seen import TAIL_SLOTS, Seen
 from specdec.hf import home_device, num_processes
@@ -140,6 +141,11 @@ class GraphedTreeModel(TreeModel):
         cache = StaticTreeCache(self.num_layers, num_rows, room, **self._layers)
         cache.arena = self._arena if self._arena.lease(cache, self.model) else None
         return cache
+
+    @property
+    def functions(self) -> GraphedFunctions | None:
+        """Graphs of what this run makes of its logits; None if another run has them."""
+        return self._arena.functions if self._arena.is_owner(self.cache) else None
 
     def capture(self, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> None:
         """Forward such tokens, and forget them, until there is a graph if there can be one."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from specdec.acceptance import Accepted, to_host
+from specdec.acceptance import Acceptance, Accepted, to_host
+from specdec.cuda import functions_of
 from specdec.cuda.timing import DeviceSpan
 from specdec.decoding.drafter import DraftSession, Outcome
 from specdec.decoding.earlier import EarlierTexts
@@ -111,9 +112,7 @@ class DecodingLoop:
 
     def accept(self, draft: Draft, logits_BTV: Tensor) -> Accepted:
         """What the target keeps of each tree, and the token after it."""
-        prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
-        scores_BTV = self.sampler.process(logits_BTV, prefixes)
-        acceptance = self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
+        scores_BTV, acceptance = self._judge(draft, logits_BTV)
         accepted = to_host(draft.trees, acceptance)
         if self.target.keeps_bits:
             accepted = accepted.in_chains()
@@ -168,6 +167,19 @@ class DecodingLoop:
         self.sequences.select_rows(stay)
         self.target.select_rows(stay)
         self.session.select_rows(stay)
+
+    def _judge(self, draft: Draft, logits_BTV: Tensor) -> tuple[Tensor, Acceptance]:
+        """The processed scores, if they are kept, and what is accepted: replayed where there are graphs."""
+        keeps_scores, graphs = any(map(self.recorder.keeps, self.sequences.rows)), functions_of(self.target)
+        rule = None if graphs is None else self.sampler.rule(draft, keeps_scores=keeps_scores)
+        if rule is not None and rule.takes_logits:
+            scores_BTV = logits_BTV
+        else:
+            prefixes = Prefixes(self.sequences, draft.trees, range(draft.trees.num_slots))
+            scores_BTV = self.sampler.process(logits_BTV, prefixes)
+        if graphs is not None and rule is not None:
+            return scores_BTV, rule.replay(graphs, draft, scores_BTV, self.sampler.generator)
+        return scores_BTV, self.ranks.accept(draft, lambda: self.sampler.accept(scores_BTV, draft))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

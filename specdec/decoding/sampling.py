@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
-from specdec.acceptance import Acceptance, HostAcceptance, draw, follow, topdown, traversal, walk
-from specdec.acceptance.coins import none
+from specdec.acceptance import Acceptance, HostAcceptance, follow, topdown, traversal, walk
+from specdec.acceptance.coins import choose
+from specdec.acceptance.families import most_tests
+from specdec.decoding.replayed import Rule, rounded_up
 from specdec.decoding.sequences import Sequences
 from trees import Draft, GrowingTrees, TreeBatch
 
@@ -80,6 +82,21 @@ class Prefixes:
         ancestors_TT = self.trees.ancestors_BTT[row]
         return [torch.cat([committed, tokens_N[ancestors_TT[slot, 1:]]]) for slot in own]
 
+    def in_one(self, skipped: Sequence[int] | None) -> Tensor:
+        """int64 [B * T, L]: every slot's prefix in any order, some of its tokens several times.
+
+        Args:
+            skipped: first tokens of every row of the caller's batch that are left out.
+        """
+        committed_B1L, slots = self.sequences.in_one(skipped).unsqueeze(1), slice(self.slots.start, self.slots.stop)
+        if not slots.stop - 1:
+            return committed_B1L.squeeze(1)
+        roots_B1 = self.sequences.roots_B1
+        tokens_B1T = torch.cat([roots_B1, self.trees.tokens_BN], 1).unsqueeze(1)
+        drafted_BTN = torch.where(self.trees.ancestors_BTT[:, slots], tokens_B1T, roots_B1.unsqueeze(1))
+        committed_BTL = committed_B1L.expand(-1, drafted_BTN.shape[1], -1)
+        return torch.cat([committed_BTL, drafted_BTN], 2).flatten(0, 1)
+
     def by_length(self) -> dict[int, list[list[tuple[int, Tensor]]]]:
         """length -> for each row its (index in `slots`, int64 prefix [length]) of that length."""
         groups: dict[int, list[list[tuple[int, Tensor]]]] = defaultdict(lambda: [[] for _ in self.trees.sizes])
@@ -115,6 +132,7 @@ class Sampler:
         self._pointwise = all(type(processor) in _POINTWISE for processor in processors)
         self._unordered = all(_is_one_of(_UNORDERED, processor) for processor in processors)
         self._row_wise = all(_is_one_of(_ROW_WISE, processor) for processor in processors)
+        self._over_sets = _over_sets(processors)
 
     @cached_property
     def shared_settings(self) -> Hashable:
@@ -132,7 +150,7 @@ class Sampler:
     def process(self, logits_BTV: Tensor, prefixes: Prefixes) -> Tensor:
         """Scores after the processors: float32 [B, T, V]; the logits are left as they are.
 
-        Slots past a row's tree are not processed when processors look at prefixes.
+        Scores of slots past a row's tree are not meaningful.
         """
         scores_BTV = logits_BTV.to(torch.float32, copy=bool(self.processors))
         if not self.processors:
@@ -140,6 +158,9 @@ class Sampler:
         if self._pointwise:
             flat = self.processors(torch.empty(0, dtype=torch.long), scores_BTV.flatten(0, 1))
             return flat.view_as(scores_BTV)
+        sets = self._over_sets
+        if sets is not None and sets.fits(prefixes.sequences):
+            return sets.processors(prefixes.in_one(sets.skipped), scores_BTV.flatten(0, 1)).view_as(scores_BTV)
         if self._row_wise:
             self.process_rows(list(scores_BTV), [prefixes.of_row(row) for row in range(len(scores_BTV))])
             return scores_BTV
@@ -197,20 +218,32 @@ class Sampler:
         if not self.do_sample:
             return follow(draft.trees, scores_BTV)
         if not draft.is_drawn:
-            return walk(draft.trees, self._choose(scores_BTV))
+            return walk(draft.trees, choose(scores_BTV, self.generator))
         accepted = self._verify(draft, scores_BTV, self.generator)
-        if isinstance(accepted, HostAcceptance):
-            return accepted
-        # where p is no distribution no child is accepted, so that only the last slot can be such a one
-        last_BV = scores_BTV[torch.arange(len(scores_BTV), device=scores_BTV.device), accepted.last_B]
-        return replace(accepted, next_B=torch.where(last_BV.amax(-1).isfinite(), accepted.next_B, -1))
+        return accepted if isinstance(accepted, HostAcceptance) else accepted.if_finite(scores_BTV)
 
-    def _choose(self, scores_BTV: Tensor) -> Tensor:
-        """int64 [B, T] one token from every distribution; -1 where scores make none."""
-        usable_BT, p_BTV = scores_BTV.amax(-1).isfinite(), scores_BTV.softmax(-1)
-        if not none(~usable_BT):
-            p_BTV = p_BTV.nan_to_num(1.0)
-        return torch.where(usable_BT, draw(p_BTV, self.generator), -1)
+    def rule(self, draft: Draft, *, keeps_scores: bool) -> Rule | None:
+        """How a draft is accepted, as a function of tensors alone; None where it is none.
+
+        Args:
+            keeps_scores: whether the processed scores are wanted too: then it is given them.
+        """
+        trees, takes_logits = draft.trees, self._pointwise and not keeps_scores
+        is_drawn = self.do_sample and draft.is_drawn
+        if is_drawn and (draft.parts is not None or self._verify is not topdown):
+            return None
+        return Rule(
+            processors=self.processors if takes_logits else None,
+            settings=self.shared_settings if takes_logits else None,
+            do_sample=self.do_sample,
+            is_drawn=is_drawn,
+            num_rows=trees.num_rows,
+            width=trees.width,
+            depth=trees.depth if trees.is_chain else min(trees.width, rounded_up(trees.depth)),
+            is_chain=trees.is_chain,
+            is_ragged=min(trees.sizes) < trees.width,
+            num_steps=rounded_up(most_tests(draft)) if is_drawn and not trees.is_chain else 0,
+        )
 
     def _process_in_place(
         self, scores_BTV: Tensor, per_row: Sequence[Sequence[tuple[int, Tensor]]], sequences: Sequences
@@ -240,6 +273,39 @@ def _is_one_of(kinds: Sequence[type], processor: lp.LogitsProcessor) -> bool:
         ignored = processor.prompt_ignore_length
         return ignored is None if kinds is _UNORDERED else not isinstance(ignored, Tensor)
     return type(processor) in kinds
+
+
+class _OverSets:
+    """Processors that see of a prefix which tokens it has, and no more.
+
+    Args:
+        processors: what they do with prefixes that lack the tokens which are left out.
+        left_out: how many first tokens of every row those are; None for none.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, left_out: Tensor | None):
+        self.processors = processors
+        self._left_out = left_out
+
+    @cached_property
+    def skipped(self) -> list[int] | None:
+        return None if self._left_out is None else self._left_out.tolist()
+
+    def fits(self, sequences: Sequences) -> bool:
+        """Whether they are of these rows."""
+        return self._left_out is None or len(self._left_out) == sequences.num_all_rows
+
+
+def _over_sets(processors: Sequence[lp.LogitsProcessor]) -> _OverSets | None:
+    """None where a processor sees more. `model.generate()` tells one to leave out each row's padding."""
+    penalties = [each for each in processors if type(each) is lp.RepetitionPenaltyLogitsProcessor]
+    others_do = all(type(each) in _POINTWISE for each in processors if each not in penalties)
+    left_out = penalties[0].prompt_ignore_length if len(penalties) == 1 else None
+    if isinstance(left_out, Tensor) and others_do:
+        without = lp.RepetitionPenaltyLogitsProcessor(penalties[0].penalty)
+        return _OverSets(LogitsProcessorList([without if each in penalties else each for each in processors]), left_out)
+    is_unordered = all(_is_one_of(_UNORDERED, each) for each in processors)
+    return _OverSets(LogitsProcessorList(processors), None) if is_unordered else None
 
 
 def _by_length(prefixes: Sequence[Tensor]) -> dict[int, list[int]]:

@@ -59,6 +59,21 @@ class Sequences:
         """int64 view of a row's first `length` tokens, padding included (all committed ones by default)."""
         return self._ids_BL[row, : self.lengths[row] if length is None else length]
 
+    def in_one(self, skipped: Sequence[int] | None = None) -> Tensor:
+        """int64 [B, L]: all rows, each filled up with its own last token. Not to be written to.
+
+        Args:
+            skipped: first tokens of every row of the caller's batch in whose places that one stands too.
+        """
+        longest, last = max(self.lengths), [tokens[-1] for tokens in self.tokens]
+        starts = [0 if skipped is None else skipped[row] for row in self.rows]
+        if not any(starts) and min(self.lengths) == longest:
+            return self._ids_BL[:, :longest]
+        starts_B1, stops_B1, last_B1 = upload([starts, self.lengths, last], self.device).unsqueeze(2)
+        places_L = torch.arange(longest, device=self.device)
+        is_own_BL = (places_L >= starts_B1) & (places_L < stops_B1)
+        return torch.where(is_own_BL, self._ids_BL[:, :longest], last_B1)
+
     def join(self, tokens: Sequence[int], earlier: EarlierTexts | None = None) -> int:
         """A row more, at the end.
 

@@ -165,6 +165,9 @@ class RequestSampler(Sampler):
                 tokens = running.sampler.forced(row, sequences)
         return tokens
 
+    def rule(self, draft: Draft, *, keeps_scores: bool) -> None:
+        """None: rows have processors and errors of their own."""
+
     def accept(self, scores_BTV: Tensor | Ragged, draft: Draft) -> Acceptance:
         """As `Sampler.accept`; a row whose scores are no numbers ends without the others."""
         accepted = follow(draft.trees, scores_BTV)
