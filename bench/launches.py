@@ -4,9 +4,9 @@
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
-With `--graphs` forwards that come again are replayed, each as one launch, and what is accepted of drafts likewise; counted
-is a second call, which finds the graphs of the first. A greedy output that is not the CPU's fails the run, and so does
-a forward that would wait while it is captured.
+With `--graphs` what comes again is replayed, forwards and what is accepted of drafts, each as one launch; counted is a
+second call, which finds the graphs of the first. A greedy output that is not the CPU's fails the run, and so does what
+would wait while it is captured.
 """
 
 from __future__ import annotations

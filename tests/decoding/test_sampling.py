@@ -290,6 +290,10 @@ def processed_one_by_one(
         [lp.TemperatureLogitsWarper(0.7), lp.TopPLogitsWarper(0.9)],
         [lp.TemperatureLogitsWarper(0.7), lp.RepetitionPenaltyLogitsProcessor(1.5)],
         [lp.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=4)],
+        [
+            lp.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([3, 0, 1, 2])),
+            lp.TopKLogitsWarper(4),
+        ],
         [lp.RepetitionPenaltyLogitsProcessor(1.5), NoteCalls()],
         [lp.PrefixConstrainedLogitsProcessor(lambda row, ids: [row, int(ids[-1])], num_beams=1)],
         [],
