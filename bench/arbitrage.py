@@ -4,8 +4,8 @@
 
 Without DRAFT the target's own copy of `--copy` bits writes the steps; DRAFT may also be a copy, as a file. A method and
 its knob are written `name@value`, with `+early`, `+guard` and `+band` for what can be switched on besides, `~N` to look
-at a step every N tokens while it is written, and `/N` for steps of N tokens at most; of `--live` methods also
-`+onecache` (`Router.shares_cache`) and `+aheadN` (`Router.lookahead`):
+at a step every N tokens while it is written, and `/N` for steps of N tokens at most; of `--batched` and `--live`
+methods also `+onecache` (`Router.shares_cache`) and `+aheadN` (`Router.lookahead`):
 
     speculative   draft   random@RATE   confidence@RATE   entropy@RATE   arbitrage@RATE (needs --router)
     likelihood@RATE   regret@RATE   grade@RATE   oracle
@@ -18,10 +18,12 @@ target itself. RATE is a share of steps.
 **Replayed.** `--methods` are replayed on greedy steps that are kept in OUTPUT.steps.jsonl (`bench/step_cache.py`): a
 model writes a step only where no method has had that text before it, `--batch-size` problems at a time. Accuracy,
 tokens and forwards are those of a live run; the speed is computed from them, with what a token and a verification cost
-alone, measured on `--alone` problems (OUTPUT.costs.jsonl). **Live.** `--live` methods are run as a user would, one
-problem at a time and in an order that changes, and timed (OUTPUT.live.jsonl). All these files are appended to at once,
-and what stands there is not done again: the same command goes on where it was stopped, by `--minutes` or otherwise. The
-report, OUTPUT.md and OUTPUT.png, is of what stands there.
+alone, measured on `--alone` problems (OUTPUT.costs.jsonl). **Batched.** `--batched` methods, also those that cannot be
+replayed, are run for their answers, `--batch-size` problems at a time, and not timed (OUTPUT.batched.jsonl). **Live.**
+`--live` methods are run as a user would, one problem at a time and in an order that changes, and timed
+(OUTPUT.live.jsonl). All these files are appended to at once, and what stands there is not done again: the same command
+goes on where it was stopped, by `--minutes` or otherwise. The report, OUTPUT.md and OUTPUT.png, is of what stands
+there.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ import routers
 import specdec
 from bench._script import command, log, parser_of
 from bench.arbitrage_report import Costs, Outcome, write_report
+from bench.arbitrage_results import Results
 from bench.step_cache import CachedStep, Request, StepCache, StepSource, with_source
 from bench.step_replay import Replayed, replay_all
 from routers import Router
@@ -236,14 +239,13 @@ class Run:
         plan |= {"max_new_tokens": arguments.max_new_tokens, "max_step": self.steps.max_tokens}
         cached, routers_of = StepCache(self.path("steps.jsonl"), plan), self._routers(methods)
         found: dict[str, list[Outcome]] = {method: [] for method in methods}
-        numbers, size = list(self.problems), arguments.batch_size
-        for batch in (numbers[first : first + size] for first in range(0, len(numbers), size)):
+        for batch in self._batches():
             as_before = copy.deepcopy(routers_of)
             try:
                 outcomes = self._replay(routers_of, batch, cached, _refuse)
             except _StepMissing:  # only then models are loaded
                 if self._is_over():
-                    log(f"time is up: {len(found[BASELINE])} of {len(numbers)} problems are replayed")
+                    log(f"time is up: {len(found[BASELINE])} of {len(self.problems)} problems are replayed")
                     break
                 outcomes, routers_of = self._write_missing(as_before, batch, cached), as_before
             for method, some in outcomes.items():
@@ -274,24 +276,36 @@ class Run:
 
     def live(self, methods: Sequence[str]) -> list[dict[str, Any]]:
         """The first problems as a user would run them, timed."""
-        path, routers_of = self.path("live.jsonl"), self._routers(methods)
-        done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        known = {(result["method"], result["problem"]) for result in done}
-        for result in done:
-            recall(routers_of.get(result["method"]), result.get("decisions", ()))
+        results, routers_of = Results.read(self.path("live.jsonl")), self._routers(methods)
+        results.recall(routers_of)
         for number in list(self.problems)[: self.arguments.live_limit]:
             if self._is_over():
-                log(f"time is up: {len(done)} live runs stand in {path.name}")
+                log(f"time is up: {len(results.done)} live runs stand in {results.path.name}")
                 break
             for method in random.Random(number).sample(methods, len(methods)):
-                if (method, number) not in known:
-                    if len(done) == len(known):  # the first call of a process
-                        self._solve(BASELINE, routers_of.get(BASELINE), number, 8)
-                    done.append(self._solve(method, routers_of[method], number, self.arguments.max_new_tokens))
-                    with path.open("a") as file:
-                        file.write(json.dumps(done[-1]) + "\n")
-                    log(f"{number} {method} live: {done[-1]['seconds']:.1f} s, {done[-1]['correct']}")
-        return [result for result in done if result["method"] in methods and result["problem"] in self.problems]
+                if results.missing(method, [number]):
+                    if results.is_unchanged:  # the first call of a process
+                        self._solve(BASELINE, routers_of.get(BASELINE), [number], 8)
+                    results.add(self._solve(method, routers_of[method], [number], self.arguments.max_new_tokens))
+                    log(f"{number} {method} live: {results.done[-1]['seconds']:.1f} s, {results.done[-1]['correct']}")
+        return results.of(methods, self.problems)
+
+    def batched(self, methods: Sequence[str]) -> list[dict[str, Any]]:
+        """All problems, for the answers."""
+        results, routers_of = Results.read(self.path("batched.jsonl")), self._routers(methods)
+        results.recall(routers_of)
+        for batch in self._batches():
+            for method in methods:
+                missing = results.missing(method, batch)
+                if missing and not self._is_over():
+                    results.add(self._solve(method, routers_of[method], missing, self.arguments.max_new_tokens))
+                    solved = sum(result["correct"] for result in results.done[-len(missing) :])
+                    log(f"{batch[0]}-{batch[-1]} {method} batched: {solved} of {len(missing)}")
+        return results.of(methods, self.problems)
+
+    def _batches(self) -> list[list[int]]:
+        numbers, size = list(self.problems), self.arguments.batch_size
+        return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
@@ -310,38 +324,36 @@ class Run:
     def _outcome(self, run: Replayed) -> Outcome:
         return Outcome(run=run, correct=self._is_right(run.problem, run.tokens))
 
-    def _solve(self, method: str, router: Router | None, number: int, max_new_tokens: int) -> dict[str, Any]:
+    def _solve(
+        self, method: str, router: Router | None, numbers: Sequence[int], max_new_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Problems in one batch."""
         target, drafter = self.pair()
-        inputs = encode_problems(self.tokenizer, [self.problems[number]])
+        inputs = encode_problems(self.tokenizer, [self.problems[number] for number in numbers])
         routed = {} if method == BASELINE else {"router": router, "tokenizer": self.tokenizer}
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
         started = perf_counter()
         out = specdec.generate(target, **inputs, drafter=Auto(drafter), **routed, **options)
         seconds, stats = perf_counter() - started, out.stats
-        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        return {
-            "method": method,
-            "problem": number,
-            "correct": self._is_right(number, tokens),
-            "seconds": seconds - stats.setup_seconds,
-            "num_tokens": stats.num_new_tokens,
-            "num_vain": sum(step.num_discarded for step in stats.steps),
-            "num_steps": len(stats.steps),
-            "num_escalated": sum(step.writer == "target" for step in stats.steps),
-            "router_seconds": stats.router_seconds,
-            "decisions": [(step.score, step.writer == "target") for step in stats.steps],
-        }
-
-
-def recall(router: Router | None, decisions: Sequence[tuple[float | None, bool]]) -> None:
-    """A rate is held over all runs, those before an interruption included."""
-    gate = getattr(router, "gate", None)
-    if gate is not None and gate.budget is not None:
-        for score, escalated in decisions:
-            if score is None or math.isnan(score):
-                gate.budget.count(escalated)
-            else:
-                gate.budget.observe(score, escalated)
+        results = []
+        for row, number in enumerate(numbers):
+            steps = [step for step in stats.steps if step.row == row]
+            tokens = out.sequences[row, inputs["input_ids"].shape[1] :].tolist()
+            results.append(
+                {
+                    "method": method,
+                    "problem": number,
+                    "correct": self._is_right(number, tokens),
+                    "seconds": seconds - stats.setup_seconds,
+                    "num_tokens": sum(step.num_tokens for step in steps) or stats.num_new_tokens,
+                    "num_vain": sum(step.num_discarded for step in steps),
+                    "num_steps": len(steps),
+                    "num_escalated": sum(step.writer == "target" for step in steps),
+                    "router_seconds": stats.router_seconds,
+                    "decisions": [(step.score, step.writer == "target") for step in steps],
+                }
+            )
+        return results
 
 
 def main() -> None:
@@ -353,6 +365,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="number of problems")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="replayed")
     parser.add_argument("--live", nargs="+", default=[], help="run as a user would")
+    parser.add_argument("--batched", nargs="+", default=[], help="run in batches, for their answers")
     parser.add_argument("--live-limit", type=int, default=5, help="number of problems of --live")
     parser.add_argument("--alone", type=int, default=2, help="number of problems on which costs are measured")
     parser.add_argument("--router", type=Path)
@@ -370,23 +383,26 @@ def main() -> None:
     problems = dict(enumerate(read_problems(arguments.problems)))
     last = len(problems) if arguments.limit is None else arguments.first + arguments.limit
     problems = {number: problem for number, problem in problems.items() if arguments.first <= number < last}
+    if BASELINE in arguments.batched:
+        parser.error(f"{BASELINE} is replayed, or live: leave it out of --batched")
     if BASELINE not in arguments.methods:
         parser.error(f"the methods are compared with {BASELINE}: name it too")
     if lacking := [method for method in arguments.methods if runs_live_only(method)]:
-        parser.error(f"{' '.join(lacking)}: cannot be replayed on kept steps; name it in --live")
+        parser.error(f"{' '.join(lacking)}: cannot be replayed on kept steps; name it in --batched or --live")
     if arguments.live and BASELINE not in arguments.live:
         parser.error(f"live runs are compared with {BASELINE}: name it in --live too")
-    for method in (*arguments.methods, *arguments.live):
+    for method in (*arguments.methods, *arguments.live, *arguments.batched):
         make_router(method, arguments.router, arguments.seed)  # what cannot be is said before any work
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(arguments, problems)
-    if arguments.draft and any(f"+{ONE_CACHE}" in method for method in arguments.live):
+    if arguments.draft and any(f"+{ONE_CACHE}" in method for method in (*arguments.live, *arguments.batched)):
         target, drafter = run.pair()
         check_shared_cache(drafter, target)  # not after hours
-    costs, replayed, live = run.costs(), run.replayed(arguments.methods), run.live(arguments.live)
+    costs, replayed = run.costs(), run.replayed(arguments.methods)
+    batched, live = run.batched(arguments.batched), run.live(arguments.live)
     if not replayed[BASELINE]:
         raise SystemExit("not one batch of problems was done: give it more --minutes, or a smaller --batch-size")
-    print(write_report(replayed, costs, live, BASELINE, arguments.output, command("arbitrage")))
+    print(write_report(replayed, costs, batched, live, BASELINE, arguments.output, command("arbitrage")))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def sign_test(gains: np.ndarray) -> float:
 def write_report(
     replayed: Mapping[str, Sequence[Outcome]],
     costs: Costs | None,
+    batched: Sequence[Mapping[str, Any]],
     live: Sequence[Mapping[str, Any]],
     baseline: str,
     output: Path,
@@ -94,6 +95,21 @@ def write_report(
         pipe_table(_REPLAYED, rows),
         *_bounds(replayed, costs, baseline),
     ]
+    if batched:
+        answers = {
+            method: {outcome.run.problem: outcome.correct for outcome in outcomes}
+            for method, outcomes in replayed.items()
+        }
+        parts += [
+            f"Run in batches for their answers, compared with those above on {num_problems} problems. All is LOSSY.",
+            pipe_table(
+                _BATCHED,
+                [
+                    _batched_row(method, batched, answers, baseline)
+                    for method in dict.fromkeys(r["method"] for r in batched)
+                ],
+            ),
+        ]
     if live:
         parts += [
             f"Live, one problem at a time, {len({result['problem'] for result in live})} problems. "
@@ -112,6 +128,10 @@ _REPLAYED = (
     *("method", "accuracy", "less speculative's, 95 %", "less random's, 95 %", "p, sign test", "steps by the target"),
     *("tokens by the target", "in vain per kept token", "without looks", "computed speed, 95 %", "in one cache"),
     *("router, us a step", "router's time"),
+)
+_BATCHED = (
+    *("method", "problems", "accuracy", "less speculative's, 95 %", "less random's, 95 %", "p, sign test"),
+    *("steps by the target", "tokens", "in vain per kept token"),
 )
 _LIVE = (
     *("method", "problems", "accuracy", "less speculative's, 95 %", "less random's, 95 %", "p, sign test"),
@@ -148,6 +168,27 @@ def _replayed_row(
         at_most,
         f"{1e6 * router_seconds / num_steps:.0f}",
         share,
+    ]
+
+
+def _batched_row(
+    method: str, batched: Sequence[Mapping[str, Any]], answers: Mapping[str, Mapping[int, bool]], baseline: str
+) -> list[str]:
+    results = {result["problem"]: result for result in batched if result["method"] == method}
+    numbers = sorted(results.keys() & answers[baseline].keys())
+    some = [results[number] for number in numbers]
+    theirs, control = (answers.get(name, {}) for name in (baseline, _control(method)))
+    correct, beside = _solved(results, numbers), np.array([control[number] for number in numbers if control], float)
+    num_tokens = sum(result["num_tokens"] for result in some)
+    return [
+        method,
+        str(len(numbers)),
+        f"{correct.mean():.1%}",
+        _points(correct - np.array([theirs[number] for number in numbers], float)),
+        *_compared(correct, beside if len(beside) else None),
+        f"{sum(result['num_escalated'] for result in some) / sum(result['num_steps'] for result in some):.1%}",
+        f"{num_tokens / len(some):.0f}",
+        f"{sum(result['num_vain'] for result in some) / num_tokens:.2f}",
     ]
 
 

@@ -55,7 +55,7 @@ class CachedStep:
     Args:
         after: digest of the text's token ids.
         values: for each token log p, entropy and margin of the draft (DRAFT), log p and regret of the target (SCORE).
-        seconds: that it took, with as many others as there were rows.
+        seconds: from its beginning to its end, beside as many others as there were rows at the end.
     """
 
     kind: str
@@ -119,13 +119,19 @@ class StepSource:
         self._longest = loop.router.steps.max_tokens
         self.prompts = {problem: list(row) for problem, row in zip(problems, loop.target.sequences.tokens, strict=True)}
         self._row_of = {problem: row for row, problem in enumerate(problems)}
+        self._begun: dict[int, tuple[Request, float]] = {}
+        """By row the request that is being written, and when it was begun."""
 
     def write(self, requests: Sequence[Request]) -> list[CachedStep]:
-        """What is asked for, of requests of one kind and of different problems."""
+        """Go on until one step or several are over, of requests of one kind and of different problems.
+
+        Nobody waits for the longest step: the other requests are to be made again, beside new ones.
+        """
         rows = {self._row_of[request.problem]: request for request in requests}
-        texts = {row: [*self.prompts[request.problem], *request.text] for row, request in rows.items()}
-        started = perf_counter()
-        kind = requests[0].kind
+        kind, started = requests[0].kind, perf_counter()
+        new = {row: request for row, request in rows.items() if self._begun.get(row, (None,))[0] != request}
+        self._begun |= {row: (request, started) for row, request in new.items()}
+        texts = {row: [*self.prompts[request.problem], *request.text] for row, request in new.items()}
         for writer in (self._draft,) if kind == DRAFT else (self._draft, self._target):
             writer.sync(texts)
             writer.begin_steps(texts)
@@ -134,32 +140,34 @@ class StepSource:
         else:
             writer = self._draft if kind == DRAFT else self._target
             if kind == TARGET:
-                writer.append_draft_step({row: request.drafted for row, request in rows.items()})
-            writer.write(dict.fromkeys(rows, self._longest))
-            found = [(writer.step_tokens(row), self._values(row) if kind == DRAFT else []) for row in rows]
-        seconds = perf_counter() - started
-        lasts = [kind != SCORE and writer.stop.steps[row].is_last for row in rows]
+                writer.append_draft_step({row: request.drafted for row, request in new.items()})
+            writer.begin(dict.fromkeys(new, self._longest))
+            while all(writer.stop.steps[row].writing for row in rows):
+                writer.round()
+            over = [row for row in rows if not writer.stop.steps[row].writing]
+            found = {row: (writer.step_tokens(row), self._values(row) if kind == DRAFT else []) for row in over}
+        now = perf_counter()
         return [
             CachedStep(
                 kind=kind,
-                problem=request.problem,
-                after=request.key[2],
+                problem=rows[row].problem,
+                after=rows[row].key[2],
                 tokens=list(tokens),
-                is_last=bool(is_last),
+                is_last=kind != SCORE and bool(writer.stop.steps[row].is_last),
                 values=values,
-                seconds=round(seconds, 4),
+                seconds=round(now - self._begun.pop(row)[1], 4),
                 num_rows=len(rows),
             )
-            for request, (tokens, values), is_last in zip(rows.values(), found, lasts, strict=True)
+            for row, (tokens, values) in found.items()
         ]
 
-    def _scored(self, rows: Mapping[int, Request]) -> list[tuple[Sequence[int], list[list[float]]]]:
+    def _scored(self, rows: Mapping[int, Request]) -> dict[int, tuple[Sequence[int], list[list[float]]]]:
         logits_of = self._target.score_drafts({row: list(request.drafted) for row, request in rows.items()})
-        found = []
+        found: dict[int, tuple[Sequence[int], list[list[float]]]] = {}
         for row, request in rows.items():
             logits_TV = logits_of[row][: len(request.drafted)]
             columns = log_probs_of(logits_TV, request.drafted), regrets_of(logits_TV, request.drafted)
-            found.append((request.drafted, _rounded(columns)))
+            found[row] = request.drafted, _rounded(columns)
         # a text most often goes on with the step: what has been read of it need not be read again
         self._target.commit_scored({row: [list(request.drafted)] for row, request in rows.items()})
         return found

@@ -243,7 +243,11 @@ def replay_all(
     cache: StepCache,
     write: Callable[[Sequence[Request]], list[CachedStep]],
 ) -> list[Replayed]:
-    """Some problems in step, so that what is missing of several of them is written at once."""
+    """Some problems side by side, so that what is missing of several of them is written at once.
+
+    Args:
+        write: returns some of what is asked for, one step at least.
+    """
     runs = {problem: replay(router, problem, prompts[problem], decode) for problem in problems}
     waiting = {problem: next(run) for problem, run in runs.items()}
     done: dict[int, Replayed] = {}

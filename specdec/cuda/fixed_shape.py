@@ -26,7 +26,8 @@ from specdec.errors import UnsupportedModelError, UnsupportedOptionError
 from specdec.kernels import prepared
 from specdec.kernels.model.profile import profile_of
 from specdec.stages import stage
-from specdec.tree_model.model import Forwarded, TreeModel
+from specdec.tree_model.forwards import Forwarded
+from specdec.tree_model.model import TreeModel
 from trees import GrowthPolicy
 
 _logger = logging.getLogger("specdec")

@@ -28,9 +28,10 @@ from specdec.hf import home_device, num_processes
 from specdec.kernels.model.profile import profile_of
 from specdec.tree_model import masks
 from specdec.tree_model.cache import TreeCache
+from specdec.tree_model.forwards import Forwarded
 from specdec.tree_model.layer_kinds import layer_kinds
 from specdec.tree_model.layer_views import ALL_LAYERS, Layers
-from specdec.tree_model.model import Forwarded, TreeModel
+from specdec.tree_model.model import TreeModel
 from trees.uploads import upload
 
 _logger = logging.getLogger("specdec")

@@ -18,8 +18,10 @@ from trees import TokenTree, TreeBatch
 _LONGEST_LEAD = 256
 """Tokens that are read together with a draft; before more than that the model catches up, in such parts."""
 _CHEAP_WIDTH = 16
-"""A forward of so many tokens costs little more than one of few. Up to there rows that pause are read along, with a
-token that is dropped again: copying the states of those that write costs more."""
+"""A forward of so many tokens may cost little more than one of few. Up to there rows that pause can be read along, with
+a token that is dropped again, and the states of those that write need not be copied."""
+_SLOTS_OF_A_TOKEN = 192
+"""Copying the states of so many slots costs a CPU about as much as a token that is dropped."""
 
 
 class _Held:
@@ -112,7 +114,7 @@ class TextReader:
         The tokens become their tail. Hidden states that are kept are of these rows too.
         """
         num_rows, rows, longest = len(self.sequences), list(tokens), max(map(len, tokens.values()))
-        if len(rows) < num_rows and num_rows * longest > _CHEAP_WIDTH:
+        if self._is_better_apart(rows, longest):
             with self.target.row_subset(rows, longest):
                 logits_RTV = self._read([tokens[row] for row in rows])
         else:
@@ -124,6 +126,15 @@ class TextReader:
         if missing:
             logits_RTV = torch.nn.functional.pad(logits_RTV, (0, missing), value=-torch.inf)
         return logits_RTV.to(self.sequences.device)
+
+    def _is_better_apart(self, rows: Sequence[int], longest: int) -> bool:
+        """Whether to copy the states of rows that write, and not to read the others along."""
+        num_rows = len(self.sequences)
+        num_dropped = longest * (num_rows - len(rows))
+        if not num_dropped or num_rows * longest > _CHEAP_WIDTH:
+            return bool(num_dropped)
+        num_copied = sum(self.target.cache.lengths[row] for row in rows)
+        return self.target.device.type == "cpu" and num_copied < num_dropped * _SLOTS_OF_A_TOKEN
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Commit these slots of each row's tail to the cache."""

@@ -1,8 +1,7 @@
 """A Hugging Face causal LM that forwards token trees: prefill, then speculative forwards, then commit or rollback.
 
-The target is one; so is a small draft model. Masks are built once a forward and handed to the model as they are
-(4-D); positions follow the depth in the tree. A model that drafts for itself is an `early_exit.EarlyExitModel`.
-`docs/structures.md` walks a round through the modules.
+The target is one; so is a small draft model. What a single forward takes is in `forwards.py`. A model that drafts for
+itself is an `early_exit.EarlyExitModel`. `docs/structures.md` walks a round through the modules.
 
 Shape legend: A planes of positions (one for text, several past an image), B rows, P prompt, T new slots, K tail slots
 (old and new), S all tail slots, C channels, V vocabulary.
@@ -11,28 +10,23 @@ Shape legend: A planes of positions (one for text, several past an image), B row
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from specdec.errors import UnsupportedModelError
-from specdec.hf import cache_name, home_device
-from specdec.kernels import native, prepared
-from specdec.tree_model import masks
+from specdec.kernels import native
 from specdec.tree_model.cache import RowStates, TreeCache
-from specdec.tree_model.layer_kinds import layer_kinds
-from specdec.tree_model.layer_views import ALL_LAYERS, Layers, LayerViews, View
+from specdec.tree_model.forwards import Forwards
+from specdec.tree_model.layer_views import ALL_LAYERS
 from specdec.tree_model.packing import pack_tokens, pack_trees, run_packed
 from specdec.tree_model.pages import PagedCache, PagePool, RowPages
 from specdec.tree_model.positions import next_positions, positions_read
 from specdec.tree_model.state_owners import reads_on
-from specdec.tree_model.walking import walking
 from trees import Ragged, TreeBatch
 from trees.uploads import upload
 
@@ -46,22 +40,15 @@ class Along:
     is_read: bool = False
 
 
-Forwarded = tuple[Tensor | None, dict[int, Tensor]]
-"""Of some layers: logits [B, T, V] if the head is among them; the states that are kept, and those after the last of
-them if it is not."""
 _STEPS = 16
 """Tokens of a prompt that are stepped before their states are forgotten."""
 
 
-class TreeModel:
+class TreeModel(Forwards):
     """A causal LM with its cache and masks, for the length of one run.
 
-    Args:
-        model: a decoder-only model that has passed `compatibility.check_model`.
-
     Attributes:
-        states: of the last prefill or verification, for every depth asked for with `keep_states`: hidden states after
-            that many layers [B, T, C], before the final norm, slot by slot.
+        states: as of any `Forwards`, of the last prefill or verification.
         num_read_along: tokens of a prompt that the last verification has read besides.
         joined_states: the same of the row that has joined last, [S, C], of the last tokens that it holds: those whose
             states are known.
@@ -72,49 +59,12 @@ class TreeModel:
     verified in one chain from the root."""
     most_drafted = sys.maxsize
     """Nodes of a tree that it can verify."""
-    cache: TreeCache
-    _prompt_BP: Tensor | None
-    """bool: which prompt slots are no padding; None if all are."""
-    _lag_AB: Tensor
-    """How far positions lag behind slots."""
-    _offsets_BS: Tensor
-    """Offsets of the tail's slots."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        config = model.config.get_text_config(decoder=True)
-        self.kinds = layer_kinds(config)
-        self._additive = config._attn_implementation == "eager"
-        self.vocab_size: int = config.vocab_size
-        self.num_layers = len(self.kinds)
-        self._sees_all = all(kind is not None and kind.sees_all for kind in self.kinds)
-        self._cache_name = cache_name(model)
-        kinds = list(enumerate(self.kinds))
-        self._layers: dict[str, Any] = {
-            "without": {index for index, kind in kinds if kind is None or not kind.has_slots},
-            "recurrent": {index: kind.num_states for index, kind in kinds if kind is not None and kind.num_states},
-        }
-        self.device = home_device(model)
-        self.num_forwards = self.num_read_along = 0
-        self.states: dict[int, Tensor] = {}
+        super().__init__(model)
+        self.num_read_along = 0
         self.joined_states: dict[int, Tensor] = {}
-        self._kept: frozenset[int] = frozenset()
         self._along: Along | None = None
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether a layer has a state that the next token overwrites: what is committed cannot be taken back then."""
-        return bool(self._layers["recurrent"])
-
-    @cached_property
-    def _runs(self) -> PreTrainedModel:
-        """What is called: where a layer has states, a copy that steps its mixers."""
-        return walking(self.model, TreeCache(self.num_layers, 1, **self._layers)) if self.keeps_states else self.model
-
-    @cached_property
-    def views(self) -> LayerViews:
-        """The model's layers, for drafters that run some of them."""
-        return LayerViews(self._runs)
 
     @contextmanager
     def row_subset(self, rows: Sequence[int], room: int) -> Iterator[None]:
@@ -133,15 +83,6 @@ class TreeModel:
             whole[0].take_tail(self.cache, rows)
         finally:
             self.cache, self._lag_AB, self._prompt_BP = whole
-
-    def keep_states(self, depths: Iterable[int]) -> None:
-        """From now on keep the hidden states after these numbers of layers (1 and more) in `states`, besides others."""
-        self._kept |= frozenset(depths)
-
-    @property
-    def kept_depths(self) -> frozenset[int]:
-        """The numbers of layers after which states are kept."""
-        return self._kept
 
     def prefill(
         self,
@@ -327,13 +268,6 @@ class TreeModel:
         assert logits is not None
         return logits
 
-    def _new_inputs(self, tokens_BT: Tensor) -> dict[str, Any]:
-        """Of tokens that follow what is committed."""
-        num_rows, num_new = tokens_BT.shape
-        offsets_BT = torch.arange(num_new, device=self.device).expand(num_rows, num_new)
-        seen_BTT = None if num_new == 1 else (offsets_BT[:, :, None] >= offsets_BT[:, None]).contiguous()
-        return self._inputs(0, tokens_BT, offsets_BT, seen_BTT)
-
     def _take_new(self, tokens_BT: Tensor) -> None:
         """They have been forwarded."""
         self.num_forwards += 1
@@ -384,52 +318,6 @@ class TreeModel:
         assert logits_BTV is not None
         return logits_BTV
 
-    def _forward_layers(
-        self,
-        layers: Layers,
-        tokens_BT: Tensor,
-        offsets_BT: Tensor,
-        seen_BTK: Tensor | None,
-        hidden: Sequence[Tensor] = (),
-    ) -> Forwarded:
-        """Append T slots to the tail of some layers.
-
-        Args:
-            hidden: the states [B, T, C] before them, if there are layers before them.
-        """
-        return self._run_layers(layers, self._inputs(self._tail_of(layers), tokens_BT, offsets_BT, seen_BTK), hidden)
-
-    def _run_layers(self, layers: Layers, inputs: dict[str, Any], hidden: Sequence[Tensor]) -> Forwarded:
-        view = self._whole() if layers == ALL_LAYERS else self.views.some(layers, self._kept)
-        for hidden_BTC in hidden:
-            view.set_input_states(hidden_BTC)
-        outputs = self._run(view, inputs)
-        return outputs.logits if layers.stop is None else None, self._at_home(view.states)
-
-    def _tail_of(self, layers: Layers) -> int:
-        """How much of a tail some layers hold."""
-        if layers == ALL_LAYERS:
-            return self.cache.tail
-        return min((layer.tail for layer in self.cache.stored_in(*layers)), default=0)
-
-    def visible_slots(self, row: int) -> Tensor:
-        """int64 [S] the committed slots of a row that are no padding, in order."""
-        slots_S = torch.arange(self.cache.lengths[row], device=self.device)
-        if self._prompt_BP is None:
-            return slots_S
-        prompt_P = self._prompt_BP[row, : len(slots_S)]
-        return torch.cat([prompt_P.nonzero()[:, 0], slots_S[len(prompt_P) :]])
-
-    @property
-    def next_positions_AB(self) -> Tensor:
-        """int64 positions of every row's next token."""
-        return self.cache.lengths_on(self.device) - self._lag_AB
-
-    @property
-    def next_positions_B(self) -> Tensor:
-        """int64 position of every row's next token; past an image that of its rotation."""
-        return self.next_positions_AB[-1]
-
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these slots of each row (see `TreeCache.commit`)."""
         self.cache.commit(kept)
@@ -446,82 +334,3 @@ class TreeModel:
         self._lag_AB = self._lag_AB.index_select(1, rows_B)
         if self._prompt_BP is not None:
             self._prompt_BP = self._prompt_BP.index_select(0, rows_B)
-
-    def _at_home(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The states of layers on several devices, on one."""
-        return {depth: states_BTC.to(self.device) for depth, states_BTC in states.items()}
-
-    def _whole(self) -> View:
-        return self.views.whole(self._kept) if self._kept else self._bare
-
-    @cached_property
-    def _bare(self) -> View:
-        """The whole model, nothing kept."""
-        return self.views.whole() if self._is_fused else View(self._runs)
-
-    @cached_property
-    def _body(self) -> View:
-        """What reads tokens whose logits nobody wants."""
-        return self.views.body() if self._is_fused else self._bare
-
-    @cached_property
-    def _is_fused(self) -> bool:
-        try:
-            return prepared(self.model) is not None and self.views.uses_fused_layers
-        except UnsupportedModelError:  # there are no layers to be found, and none are needed
-            return False
-
-    def _call(self, view: View, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> Any:
-        """Forward new slots where the running layers already hold a tail of `num_tail`."""
-        return self._run(view, self._inputs(num_tail, tokens_BT, offsets_BT, seen_BTK))
-
-    def _run(self, view: View, inputs: dict[str, Any], *, num_logits: int = 0) -> Any:
-        """
-        Args:
-            num_logits: of the last slots, at least; 0 for all.
-        """
-        fewer = {"logits_to_keep": num_logits} if num_logits and self.model._supports_logits_to_keep() else {}
-        return view.run(**inputs, **fewer)
-
-    def _inputs(self, num_tail: int, tokens_BT: Tensor, offsets_BT: Tensor, seen_BTK: Tensor | None) -> dict[str, Any]:
-        if self.cache.states is not None:
-            self.cache.states.begin_step(seen_BTK, tokens_BT.shape[1])
-        self._offsets_BS = torch.cat([self._offsets_BS, offsets_BT], 1) if num_tail else offsets_BT
-        positions_ABT = self.next_positions_AB.unsqueeze(2) + offsets_BT
-        return {
-            "input_ids": tokens_BT,
-            "attention_mask": self._mask(seen_BTK, offsets_BT),
-            "position_ids": positions_ABT if len(positions_ABT) > 1 else positions_ABT[0],
-            self._cache_name: self.cache,
-            "use_cache": True,
-        }
-
-    def _start_masks(self, attention_mask: Tensor | None, next_AB: Tensor | None) -> None:
-        self._prompt_BP = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
-        lengths_B = self.cache.lengths_on(self.device)
-        self._lag_AB = torch.zeros_like(lengths_B[None]) if next_AB is None else lengths_B - next_AB.to(self.device)
-
-    def _mask(self, seen_BTK: Tensor | None, offsets_BT: Tensor) -> Any:
-        """The 4-D mask of a forward, one for each kind of layer if they differ; None where every slot is visible."""
-        if seen_BTK is None and self._sees_all and self._prompt_BP is None:
-            lengths = self.cache.lengths
-            if min(lengths) == max(lengths):
-                return None
-        by_name = masks.by_kind(
-            [kind for kind in self.kinds if kind is not None],
-            seen_BTK,
-            offsets_BT,
-            self._offsets_BS,
-            self.cache.lengths,
-            self._prompt_BP,
-        )
-        made = {id(mask): self._as_model_takes(mask) for mask in by_name.values()}
-        if len(made) <= 1:
-            return next(iter(made.values()), None)
-        named = {name: made[id(mask)] for name, mask in by_name.items()}
-        return masks.with_states(named) if self.keeps_states else named
-
-    def _as_model_takes(self, visible_BTS: Tensor) -> Tensor:
-        """[B, 1, T, S]"""
-        mask_B1TS = visible_BTS.unsqueeze(1)
-        return masks.additive(mask_B1TS, self.model.dtype) if self._additive else mask_B1TS

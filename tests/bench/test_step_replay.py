@@ -15,6 +15,7 @@ import routers
 import specdec
 from bench import arbitrage, step_replay
 from bench.arbitrage_report import Costs, sign_test
+from bench.arbitrage_results import Results
 from bench.step_cache import CachedStep, Request, StepCache, with_source
 from bench.step_replay import Replayed, replay_all
 from routers import FirstTokenEntropy, OwnDoubt
@@ -199,27 +200,28 @@ def bench(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow  # with `make test-all`, which installs matplotlib
 def test_the_curve_goes_on_where_it_was_stopped(bench, tmp_path, capsys):
-    files = [tmp_path / "new" / f"found.{kind}.jsonl" for kind in ("steps", "costs", "live")]
+    files = [tmp_path / "new" / f"found.{kind}.jsonl" for kind in ("steps", "costs", "live", "batched")]
     live = ("--live", "speculative", "confidence@0.5+onecache+ahead2", "--live-limit", "2")
+    live += ("--batched", "confidence@0.5+onecache")
     bench("--methods", *METHODS, *live, "--alone", "1", "--limit", "1")
     first = [path.read_text() for path in files]
     bench("--methods", *METHODS, *live, "--alone", "1")
     second = [path.read_text() for path in files]
     assert all(after.startswith(before) for before, after in zip(first, second, strict=True))
     assert second[0] != first[0]
-    assert second[2].count("\n") == 4
+    assert [text.count("\n") for text in second[2:]] == [4, 2]
     bench("--methods", *METHODS, *live, "--alone", "1", "--minutes", "0")
     assert [path.read_text() for path in files] == second, "nothing is done twice"
     report = (tmp_path / "new" / "found.md").read_text()
     assert "Replayed on cached greedy steps, 2 problems" in report
     assert "Live, one problem at a time, 2 problems" in report
-    assert report.count("LOSSY") == 2
+    assert report.count("LOSSY") == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "speculative", "confidence@0.5+onecache"), "name it in --live"),
+        (("--methods", "speculative", "confidence@0.5+onecache"), "name it in --batched or --live"),
         (("--live", "draft"), "name it in --live too"),
         (("--methods", "speculative", "confidence@0.5+ahaed2"), "is none of those above"),
         (("--methods", "speculative", "entropy@0.5~4"), "only confidence looks"),
@@ -237,7 +239,8 @@ def test_a_rate_is_held_over_an_interruption():
     whole, later = (arbitrage.make_router("confidence@0.3", None, 0) for _ in range(2))
     scores = np.random.default_rng(0).random(40).tolist()
     decided = [whole.gate.decide(score).escalate for score in scores]
-    arbitrage.recall(later, list(zip(scores[:20], decided[:20], strict=True)))
+    before = {"method": "later", "decisions": list(zip(scores[:20], decided[:20], strict=True))}
+    Results(Path("unused"), [before]).recall({"later": later})
     assert [later.gate.decide(score).escalate for score in scores[20:]] == decided[20:]
 
 

@@ -122,8 +122,11 @@ def test_fused_layers_say_the_same(tree: str, tmp_path: Path, monkeypatch: pytes
             assert_same_tokens(target, plain_alone(target, PROMPTS, NUM_NEW), out.sequences, PROMPTS["attention_mask"])
             said.append({(tuple(each.text), tuple(each.drafted)): each.logits_V for each in listener.said})
     assert said[0].keys() == said[1].keys()
-    for key, logits_V in said[0].items():
-        torch.testing.assert_close(logits_V, said[1][key], rtol=1e-3, atol=1e-3)
+    fused_IV, apart_IV = (torch.stack([each[key] for key in said[0]]) for each in said)
+    distance_I = (fused_IV - apart_IV).norm(dim=-1) / (apart_IV - apart_IV.mean(-1, keepdim=True)).norm(dim=-1)
+    # sums in another order; here and there an activation is rounded to the next of its 8-bit codes
+    assert distance_I.median() <= 1e-5
+    assert distance_I.max() <= 0.1
     assert min(map(native_calls.count, ("states", "logits"))) > NUM_NEW
 
 

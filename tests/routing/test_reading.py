@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specdec.decoding.sequences import Sequences, num_shared
+from specdec.routing import reading
 from specdec.routing.reading import TextReader
 from specdec.testing import tiny_model
 from specdec.tree_model.model import TreeModel
@@ -52,3 +53,28 @@ def test_what_two_texts_share_with_one_cache_is_what_a_comparison_says(seed):
             reader.forward({row: [*lead, reader.root(row)]})
             reader.keep([range(len(lead) if index == row else 0) for index in range(2)])
             assert reader.cached(row) == reader.sequences.lengths[row] - 1
+
+
+@pytest.mark.parametrize("slots_of_a_token", [0, 1000])
+def test_a_row_that_writes_is_read_alone_where_copying_its_states_is_cheaper(slots_of_a_token, monkeypatch):
+    monkeypatch.setattr(reading, "_SLOTS_OF_A_TOKEN", slots_of_a_token)
+    model = tiny_model("llama")
+    reader = TextReader(
+        target=TreeModel(model),
+        sequences=Sequences(PROMPTS_BP, MASK_BP, 40),
+        prefill=read_prompts,
+        vocab_size=model.config.vocab_size,
+    )
+    reader.get_ready([0])
+    widths = []
+    verify = TreeModel.verify
+    monkeypatch.setattr(
+        TreeModel, "verify", lambda self, trees, roots: widths.append(len(roots)) or verify(self, trees, roots)
+    )
+    logits_RTV = reader.forward({0: [reader.root(0), 1]})
+    assert widths == [1 if slots_of_a_token else 2]
+    alone_1TV = model(torch.tensor([[1, 2, 1]])).logits[:, -2:]
+    torch.testing.assert_close(logits_RTV, alone_1TV, atol=1e-5, rtol=1e-4)
+    reader.sequences.put_all([[1], []])
+    reader.keep([range(2), range(0)])
+    assert reader.target.cache.lengths == [4, 2]

@@ -16,8 +16,9 @@ from specdec.drafters.head.dflash import DFlash
 from specdec.drafters.head.formats import MTP
 from specdec.drafters.head.network import HeadNetwork, HeadOutput
 from specdec.drafters.head.peagle import PEagle
+from specdec.tree_model.forwards import Forwarded
 from specdec.tree_model.layer_views import ALL_LAYERS, Layers
-from specdec.tree_model.model import Forwarded, TreeModel
+from specdec.tree_model.model import TreeModel
 from trees.uploads import upload
 
 FED_BACK = 0
