@@ -4,9 +4,9 @@
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
-With `--graphs` what comes again is replayed, forwards and what is accepted of drafts, each as one launch; counted is a
-second call, which finds the graphs of the first. A greedy output that is not the CPU's fails the run, and so does what
-would wait while it is captured.
+With `--graphs` what comes again is replayed, forwards and what is accepted of drafts, each as one launch, and what has a
+kernel of its own is one too; counted is a second call, which finds the graphs of the first. A greedy output that is not
+the CPU's fails the run, and so does what would wait while it is captured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 import specdec
 from bench._script import log, parser_of, pipe_table
-from specdec.cuda import graphs
+from specdec.cuda import graphs, slots
 from specdec.decoding.loop import DecodingLoop
 from specdec.drafters import Drafter, DraftHead, EarlyExit, Plain, PromptLookup, SmallModel
 from specdec.drafters.head.eagle import Eagle3
@@ -70,6 +70,8 @@ KINDS = [
     Kind("prompt lookup", lambda _: PromptLookup(), ONE, {}),
     Kind("prompt lookup, sampled", lambda _: PromptLookup(min_match=1), ONE, SAMPLED),
     Kind("early exit", lambda _: EarlyExit(2), ONE, {}),
+    Kind("early exit, DySpec(16)", lambda _: EarlyExit(2), ONE, {"tree": DySpec(16)}),
+    Kind("adaptive exit", lambda _: EarlyExit(objective="tokens-per-layer", shadow_share=1), ONE, {}),
     Kind("chain of 5", _small, ONE, {}),
     Kind("chain of 5, sampled", _small, ONE, SAMPLED),
     Kind("DySpec(16)", _small, ONE, {"tree": DySpec(16)}),
@@ -88,6 +90,8 @@ KINDS = [
     Kind("4 ragged rows, chain of 5", _small, FOUR, {}),
     Kind("4 ragged rows, chain of 5, sampled", _small, FOUR, SAMPLED),
     Kind("4 ragged rows, chain of 5, repetition penalty", _small, FOUR, {"repetition_penalty": 1.1}),
+    Kind("4 ragged rows, DySpec(16)", _small, FOUR, {"tree": DySpec(16)}),
+    Kind("4 ragged rows, early exit, DySpec(16)", lambda _: EarlyExit(2), FOUR, {"tree": DySpec(16)}),
     Kind("4 ragged rows, EAGLE-3 head", lambda models: DraftHead(models.eagle), FOUR, {}),
 ]
 
@@ -137,18 +141,18 @@ def count(kind: Kind, models: Models, gpu: FakeGpu, num_calls: int) -> Counts:
 
 @contextmanager
 def _graphs(gpu: FakeGpu) -> Iterator[None]:
-    """Replays are one launch, whatever the stand-in does."""
-    replay = graphs._StandIn.replay
+    """Replays are one launch, whatever the stand-in does, and so are kernels, whatever their twins do."""
 
-    def counted(graph: graphs._StandIn) -> torch.Tensor:
-        before, copies, waits = Counter(gpu.launches), gpu.num_queued_copies, gpu.num_syncs
-        output = replay(graph)
-        if (gpu.num_queued_copies, gpu.num_syncs) != (copies, waits):
-            raise SystemExit(f"a captured forward copies or waits: {gpu.syncs}")
-        gpu.launches = before + Counter({"graph": 1})
-        return output
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            with gpu.one_launch(name):
+                return function(*given)
 
-    with graphs.standing_in(), mock.patch.object(graphs._StandIn, "replay", counted):
+        return call
+
+    replay = mock.patch.object(graphs._StandIn, "replay", counted("graph", graphs._StandIn.replay))
+    arrange = mock.patch.object(slots, "reference", counted("slots", slots.reference))
+    with graphs.standing_in(), replay, arrange:
         yield
 
 

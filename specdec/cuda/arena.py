@@ -24,6 +24,8 @@ from transformers.cache_utils import Cache, DummyLayer
 from specdec.cuda.captured import Inputs, Shape, WrittenCache
 from specdec.cuda.functions import GraphedFunctions
 from specdec.cuda.graphs import Graph, GraphPool, Outputs
+from specdec.cuda.seen import Buffers
+from specdec.cuda.slots import MOST_SLOTS, arrange, buffers_of, can_arrange
 from specdec.kernels.model.changes import parts_of
 from specdec.tree_model.cache import TreeCache
 from specdec.tree_model.recurrent import StateLayer
@@ -174,6 +176,8 @@ class StaticTreeCache(TreeCache):
 
     arena: Arena | None = None
     least_rows = 0
+    _buffers: dict[int, Buffers | None] | None = None
+    """Those of so many layers; None if the kernel is not for them."""
 
     def _new_layer(self, index: int, capacity: int) -> TreeLayer | StateLayer | DummyLayer:
         layer = super()._new_layer(index, capacity)
@@ -183,6 +187,21 @@ class StaticTreeCache(TreeCache):
         super().select_rows(rows)
         if not rows and self.arena is not None and self.arena.is_owner(self):
             self.arena.trim()
+
+    def buffers_change(self) -> None:
+        super().buffers_change()
+        self._buffers = None
+
+    def _arrange(self, layers: Sequence[TreeLayer], sources_BK: Tensor) -> None:
+        known = self._buffers = self._buffers or {}
+        if len(layers) not in known:  # they are always the first ones
+            parts = [buffer for layer in layers for buffer in layer.buffers]
+            known[len(layers)] = buffers_of(parts) if can_arrange(parts) else None
+        buffers = known[len(layers)]
+        if buffers is None or sources_BK.shape[1] > MOST_SLOTS:
+            super()._arrange(layers, sources_BK)
+        else:
+            arrange(buffers, self.lengths_on(sources_BK.device), sources_BK)
 
     def make_room(self, num_slots: int) -> None:
         """For so many slots of the longest row, tail included."""

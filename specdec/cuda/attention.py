@@ -15,13 +15,13 @@ from specdec.cuda.seen import SPLIT_SLOTS, TAIL_SLOTS, Seen
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
 def can_attend(device: torch.device) -> bool:
     """Whether `tree_attention` is worth calling: on CUDA it needs Triton, as comes with PyTorch on Linux."""
-    return device.type != "cuda" or _has_triton()
+    return device.type != "cuda" or has_triton()
 
 
 def tree_attention(

@@ -1,10 +1,12 @@
-"""The tree attention of `attention.py` in Triton: keys and values are read once for all queries of their head.
+"""The tree attention of `attention.py` in Triton, and the moves of `slots.py`.
 
-The slots of a row are cut into splits of a fixed size, which programs take side by side (`_attend_to_split`); those
-past a row's end return at once. A second kernel adds the splits up in their order (`_merge`). So neither the number of
-splits that a graph provides for, nor a row's neighbours, change a bit of what a query gets.
+Keys and values are read once for all queries of their head. The slots of a row are cut into splits of a fixed size,
+which programs take side by side (`_attend_to_split`); those past a row's end return at once. A second kernel adds the
+splits up in their order (`_merge`). So neither the number of splits that a graph provides for, nor a row's neighbours,
+change a bit of what a query gets.
 
-Shape legend: B rows, Q heads of queries, H heads of keys, W new slots, D head size, S slots of the buffers.
+Shape legend: B rows, Q heads of queries, H heads of keys, W new slots, D head size, S slots of the buffers, K tail
+slots.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from torch import Tensor
 
 from specdec.cuda.seen import SPLIT_SLOTS as _SPLIT_SLOTS
 from specdec.cuda.seen import TAIL_SLOTS as _TAIL_SLOTS
-from specdec.cuda.seen import Seen
+from specdec.cuda.seen import Buffers, Seen
 
 TAIL_SLOTS = tl.constexpr(_TAIL_SLOTS)
 SPLIT_SLOTS = tl.constexpr(_SPLIT_SLOTS)
 _BLOCK_SLOTS = 64
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 """Of a tile of queries: what a matrix instruction takes, and what leaves registers for the sums."""
+_WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+_TILE_WORDS = 2048
+"""That a program moves at once, in its registers."""
 
 
 @triton.jit
@@ -159,3 +164,37 @@ def tree_attention(
 
 def _with_channels_last(part: Tensor) -> Tensor:
     return part if part.stride(-1) == 1 else part.contiguous()
+
+
+@triton.jit
+def _arrange(
+    table, starts, sources, source_stride_0, source_stride_1, num_slots, most_heads,
+    WORD: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Of one row in one head of one buffer: some words of all slots."""
+    row, buffer = tl.program_id(0).to(tl.int64), tl.program_id(1) // most_heads
+    head = (tl.program_id(1) % most_heads).to(tl.int64)
+    num_heads, capacity = tl.load(table + 4 * buffer + 1), tl.load(table + 4 * buffer + 2)
+    num_words = tl.load(table + 4 * buffer + 3)
+    if head >= num_heads:
+        return
+    places = tl.arange(0, SLOTS)
+    words = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
+    source = tl.load(sources + row * source_stride_0 + places * source_stride_1, mask=places < num_slots, other=0)
+    is_moved = ((places < num_slots) & (source != places))[:, None] & (words < num_words)[None, :]
+    tail = tl.load(table + 4 * buffer).to(tl.pointer_type(WORD))
+    tail += ((row * num_heads + head) * capacity + tl.load(starts + row)) * num_words
+    moved = tl.load(tail + source[:, None] * num_words + words[None, :], mask=is_moved, other=0)
+    tl.debug_barrier()  # a slot may be the source of one and the target of another
+    tl.store(tail + places[:, None] * num_words + words[None, :], moved, mask=is_moved)
+
+
+def arrange(buffers: Buffers, starts_B: Tensor, sources_BK: Tensor) -> None:
+    """See `slots.arrange`. Programs share nothing: each has words of its own, in all slots."""
+    num_rows, num_slots = sources_BK.shape
+    slots = triton.next_power_of_2(num_slots)
+    words = min(triton.next_power_of_2(buffers.most_words), max(_TILE_WORDS // slots, 1))
+    _arrange[(num_rows, len(buffers.parts) * buffers.most_heads, triton.cdiv(buffers.most_words, words))](
+        buffers.table_N4, starts_B, sources_BK, *sources_BK.stride(), num_slots, buffers.most_heads,
+        WORD=_WORDS[buffers.word_bytes], SLOTS=slots, WORDS=words,
+    )  # fmt: skip

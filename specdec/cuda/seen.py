@@ -1,10 +1,11 @@
-"""What an attention is told of its slots, for the kernels and for their twin.
+"""What kernels and their twins are told: an attention of the slots that it sees, moves of the buffers.
 
-Shape legend: B rows, W new slots.
+Shape legend: B rows, W new slots, R rows of the buffers, H heads, S slots, D head size, N buffers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,3 +28,20 @@ class Seen(NamedTuple):
     firsts_BW: Tensor
     lengths_B: Tensor
     bits_BW: Tensor
+
+
+class Buffers(NamedTuple):
+    """Of one device, for as long as they live.
+
+    Args:
+        parts: [R, H, S, D] each, contiguous; dtypes, heads and sizes may differ.
+        table_N4: int64 address, heads, slots, and words of a slot in one head.
+        word_bytes: of a word, which divides every slot.
+        most_heads, most_words: the largest of the table.
+    """
+
+    parts: Sequence[Tensor]
+    table_N4: Tensor
+    word_bytes: int
+    most_heads: int
+    most_words: int

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -116,6 +117,19 @@ class FakeGpu(TorchDispatchMode):
         self.launches.clear()
         self.syncs.clear()
         self.num_queued_copies = 0
+
+    @contextmanager
+    def one_launch(self, name: str) -> Iterator[None]:
+        """Within, all launches together are one, whose stand-in or twin they are: of a graph, or of a kernel.
+
+        Raises:
+            RuntimeError: it copies or waits, which neither can.
+        """
+        before = Counter(self.launches), self.num_queued_copies, Counter(self.syncs)
+        yield
+        if (self.num_queued_copies, self.syncs) != before[1:]:
+            raise RuntimeError(f"{name} copies or waits: {self.syncs - before[2]}")
+        self.launches = before[0] + Counter({name: 1})
 
     def take(self, model: nn.Module) -> None:
         """Move a model's weights and buffers to the device, in place (within the mode)."""

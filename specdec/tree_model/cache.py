@@ -17,10 +17,9 @@ Shape legend: B rows, H heads, S slots, T new slots, D head size.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple, Self
 
 import torch
@@ -31,6 +30,7 @@ from transformers.cache_utils import Cache, DummyLayer
 from specdec.errors import UnsupportedOptionError
 from specdec.kernels.model.layer_run import NewSlots
 from specdec.kernels.trees.cache_slots import SlotMover, can_move
+from specdec.tree_model.buffers import Addresses, addresses_of, arrange_slots
 from specdec.tree_model.recurrent import StateLayer, States, StateTreeLayer, TreeStates
 from specdec.tree_model.tree_layer import MIN_CAPACITY, TreeLayer
 from trees.uploads import upload
@@ -95,7 +95,7 @@ class TreeCache(Cache):
         self._lengths_memo: dict[torch.device, tuple[tuple[int, ...], Tensor]] = {}
         self._slots_memo: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._mover: SlotMover | None = None
-        self._addresses: dict[tuple[int, ...], _Addresses | None] = {}
+        self._addresses: dict[tuple[int, ...], Addresses | None] = {}
         self.without, self.recurrent = frozenset(without), recurrent or {}
         layers = [self._new_layer(index, capacity) for index in range(num_layers)]
         super().__init__(layers=layers)
@@ -161,25 +161,43 @@ class TreeCache(Cache):
         Args:
             kept: for each row increasing tail indices (0 is the first slot after the committed ones).
         """
-        moves = [
-            (row, length + slot, length + place)
-            for row, (length, slots) in enumerate(zip(self.lengths, kept, strict=True))
-            for place, slot in enumerate(slots)
-            if slot != place
-        ]
-        layers = list(self.stored.values())
-        if moves and self._mover is None and all(can_move(layer.keys) for layer in layers):
-            self._mover = SlotMover([buffer for layer in layers for buffer in layer.buffers])
-        if moves and self._mover is not None:
-            for row, own in groupby(moves, itemgetter(0)):
-                _, old, new = zip(*own, strict=True)
-                self._mover.move(row, old, new)
-        elif moves:
-            _move(layers, upload(moves, layers[0].keys.device).unbind(1))
-        self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
+        lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
+        if any(slot != place for slots in kept for place, slot in enumerate(slots)):
+            self._bring_forward(kept, lengths)
+        self.lengths = lengths
         if self.states is not None:
             self.states.commit(kept)
         self.rollback()
+
+    def _bring_forward(self, kept: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        """Make these the first slots of the tail.
+
+        Args:
+            lengths: of the rows, once that is committed.
+        """
+        layers = list(self.stored.values())
+        if self._mover is None and all(can_move(layer.keys) for layer in layers):
+            self._mover = SlotMover([buffer for layer in layers for buffer in layer.buffers])
+        if self._mover is None:
+            device, longest = layers[0].keys.device, max(map(len, kept))
+            # past the end of a row that keeps fewer, slots stay where they are
+            sources = [[*slots, *range(len(slots), longest)] for slots in kept]
+            numbers = upload([lengths, *zip(*sources, strict=True)], device)  # one copy for both
+            self._arrange(layers, numbers[1:].t())
+            self._lengths_memo[device] = tuple(lengths), numbers[0]
+            return
+        for row, (length, slots) in enumerate(zip(self.lengths, kept, strict=True)):
+            moves = [(length + slot, length + place) for place, slot in enumerate(slots) if slot != place]
+            if moves:
+                self._mover.move(row, *zip(*moves, strict=True))
+
+    def _arrange(self, layers: Sequence[TreeLayer], sources_BK: Tensor) -> None:
+        """Make old tail slots the first ones of the tail of some layers, which may be on several devices."""
+        buffers: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        for layer in layers:
+            buffers[layer.keys.device] += layer.buffers
+        for device, own in buffers.items():
+            arrange_slots(own, self.lengths_on(device), sources_BK.to(device))
 
     def arrange_tail(self, num_layers: int, sources_BK: Tensor) -> None:
         """Make these old tail slots the new tail of the first layers.
@@ -187,12 +205,8 @@ class TreeCache(Cache):
         Args:
             sources_BK: int64 tail indices.
         """
-        num_kept = sources_BK.shape[1]
-        starts_B1 = self.lengths_on(sources_BK.device).unsqueeze(1)
-        rows_B1 = torch.arange(self.num_rows, device=sources_BK.device).unsqueeze(1)
-        targets_BK = starts_B1 + torch.arange(num_kept, device=sources_BK.device)
-        _move(self.stored_in(0, num_layers), (rows_B1, starts_B1 + sources_BK, targets_BK))
-        self.cut_tail(num_layers, num_kept)
+        self._arrange(self.stored_in(0, num_layers), sources_BK)
+        self.cut_tail(num_layers, sources_BK.shape[1])
 
     def cut_tail(self, num_layers: int, num_kept: int) -> None:
         """Forget all but the first slots of the tail of the first layers."""
@@ -225,9 +239,9 @@ class TreeCache(Cache):
         firsts = (ctypes.c_int64 * self.num_rows)(*[length + first.tail - num_new for length in self.lengths])
         return NewSlots(found.keys, found.values, found.strides, firsts, first.get_seq_length())
 
-    def _addresses_of(self, layers: tuple[int, ...]) -> _Addresses | None:
+    def _addresses_of(self, layers: tuple[int, ...]) -> Addresses | None:
         if layers not in self._addresses:
-            self._addresses[layers] = _addresses([self.stored.get(index) for index in layers])
+            self._addresses[layers] = addresses_of([self.stored.get(index) for index in layers])
         return self._addresses[layers]
 
     def rollback(self) -> None:
@@ -368,37 +382,3 @@ class TreeCache(Cache):
             rows_BT = torch.arange(self.num_rows, device=device).unsqueeze(1).expand_as(slots_BT)
             self._slots_memo[key] = (rows_BT, slots_BT)
         return self._slots_memo[key]
-
-
-class _Addresses(NamedTuple):
-    """Of the buffers of some layers, which have the same strides."""
-
-    keys: ctypes.Array[ctypes.c_void_p]
-    values: ctypes.Array[ctypes.c_void_p]
-    strides: tuple[int, int, int]
-
-
-def _addresses(layers: Sequence[TreeLayer | None]) -> _Addresses | None:
-    """None where they are not alike, or no float32 on the CPU."""
-    buffers: list[Tensor] = []
-    for layer in layers:
-        if type(layer) is not TreeLayer or not layer.is_initialized or layer.index_keys is not None:
-            return None
-        buffers += layer.buffers
-    kinds = {(buffer.dtype, buffer.device.type, buffer.shape, buffer.stride()) for buffer in buffers}
-    if len(kinds) != 1 or not {torch.float32, "cpu"} <= set(next(iter(kinds))):
-        return None
-    addresses = [buffer.data_ptr() for buffer in buffers]
-    pointers = ctypes.c_void_p * len(layers)
-    row, head, slot, _ = buffers[0].stride()
-    return _Addresses(pointers(*addresses[::2]), pointers(*addresses[1::2]), (row, head, slot))
-
-
-def _move(layers: Sequence[TreeLayer], places: Sequence[Tensor]) -> None:
-    """Copy slots in layers, which may be on several devices; `places` are rows, sources and targets."""
-    by_device: dict[torch.device, Sequence[Tensor]] = {}
-    for layer in layers:
-        device = layer.keys.device
-        if device not in by_device:
-            by_device[device] = [place.to(device) for place in places]
-        layer.move(*by_device[device])

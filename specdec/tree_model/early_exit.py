@@ -75,8 +75,8 @@ class EarlyExitModel(TreeModel):
         return head.model(input_ids=unread, attention_mask=mask, position_ids=unread, use_cache=False).logits
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
-        if self._order is not None and not self._order.is_plain:
-            indices = self._order.tail_indices_BT.tolist()
+        if self._order is not None and self._order.tail_indices is not None:
+            indices = self._order.tail_indices.tolist()
             kept = [[indices[row][slot] for slot in slots] for row, slots in enumerate(kept)]
         self._order = None
         super().commit(kept)
@@ -104,7 +104,7 @@ class EarlyExitModel(TreeModel):
         logits_BSV, above = self._forward_layers(
             Layers(exit_layer), tokens_BS, offsets_BS, seen_BSS, [states[exit_layer]]
         )
-        self.states = {depth: order.restore(states_BTC) for depth, states_BTC in (states | above).items()}
+        self.states = order.restore_states(states | above)
         self._partial = None
         self.num_forwards += 1
         assert logits_BSV is not None, "the head is above all exits"

@@ -32,12 +32,16 @@ class TailOrder:
             root.
         real_BS: bool: False where the root is repeated.
         sources_BK: int64 index in the old tail of each of the first K.
+        tail_indices_BT: int64 index in the new tail of every slot (the root's for padding).
+        tail_indices: the same on the host.
         is_plain: slot i stands at index i, and the old tail needs no change but a cut.
     """
 
     slots_BS: Tensor
     real_BS: Tensor
     sources_BK: Tensor
+    tail_indices_BT: Tensor
+    tail_indices: np.ndarray | None
     is_plain: bool
 
     @property
@@ -62,13 +66,9 @@ class TailOrder:
         """The inverse of `arrange`."""
         return values_BSX if self.is_plain else _gather(values_BSX, self.tail_indices_BT)
 
-    @property
-    def tail_indices_BT(self) -> Tensor:
-        """int64 index in the new tail of every slot (the root's for padding)."""
-        num_slots = int(self.slots_BS.max()) + 1
-        tail_indices_BT = self.slots_BS.new_zeros((len(self.slots_BS), num_slots))
-        indices_S = torch.arange(self.slots_BS.shape[1], device=tail_indices_BT.device)
-        return tail_indices_BT.scatter_reduce(1, self.slots_BS, (indices_S * self.real_BS), "amax")
+    def restore_states(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The same of states by their depth, of all at once."""
+        return states if self.is_plain else _gather_states(states, self.tail_indices_BT)
 
 
 class PartialForward:
@@ -88,12 +88,12 @@ class PartialForward:
 
     def states(self) -> dict[int, Tensor]:
         """number of layers -> [B, K, C]."""
-        return {depth: torch.cat(parts, 1) for depth, parts in self._parts.items()}
+        whole = torch.cat([part_BTC for parts in self._parts.values() for part_BTC in parts], 1)
+        return dict(zip(self._parts, whole.split(self.num_slots, 1), strict=True))
 
     def arrange(self, sources_BK: Tensor) -> None:
-        rows_B1 = torch.arange(len(sources_BK), device=sources_BK.device).unsqueeze(1)
-        for depth, states_BKC in self.states().items():
-            self._parts[depth] = [states_BKC[rows_B1, sources_BK]]
+        arranged = _gather_states(self.states(), sources_BK)
+        self._parts = defaultdict(list, {depth: [states_BKC] for depth, states_BKC in arranged.items()})
 
 
 def tail_order(trees: TreeBatch, grown_indices: Sequence[Sequence[int]] | None, num_forwarded: int) -> TailOrder:
@@ -107,7 +107,14 @@ def tail_order(trees: TreeBatch, grown_indices: Sequence[Sequence[int]] | None, 
     if grown_indices is None:
         num_known = min(num_forwarded, trees.num_slots)
         slots_BS = torch.arange(trees.num_slots, device=device).expand(trees.num_rows, -1)
-        return TailOrder(slots_BS=slots_BS, real_BS=trees.real_BT, sources_BK=slots_BS[:, :num_known], is_plain=True)
+        return TailOrder(
+            slots_BS=slots_BS,
+            real_BS=trees.real_BT,
+            sources_BK=slots_BS[:, :num_known],
+            tail_indices_BT=slots_BS,
+            tail_indices=None,
+            is_plain=True,
+        )
     known, rest = [], []
     for indices in grown_indices:
         tail = [0, *(index + 1 if 0 <= index < num_forwarded - 1 else -1 for index in indices)]
@@ -116,15 +123,31 @@ def tail_order(trees: TreeBatch, grown_indices: Sequence[Sequence[int]] | None, 
     num_known, num_rest = max(map(len, known)), max(map(len, rest))
     slots = np.zeros((len(known), num_known + num_rest), np.int64)
     sources, real = np.zeros((len(known), num_known), np.int64), np.zeros(slots.shape, bool)
+    tail_indices = np.zeros((len(known), max(len(k) + len(r) for k, r in zip(known, rest, strict=True))), np.int64)
     for row, (known_slots, new_slots) in enumerate(zip(known, rest, strict=True)):
         slots[row, : len(known_slots)], sources[row, : len(known_slots)] = zip(*known_slots, strict=True)
         slots[row, num_known : num_known + len(new_slots)] = new_slots
         real[row, : len(known_slots)] = real[row, num_known : num_known + len(new_slots)] = True
-    slots_BS, real_BS, sources_BK = (upload(x, device) for x in (slots, real, sources))
-    return TailOrder(slots_BS=slots_BS, real_BS=real_BS, sources_BK=sources_BK, is_plain=False)
+        (places,) = np.nonzero(real[row])
+        tail_indices[row, slots[row, places]] = places
+    numbers = upload(np.concatenate([slots, sources, tail_indices], 1), device)
+    slots_BS, sources_BK, tail_indices_BT = numbers.split([slots.shape[1], num_known, tail_indices.shape[1]], 1)
+    return TailOrder(
+        slots_BS=slots_BS,
+        real_BS=upload(real, device),
+        sources_BK=sources_BK,
+        tail_indices_BT=tail_indices_BT,
+        tail_indices=tail_indices,
+        is_plain=False,
+    )
 
 
 def _gather(values_BTX: Tensor, index_BS: Tensor) -> Tensor:
     """Index the second dimension row by row."""
     rows_B1 = torch.arange(len(index_BS), device=index_BS.device).unsqueeze(1)
     return values_BTX[rows_B1, index_BS]
+
+
+def _gather_states(states: dict[int, Tensor], index_BS: Tensor) -> dict[int, Tensor]:
+    gathered_BSDC = _gather(torch.stack(list(states.values()), 2), index_BS)
+    return dict(zip(states, gathered_BSDC.unbind(2), strict=True))

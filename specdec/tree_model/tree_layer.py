@@ -196,11 +196,6 @@ class TreeLayer(CacheLayerMixin):
                 own[row, :, tail] = buffer[place, :, tail]
         self.tail = count
 
-    def move(self, rows: Any, sources: Any, targets: Any) -> None:
-        """Copy slots; rows, sources and targets index together."""
-        for buffer in self.buffers:
-            buffer[rows, :, targets] = buffer[rows, :, sources]
-
     def clear_row(self, row: int) -> None:
         for buffer in self.buffers:
             buffer[row, :, : self._written] = 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -14,11 +11,8 @@ from torch import Tensor
 
 from specdec.cuda import attention
 from specdec.cuda.seen import Seen
+from tests.support.interpreter import interpreted, run_interpreted
 from tests.support.tree_attention import SHAPES, given
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="in a process of its own: test_the_kernels_in_the_interpreter"
-)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -41,17 +35,8 @@ def test_the_twin(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter() -> None:
-    """In a process of its own, as Triton looks at the environment when it is imported: the tests below, in a minute."""
-    pytest.importorskip("triton", reason="Triton is not installed (`make test-all` does)")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "not interpreter"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout
-    assert "skipped" not in run.stdout
+    """The tests below, in a minute."""
+    run_interpreted(__file__)
 
 
 @pytest.fixture
