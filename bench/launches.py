@@ -4,8 +4,8 @@
 
 Tiny models decode on a GPU that does not exist (`specdec/testing/fake_gpu.py`), by the code path of a real one. Counts
 are those of the median round, of calls into ATen: some launch several kernels. `--sites` names where the host waits.
-With `--graphs` what comes again is replayed, forwards and what is accepted of drafts, each as one launch, and what has a
-kernel of its own is one too; counted is a second call, which finds the graphs of the first. A greedy output that is not
+With `--graphs` what comes again is replayed, forwards and what is accepted of drafts, each as one launch; what has a
+kernel of its own is one too. Counted is a second call, which finds the graphs of the first. A greedy output that is not
 the CPU's fails the run, and so does what would wait while it is captured.
 """
 
