@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.decoding.drafter import Outcome, Run
 from specdec.tree_model.early_exit import EarlyExitModel
+from trees.uploads import upload
 
 _SEED_POSITIONS = 32
 """DEL: the last prompt positions say which exits are worth trying."""
@@ -92,10 +93,8 @@ class ShadowTokens:
         if not self._watched:
             return iter(())
         counts = list(map(len, slots))
-        slots_BT, tokens_BT = (
-            torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in rows], device=self._target.device)
-            for rows in (slots, outcome.tokens)
-        )
+        told = [[[*row, *[0] * (max(counts) - len(row))] for row in rows] for rows in (slots, outcome.tokens)]
+        slots_BT, tokens_BT = upload(told, self._target.device)
         rows_B1 = torch.arange(len(slots), device=slots_BT.device).unsqueeze(1)
         watched = {*self._watched, self._target.num_layers}
         states = {depth: self._target.states[depth][rows_B1, slots_BT] for depth in watched}
@@ -127,7 +126,7 @@ class ShadowTokens:
             if tokens_BT is None:
                 tokens_BT = self._target.exit_logits(states[self._target.num_layers]).argmax(-1)
             agreement_BET = (choice_BET == tokens_BT.unsqueeze(1)).float()
-        kept = [_kept(values_BET, counts) for values_BET in (confidence_BET, agreement_BET)]
+        kept = _kept(torch.stack([confidence_BET, agreement_BET]), counts)
         self._last_seconds = perf_counter() - started
         self.seconds += self._last_seconds
         return map(Seen, self._watched, *kept)
@@ -145,7 +144,9 @@ class ShadowTokens:
         return [self._layers[index] for index in sorted(indices)]
 
 
-def _kept(values_BET: Tensor, counts: Sequence[int]) -> list[list[float]]:
-    """For each exit the values of all rows, without what lies past the rows' ends."""
-    per_exit = values_BET.transpose(0, 1).tolist()
-    return [list(chain.from_iterable(row[:n] for row, n in zip(rows, counts, strict=True))) for rows in per_exit]
+def _kept(values_KBET: Tensor, counts: Sequence[int]) -> list[list[list[float]]]:
+    """Of each kind, and for each exit, the values of all rows, without what lies past the rows' ends."""
+    return [
+        [list(chain.from_iterable(row[:n] for row, n in zip(rows, counts, strict=True))) for rows in per_exit]
+        for per_exit in values_KBET.transpose(1, 2).tolist()
+    ]
