@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -156,6 +157,7 @@ def test_callbacks_get_every_token_in_order_and_one_end():
 
 def test_a_long_prompt_does_not_keep_others_waiting():
     engine = Engine(model_of(), drafter=Plain(), prefill_chunk=16)
+    engine._clock = itertools.count().__next__  # a round takes as long as a chunk, however busy the machine is
     short = engine.submit(request_of(random_prompt(3), max_new_tokens=40))
     engine.step()
     long = engine.submit(request_of(random_prompt(161), max_new_tokens=3))
@@ -163,7 +165,7 @@ def test_a_long_prompt_does_not_keep_others_waiting():
         before = len(short.tokens)
         engine.step()
         assert len(short.tokens) == before + 1
-    assert 11 <= len(short.tokens) <= 21  # chunks of 16, or of 8 if that takes long
+    assert 11 <= len(short.tokens) <= 21  # most chunks are of 16
     assert long.stats.prefill_seconds > 0
 
 
