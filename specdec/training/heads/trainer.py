@@ -88,12 +88,14 @@ class Trainer(ABC):
         return self._schedule.learning_rate * rise * (0.02 + 0.98 * fall)
 
     def save(self, path: Path) -> None:
-        """Weights, the optimiser's moments and the step; a file that was there is replaced at once or not at all."""
+        """Weights, the optimiser's moments, the step, and whether products are in bfloat16; a file that was there is
+        replaced at once or not at all."""
         tensors = {f"weight.{name}": weight.detach() for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
             tensors |= {f"{moment}.{name}": self._optimizer.state[weight][moment] for moment in _MOMENTS}
         unfinished = path.with_name(f"{path.name}.part")
-        save_file(tensors | {"step": torch.tensor(self.step)}, unfinished)
+        tensors |= {"step": torch.tensor(self.step), "bfloat16": torch.tensor(self._use_bfloat16)}
+        save_file(tensors, unfinished)
         unfinished.replace(path)
 
     @torch.no_grad()
@@ -107,6 +109,7 @@ class Trainer(ABC):
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.step = int(tensors["step"])
+        self._use_bfloat16 = bool(tensors.get("bfloat16", self._use_bfloat16))  # a file of an earlier version has none
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
