@@ -292,8 +292,12 @@ class _OverSets:
         return None if self._left_out is None else self._left_out.tolist()
 
     def fits(self, sequences: Sequences) -> bool:
-        """Whether they are of these rows."""
-        return self._left_out is None or len(self._left_out) == sequences.num_all_rows
+        """Whether they are of these rows, and leave out no row's last token: that one fills the others' places."""
+        if self._left_out is None or self.skipped is None:
+            return True
+        if len(self.skipped) != sequences.num_all_rows:
+            return False
+        return all(self.skipped[row] < length for row, length in zip(sequences.rows, sequences.lengths, strict=True))
 
 
 def _over_sets(processors: Sequence[lp.LogitsProcessor]) -> _OverSets | None:

@@ -294,6 +294,7 @@ def processed_one_by_one(
             lp.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([3, 0, 1, 2])),
             lp.TopKLogitsWarper(4),
         ],
+        [lp.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=torch.tensor([5, 8, 0, 4]))],
         [lp.RepetitionPenaltyLogitsProcessor(1.5), NoteCalls()],
         [lp.PrefixConstrainedLogitsProcessor(lambda row, ids: [row, int(ids[-1])], num_beams=1)],
         [],
